@@ -1,0 +1,38 @@
+# make test | demo | lint | clean. Everything happens in .venv, made on first use by $(PYTHON), 3.11 or later.
+# On Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes: torch's CPU build.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := build/demo
+# More options for the demo's `gpmetric discover`, for instance DEMO_OPTIONS="--minutes 5".
+DEMO_OPTIONS ?=
+
+BASELINES := magnitude wanda ria gblm_l1 gblm_l2 pruner_zero sparsegpt
+TARGETS := 0.5 0.6 0.7 2:4
+
+.PHONY: test demo lint clean
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+# A second `make demo` resumes the ledger of the first one. The formula holds * and ( ), hence the quoted variable.
+demo: .venv/installed
+	mkdir -p $(DEMO)
+	$(BIN)/gpmetric discover --seed 0 $(DEMO_OPTIONS) --ledger $(DEMO)/ledger.sqlite --resume --json $(DEMO)/discover.json
+	$(BIN)/gpmetric export $(DEMO)/ledger.sqlite --format python -o $(DEMO)/metric.py
+	formula=$$($(BIN)/python -c 'import json; print(json.load(open("$(DEMO)/discover.json"))["winner"]["formula"])') && \
+	$(BIN)/gpmetric bench --metric "$$formula" $(BASELINES:%=--metric %) $(TARGETS:%=--target %) --json $(DEMO)/bench.json
+
+lint: .venv/installed
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m mypy gpmetric
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# The stamp of a finished installation, renewed when what is to be installed has changed.
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@

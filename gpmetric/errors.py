@@ -1,0 +1,56 @@
+"""Everything gpmetric raises on purpose.
+
+GpmetricError
+├── InputError           bad input or usage: exit status 2
+│   ├── ExpressionError  a formula that cannot be read or used
+│   ├── ModelError       a model that cannot be loaded or pruned
+│   ├── DataError        a text that cannot be read or is too short
+│   └── LedgerError      a ledger that cannot be used
+├── MaskError            a score or target that gives no valid mask
+└── SolverError          a Gram matrix that cannot be factorised
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "DataError",
+    "ExpressionError",
+    "GpmetricError",
+    "InputError",
+    "LedgerError",
+    "MaskError",
+    "ModelError",
+    "SolverError",
+]
+
+
+class GpmetricError(Exception):
+    """Base of all deliberate errors; the message is one line meant for the user."""
+
+
+class InputError(GpmetricError):
+    """Bad input or usage; the command line exits with status 2."""
+
+
+class ExpressionError(InputError):
+    """A formula that cannot be parsed, exceeds a cap, or lacks the weight."""
+
+
+class ModelError(InputError):
+    """A model directory, architecture or tokenizer that cannot be used."""
+
+
+class DataError(InputError):
+    """A text that is missing, unreadable, too short, or shared by two splits."""
+
+
+class LedgerError(InputError):
+    """A ledger that is damaged, foreign, or belongs to another campaign."""
+
+
+class MaskError(GpmetricError):
+    """A score that is not finite, or a target the layer's shape does not allow."""
+
+
+class SolverError(GpmetricError):
+    """A Gram matrix that is not positive definite even after stronger damping."""
