@@ -1,0 +1,309 @@
+"""A campaign from a model and texts to a winner: `gpmetric discover`.
+
+Three disjoint texts serve calibration, search and the choice of the winner; a fourth is read once, at the end, for the
+winner and every baseline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from gpmetric.calibration.cache import cache_key, cached_statistics, default_cache, estimate_bytes
+from gpmetric.calibration.collect import Statistics, collect_statistics
+from gpmetric.data import Windows
+from gpmetric.errors import GpmetricError
+from gpmetric.evaluation.perplexity import perplexity
+from gpmetric.evaluation.windows import check_length
+from gpmetric.evolution.campaign import Campaign, Plan
+from gpmetric.evolution.evaluator import Workplace, open_workplace
+from gpmetric.evolution.executors import Executor, LocalProcesses, Serial
+from gpmetric.evolution.ledger import Evaluation, Ledger
+from gpmetric.evolution.request import Request, check_request
+from gpmetric.evolution.selection import Individual
+from gpmetric.evolution.splits import SPLITS, name_sources, read_splits
+from gpmetric.evolution.verdict import Judge, choose_winner, describe, masks_only
+from gpmetric.expression import parse
+from gpmetric.models import Model, load_model
+from gpmetric.provenance import finite, versions
+from gpmetric.pruning.bench import check_targets
+from gpmetric.pruning.metrics import BASELINES, Update, resolve_metric
+from gpmetric.pruning.target import parse_target
+
+__all__ = ["DiscoverListener", "discover"]
+
+_FINALISTS = 8  # front members compared on validation
+_DEFAULT_EVALUATIONS = 300
+_DETERMINING = (
+    "target",
+    "update",
+    "operands",
+    "primitives",
+    "start",
+    "population",
+    "max_nodes",
+    "seed",
+    "include",
+    "exclude",
+)
+_SMALL = 50_000_000  # parameters up to which every core gets a copy of the model
+
+
+class DiscoverListener:
+    """What a campaign tells while it runs; every method may be overridden."""
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """A step before the search has come so far."""
+
+    def dense(self, ppl: Mapping[str, float]) -> None:
+        """Perplexity of the dense model by split, before anything is pruned."""
+
+    def baselines(self, excess: Mapping[str, Mapping[str, float]]) -> None:
+        """The baselines' excess on validation by name and target."""
+
+    def generation(self, number: int, front: Sequence[Individual], counts: Mapping[str, int]) -> None:
+        """A generation is finished."""
+
+
+def discover(
+    request: Request,
+    ledger: Path,
+    *,
+    resume: bool = False,
+    listener: DiscoverListener | None = None,
+    started: float | None = None,
+) -> dict[str, Any]:
+    """Runs a campaign to its end and returns the JSON document of `gpmetric discover`.
+
+    Args:
+        request: what to search for and with.
+        ledger: the campaign's SQLite file; whatever is interrupted, nothing in it is computed again.
+        resume: go on with the ledger if it is there; a finished one gives its result again.
+        listener: told of progress.
+        started: time.monotonic() at which `minutes` begin; now by default.
+
+    Raises:
+        InputError: for anything that cannot be used, before the model runs.
+        GpmetricError: the work failed; the ledger keeps what was done.
+    """
+    began = time.monotonic() if started is None else started
+    told = listener or DiscoverListener()
+    update = check_request(request)
+    sources = name_sources(request.model, request.text, {split: getattr(request, split) for split in SPLITS})
+    model = load_model(
+        request.model, device=request.device, dtype=request.dtype, include=request.include, exclude=request.exclude
+    )
+    check_targets(model, [parse_target(text) for text in request.target])
+    length = check_length(model, request.sequence_length)
+    counts = {
+        "calibration": request.samples,
+        "search": request.search_windows,
+        "validation": request.windows,
+        "test": request.windows,
+    }
+    splits = read_splits(model, sources, length, counts, request.seed if request.shuffle else None)
+    with ExitStack() as stack:
+        book = stack.enter_context(Ledger.open(ledger, _settings(request, model, splits), resume=resume))
+        finished = book.result()
+        if finished is not None:
+            return finished
+        loaded = time.monotonic()
+        statistics = _statistics(request, model, splits["calibration"], update, told)
+        calibrated = time.monotonic()
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpmetric-")))
+        executor = stack.enter_context(_executor(request, model, splits, statistics, folder, update))
+        deadline = None if request.minutes is None else began + 60 * request.minutes
+        result = _search(request, book, executor, update, model, splits, deadline, told)
+        seconds = {"load": loaded - began, "calibration": calibrated - loaded, **result.pop("seconds")}
+        seconds["total"] = time.monotonic() - began
+        result = finite(result)
+        book.save_result(result, seconds)
+    return result | {"seconds": seconds}
+
+
+def _settings(request: Request, model: Model, splits: Mapping[str, Windows]) -> dict[str, Any]:
+    """What determines the campaign's result; a resumed one must agree in all of it but its budget."""
+    chosen = {name: getattr(request, name) for name in _DETERMINING}
+    texts = {split: hashlib.sha256(windows.tokens.numpy()).hexdigest() for split, windows in splits.items()}
+    budget = {name: getattr(request, name) for name in ("generations", "evaluations", "minutes")}
+    return {"model": model.digest, "dtype": model.dtype, "tokens": texts, **chosen, **budget}
+
+
+def _statistics(request: Request, model: Model, calibration: Windows, update: Update, told: DiscoverListener) -> Path:
+    """The file of the dense model's statistics, computed if the cache does not have it."""
+    gradients = bool({"G", "H"} & set(request.operands))
+    gram = "D" in request.operands or update != "none"
+    folder = request.cache or default_cache()
+    _check_room(folder, estimate_bytes(model, gradients=gradients, gram=gram))
+    key = cache_key(model, calibration.tokens, {"gradients": gradients, "gram": gram})
+
+    def compute() -> Statistics:
+        return collect_statistics(
+            model,
+            calibration.tokens,
+            gradients=gradients,
+            gram=gram,
+            chunk_layers=request.chunk_layers,
+            progress=lambda done, total: told.progress("calibration", done, total),
+        )
+
+    return cached_statistics(folder, key, compute)[1]
+
+
+def _check_room(folder: Path, size: int) -> None:
+    """Refuses to start what the disk cannot hold."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if size > free:
+        raise GpmetricError(
+            f"the statistics need {size / 2**30:.1f} GiB, but {str(folder)!r} has {free / 2**30:.1f} GiB free: "
+            "choose another --cache, fewer --operands, or --include fewer layers"
+        )
+
+
+def _executor(
+    request: Request, model: Model, splits: Mapping[str, Windows], statistics: Path, folder: Path, update: Update
+) -> Executor:
+    """Where candidates are evaluated: a process per worker, or this one."""
+    tokens = folder / "tokens.safetensors"
+    save_file({split: windows.tokens for split, windows in splits.items()}, tokens)
+    place = Workplace(
+        request.model, request.device, request.dtype, request.include, request.exclude, str(statistics), str(tokens),
+        request.target, update,
+    )  # fmt: skip
+    workers = request.workers or _default_workers(model)
+    if workers > 1:
+        return LocalProcesses(open_workplace, (place.to_json(),), workers)
+    return Serial(open_workplace(place.to_json()))
+
+
+def _default_workers(model: Model) -> int:
+    small = model.module.num_parameters() <= _SMALL
+    return len(os.sched_getaffinity(0)) if small and model.device.type == "cpu" else 1
+
+
+def _search(
+    request: Request,
+    book: Ledger,
+    executor: Executor,
+    update: Update,
+    model: Model,
+    splits: Mapping[str, Windows],
+    deadline: float | None,
+    told: DiscoverListener,
+) -> dict[str, Any]:
+    """Baselines on validation, the generation loop, the finalists, and the test."""
+    judge = Judge(executor, request.target, update)
+    dense = {split: judge.dense_loss(split) for split in ("search", "validation")}
+    told.dense({split: perplexity(loss) for split, loss in dense.items()})
+    start = time.monotonic()
+    names = _applicable_baselines(request)
+    baselines = judge.excess(names, "validation", dense["validation"])
+    told.baselines(baselines)
+    per_formula = (time.monotonic() - start) / len(names)
+    # finalists on validation, winner and baselines on test, with a fifth to spare
+    reserve = 1.2 * per_formula * (_FINALISTS + 1 + len(names))
+
+    searching = time.monotonic()
+    campaign = Campaign(
+        _plan(request, splits["calibration"]),
+        book,
+        executor,
+        dense["search"],
+        out_of_time=lambda: deadline is not None and _any_done(book) and time.monotonic() > deadline - reserve,
+        on_generation=lambda number, campaign: told.generation(number, campaign.front(), book.counts()),
+    )
+    campaign.run()
+    judging = time.monotonic()
+    front = campaign.front()
+    finalists = judge.excess([str(one.expression) for one in front[:_FINALISTS]], "validation", dense["validation"])
+    winner = choose_winner(finalists, baselines)
+    dense["test"] = judge.dense_loss("test")
+    tested = judge.excess([winner, *names], "test", dense["test"])
+    done = time.monotonic()
+    rows = book.evaluations()
+    counts = book.counts()
+    return {
+        "winner": _row(winner) | describe(tested[winner], dense["test"]) | {"validation": finalists[winner]},
+        "front": [
+            _row(str(one.expression))
+            | {"excess": one.excess, "mean_excess": one.mean, "validation": finalists.get(str(one.expression))}
+            for one in front
+        ],
+        "baselines": {
+            name: {"masks_only": masks_only(name), "validation": baselines[name]}
+            | describe(tested[name], dense["test"])
+            for name in names
+        },
+        "dense": {split: perplexity(loss) for split, loss in dense.items()},
+        "splits": {split: windows.describe() for split, windows in splits.items()},
+        "evaluations": counts["paid"],
+        "unique_masks": counts["unique_masks"],
+        "counts": counts,
+        "model": model.name,
+        "model_sha256": model.digest,
+        "dtype": model.dtype,
+        "device": str(model.device),
+        "targets": list(request.target),
+        "update": update,
+        "seed": request.seed,
+        "sequence_length": splits["search"].tokens.shape[1],
+        "versions": versions(),
+        "seconds": {
+            "baselines": searching - start,
+            "search": judging - searching,
+            "final": done - judging,
+            "per_evaluation": _time_split(rows),
+        },
+    }
+
+
+def _any_done(book: Ledger) -> bool:
+    return bool(book.evaluations("done"))
+
+
+def _time_split(rows: Sequence[Evaluation]) -> dict[str, float]:
+    """Mean seconds of an evaluation by what they went into: nothing is loaded, calibrated or tokenised in one."""
+    done = [row for row in rows if row.seconds_score is not None and row.seconds_loss is not None]
+    count = max(1, len(done))
+    return {
+        "score_and_mask": sum(row.seconds_score or 0.0 for row in done) / count,
+        "prune_and_loss": sum(row.seconds_loss or 0.0 for row in done) / count,
+    }
+
+
+def _row(formula: str) -> dict[str, Any]:
+    expression = parse(formula)
+    return {"formula": formula, "nodes": len(expression), "operands": list(expression.operands)}
+
+
+def _applicable_baselines(request: Request) -> list[str]:
+    """The baselines whose operands the campaign collects."""
+    return [name for name in BASELINES if set(resolve_metric(name).expression.operands) <= set(request.operands)]
+
+
+def _plan(request: Request, calibration: Windows) -> Plan:
+    """The plan with its start formulas spelled out: mask-only baselines first, then the user's."""
+    names = [name for name in _applicable_baselines(request) if masks_only(name)]
+    start = [str(resolve_metric(name, *calibration.tokens.shape).expression) for name in (*names, *request.start)]
+    unlimited = request.generations is None and request.evaluations is None and request.minutes is None
+    return Plan(
+        targets=request.target,
+        operands=request.operands,
+        primitives=request.primitives,
+        start=tuple(start),
+        population=request.population,
+        max_nodes=request.max_nodes,
+        seed=request.seed,
+        generations=request.generations,
+        evaluations=_DEFAULT_EVALUATIONS if unlimited else request.evaluations,
+    )

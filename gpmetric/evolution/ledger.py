@@ -1,0 +1,275 @@
+"""The ledger: one SQLite file that is one campaign, written by its driver alone.
+
+It holds the settings, every drawn candidate, every evaluation paid for, and for each finished generation the
+population and the random state, so that a killed campaign replays its unfinished generation and loses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from gpmetric.evolution.store import (
+    BUDGET_KEYS,
+    ENCODED,
+    TABLES,
+    VOLATILE,
+    Refusal,
+    claim,
+    explained,
+    is_old,
+    opened,
+    schema_version,
+    settle,
+    to_column,
+    transaction,
+    upgrade,
+)
+
+__all__ = ["BUDGET_KEYS", "Candidate", "Evaluation", "Generation", "Ledger"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One drawn formula: its place in the campaign and what became of it."""
+
+    generation: int
+    position: int
+    formula: str
+    canonical: str | None
+    status: Literal["evaluated", "duplicate", "failed"]
+    evaluation: int | None = None
+    reason: str | None = None
+    id: int | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One measurement paid for; the ledger fills in `id`, and `host` and `finished` when they are absent."""
+
+    formula: str
+    canonical: str | None
+    generation: int
+    status: Literal["done", "failed"]
+    fingerprint: str | None = None
+    reason: str | None = None
+    losses: dict[str, float] = field(default_factory=dict)  # target -> excess log-loss
+    nodes: int | None = None
+    operands: str | None = None
+    seconds_score: float | None = None
+    seconds_loss: float | None = None
+    host: str | None = None
+    process: int | None = None
+    attempt: int | None = None
+    finished: float | None = None
+    id: int | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One finished generation: what the next one is bred from."""
+
+    number: int
+    population: Any
+    rng: Any
+    evaluations: int
+    hypervolume: float | None
+    finished: float
+
+    @property
+    def rng_state(self) -> tuple[int, tuple[int, ...], float | None]:
+        """`rng` as `random.Random.setstate` wants it."""
+        return self.rng[0], tuple(self.rng[1]), self.rng[2]
+
+
+Row = TypeVar("Row", Candidate, Evaluation, Generation)
+
+
+class Ledger(AbstractContextManager["Ledger"]):
+    """The database of record of one campaign, made by `open` or `read`.
+
+    `open` admits one driver at a time; each write is one durable transaction that also refreshes its heartbeat. `read`
+    is a fixed snapshot, also while a driver runs. Every method raises LedgerError when the file cannot be used.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, token: str | None) -> None:
+        self.path = path
+        self._connection = connection
+        self._token = token  # of our ownership; None when reading
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], settings: dict[str, Any], *, resume: bool) -> Ledger:
+        """Ledger owned by this process, created when the file is missing or empty.
+
+        Args:
+            path: the SQLite file, in an existing folder.
+            settings: JSON values, all that determine the campaign's result. On resume those in BUDGET_KEYS may
+                differ: the new ones are stored and the result under the old ones is dropped.
+            resume: continue the campaign that is there instead of refusing it.
+        """
+        with opened(Path(path), "mode=rwc") as connection:
+            with transaction(connection):
+                version = schema_version(connection)
+                if version and not resume:
+                    raise Refusal("exists: continue it with --resume or use another --ledger")
+                upgrade(connection, version)
+                settle(connection, settings)
+                token = claim(connection)
+            connection.execute("PRAGMA journal_mode = WAL")
+        return cls(Path(path), connection, token)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Ledger:
+        """Ledger as it is now, for reading only; takes no ownership and writes nothing."""
+        # A WAL database in a read-only folder opens only as immutable, which is right when no log is pending.
+        still = not os.access(Path(path).parent, os.W_OK) and not Path(f"{path}-wal").exists()
+        with opened(Path(path), "mode=ro&immutable=1" if still else "mode=ro") as connection:
+            connection.execute("BEGIN")  # one snapshot for everything read later
+            version = schema_version(connection)
+            if is_old(version):
+                raise Refusal("has an older schema: discover --resume upgrades it" if version else "holds no campaign")
+        return cls(Path(path), connection, None)
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release ownership and the file; a second call does nothing."""
+        with closing(self._connection), suppress(sqlite3.Error):  # a full disk must not hide what led here
+            if self._token is not None:
+                self._connection.execute("DELETE FROM owner WHERE token = ?", (self._token,))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings the campaign runs under, budget included."""
+        return {row["key"]: row["value"] for row in self._query("SELECT * FROM meta ORDER BY key")}
+
+    def heartbeat(self) -> None:
+        """Show other hosts that the driver lives; for times when nothing is written for long."""
+        with self._write():
+            pass
+
+    def record(self, candidate: Candidate, evaluation: Evaluation | None = None) -> int | None:
+        """Id of the candidate's evaluation after writing the candidate and, if new, its evaluation.
+
+        A (generation, position) already there is left unchanged. An evaluation whose fingerprint is already paid
+        for is not stored: the candidate becomes a duplicate of the first, as it would have been in serial order.
+        Another formula at this place is a LedgerError, a loss or time that is not finite a ValueError.
+        """
+        with self._write():
+            known = self.candidate(candidate.generation, candidate.position)
+            if known is None:
+                return self._insert_candidate(candidate, evaluation)
+            if known.formula != candidate.formula:
+                raise Refusal(f"has {known.formula:.60} in place of {candidate.formula:.60}: campaigns differ")
+            return known.evaluation
+
+    def _insert_candidate(self, candidate: Candidate, evaluation: Evaluation | None) -> int | None:
+        if evaluation is not None:
+            twin = self.find_fingerprint(evaluation.fingerprint) if evaluation.fingerprint else None
+            if evaluation.id is not None:
+                candidate = replace(candidate, evaluation=evaluation.id)
+            elif twin is not None:
+                candidate = replace(candidate, status="duplicate", evaluation=twin.id)
+            else:
+                row = {"host": socket.gethostname(), "finished": time.time()}
+                row |= {name: value for name, value in asdict(evaluation).items() if value is not None}
+                candidate = replace(candidate, evaluation=self._insert("evaluations", row))
+        self._insert("candidates", {**asdict(candidate), "id": None})
+        return candidate.evaluation
+
+    def commit_generation(self, number: int, population: Any, rng: Any, hypervolume: float | None = None) -> None:
+        """Store a finished generation: JSON of its population, and `random.Random.getstate()` to breed the next."""
+        row = {"number": number, "population": population, "rng": rng, "hypervolume": hypervolume}
+        with self._write():
+            self._insert("generations", row | {"evaluations": self.counts()["paid"], "finished": time.time()})
+
+    def generations(self) -> list[Generation]:
+        """Every finished generation in order."""
+        return self._select(Generation, "generations ORDER BY number")
+
+    def last_generation(self) -> Generation | None:
+        """The generation to resume from; None before the first is finished."""
+        return self._first(Generation, "generations ORDER BY number DESC LIMIT 1")
+
+    def candidates(self) -> list[Candidate]:
+        """Every candidate in the order drawn."""
+        return self._select(Candidate, "candidates ORDER BY id")
+
+    def candidate(self, generation: int, position: int) -> Candidate | None:
+        """The candidate recorded at this place."""
+        return self._first(Candidate, "candidates WHERE generation = ? AND position = ?", generation, position)
+
+    def evaluations(self, status: str | None = None) -> list[Evaluation]:
+        """Every evaluation in the order paid for, or those of one status."""
+        return self._select(Evaluation, "evaluations WHERE ?1 IS NULL OR status = ?1 ORDER BY id", status)
+
+    def find_canonical(self, canonical: str) -> Evaluation | None:
+        """What a canonical form was given: its own evaluation, or an earlier one with the same masks."""
+        given = "SELECT evaluation FROM candidates WHERE canonical = ? AND evaluation IS NOT NULL ORDER BY id LIMIT 1"
+        return self._first(Evaluation, f"evaluations WHERE id = ({given})", canonical)
+
+    def find_fingerprint(self, fingerprint: str) -> Evaluation | None:
+        """The evaluation that paid for these masks."""
+        return self._first(Evaluation, "evaluations WHERE fingerprint = ?", fingerprint)
+
+    def counts(self) -> dict[str, int]:
+        """Candidates drawn, distinct canonical forms, evaluations paid for, distinct masks."""
+        drawn = "SELECT count(*) AS drawn, count(DISTINCT canonical) AS unique_canonical FROM candidates"
+        paid = "SELECT count(*) AS paid, count(fingerprint) AS unique_masks FROM evaluations"
+        return self._query(f"SELECT * FROM ({drawn}), ({paid})")[0]
+
+    def save_result(self, document: dict[str, Any], seconds: dict[str, Any] | None = None) -> None:
+        """Store the final document of the campaign, in place of an earlier one, and the times it took apart from it."""
+        # unsorted: a resumed command prints the same bytes
+        texts = [json.dumps(value, allow_nan=False) for value in (document, seconds or {})]
+        with self._write():
+            self._connection.execute("INSERT OR REPLACE INTO results VALUES ('result', ?, ?)", texts)
+
+    def result(self) -> dict[str, Any] | None:
+        """The final document, with its times as `seconds`; None while the present budget is not finished."""
+        rows = self._query("SELECT value, seconds FROM results WHERE name = 'result'")
+        return rows[0]["value"] | ({"seconds": rows[0]["seconds"]} if rows[0]["seconds"] else {}) if rows else None
+
+    def comparable_tables(self) -> dict[str, list[dict[str, Any]]]:
+        """Every table without its volatile columns: equal for two equal campaigns."""
+        tables = {table: self._query(f"SELECT * FROM {table} ORDER BY 1") for table in TABLES}
+        for row in chain(*tables.values()):
+            for column in VOLATILE & row.keys():
+                del row[column]
+        return tables
+
+    @contextmanager
+    def _write(self) -> Iterator[None]:
+        with explained(self.path):
+            if self._token is None:
+                raise Refusal("is open for reading only")
+            with transaction(self._connection):
+                beat = "UPDATE owner SET heartbeat = ? WHERE token = ?"
+                if not self._connection.execute(beat, (time.time(), self._token)).rowcount:
+                    raise Refusal("was taken over by another driver")
+                yield
+
+    def _insert(self, table: str, row: dict[str, Any]) -> int:
+        statement = f"INSERT INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
+        return self._connection.execute(statement, [to_column(*item) for item in row.items()]).lastrowid or 0
+
+    def _first(self, kind: type[Row], tail: str, *arguments: object) -> Row | None:
+        return next(iter(self._select(kind, tail, *arguments)), None)
+
+    def _select(self, kind: type[Row], tail: str, *arguments: object) -> list[Row]:
+        return [kind(**row) for row in self._query(f"SELECT * FROM {tail}", *arguments)]
+
+    def _query(self, statement: str, *arguments: object) -> list[dict[str, Any]]:
+        with explained(self.path):
+            rows = map(dict, self._connection.execute(statement, arguments).fetchall())
+            return [{key: json.loads(row[key]) if key in ENCODED else row[key] for key in row} for row in rows]

@@ -1,0 +1,224 @@
+"""Drawing and varying formulas with DEAP's typed trees.
+
+Expressions go in and come out; DEAP's trees and its use of the global random generator stay inside this module. A value
+is typed by the axes it varies along, so that no draw is spent on sums over an axis a value does not have.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from deap import gp
+
+from gpmetric.errors import InputError
+from gpmetric.evolution.grammar import is_sensible
+from gpmetric.expression import PRIMITIVES, Expression
+from gpmetric.operands import OPERANDS
+
+__all__ = ["Variation"]
+
+_PATIENCE = 3000  # draws before giving up; with all primitives, one draw in six is sensible
+
+
+class _Axes(type):
+    """A type with a fixed hash: DEAP draws from a set of types, whose order would differ between processes."""
+
+    def __hash__(cls) -> int:
+        return sum(map(ord, cls.__name__))
+
+
+class Matrix(metaclass=_Axes):
+    """[out, in]; anything narrower may stand in its place."""
+
+
+class InVector(Matrix):
+    """[in], one value per input."""
+
+
+class OutVector(Matrix):
+    """[out], one value per output."""
+
+
+class Constant(InVector, OutVector):
+    """A number."""
+
+
+_TYPES: dict[str, type] = {"out,in": Matrix, "in": InVector}
+
+# (result, arguments) of each DEAP primitive a row of PRIMITIVES stands for; the narrowest that fits is taken
+_Signature = tuple[type, tuple[type, ...]]
+
+
+def _signatures(name: str) -> list[_Signature]:
+    row = PRIMITIVES[name]
+    if row.reduces == "in":
+        return [(OutVector, (Matrix,))]
+    if row.reduces == "out":
+        return [(InVector, (Matrix,))]
+    if name == "pow":  # exponents are constants: a matrix as exponent is no metric anyone would read
+        return [(vector, (vector, Constant)) for vector in (InVector, Matrix)]
+    return [(vector, (vector,) * row.arity) for vector in (InVector, Matrix)]
+
+
+def _draw_constant() -> float:
+    """Mostly simple fractions, which exponents and mixtures of published metrics are made of."""
+    if random.random() < 0.5:
+        return random.choice((0.25, 0.5, 0.75, 1.5, 2.0, 3.0))
+    return _round(random.choice((-1, 1)) * 10 ** random.uniform(-2, 1))
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+class Variation:
+    """Random formulas, crossover and mutation within a set of operands, primitives and a size limit.
+
+    Args:
+        operands: names from OPERANDS; W must be among them.
+        primitives: names from PRIMITIVES.
+        max_nodes: larger offspring are discarded.
+        rng: the campaign's generator; DEAP draws from it too.
+    """
+
+    def __init__(self, operands: Sequence[str], primitives: Sequence[str], max_nodes: int, rng: random.Random) -> None:
+        self._rng = rng
+        self._max_nodes = max_nodes
+        self._set = gp.PrimitiveSetTyped("metric", [], Matrix)
+        self._variants: dict[str, list[gp.Primitive]] = {}
+        for name in operands:
+            self._set.addTerminal(name, _TYPES[OPERANDS[name].axes], name=name)
+        self._set.addEphemeralConstant("constant", _draw_constant, Constant)
+        for name in primitives:
+            self._add(name)
+
+    def random_expression(self) -> Expression:
+        """A sensible formula grown to a depth of 2 to 4.
+
+        Raises:
+            InputError: the primitives make none, as `add` alone does not.
+        """
+        found = self._until_usable(lambda: self._grow(2, 4, Matrix), unlike=None)
+        if found is None:
+            names = ", ".join(self._variants)
+            raise InputError(f"--primitives {names}: no sensible formula in {_PATIENCE} draws (even in W, at most "
+                             f"{self._max_nodes} nodes)")  # fmt: skip
+        return found
+
+    def vary(self, first: Expression, second: Expression) -> Expression:
+        """A child of one formula or two: crossover, a new or changed subtree, or a perturbed constant.
+
+        A formula that has no other sensible child within reach is its own.
+        """
+        return self._until_usable(lambda: self._child(self._tree(first), self._tree(second)), unlike=first) or first
+
+    def _child(self, first: gp.PrimitiveTree, second: gp.PrimitiveTree) -> list[gp.Primitive]:
+        """One operator drawn by its share; a joined pair, a product of two metrics say, is a crossover at the roots."""
+        draw = random.random()
+        if draw < 0.35:
+            return gp.cxOnePoint(first, second)[0]
+        if draw < 0.47:
+            return self._join(first, second)
+        if draw < 0.62:
+            return gp.mutUniform(first, lambda pset, type_: self._grow(0, 2, type_), self._set)[0]
+        if draw < 0.75:
+            return gp.mutNodeReplacement(first, self._set)[0]
+        if draw < 0.85:
+            return gp.mutInsert(first, self._set)[0]
+        if draw < 0.90:
+            return gp.mutShrink(first)[0]
+        return self._perturb(first)
+
+    def _join(self, first: gp.PrimitiveTree, second: gp.PrimitiveTree) -> list[gp.Primitive]:
+        binary = [nodes[-1] for nodes in self._variants.values() if nodes[-1].args == [Matrix, Matrix]]
+        return [random.choice(binary), *first, *second] if binary else first
+
+    def _grow(self, least: int, most: int, type_: type) -> list[gp.Primitive]:
+        """A tree of that type in prefix order, full or ragged by a coin's throw, of a depth in [least, most].
+
+        DEAP's own generators raise IndexError where a type has no primitive, as constants have none.
+        """
+        depth, full = random.randint(least, most), random.random() < 0.5
+        nodes: list[gp.Primitive] = []
+        pending = [(0, type_)]
+        while pending:
+            level, wanted = pending.pop()
+            primitives = self._set.primitives[wanted]
+            stop = level >= depth or (level >= least and not full and random.random() < 0.3)
+            if stop or not primitives:
+                terminal = random.choice(self._set.terminals[wanted])
+                nodes.append(terminal() if isinstance(terminal, gp.MetaEphemeral) else terminal)
+            else:
+                node = random.choice(primitives)
+                nodes.append(node)
+                pending.extend((level + 1, argument) for argument in reversed(node.args))
+        return nodes
+
+    def _perturb(self, tree: gp.PrimitiveTree) -> gp.PrimitiveTree:
+        """Scales one constant by a log-normal factor; a tree without one has a node replaced instead."""
+        places = [index for index, node in enumerate(tree) if node.arity == 0 and isinstance(node.value, float)]
+        if not places:
+            return gp.mutNodeReplacement(tree, self._set)[0]
+        place = random.choice(places)
+        tree[place] = self._constant(_round(tree[place].value * random.lognormvariate(0, 0.5)))
+        return tree
+
+    def _until_usable(self, draw: Callable[[], list[gp.Primitive]], unlike: Expression | None) -> Expression | None:
+        with self._own_generator():
+            for _ in range(_PATIENCE):
+                expression = _expression(draw())
+                if expression != unlike and len(expression) <= self._max_nodes and is_sensible(expression):
+                    return expression
+        return None
+
+    @contextmanager
+    def _own_generator(self) -> Iterator[None]:
+        """DEAP draws from the module `random`; lend it the campaign's generator and give the module its state back."""
+        outer = random.getstate()
+        random.setstate(self._rng.getstate())
+        try:
+            yield
+        finally:
+            self._rng.setstate(random.getstate())
+            random.setstate(outer)
+
+    def _add(self, name: str) -> None:
+        for number, (result, arguments) in enumerate(_signatures(name)):
+            self._set.addPrimitive(_no_code, list(arguments), result, name=f"{name}/{number}")
+            self._variants.setdefault(name, []).append(self._set.mapping[f"{name}/{number}"])
+
+    def _constant(self, value: float) -> gp.Terminal:
+        return gp.Terminal(value, False, Constant)
+
+    def _tree(self, expression: Expression) -> gp.PrimitiveTree:
+        """The same formula as a DEAP tree, every node with the narrowest signature that fits its arguments."""
+        nodes: list[gp.Primitive] = []  # in reverse prefix order
+        types: list[type] = []  # of the arguments not yet consumed, the first argument last
+        for token in reversed(expression.tokens):
+            if isinstance(token, float):
+                node = self._constant(token)
+            elif token in OPERANDS:
+                node = self._set.mapping[token]
+            else:
+                arguments = [types.pop() for _ in range(PRIMITIVES[token].arity)]
+                node = self._fitting(token, arguments)
+            nodes.append(node)
+            types.append(node.ret)
+        return gp.PrimitiveTree(reversed(nodes))
+
+    def _fitting(self, name: str, arguments: Sequence[type]) -> gp.Primitive:
+        for node in self._variants.get(name, ()):
+            if all(issubclass(have, want) for have, want in zip(arguments, node.args, strict=True)):
+                return node
+        raise KeyError(name)
+
+
+def _no_code(*arguments: object) -> None:
+    """DEAP wants a function for each primitive; the trees are never compiled, only converted."""
+    raise AssertionError("formulas are evaluated by gpmetric.expression")
+
+
+def _expression(tree: Sequence[gp.Primitive]) -> Expression:
+    return Expression(tuple(node.name.partition("/")[0] if node.arity else node.value for node in tree))

@@ -1,0 +1,573 @@
+"""The ledger against a fake campaign that is killed everywhere, and against every bad store we know of."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpmetric.errors import LedgerError
+from gpmetric.evolution import store
+from gpmetric.evolution.ledger import BUDGET_KEYS, Candidate, Evaluation, Ledger
+
+ROOT = Path(__file__).parents[1]
+SETTINGS: dict[str, Any] = {"model": "sha256:aa", "targets": ["0.5", "2:4"], "seed": 2, "generations": 3}
+EVALUATED = Candidate(0, 0, "abs(W)*X", "W*X", "evaluated")
+PAID = Evaluation("abs(W)*X", "W*X", 0, "done", "f1", losses={"0.5": 0.25}, nodes=4, operands="W,X", seconds_loss=1.5)
+
+
+def campaign(path: Path, settings: dict[str, Any] = SETTINGS, size: int = 5, pause: float = 0.0) -> None:
+    """A deterministic campaign with all that a real one has: repeats, equal masks, failures, a result."""
+    with Ledger.open(path, settings, resume=True) as ledger:
+        rng = random.Random(settings["seed"])
+        last = ledger.last_generation()
+        population = ["W"] if last is None else last.population
+        if last is not None:
+            rng.setstate(last.rng_state)
+        for number in range(0 if last is None else last.number + 1, settings["generations"]):
+            drawn = [f"{rng.choice(population)[-9:]}*{rng.randrange(12)}" for _ in range(size)]
+            for position, formula in enumerate(drawn):
+                time.sleep(pause)
+                draw(ledger, number, position, formula)
+            population = rng.sample(drawn, 3)
+            hypervolume = abs(rng.gauss())  # the second half of the pair is part of the state
+            ledger.commit_generation(number, population, rng.getstate(), hypervolume)
+        if ledger.result() is None:
+            ledger.save_result({"winner": population[0], "counts": ledger.counts()})
+
+
+def draw(ledger: Ledger, number: int, position: int, formula: str) -> None:
+    canonical = formula.replace("*0", "")
+    known = ledger.find_canonical(canonical)
+    mask = str(sum(map(ord, canonical)) % 17)
+    if formula.endswith("*1"):
+        ledger.record(Candidate(number, position, formula, None, "failed", reason="all scores tie"))
+    elif known is not None:
+        ledger.record(Candidate(number, position, formula, canonical, "duplicate", known.id))
+    else:
+        status, fingerprint = ("failed", None) if formula.endswith("*7") else ("done", mask)
+        row = Evaluation(formula, canonical, number, status, fingerprint, losses={"0.5": len(formula) / 3})  # type: ignore[arg-type]
+        ledger.record(Candidate(number, position, formula, canonical, "evaluated"), row)
+
+
+def tables(path: Path) -> dict[str, list[dict[str, Any]]]:
+    with Ledger.read(path) as ledger:
+        return ledger.comparable_tables()
+
+
+def sql(path: Path, *statements: str) -> None:
+    connection = sqlite3.connect(path)
+    for statement in statements:
+        connection.execute(statement)
+    connection.commit()
+    connection.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.sqlite"
+
+
+# A campaign killed and resumed
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing that runs after it reaches the database."""
+
+
+class Mortal(sqlite3.Connection):
+    """Kills the process before or after its n-th statement. No fsync: a killed process does not need it."""
+
+    statements = 0
+    deadline: float = float("inf")
+
+    def execute(self, statement: str, *arguments: Any) -> sqlite3.Cursor:  # type: ignore[override]
+        if Mortal.statements >= Mortal.deadline:
+            raise Killed
+        Mortal.statements += 1
+        cursor = super().execute(statement.replace("synchronous = FULL", "synchronous = OFF"), *arguments)
+        if Mortal.statements > Mortal.deadline:  # n and a half: done, but the caller never hears of it
+            raise Killed
+        return cursor
+
+
+@pytest.fixture
+def mortal(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = sqlite3.connect
+    monkeypatch.setattr(store.sqlite3, "connect", lambda *a, **k: connect(*a, **k, factory=Mortal))
+    monkeypatch.setattr(Mortal, "statements", 0)
+    monkeypatch.setattr(Mortal, "deadline", float("inf"))
+    starts = iter(range(10**6))
+    # Every opening is another process here, and the one before it is dead.
+    monkeypatch.setattr(store, "_start_of", lambda pid: str(next(starts)))
+
+
+@pytest.mark.usefixtures("mortal")
+def test_resume_equals_the_uninterrupted_run_at_every_stopping_point(tmp_path: Path) -> None:
+    campaign(tmp_path / "whole")
+    total = Mortal.statements
+    expected = tables(tmp_path / "whole")
+    assert {row["status"] for row in expected["candidates"]} == {"evaluated", "duplicate", "failed"}
+    for half in range(2 * total):
+        path = tmp_path / f"killed{half}"
+        Mortal.statements, Mortal.deadline = 0, half / 2
+        with pytest.raises(Killed):
+            campaign(path)
+        Mortal.deadline = float("inf")
+        campaign(path)
+        assert tables(path) == expected
+
+
+@pytest.mark.usefixtures("mortal")
+def test_resume_survives_being_killed_again_and_again(tmp_path: Path) -> None:
+    campaign(tmp_path / "whole")
+    deaths = 0
+    for deadline in range(30, 400, 7):
+        Mortal.statements, Mortal.deadline = 0, deadline
+        try:
+            campaign(tmp_path / "killed")
+        except Killed:
+            deaths += 1
+    Mortal.deadline = float("inf")
+    campaign(tmp_path / "killed")
+    assert deaths > 3
+    assert tables(tmp_path / "killed") == tables(tmp_path / "whole")
+
+
+def test_resume_after_a_real_kill(tmp_path: Path) -> None:
+    """kill -9 of a driver process, three times; its death is noticed at once and nothing committed is lost."""
+    settings, path = SETTINGS | {"generations": 6}, tmp_path / "killed"
+    program = f"from tests.test_ledger import *; campaign(Path({str(path)!r}), {settings!r}, pause=0.02)"
+    for records in (3, 11, 19):
+        driver = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+        while count(path) < records:
+            assert driver.poll() is None
+            time.sleep(0.01)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        assert count(path) >= records
+    campaign(path, settings)
+    campaign(tmp_path / "whole", settings)
+    assert tables(path) == tables(tmp_path / "whole")
+
+
+def count(path: Path) -> int:
+    try:
+        with Ledger.read(path) as ledger:
+            return ledger.counts()["drawn"]
+    except LedgerError:  # not there yet
+        return 0
+
+
+def test_a_longer_budget_equals_it_from_the_start(tmp_path: Path) -> None:
+    campaign(tmp_path / "longer")
+    campaign(tmp_path / "longer", SETTINGS | {"generations": 5, "minutes": 2})
+    campaign(tmp_path / "whole", SETTINGS | {"generations": 5, "minutes": 2})
+    assert tables(tmp_path / "longer") == tables(tmp_path / "whole")
+
+
+def test_a_finished_campaign_is_left_as_it_is(path: Path) -> None:
+    campaign(path)
+    with Ledger.read(path) as ledger:
+        before = ledger.result(), ledger.generations(), ledger.evaluations(), ledger.candidates()
+    campaign(path)
+    with Ledger.read(path) as ledger:
+        assert (ledger.result(), ledger.generations(), ledger.evaluations(), ledger.candidates()) == before
+
+
+# What is recorded
+
+
+def test_rows_come_back_as_they_were_given(path: Path) -> None:
+    rng = random.Random(5)
+    rng.gauss()
+    with Ledger.open(path, SETTINGS, resume=False) as ledger:
+        assert ledger.record(EVALUATED, PAID) == 1
+        (evaluation,) = ledger.evaluations("done")
+        assert evaluation == replace(PAID, id=1, host=socket.gethostname(), finished=evaluation.finished)
+        assert ledger.candidate(0, 0) == replace(EVALUATED, id=1, evaluation=1)
+        assert ledger.candidate(0, 1) is None
+        assert ledger.find_canonical("W*X") == ledger.find_fingerprint("f1") == evaluation
+        assert ledger.find_canonical("W") is None
+        ledger.commit_generation(0, [["W", 0.1]], rng.getstate(), 0.5)
+        stored = ledger.last_generation()
+        assert stored is not None
+        assert (stored.population, stored.evaluations, stored.hypervolume) == ([["W", 0.1]], 1, 0.5)
+        assert stored.rng_state == rng.getstate()
+        assert ledger.settings == SETTINGS
+
+
+def test_a_candidate_is_recorded_once(path: Path) -> None:
+    with Ledger.open(path, SETTINGS, resume=False) as ledger:
+        first = ledger.record(EVALUATED, PAID)
+        assert ledger.record(EVALUATED, replace(PAID, losses={"0.5": 9.0})) == first
+        assert ledger.evaluations()[0].losses == {"0.5": 0.25}
+        with pytest.raises(LedgerError, match=r"has abs\(W\)\*X in place of W"):
+            ledger.record(replace(EVALUATED, formula="W"), PAID)
+
+
+def test_equal_masks_are_paid_for_once(path: Path) -> None:
+    twin = Candidate(0, 1, "sqr(W)*X", "W**2*X", "evaluated")
+    with Ledger.open(path, SETTINGS, resume=False) as ledger:
+        first = ledger.record(EVALUATED, PAID)
+        assert ledger.record(twin, replace(PAID, formula=twin.formula, canonical=twin.canonical)) == first
+        assert ledger.record(replace(twin, position=2, status="duplicate", evaluation=first)) == first
+        assert [candidate.status for candidate in ledger.candidates()] == ["evaluated", "duplicate", "duplicate"]
+        known = ledger.find_canonical("W**2*X")
+        assert known is not None
+        assert known.id == first
+        assert ledger.counts() == {"drawn": 3, "unique_canonical": 2, "paid": 1, "unique_masks": 1}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nothing_infinite_is_stored(path: Path, bad: float) -> None:
+    with Ledger.open(path, SETTINGS, resume=False) as ledger:
+        attempts: list[Callable[[], object]] = [
+            lambda: ledger.record(EVALUATED, replace(PAID, losses={"0.5": bad})),
+            lambda: ledger.record(EVALUATED, replace(PAID, seconds_score=bad)),
+            lambda: ledger.commit_generation(0, [bad], [3, [1], None]),
+            lambda: ledger.commit_generation(0, [], [3, [1], None], hypervolume=bad),
+            lambda: ledger.save_result({"excess": bad}),
+        ]
+        for attempt in attempts:
+            with pytest.raises(ValueError, match="JSON compliant"):
+                attempt()
+        assert not any(rows for name, rows in ledger.comparable_tables().items() if name != "meta")
+
+
+def test_a_reason_may_hold_anything(path: Path) -> None:
+    with Ledger.open(path, SETTINGS, resume=False) as ledger:
+        ledger.record(replace(EVALUATED, status="failed", reason="no file \udcff\n\x00'\""))
+        (candidate,) = ledger.candidates()
+        assert candidate.reason == "no file \\udcff\n\x00'\""
+
+
+@pytest.mark.parametrize("candidate", [EVALUATED, replace(EVALUATED, status="odd"), replace(EVALUATED, evaluation=7)])
+def test_a_candidate_without_its_evaluation_is_refused(path: Path, candidate: Candidate) -> None:
+    with Ledger.open(path, SETTINGS, resume=False) as ledger:
+        with pytest.raises(LedgerError, match="constraint failed"):
+            ledger.record(candidate)
+        assert ledger.candidates() == []
+
+
+def test_what_is_stored_is_durable_and_ours(path: Path) -> None:
+    with Ledger.open(path, SETTINGS, resume=False) as ledger:
+        expected = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30000}
+        for pragma, value in expected.items():
+            assert ledger._connection.execute(f"PRAGMA {pragma}").fetchone()[0] == value
+    assert path.read_bytes()[68:72] == store.APPLICATION_ID.to_bytes(4, "big")
+    assert [name.name for name in path.parent.iterdir()] == [path.name]  # closed: one file, no log beside it
+
+
+# Whose ledger it is
+
+
+def test_an_existing_ledger_needs_resume(path: Path) -> None:
+    campaign(path)
+    before = path.read_bytes()
+    with pytest.raises(LedgerError, match=r"exists: continue it with --resume or use another --ledger"):
+        Ledger.open(path, SETTINGS, resume=False)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"seed": 3}, "seed=2 there, seed=3 here$"),
+        ({"model": "b" * 90, "extra": 1}, 'extra=. there, extra=1 here; model="sha256:aa" there, model="b{59} here$'),
+        ({"targets": ["0.5"]}, "targets="),
+    ],
+)
+def test_another_campaign_is_refused(path: Path, changes: dict[str, Any], complaint: str) -> None:
+    campaign(path)
+    with pytest.raises(LedgerError, match=complaint) as caught:
+        Ledger.open(path, SETTINGS | changes, resume=True)
+    assert "\n" not in str(caught.value)
+    campaign(path)
+
+
+@pytest.mark.parametrize("key", sorted(BUDGET_KEYS))
+def test_a_new_budget_replaces_the_old_one_and_its_result(path: Path, key: str) -> None:
+    campaign(path)
+    with Ledger.open(path, SETTINGS | {key: 77}, resume=True) as ledger:
+        assert ledger.settings == SETTINGS | {key: 77}
+        assert ledger.result() is None
+    with Ledger.open(path, SETTINGS | {"targets": ("0.5", "2:4")}, resume=True) as ledger:
+        assert ledger.settings == SETTINGS
+
+
+def test_a_second_driver_is_refused_while_the_first_lives(path: Path) -> None:
+    with Ledger.open(path, SETTINGS, resume=False) as ledger:
+        with pytest.raises(LedgerError, match=f"in use by process {os.getpid()} on host {socket.gethostname()}"):
+            Ledger.open(path, SETTINGS, resume=True)
+        ledger.record(EVALUATED, PAID)
+    Ledger.open(path, SETTINGS, resume=True).close()
+
+
+def own(path: Path, **columns: object) -> None:
+    campaign(path)
+    row = {"host": socket.gethostname(), "pid": os.getpid(), "started": "earlier", "heartbeat": time.time()} | columns
+    connection = sqlite3.connect(path)
+    connection.execute("INSERT INTO owner VALUES (1, :host, :pid, :started, 'token', :heartbeat)", row)
+    connection.commit()
+    connection.close()
+
+
+def test_a_reused_process_number_is_not_the_owner(path: Path) -> None:
+    own(path)
+    Ledger.open(path, SETTINGS, resume=True).close()
+
+
+def test_a_zombie_is_not_the_owner(path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    start = store._start_of(child.pid)
+    assert child.stdout is not None
+    child.stdout.read()  # it has ended, and nobody has waited for it
+    own(path, pid=child.pid, started=start)
+    time.sleep(0.1)
+    Ledger.open(path, SETTINGS, resume=True).close()
+    child.wait()
+    child.stdout.close()
+
+
+def test_without_proc_a_living_process_owns(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "Path", lambda *parts: Path(*parts) if parts[0] == path else tmp_missing(path))
+    assert store._start_of(os.getpid()) == store._start_of(1) == "running"
+    assert store._start_of(2**22 + 1) == ""
+
+
+def tmp_missing(path: Path) -> Path:
+    return path.parent / "missing"
+
+
+@pytest.mark.parametrize(("age", "refused"), [(-3600, True), (5, True), (59, True), (61, False)])
+def test_an_owner_on_another_host_counts_by_its_heartbeat(path: Path, age: float, refused: bool) -> None:
+    own(path, host="elsewhere", heartbeat=time.time() - age)
+    if refused:
+        with pytest.raises(LedgerError, match=r"on host elsewhere, heard of -?\d+ s ago \(free 60 s after"):
+            Ledger.open(path, SETTINGS, resume=True)
+    else:
+        Ledger.open(path, SETTINGS, resume=True).close()
+
+
+def test_a_driver_that_lost_its_ledger_stops_writing(path: Path) -> None:
+    with Ledger.open(path, SETTINGS, resume=False) as ledger:
+        ledger.heartbeat()
+        sql(path, "UPDATE owner SET token = 'another', host = 'elsewhere'")
+        with pytest.raises(LedgerError, match="taken over by another driver"):
+            ledger.record(EVALUATED, PAID)
+    with Ledger.read(path) as ledger:
+        assert ledger.candidates() == []
+
+
+def test_reading_beside_a_driver(path: Path) -> None:
+    with Ledger.open(path, SETTINGS, resume=False) as driver, Ledger.read(path) as reader:
+        driver.record(EVALUATED, PAID)
+        assert reader.counts()["drawn"] == 0  # a snapshot
+        with Ledger.read(path) as later:
+            assert later.counts()["drawn"] == 1
+        with pytest.raises(LedgerError, match="open for reading only"):
+            reader.record(EVALUATED, PAID)
+
+
+def test_reading_in_a_folder_that_is_read_only(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    campaign(path)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # a test run by root has no such folder
+    expected = tables(path)
+    assert expected["results"]
+    assert [name.name for name in path.parent.iterdir()] == [path.name]
+
+
+# Bad stores
+
+
+def text_file(path: Path) -> None:
+    path.write_text("formula,loss\n" * 200, encoding="utf-8")
+
+
+def foreign(path: Path) -> None:
+    sql(path, "CREATE TABLE trials (id)")
+
+
+def marked_foreign(path: Path) -> None:
+    sql(path, "PRAGMA application_id = 7")
+
+
+def newer(path: Path) -> None:
+    campaign(path)
+    sql(path, "PRAGMA user_version = 99")
+
+
+def flipped_page(path: Path) -> None:
+    campaign(path)
+    flip(path, 2)
+
+
+def flip(path: Path, page: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[4096 * page : 4096 * (page + 1)] = bytes(255 - byte for byte in content[4096 * page : 4096 * (page + 1)])
+    path.write_bytes(content)
+
+
+def truncated(path: Path) -> None:
+    campaign(path)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def missing_table(path: Path) -> None:
+    campaign(path)
+    sql(path, "DROP TABLE results")
+
+
+def broken_record(path: Path) -> None:
+    campaign(path)
+    sql(path, "PRAGMA ignore_check_constraints = ON", "UPDATE generations SET rng = '[3, [12'")
+
+
+def directory(path: Path) -> None:
+    path.mkdir()
+
+
+def inside_a_file(path: Path) -> None:
+    path.parent.rmdir()
+    path.parent.write_text("")
+
+
+def no_folder(path: Path) -> None:
+    path.parent.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (text_file, "cannot be used: file is not a database"),
+        (foreign, "is a SQLite file of another program"),
+        (marked_foreign, "is a SQLite file of another program"),
+        (newer, "has schema version 99, newer than 1"),
+        (flipped_page, r"sqlite3 FILE \.recover"),
+        (truncated, r"sqlite3 FILE \.recover"),
+        (missing_table, "no such table: results"),
+        (broken_record, r"CHECK constraint failed in generations|Expecting ',' delimiter"),
+        (directory, "it is a directory"),
+        (inside_a_file, "unable to open database file .its folder must exist"),
+        (no_folder, "unable to open database file .its folder must exist"),
+    ],
+)
+@pytest.mark.parametrize("use", ["open", "read"])
+def test_bad_stores_are_refused_in_one_line(
+    tmp_path: Path, make: Callable[[Path], None], complaint: str, use: str
+) -> None:
+    path = tmp_path / "folder" / "ledger.sqlite"
+    path.parent.mkdir()
+    make(path)
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(LedgerError, match=complaint) as caught:
+        Ledger.open(path, SETTINGS, resume=True) if use == "open" else tables(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert before is None or path.read_bytes() == before
+
+
+def test_no_flipped_page_does_more_than_a_refusal(tmp_path: Path) -> None:
+    campaign(tmp_path / "whole", SETTINGS | {"generations": 20})
+    content = (tmp_path / "whole").read_bytes()
+    for page in range(len(content) // 4096):
+        path = tmp_path / f"flipped{page}"
+        path.write_bytes(content)
+        flip(path, page)
+        with pytest.raises(LedgerError), Ledger.read(path) as ledger:
+            ledger.comparable_tables()
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_a_missing_or_empty_file_starts_a_campaign(path: Path, content: bytes | None) -> None:
+    if content is not None:
+        path.write_bytes(content)
+        with pytest.raises(LedgerError, match="holds no campaign"):
+            Ledger.read(path)
+    else:
+        with pytest.raises(LedgerError, match="unable to open"):
+            Ledger.read(path)
+        assert not path.exists()
+    campaign(path)
+    with Ledger.read(path) as ledger:
+        assert ledger.result() is not None
+
+
+@pytest.mark.parametrize("name", ["with space", "ünïcödé 日本", "a?mode=ro", "a#b%20c", ":memory:", "file:x?mode=ro"])
+def test_a_name_is_only_a_name(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    campaign(Path(name))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert tables(Path(name))["results"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_unwritable_ledger_is_refused(path: Path) -> None:
+    campaign(path)
+    path.chmod(0o444)
+    with pytest.raises(LedgerError, match="cannot be used: attempt to write a readonly database"):
+        Ledger.open(path, SETTINGS, resume=True)
+
+
+def test_a_lost_log_is_a_step_back_not_a_failure(tmp_path: Path) -> None:
+    """The -wal file deleted beside a killed ledger: what it held is gone, and the campaign pays for it again."""
+    campaign(tmp_path / "whole")
+    path, copy = tmp_path / "ledger", tmp_path / "copy"
+    with Ledger.open(path, SETTINGS, resume=False) as ledger:
+        ledger.record(EVALUATED, PAID)
+        copy.write_bytes(path.read_bytes())
+    sql(copy, "DELETE FROM owner")
+    campaign(copy)
+    assert tables(copy) == tables(tmp_path / "whole")
+
+
+def test_a_full_disk_loses_nothing_committed(path: Path) -> None:
+    with Ledger.open(path, SETTINGS, resume=False) as ledger:
+        ledger.record(EVALUATED, PAID)
+        pages = ledger._connection.execute("PRAGMA page_count").fetchone()[0]
+        ledger._connection.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(LedgerError, match="cannot be used: database or disk is full"):
+            ledger.commit_generation(0, ["W" * 50_000], [3, [1], None])
+        ledger._connection.execute("PRAGMA max_page_count = 10000")
+        assert ledger.generations() == []
+        ledger.commit_generation(0, ["W" * 50_000], [3, [1], None])
+        assert ledger.counts()["paid"] == 1
+
+
+def test_an_older_schema_is_upgraded_on_resume(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    campaign(path)
+    before = tables(path)
+    upgrade = "CREATE TABLE notes (id INTEGER PRIMARY KEY); ALTER TABLE candidates ADD COLUMN parent INTEGER"
+    monkeypatch.setattr(store, "MIGRATIONS", (*store.MIGRATIONS, upgrade, "CREATE TABLE worse (id)"))
+    with pytest.raises(LedgerError, match="older schema: discover --resume upgrades it"):
+        Ledger.read(path)
+    Ledger.open(path, SETTINGS, resume=True).close()
+    after = tables(path)
+    assert [{**row, "parent": None} for row in before["candidates"]] == after["candidates"]
+    assert {name: rows for name, rows in after.items() if name != "candidates"} == {
+        name: rows for name, rows in before.items() if name != "candidates"
+    }
+
+
+def test_an_upgrade_that_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    campaign(path)
+    before = tables(path)
+    monkeypatch.setattr(
+        store, "MIGRATIONS", (*store.MIGRATIONS, "CREATE TABLE notes (id)", "CREATE TABLE notes (id)")
+    )
+    with pytest.raises(LedgerError, match="table notes already exists"):
+        Ledger.open(path, SETTINGS, resume=True)
+    monkeypatch.undo()
+    assert tables(path) == before
