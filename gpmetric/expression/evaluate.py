@@ -1,0 +1,80 @@
+"""The score an expression gives to every weight of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gpmetric.errors import ExpressionError
+from gpmetric.expression.primitives import PRIMITIVES
+from gpmetric.expression.tree import Expression
+from gpmetric.operands import OPERANDS
+
+__all__ = ["evaluate", "needs_whole_matrix"]
+
+
+@torch.no_grad()
+def evaluate(expression: Expression, operands: Mapping[str, Tensor]) -> Tensor:
+    """Score of every weight; larger means keep.
+
+    Args:
+        expression: the formula.
+        operands: W [out, in] always; X, D [in] and G, H [out, in] where the formula uses them. Any real dtype and
+            device; converted to fp32 on the device of W at once.
+
+    Returns:
+        fp32 [out, in], contiguous, on the device of W, sharing memory with no operand. Not finite where the formula
+        overflows fp32 or an operand is not finite.
+
+    Raises:
+        ExpressionError: a missing operand, or one of another shape.
+    """
+    values = _prepare(expression, operands)
+    shape = operands["W"].shape
+    stack: list[Tensor] = []
+    for token in reversed(expression.tokens):
+        if isinstance(token, float):
+            stack.append(torch.full((1, 1), token, dtype=torch.float32, device=operands["W"].device))
+        elif token in values:
+            stack.append(values[token])
+        else:
+            row = PRIMITIVES[token]
+            arguments = [stack.pop() for _ in range(row.arity)]
+            if row.reduces in ("in", "out"):
+                arguments = [argument.expand(shape) for argument in arguments]  # [out, in]: sums count repeats
+            stack.append(row.torch(*arguments))
+    score = stack.pop().expand(shape).contiguous()
+    return score.clone() if len(expression) == 1 else score
+
+
+def needs_whole_matrix(expression: Expression) -> bool:
+    """Whether a score depends on other weights of the layer, so that columns must not be scored in slices."""
+    return any(PRIMITIVES[token].reduces for token in expression.tokens if token in PRIMITIVES)
+
+
+def _prepare(expression: Expression, operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The operands used, fp32 on one device: matrices [out, in], vectors [1, in]."""
+    missing = [name for name in ("W", *expression.operands) if name not in operands]
+    if missing:
+        available = " ".join(name for name in OPERANDS if name in operands) or "none"
+        raise ExpressionError(f"the formula {_shown(expression)} needs operand {missing[0]}; available: {available}")
+    weight = operands["W"]
+    if weight.dim() != 2:
+        raise ExpressionError(f"operand W must be [out, in], but got shape {list(weight.shape)}")
+    values: dict[str, Tensor] = {}
+    for name in expression.operands:
+        vector = OPERANDS[name].axes == "in"
+        wanted = weight.shape[1:] if vector else weight.shape
+        if operands[name].shape != wanted:
+            got = list(operands[name].shape)
+            raise ExpressionError(f"operand {name} must have shape {list(wanted)} to go with W, but got {got}")
+        value = operands[name].detach().to(device=weight.device, dtype=torch.float32)
+        values[name] = value.unsqueeze(0) if vector else value  # [1, in] | [out, in]
+    return values
+
+
+def _shown(expression: Expression) -> str:
+    text = str(expression)
+    return text if len(text) <= 60 else text[:57] + "..."
