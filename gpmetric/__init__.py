@@ -1,7 +1,7 @@
 """Discovers pruning metrics for language models by genetic programming.
 
-The functions here are the commands of the command line: `gpmetric.discover`, `gpmetric.bench`, `gpmetric.evaluate`,
-`gpmetric.export`. Importing the package imports neither torch nor transformers; using a name does.
+`discover`, `bench` and `evaluate` are the commands of the command line; `parse`, `score` and `select_mask` their parts.
+Importing the package imports neither torch nor transformers; using a name does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from gpmetric.evaluation.evaluate import evaluate_model as evaluate
     from gpmetric.evolution.discover import discover
     from gpmetric.evolution.request import Request
-    from gpmetric.export import export_expression as export
     from gpmetric.expression.evaluate import evaluate as score
     from gpmetric.expression.parse import parse
     from gpmetric.expression.tree import Expression
@@ -32,7 +31,6 @@ _HOMES = {
     "bench": ("pruning.bench", "bench"),
     "discover": ("evolution.discover", "discover"),
     "evaluate": ("evaluation.evaluate", "evaluate_model"),
-    "export": ("export", "export_expression"),
     "load_model": ("models", "load_model"),
     "parse": ("expression.parse", "parse"),
     "parse_target": ("pruning.target", "parse_target"),
@@ -48,7 +46,6 @@ __all__ = [
     "bench",
     "discover",
     "evaluate",
-    "export",
     "load_model",
     "parse",
     "parse_target",

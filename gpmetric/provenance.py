@@ -6,7 +6,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -46,19 +47,23 @@ def check_output(option: str, path: Path | None) -> None:
         raise InputError(f"{option} {str(path)!r} is not writable")
 
 
-def write_text(path: Path, content: str) -> None:
-    """Writes a whole file or nothing: beside it first, then in one rename.
+def write_text(path: Path, content: str, check: Callable[[Path], None] | None = None) -> None:
+    """Writes a whole file or nothing: beside it first, read there by `check`, then in one rename.
 
     Raises:
-        GpmetricError: the file cannot be written.
+        GpmetricError: the file cannot be written; also whatever `check` raises.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.stem[:40]}-{os.getpid()}{path.suffix}")
     try:
-        partial.write_text(content, encoding="utf-8")
+        partial.write_text(content, encoding="utf-8", newline="\n")
+        if check is not None:
+            check(partial)
         os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise GpmetricError(f"{str(path)!r} cannot be written: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise GpmetricError(f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        with suppress(OSError, ValueError):
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
