@@ -25,8 +25,13 @@ def fake_evaluator(task: Mapping[str, Any]) -> dict[str, Any]:
         raise MaskError("3 of 8 scores are NaN or infinite")
     if task["kind"] == "masks":
         return {"fingerprint": str(bucket), "seconds_score": 0.001}
-    return {"losses": {target: 4.0 + bucket / 4000 + 0.1 * place for place, target in enumerate(TARGETS)},
-            "seconds_loss": 0.002}  # fmt: skip
+    excess = {target: 1 + bucket / 4000 + 0.1 * place for place, target in enumerate(TARGETS)}
+    mean = sum(excess.values()) / len(excess)
+    return {
+        "losses": {target: 4.0 + value for target, value in excess.items()},
+        "screened": mean if mean > task["limit"] else None,
+        "seconds_loss": 0.002,
+    }
 
 
 class Mortal(Serial):
@@ -87,10 +92,19 @@ def test_no_mask_is_paid_for_twice_and_no_form_drawn_as_new_twice(tmp_path: Path
 
 
 def test_excess_is_relative_to_the_dense_loss(tmp_path: Path) -> None:
-    tables = run(tmp_path / "a.sqlite", Mortal())
-    for row in tables["evaluations"]:
+    for row in run(tmp_path / "a.sqlite", Mortal())["evaluations"]:
         bucket = int(hashlib.sha256(row["formula"].encode()).hexdigest()[:4], 16) % 4000
-        assert row["losses"] == pytest.approx({"0.5": bucket / 4000, "2:4": bucket / 4000 + 0.1})
+        expected = {"0.5": 1 + bucket / 4000, "2:4": 1 + bucket / 4000 + 0.1}
+        assert row["losses"] == (pytest.approx(expected) if row["status"] == "done" else {})
+
+
+def test_the_hopeless_are_screened_out_after_the_first_generation(tmp_path: Path) -> None:
+    rows = run(tmp_path / "a.sqlite", Mortal())["evaluations"]
+    screened = [row for row in rows if row["reason"] and row["reason"].startswith("screened out: mean excess")]
+    assert screened
+    assert all(row["status"] == "failed" and row["generation"] > 0 for row in screened)
+    best = min(sum(row["losses"].values()) / 2 for row in rows if row["generation"] == 0 and row["status"] == "done")
+    assert all(float(row["reason"].split()[5]) > best for row in screened)
 
 
 @pytest.mark.parametrize("evaluations", [1, 5, 17])

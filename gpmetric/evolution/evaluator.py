@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from gpmetric.calibration.cache import load_statistics
 from gpmetric.calibration.collect import Statistics
 from gpmetric.evaluation.perplexity import mean_loss
+from gpmetric.evolution.objectives import mean_excess
 from gpmetric.models import Model, load_model
 from gpmetric.pruning.bench import Bench
 from gpmetric.pruning.metrics import Update, resolve_metric
@@ -106,17 +108,45 @@ class Evaluator:
         return {"fingerprint": digest.hexdigest(), "seconds_score": time.perf_counter() - start}
 
     def _losses(self, task: Mapping[str, Any]) -> dict[str, Any]:
-        """Mean loss of the model, pruned in one shot, on the search windows, by target."""
+        """Mean loss of the model, pruned in one shot, on the search windows, by target.
+
+        The first quarter of the windows comes first: with a mean excess over the targets above `limit` there, no more
+        is computed and `screened` says so.
+        """
+        start = time.perf_counter()
+        few, many = self._search_parts
+        pruned = list(self._pruned(task["formula"]))
+        losses = self._mean_losses(pruned, few)
+        screened = mean_excess(losses) - self._dense_few > task["limit"]
+        if not screened and len(many):
+            share = len(few) / (len(few) + len(many))
+            rest = self._mean_losses(pruned, many)
+            losses = {target: share * losses[target] + (1 - share) * rest[target] for target in losses}
+        return {
+            "losses": losses,
+            "screened": mean_excess(losses) - self._dense_few if screened else None,
+            "seconds_loss": time.perf_counter() - start,
+        }
+
+    def _mean_losses(self, pruned: Sequence[Sequence[Tensor]], tokens: Tensor) -> dict[str, float]:
         losses: dict[str, float] = {}
-        seconds = 0.0
         with self._model.restored():
-            for target, pruned in zip(self._targets, self._pruned(task["formula"]), strict=True):
-                for layer, weight in zip(self._model.layers, pruned, strict=True):
+            for target, weights in zip(self._targets, pruned, strict=True):
+                for layer, weight in zip(self._model.layers, weights, strict=True):
                     layer.weight.copy_(weight)
-                start = time.perf_counter()
-                losses[target.text] = mean_loss(self._model, self._windows["search"])
-                seconds += time.perf_counter() - start
-        return {"losses": losses, "seconds_loss": seconds}
+                losses[target.text] = mean_loss(self._model, tokens)
+        return losses
+
+    @cached_property
+    def _search_parts(self) -> tuple[Tensor, Tensor]:
+        """The search windows as a first quarter, at least one, and the rest."""
+        windows = self._windows["search"]
+        few = max(1, len(windows) // 4)
+        return windows[:few], windows[few:]
+
+    @cached_property
+    def _dense_few(self) -> float:
+        return mean_loss(self._model, self._search_parts[0])
 
     def _pruned(self, formula: str) -> Iterator[list[Tensor]]:
         """The pruned weights of all layers, for one target after the other; the model itself is read as dense."""

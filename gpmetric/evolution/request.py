@@ -52,7 +52,7 @@ class Request:
     max_nodes: int = 25
     samples: int = 128
     sequence_length: int | None = None
-    search_windows: int = 24
+    search_windows: int = 64
     windows: int | None = 64
     shuffle: bool = False
     seed: int = 0

@@ -17,7 +17,7 @@ from gpmetric.evolution.grammar import is_sensible
 from gpmetric.expression import PRIMITIVES, Expression
 from gpmetric.operands import OPERANDS
 
-__all__ = ["Variation"]
+__all__ = ["Constant", "InVector", "Matrix", "OutVector", "Variation"]
 
 _PATIENCE = 3000  # draws before giving up; with all primitives, one draw in six is sensible
 
