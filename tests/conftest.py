@@ -1,0 +1,98 @@
+"""Tiny random checkpoints, built here and offline, and the shared test assets where a machine has them."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch or Hugging Face's libraries: one thread, so that figures repeat, and no network.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CONTEXT = 64  # positions of the tiny models
+WORDS = "the a one small large old metric weight layer model token prunes keeps scores reads of in under with and"
+
+
+def make_text(seed: int, sentences: int) -> str:
+    """Sentences of random words, one a line: no two windows alike."""
+    draw = random.Random(seed)
+    lines = (" ".join(draw.choices(WORDS.split(), k=draw.randint(4, 12))) for _ in range(sentences))
+    return "".join(f"{line.capitalize()}.\n" for line in lines)
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of some kB: more than 64 windows of 32 tokens of `tiny_tokenizer`."""
+    path = tmp_path_factory.mktemp("text") / "tiny.txt"
+    path.write_text(make_text(seed=0, sentences=200), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE tokenizer of about 300 tokens, fitted to a short text; id 0 ends a text."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([make_text(seed=1, sentences=50)], vocab_size=300, special_tokens=["<|endoftext|>"])
+    ends = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, model_max_length=CONTEXT, **ends)
+
+
+@pytest.fixture(scope="session")
+def save_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Callable[..., Path]:
+    """Writes a random model of any architecture, with the tiny tokenizer: save_model(model_type, **config) -> Path."""
+
+    def save(model_type: str, **config: Any) -> Path:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+        built = AutoConfig.for_model(model_type, **({"vocab_size": len(tiny_tokenizer)} | ends | config))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(built)
+        folder = tmp_path_factory.mktemp(model_type)
+        model.save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(save_model: Callable[..., Path]) -> Path:
+    """Directory of a random Llama: 3 blocks, 32 wide, 4 query and 2 key-value heads, tied embeddings."""
+    return save_model(
+        "llama",
+        hidden_size=32,
+        intermediate_size=44,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(save_model: Callable[..., Path]) -> Path:
+    """Directory of a random GPT-2: 3 blocks, 32 wide, every layer a Conv1D with its weight as [in, out]."""
+    return save_model("gpt2", n_embd=32, n_layer=3, n_head=4, n_positions=CONTEXT, initializer_range=0.2)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of shared test assets: `$GPMETRIC_SHARED`, or `shared` beside the repository."""
+    path = Path(os.environ.get("GPMETRIC_SHARED") or Path(__file__).parents[2] / "shared")
+    if not path.is_dir():
+        pytest.skip(f"no shared assets in {path} (set GPMETRIC_SHARED)")
+    return path

@@ -1,0 +1,572 @@
+"""Calibration against plain autograd loops, explicit inverses in double precision, and the models' own forward pass."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gpmetric.calibration.accumulators import (
+    DAMPING,
+    GradientMoments,
+    InputMoments,
+    LayerStatistics,
+    curvature,
+    inverse_factor,
+)
+from gpmetric.calibration.cache import cache_key, cached_statistics, default_cache, estimate_bytes, load_statistics
+from gpmetric.calibration.collect import Statistics, collect_block, collect_statistics, token_batches
+from gpmetric.calibration.replay import record_calls
+from gpmetric.data import cut_windows, read_text
+from gpmetric.errors import GpmetricError, ModelError, SolverError
+from gpmetric.models import Layer, Model, load_model
+
+OPERANDS = [field.name for field in fields(LayerStatistics)]
+
+
+def make_tokens(count: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(1, 300, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module", params=["tiny_llama", "tiny_gpt2"])
+def model(request: pytest.FixtureRequest) -> Model:
+    return load_model(str(request.getfixturevalue(request.param)))
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_llama: Path) -> Model:
+    return load_model(str(tiny_llama))
+
+
+@pytest.fixture(scope="module")
+def tokens(model: Model, tiny_text: Path) -> Tensor:
+    text = read_text(str(tiny_text))
+    return cut_windows(text, model.tokenizer, 24, 10, vocabulary=model.vocabulary).tokens
+
+
+@pytest.fixture(scope="module")
+def statistics(model: Model, tokens: Tensor) -> Statistics:
+    return collect_statistics(model, tokens)
+
+
+def assert_same_bits(left: Statistics, right: Statistics, names: list[str] = OPERANDS) -> None:
+    assert list(left.layers) == list(right.layers)
+    assert (left.sequences, left.length) == (right.sequences, right.length)
+    for layer in left.layers:
+        for name in names:
+            one, other = getattr(left.layers[layer], name), getattr(right.layers[layer], name)
+            assert (one is None) == (other is None), (layer, name)
+            assert one is None or torch.equal(one, other), (layer, name)
+
+
+# The statistics of a model
+
+
+def test_inputs_against_all_activations_at_once(model: Model, tokens: Tensor, statistics: Statistics) -> None:
+    """X = sqrt(mean x^2), gram = X^T X / n over the inputs of one forward pass, kept whole and in double precision."""
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str, x: Tensor) -> None:
+        inputs[name] = x.double().flatten(0, 1)  # [tokens, in]
+
+    hooks = [
+        layer.module.register_forward_pre_hook(lambda _, args, name=layer.name: keep(name, args[0]))
+        for layer in model.layers
+    ]
+    with torch.no_grad():
+        model.module(input_ids=tokens)
+    for hook in hooks:
+        hook.remove()
+    for name, found in statistics.layers.items():
+        x = inputs[name]
+        assert len(x) == tokens.numel()
+        assert torch.allclose(found.X.double(), x.square().mean(dim=0).sqrt(), rtol=1e-5)
+        gram = x.t() @ x / len(x)
+        assert found.gram is not None
+        assert torch.allclose(found.gram.double(), gram, rtol=1e-4, atol=1e-5 * gram.diagonal().mean().item())
+
+
+def test_gradients_against_a_plain_loop(model: Model, tokens: Tensor, statistics: Statistics) -> None:
+    """One backward pass a sequence, of the mean loss of its length - 1 predictions; G = mean |g|, H = mean g^2."""
+    gradients = gradients_of_sequences(model, tokens)
+    for name, g in gradients.items():
+        found = statistics.layers[name]
+        assert found.G is not None
+        assert found.H is not None
+        assert torch.allclose(found.G, g.abs().mean(dim=0), rtol=1e-4, atol=1e-7)
+        assert torch.allclose(found.H, g.square().mean(dim=0), rtol=1e-4, atol=1e-9)
+    accumulated = collect_statistics(model, tokens, gram=False, accumulated=True)
+    for name, g in gradients.items():
+        found = accumulated.layers[name]
+        assert found.H is not None
+        assert torch.allclose(found.H, g.mean(dim=0).square(), rtol=1e-3, atol=1e-9)
+        assert torch.equal(found.G, statistics.layers[name].G)  # type: ignore[arg-type]
+
+
+def gradients_of_sequences(model: Model, tokens: Tensor) -> dict[str, Tensor]:
+    """[sequences, out, in] by layer."""
+    weights = [layer.parameter for layer in model.layers]
+    found: dict[str, list[Tensor]] = {layer.name: [] for layer in model.layers}
+    for window in tokens:
+        for weight in weights:
+            weight.requires_grad_(True)
+        logits = model.module(input_ids=window[None]).logits[0, :-1]
+        loss = -logits.log_softmax(dim=-1)[torch.arange(len(window) - 1), window[1:]].mean()
+        for layer, gradient in zip(model.layers, torch.autograd.grad(loss, weights), strict=True):
+            found[layer.name].append(gradient.t() if isinstance(layer.module, Conv1D) else gradient)
+        for weight in weights:
+            weight.requires_grad_(False)
+    return {name: torch.stack(rows) for name, rows in found.items()}
+
+
+def test_shapes_and_sample(model: Model, tokens: Tensor, statistics: Statistics) -> None:
+    assert (statistics.sequences, statistics.length) == (10, 24) == tuple(tokens.shape)
+    assert list(statistics.layers) == [layer.name for layer in model.layers]
+    for layer in model.layers:
+        out_features, in_features = layer.weight.shape
+        found = statistics.layers[layer.name]
+        assert found.gram is not None
+        shapes = {"X": (in_features,), "D": (in_features,), "gram": (in_features, in_features)}
+        shapes |= dict.fromkeys("GH", (out_features, in_features))
+        assert {name: tuple(getattr(found, name).shape) for name in OPERANDS} == shapes
+        assert all(getattr(found, name).dtype == torch.float32 for name in OPERANDS)
+        assert torch.equal(found.D, curvature(found.gram))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("chunk_layers", [1, 3, 5, 100])
+def test_chunks_change_no_bit(model: Model, tokens: Tensor, statistics: Statistics, chunk_layers: int) -> None:
+    steps: list[tuple[int, int]] = []
+    chunked = collect_statistics(
+        model, tokens, chunk_layers=chunk_layers, progress=lambda done, total: steps.append((done, total))
+    )
+    assert_same_bits(chunked, statistics)
+    total = -(-len(model.layers) // chunk_layers) * len(tokens)
+    assert steps == [(done, total) for done in range(1, total + 1)]
+
+
+def test_forward_only_agrees(model: Model, tokens: Tensor, statistics: Statistics) -> None:
+    """To rounding: without gradients several windows go through the model at once."""
+    for gram in (False, True):
+        forward = collect_statistics(model, tokens, gradients=False, gram=gram)
+        for name, found in forward.layers.items():
+            assert torch.allclose(found.X, statistics.layers[name].X, rtol=1e-5)
+            assert found.G is found.H is None
+            assert (found.gram is None) == (found.D is None) == (not gram)
+        assert_same_bits(forward, collect_statistics(model, tokens, gradients=False, gram=gram, chunk_layers=3))
+
+
+def test_a_model_is_left_as_it_was(model: Model, tokens: Tensor) -> None:
+    digest = Model(model.name, model.module, model.tokenizer, model.blocks).digest
+
+    def interrupt(done: int, total: int) -> None:
+        assert any(layer.parameter.requires_grad for layer in model.layers)
+        raise KeyboardInterrupt
+
+    collect_statistics(model, tokens[:1], chunk_layers=4)
+    with pytest.raises(KeyboardInterrupt):
+        collect_statistics(model, tokens, progress=interrupt)
+    for parameter in model.module.parameters():
+        assert not parameter.requires_grad
+        assert parameter.grad is None
+        assert not parameter._post_accumulate_grad_hooks
+    assert not any(module._forward_pre_hooks for module in model.module.modules())
+    assert Model(model.name, model.module, model.tokenizer, model.blocks).digest == digest
+
+
+def test_one_gradient_is_alive_at_a_time(model: Model, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[int] = []
+    add = GradientMoments.add
+
+    def count(self: GradientMoments, gradient: Tensor) -> None:
+        alive.append(sum(parameter.grad is not None for parameter in model.module.parameters()))
+        add(self, gradient)
+
+    monkeypatch.setattr(GradientMoments, "add", count)
+    collect_statistics(model, tokens[:2], gram=False)
+    assert alive == [1] * (2 * len(model.layers))
+
+
+def test_a_layer_without_tokens_is_refused(llama: Model) -> None:
+    """Zeros for its X would pass for a measurement: a decoder's cross-attention, a vision tower, an idle expert."""
+    stray = Layer("blocks.0.idle", nn.Linear(4, 4))
+    idle = replace(llama, blocks=(replace(llama.blocks[0], layers=(stray,)),))
+    for gradients in (False, True):
+        with pytest.raises(ModelError, match=r"^layer blocks\.0\.idle is not reached by a text"):
+            collect_statistics(idle, make_tokens(1, 8), gradients=gradients)
+
+
+def test_overflowing_activations_are_an_error(llama: Model) -> None:
+    with llama.restored(), torch.no_grad():
+        llama.layers[3].weight.fill_(1e38)
+        with pytest.raises(SolverError, match=r"^layer model\.layers\.0\.mlp\.gate_proj: .* holds NaN or infinity"):
+            collect_statistics(llama, make_tokens(1, 8), gradients=False)
+
+
+def test_batches_hold_about_2048_tokens() -> None:
+    assert [len(batch) for batch in token_batches(make_tokens(20, 256))] == [8, 8, 4]
+    assert [len(batch) for batch in token_batches(make_tokens(2, 3000))] == [1, 1]
+
+
+# Replaying blocks
+
+SIZES = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 4, "num_attention_heads": 4}
+GROUPED = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": GROUPED,
+    "mistral": GROUPED | {"sliding_window": 5},
+    "ministral3": GROUPED | {"head_dim": 8},
+    "qwen2": GROUPED | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+    "qwen3": GROUPED | {"head_dim": 8},
+    "gemma": GROUPED | {"head_dim": 8},
+    "gemma2": GROUPED | {"head_dim": 8, "sliding_window": 5},
+    "gemma3_text": GROUPED | {"head_dim": 8, "sliding_window": 5, "num_hidden_layers": 7},
+    "phi": GROUPED,
+    "phi3": GROUPED | {"sliding_window": 5},
+    "olmo2": GROUPED,
+    "olmo3": GROUPED | {"sliding_window": 5},
+    "granite": GROUPED,
+    "cohere": GROUPED,
+    "cohere2": GROUPED | {"head_dim": 8, "sliding_window": 5},
+    "stablelm": GROUPED,
+    "starcoder2": GROUPED | {"sliding_window": 5},
+    "smollm3": GROUPED,
+    "glm4": GROUPED | {"head_dim": 8},
+    "gpt_neox": SIZES,
+    "opt": SIZES | {"ffn_dim": 44, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+    "bloom": {"hidden_size": 32, "n_layer": 4, "n_head": 4},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64},
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": 4,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 2]],
+        "window_size": 5,
+    },
+    "gptj": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "rotary_dim": 8},
+}
+NOT_MATRICES = (nn.LayerNorm, nn.Embedding)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest, save_model: Callable[..., Path]) -> Model:
+    return load_model(str(save_model(request.param, **ARCHITECTURES[request.param])))
+
+
+def test_replaying_the_blocks_is_the_model(architecture: Model) -> None:
+    """Bit by bit, block after block, against hooks on the blocks of the whole model; 20 tokens outrun every window."""
+    tokens = make_tokens(5, 20)
+    outputs: list[list[Tensor]] = [[] for _ in architecture.blocks]
+    hooks = [
+        block.module.register_forward_hook(lambda _, __, output, kept=kept: kept.append(output))
+        for block, kept in zip(architecture.blocks, outputs, strict=True)
+    ]
+    batches = [tokens[:3], tokens[3:]]
+    with torch.no_grad():
+        for batch in batches:
+            architecture.module(input_ids=batch)
+    for hook in hooks:
+        hook.remove()
+    calls = record_calls(architecture, batches)
+    assert not any(block.module._forward_pre_hooks for block in architecture.blocks)
+    for _ in range(2):  # a replay leaves nothing behind
+        hidden = calls.hidden
+        for index, (block, expected) in enumerate(zip(architecture.blocks, outputs, strict=True)):
+            hidden = calls.replay(index, block, hidden)
+            assert not any(states.requires_grad for states in hidden)
+            for states, output in zip(hidden, expected, strict=True):
+                assert torch.equal(states, output[0] if isinstance(output, tuple) else output), index
+
+
+def test_every_matrix_of_a_block_is_a_layer(architecture: Model) -> None:
+    names = {layer.name for layer in architecture.layers}
+    for name, module in architecture.module.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            inside = any(parameter is other for block in architecture.blocks for other in block.module.parameters())
+            if inside and parameter.dim() >= 2 and not isinstance(module, NOT_MATRICES):
+                assert key == "weight"
+                assert name in names
+    assert architecture.module.get_output_embeddings() not in {layer.module for layer in architecture.layers}
+
+
+def test_every_layer_is_calibrated(architecture: Model) -> None:
+    """Layers are reached, and gradients too, whatever the order of the module's attributes."""
+    found = collect_statistics(architecture, make_tokens(2, 12))
+    for name, layer in found.layers.items():
+        assert layer.G is not None
+        assert (layer.X > 0).any(), name
+        assert (layer.G > 0).any(), name
+
+
+def test_equal_arguments_share_their_memory(llama: Model) -> None:
+    """Position embeddings and masks of every block and batch are held once, where batches are alike."""
+    calls = record_calls(llama, list(make_tokens(6, 16).split(2)))
+    first = calls.arguments[0][0][1]
+    for block in calls.arguments:
+        for _, named in block:
+            for key in ("position_ids", "position_embeddings"):
+                assert named[key] is first[key] or named[key][0] is first[key][0]
+
+
+def test_a_block_on_dense_inputs_has_the_dense_statistics(model: Model, tokens: Tensor) -> None:
+    """Replayed block by block on the outputs of the dense blocks before: bit by bit what one pass collects."""
+    dense = collect_statistics(model, tokens, gradients=False)
+    calls = record_calls(model, token_batches(tokens))
+    hidden = calls.hidden
+    for index, block in enumerate(model.blocks):
+        found = collect_block(calls, index, block, hidden, gram=True)
+        for name, layer in found.items():
+            assert torch.equal(layer.X, dense.layers[name].X)
+            assert torch.equal(layer.gram, dense.layers[name].gram)  # type: ignore[arg-type]
+        hidden = calls.replay(index, block, hidden)
+
+
+# Accumulators and solvers
+
+
+def test_input_moments_by_hand() -> None:
+    """Rows (1, 2), (3, 4), (5, 0): mean squares 35/3 and 20/3, mean product 14/3."""
+    for gram in (False, True):
+        moments = InputMoments(2, torch.device("cpu"), gram=gram)
+        moments.add(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+        moments.add(torch.tensor([5.0, 0.0], dtype=torch.float16))
+        assert moments.tokens == 3
+        assert torch.allclose(moments.rms(), torch.tensor([35 / 3, 20 / 3]).sqrt())
+    found = moments.gram()
+    assert found is not None
+    assert torch.allclose(found, torch.tensor([[35.0, 14.0], [14.0, 20.0]]) / 3)
+
+
+def test_squares_of_half_precision_do_not_overflow() -> None:
+    moments = InputMoments(1, torch.device("cpu"), gram=False)
+    moments.add(torch.full((4, 1), 60000.0, dtype=torch.float16))
+    assert moments.rms().item() == pytest.approx(60000)
+
+
+def test_gradient_moments_by_hand() -> None:
+    """Gradients 1 and -3: mean |g| = 2, mean g^2 = 5, square of the mean = 1."""
+    for accumulated, second in ((False, 5.0), (True, 1.0)):
+        moments = GradientMoments(torch.Size((1, 1)), torch.device("cpu"), accumulated=accumulated)
+        for gradient in (1.0, -3.0):
+            moments.add(torch.tensor([[gradient]]))
+        assert [value.item() for value in moments.result()] == [2.0, second]
+
+
+def damped(gram: Tensor) -> Tensor:
+    """The definition, in double precision."""
+    gram = gram.double()
+    return gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+
+
+def make_gram(width: int, rows: int, seed: int = 0) -> Tensor:
+    inputs = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    inputs = inputs * torch.logspace(-1, 1, width) + 0.5
+    return inputs.t() @ inputs / rows
+
+
+GRAMS = {
+    "one": torch.tensor([[4.0]]),
+    "odd": make_gram(7, 50),
+    "wide": make_gram(123, 400),
+    "fewer tokens than inputs": make_gram(42, 5),
+    "identical rows": torch.ones(64, 64) * 3,
+    "dead inputs": torch.block_diag(make_gram(6, 30), torch.zeros(3, 3)),
+    "large": make_gram(16, 40) * 1e8,
+    "small": make_gram(16, 40) * 1e-8,
+}
+
+
+@pytest.mark.parametrize("name", GRAMS)
+def test_curvature_and_factor_against_the_explicit_inverse(name: str) -> None:
+    gram = GRAMS[name]
+    inverse = torch.linalg.inv(damped(gram))
+    assert torch.allclose(curvature(gram).double(), 1 / inverse.diagonal(), rtol=2e-3)
+    factor = inverse_factor(gram).double()
+    assert torch.equal(factor, factor.triu())
+    assert (factor.diagonal() > 0).all()
+    assert torch.allclose(factor.t() @ factor, inverse, rtol=2e-3, atol=2e-3 * inverse.abs().max().item())
+
+
+def test_curvature_by_hand() -> None:
+    """gram = diag(1, 3): damping 0.02, so D = (1.02, 3.02); an input that is always zero has the damping alone."""
+    assert torch.allclose(curvature(torch.diag(torch.tensor([1.0, 3.0]))), torch.tensor([1.02, 3.02]))
+    assert torch.allclose(curvature(torch.diag(torch.tensor([2.0, 0.0]))), torch.tensor([2.01, 0.01]))
+
+
+def test_an_all_zero_gram_matrix() -> None:
+    """A layer whose inputs are all zero: every input alike, and finite."""
+    for factor in (0.0, 1e-38):
+        gram = factor * torch.eye(5)
+        found = curvature(gram)
+        assert torch.isfinite(found).all()
+        assert (found > 0).all()
+        assert len(set(found.tolist())) == 1
+        assert torch.isfinite(inverse_factor(gram)).all()
+
+
+def test_damping_grows_until_the_matrix_is_regular() -> None:
+    """Eigenvalues 2.5 and -0.5, mean diagonal 1: damping by 0.01 and 0.1 leaves it indefinite, by 1 does not."""
+    gram = torch.tensor([[1.0, 1.5], [1.5, 1.0]])
+    inverse = torch.linalg.inv(gram.double() + torch.eye(2, dtype=torch.float64))
+    assert torch.allclose(curvature(gram).double(), 1 / inverse.diagonal())
+
+
+@pytest.mark.parametrize("solve", [curvature, inverse_factor])
+def test_gram_matrices_without_an_inverse(solve: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(SolverError, match=r"^a Gram matrix \[2, 2\] is not positive definite even at 100 times"):
+        solve(torch.tensor([[1.0, 1e4], [1e4, 1.0]]))
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(SolverError, match="holds NaN or infinity"):
+            solve(torch.tensor([[1.0, value], [value, 1.0]]))
+
+
+# The cache
+
+
+def fail() -> Statistics:
+    raise AssertionError("computed again")
+
+
+def test_cache_round_trip(statistics: Statistics, tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "cache"
+    found, path = cached_statistics(folder, "k" * 64, lambda: statistics)
+    assert found is statistics
+    assert path == folder / f"{'k' * 64}.safetensors"
+    assert os.listdir(folder) == [path.name]
+    again, _ = cached_statistics(folder, "k" * 64, fail)
+    assert_same_bits(again, statistics)
+    assert_same_bits(load_statistics(path), statistics)
+
+
+def test_cache_keeps_what_was_not_collected_apart(model: Model, tokens: Tensor, tmp_path: Path) -> None:
+    plain = collect_statistics(model, tokens, gradients=False, gram=False)
+    cached_statistics(tmp_path, "plain", lambda: plain)
+    again, _ = cached_statistics(tmp_path, "plain", fail)
+    assert_same_bits(again, plain)
+    assert next(iter(again.layers.values())).G is None
+
+
+def test_cache_key_is_of_everything_that_counts(tiny_llama: Path, tiny_gpt2: Path) -> None:
+    settings = {"gradients": True, "gram": False}
+    tokens = make_tokens(2, 6)
+    changed = load_model(str(tiny_llama))
+    changed.layers[0].weight[0, 0] += 1
+    one = tokens.clone()
+    one[1, 5] += 1
+    keys = [
+        cache_key(load_model(str(tiny_llama)), tokens, settings),
+        cache_key(load_model(str(tiny_gpt2)), tokens, settings),
+        cache_key(load_model(str(tiny_llama), dtype="bfloat16"), tokens, settings),
+        cache_key(load_model(str(tiny_llama), include="mlp"), tokens, settings),
+        cache_key(changed, tokens, settings),
+        cache_key(load_model(str(tiny_llama)), one, settings),
+        cache_key(load_model(str(tiny_llama)), tokens.view(3, 4), settings),
+        cache_key(load_model(str(tiny_llama)), tokens, settings | {"gram": True}),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert cache_key(load_model(str(tiny_llama)), tokens.clone(), dict(reversed(settings.items()))) == keys[0]
+
+
+def test_default_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "gpmetric"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache() == tmp_path / ".cache" / "gpmetric"
+
+
+def test_estimate_is_the_size_of_the_file(statistics: Statistics, model: Model, tokens: Tensor, tmp_path: Path) -> None:
+    def written(statistics: Statistics, key: str) -> int:
+        path = cached_statistics(tmp_path, key, lambda: statistics)[1]
+        with safe_open(path, framework="pt") as file:
+            return sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+
+    assert written(statistics, "all") == estimate_bytes(model, gradients=True, gram=True)
+    plain = collect_statistics(model, tokens, gradients=False, gram=False)
+    assert written(plain, "plain") == estimate_bytes(model, gradients=False, gram=False)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def foreign(path: Path) -> None:
+    save_file({"a": torch.ones(2)}, path)
+
+
+def listed(path: Path) -> None:
+    save_file(load_file(path), path, metadata={"gpmetric": "[]"})
+
+
+def unparsed(path: Path) -> None:
+    save_file(load_file(path), path, metadata={"gpmetric": "{"})
+
+
+def other_operand(path: Path) -> None:
+    rewrite(path, lambda tensors, layer: tensors.update({f"{layer}/Q": torch.ones(2)}))
+
+
+def no_activations(path: Path) -> None:
+    rewrite(path, lambda tensors, layer: tensors.pop(f"{layer}/X"))
+
+
+def no_layer(path: Path) -> None:
+    rewrite(path, lambda tensors, layer: [tensors.pop(name) for name in list(tensors) if name.startswith(layer)])
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Tensor], str], Any]) -> None:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors, min(tensors).rpartition("/")[0])
+    save_file(tensors, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    "damage", [cut_short, empty, foreign, listed, unparsed, other_operand, no_activations, no_layer]
+)
+def test_a_damaged_cache_file_is_written_anew(damage: Callable[[Path], None], llama: Model, tmp_path: Path) -> None:
+    statistics = collect_statistics(llama, make_tokens(2, 8))
+    path = cached_statistics(tmp_path, "k", lambda: statistics)[1]
+    damage(path)
+    found, _ = cached_statistics(tmp_path, "k", lambda: statistics)
+    assert found is statistics
+    assert_same_bits(cached_statistics(tmp_path, "k", fail)[0], statistics)
+    assert os.listdir(tmp_path) == ["k.safetensors"]
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(GpmetricError, match=r"^statistics cache '.*' cannot be written: [^\n]*$"):
+            cached_statistics(folder, "k", fail)
+    if os.getuid():  # root may write anywhere
+        (tmp_path / "locked").mkdir(mode=0o555)
+        with pytest.raises(GpmetricError, match="cannot be written: no permission"):
+            cached_statistics(tmp_path / "locked", "k", fail)
+
+
+def test_a_full_disk_leaves_nothing_behind(statistics: Statistics, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk; safetensors meets it in the middle of its write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(GpmetricError, match=r"^statistics cache '.*' cannot be written: [^\n]*$"):
+            cached_statistics(tmp_path, "k", lambda: statistics)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == []
