@@ -1,0 +1,125 @@
+"""Published pruning metrics as rows of one table, and the metric behind a name or a formula."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from gpmetric.errors import ExpressionError, InputError
+from gpmetric.expression import Expression, parse
+from gpmetric.pruning.target import Granularity
+
+__all__ = ["BASELINES", "UPDATES", "Baseline", "Metric", "Update", "check_update", "resolve_metric"]
+
+Update = Literal["none", "obs", "obs-blockwise"]
+
+# update -> what happens to the weights that stay
+UPDATES: dict[Update, str] = {
+    "none": "kept weights stay as they are",
+    "obs": "SparseGPT's reconstruction of the kept weights, the mask chosen from the original ones",
+    "obs-blockwise": "SparseGPT's reconstruction, the mask re-chosen in each 128-column block on the updated weights",
+}
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A published metric.
+
+    Attributes:
+        formula: in the operands of gpmetric; `{l1}` and `{l2}` stand for GBLM's balance of a mean and a sum.
+        source: paper, and what differs from its code.
+        granularity: where a plain number makes scores compete.
+        update: the weight update that is part of the method; None leaves it to the user.
+    """
+
+    formula: str
+    source: str
+    granularity: Granularity = "row"
+    update: Update | None = None
+
+
+# With N sequences of L tokens, the published activation term is sqrt(L) * X, and the published gradients are sums of
+# 100 * g: sum |100 g| = 100 N G and sqrt(sum (100 g)^2) = 100 sqrt(N H). Factors common to all scores are dropped.
+BASELINES: dict[str, Baseline] = {
+    "magnitude": Baseline("abs(W)", "Han et al. 2015; threshold over the matrix, as in Wanda's code", "layer"),
+    "magnitude_row": Baseline("abs(W)", "magnitude compared within each output"),
+    "wanda": Baseline("abs(W)*X", "Sun et al. 2023, equation 1"),
+    "ria": Baseline(
+        "(abs(W)/rowsum(abs(W)) + abs(W)/colsum(abs(W)))*sqrt(X)", "Zhang et al. 2024, equations 3 and 4, a = 0.5"
+    ),
+    "gblm_l1": Baseline("abs(W)*X + {l1}*abs(W)*G", "Das et al. 2023, equation 6, l1 gradients"),
+    "gblm_l2": Baseline("abs(W)*X + {l2}*abs(W)*sqrt(H)", "Das et al. 2023, equation 6, l2 gradients"),
+    "pruner_zero": Baseline("W*W*mms(sqrt(H))", "Dong et al. 2024, table 1; their G is the l2 statistic"),
+    "sparsegpt": Baseline("W*W*D", "Frantar and Alistarh 2023, algorithm 1", "row", "obs-blockwise"),
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A rule giving each weight a score: a baseline or a user's formula.
+
+    `name` is the text it was asked for by; `granularity` holds for plain-number targets; `update` None means that the
+    caller chooses one.
+    """
+
+    name: str
+    expression: Expression
+    granularity: Granularity = "row"
+    update: Update | None = None
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the dense model's gradients (G or H) must be collected."""
+        return bool({"G", "H"} & set(self.expression.operands))
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether the score reads D; an update needs the Gram matrix whatever the score reads."""
+        return "D" in self.expression.operands
+
+
+def resolve_metric(text: str, sequences: int = 1, length: int = 1) -> Metric:
+    """The metric behind a baseline's name or a formula.
+
+    Args:
+        text: a key of BASELINES, or a formula.
+        sequences: calibration sequences N, which GBLM's balance depends on.
+        length: tokens per sequence L.
+
+    Raises:
+        ExpressionError: neither a known name nor a valid formula.
+    """
+    baseline = BASELINES.get(text)
+    if baseline is None:
+        return Metric(text, _parse_formula(text))
+    l1 = repr(100 * sequences / math.sqrt(length))
+    l2 = repr(100 * math.sqrt(sequences / length))
+    formula = baseline.formula.replace("{l1}", l1).replace("{l2}", l2)
+    return Metric(text, parse(formula), baseline.granularity, baseline.update)
+
+
+def check_update(text: str) -> Update:
+    """The update of that name.
+
+    Raises:
+        InputError: no such update.
+    """
+    for update in UPDATES:
+        if update == text:
+            return update
+    raise InputError(f"--update must be one of {', '.join(UPDATES)}, but got {text!r}")
+
+
+def _parse_formula(text: str) -> Expression:
+    try:
+        return parse(text)
+    except ExpressionError as error:
+        if re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]+", text):  # a mistyped name rather than a formula
+            close = difflib.get_close_matches(text.lower()[:60], BASELINES, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            accepted = f"{', '.join(BASELINES)}, or a formula such as abs(W)*X"
+            raise ExpressionError(f"unknown metric {text!r:.60}: {hint}Accepted are {accepted}") from error
+        raise

@@ -1,0 +1,67 @@
+"""Sparsity targets as users write them: `0.5` (rows), `layer:0.5` (whole matrix), `2:4` (2 kept of each 4 inputs).
+
+No tensor library is needed here, so that a wrong target is refused before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from gpmetric.errors import InputError
+
+__all__ = ["GRANULARITIES", "Granularity", "Target", "parse_target"]
+
+Granularity = Literal["row", "layer", "n:m"]
+
+# granularity -> the group within which scores compete
+GRANULARITIES: dict[Granularity, str] = {
+    "row": "the weights of one output",
+    "layer": "the whole matrix",
+    "n:m": "each M consecutive inputs of one output",
+}
+
+_ACCEPTED = "a sparsity in [0, 1) such as 0.5, layer:0.5, or N:M with 0 < N < M (N kept of each M inputs) such as 2:4"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a mask must reach; `text` is the user's own spelling, which results are keyed by.
+
+    `keep` of each `group` consecutive inputs stay under N:M; both are 0 otherwise.
+    """
+
+    text: str
+    granularity: Granularity
+    sparsity: float
+    keep: int = 0
+    group: int = 0
+
+    def with_granularity(self, granularity: Granularity) -> Target:
+        """This sparsity in another comparison group (the magnitude baseline competes within the layer)."""
+        return Target(self.text, granularity, self.sparsity)
+
+
+def parse_target(text: str) -> Target:
+    """Reads a target.
+
+    Raises:
+        InputError: naming the text and what is accepted.
+    """
+    pattern = re.fullmatch(r"\s*(\d{1,4}):(\d{1,4})\s*", text, re.ASCII)
+    if pattern:
+        keep, group = int(pattern[1]), int(pattern[2])
+        if not 0 < keep < group:
+            raise InputError(f"--target {text!r:.60} keeps {keep} of each {group}; accepted: {_ACCEPTED}")
+        return Target(text, "n:m", 1 - keep / group, keep, group)
+    granularity: Granularity = "layer" if text.strip().startswith("layer:") else "row"
+    number = text.strip().removeprefix("layer:")
+    try:
+        sparsity = float(number) if re.fullmatch(r"[0-9.eE+-]+", number) else math.nan
+    except ValueError:
+        sparsity = math.nan
+    if not 0 <= sparsity < 1:
+        raise InputError(f"--target {text!r:.60} is not a target; accepted: {_ACCEPTED}")
+    return Target(text, granularity, sparsity)

@@ -1,0 +1,262 @@
+"""The bench: its document, its protocols, and the perplexities that the original authors' own code gives."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpmetric.calibration import collect
+from gpmetric.errors import DataError, ExpressionError, InputError
+from gpmetric.evaluation.evaluate import evaluate_model
+from gpmetric.evaluation.windows import read_windows
+from gpmetric.models import load_model
+from gpmetric.pruning import bench as bench_module
+from gpmetric.pruning.bench import Bench, BenchListener, BenchRow, bench, check_targets, unique_pairs
+from gpmetric.pruning.metrics import BASELINES, resolve_metric
+from gpmetric.pruning.target import parse_target
+
+
+def run(model: Path, sample: Path, **options: Any) -> dict[str, Any]:
+    defaults: dict[str, Any] = {
+        "calibration": str(sample),
+        "text": [str(sample)],
+        "sequence_length": 32,
+        "device": "cpu",
+    }
+    return bench(str(model), **(defaults | {"samples": 8, "windows": 6} | options))
+
+
+def test_the_document(tiny_llama: Path, tiny_text: Path) -> None:
+    """Every key of the contract; asked for twice is measured once; names are the strings that were given."""
+    texts = [str(tiny_text), f"{tiny_text.parent}/./{tiny_text.name}"]
+    metrics = ["wanda", "abs(W) * X**0.5", "wanda", "abs(W)*X**0.5"]
+    targets = ["0.50", "2:4", "0.5", "2:4", "layer:0.5"]
+    result = run(tiny_llama, tiny_text, text=[*texts, texts[0]], metric=metrics, target=targets)
+    assert list(result["dense"]) == texts
+    assert result["dense"][texts[0]] == pytest.approx(result["dense"][texts[1]])
+    pairs = [(row["metric"], row["target"]) for row in result["results"]]
+    names = list(dict.fromkeys(metrics))
+    assert pairs == [(metric, target) for target in dict.fromkeys(targets) for metric in names]
+    for row in result["results"]:
+        assert row.keys() == {"metric", "target", "update", "formula", "ppl", "seconds", "sparsity"}
+        assert list(row["ppl"]) == texts
+        assert row["update"] == "none"
+        assert row["sparsity"] == pytest.approx(parse_target(row["target"]).sparsity, abs=1e-9)
+        assert row["seconds"] > 0
+        assert all(ppl > 1 for ppl in row["ppl"].values())
+    assert result["model"] == str(tiny_llama)
+    assert (result["dtype"], result["device"], result["seed"]) == ("float32", "cpu", 0)
+    assert (result["protocol"], result["sequence_length"], result["shuffle"]) == ("sequential", 32, False)
+    assert result["calibration"]["windows"] == 8
+    assert result["calibration"]["tokens"] == 8 * 32
+    assert [part["windows"] for part in result["texts"]] == [6, 6]
+    assert {"gpmetric", "torch", "transformers", "python"} <= result["versions"].keys()
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_dense_is_what_evaluate_says_and_nothing_pruned_is_dense(tiny_llama: Path, tiny_text: Path) -> None:
+    result = run(tiny_llama, tiny_text, metric=["wanda"], target=["0"])
+    alone = evaluate_model(str(tiny_llama), text=[str(tiny_text)], sequence_length=32, windows=6, device="cpu")
+    assert result["dense"] == alone["ppl"]
+    assert result["results"][0]["ppl"] == alone["ppl"]
+    assert result["results"][0]["sparsity"] == 0
+
+
+@pytest.mark.parametrize("one_shot", [False, True])
+def test_every_baseline_with_every_kind_of_target(tiny_gpt2: Path, tiny_text: Path, one_shot: bool) -> None:
+    """All baselines when none is named; the sparsity reached is the target's, exactly, group by group."""
+    targets = ["0.5", "0.3", "layer:0.6", "2:4", "3:4"]
+    result = run(tiny_gpt2, tiny_text, target=targets, one_shot=one_shot, samples=4, windows=2)
+    assert result["protocol"] == ("one-shot" if one_shot else "sequential")
+    assert len(result["results"]) == len(BASELINES) * len(targets)
+    shapes = [layer.weight.shape for layer in load_model(str(tiny_gpt2), device="cpu").layers]
+    total = sum(shape.numel() for shape in shapes)
+    for row in result["results"]:
+        target = parse_target(row["target"])
+        by_row = target.granularity == "row" and row["metric"] not in ("magnitude", "sparsegpt")
+        removed = sum(
+            rows * int(columns * target.sparsity) if by_row else int(rows * columns * target.sparsity)
+            for rows, columns in shapes
+        )
+        assert row["sparsity"] == removed / total, row
+        assert row["update"] == ("obs-blockwise" if row["metric"] == "sparsegpt" else "none")
+        assert math.isfinite(row["ppl"][str(tiny_text)])
+
+
+def test_a_name_is_its_formula(tiny_llama: Path, tiny_text: Path) -> None:
+    result = run(tiny_llama, tiny_text, metric=["wanda", "abs(W)*X", "magnitude_row", "abs(W)"], target=["0.5"])
+    ppl = {row["metric"]: row["ppl"] for row in result["results"]}
+    assert ppl["wanda"] == ppl["abs(W)*X"]
+    assert ppl["magnitude_row"] == ppl["abs(W)"]
+    assert ppl["wanda"] != ppl["magnitude_row"]
+
+
+def test_updates_and_protocols_differ(tiny_llama: Path, tiny_text: Path) -> None:
+    """Four ways to prune by one metric; `obs` and `obs-blockwise` are written in their rows."""
+    found = {}
+    for one_shot in (False, True):
+        for update in ("none", "obs", "obs-blockwise"):
+            result = run(tiny_llama, tiny_text, metric=["wanda"], target=["0.5"], update=update, one_shot=one_shot)
+            [row] = result["results"]
+            assert row["update"] == update
+            found[one_shot, update] = row["ppl"][str(tiny_text)]
+    assert len(set(found.values())) == 6
+    again = run(tiny_llama, tiny_text, metric=["W*W*D"], target=["0.5"], update="obs-blockwise")
+    named = run(tiny_llama, tiny_text, metric=["sparsegpt"], target=["0.5"])
+    assert again["results"][0]["ppl"] == named["results"][0]["ppl"]
+
+
+def test_a_row_does_not_depend_on_its_neighbours(tiny_llama: Path, tiny_text: Path) -> None:
+    """The model is dense again before each row, and what rows share is not changed by any."""
+    together = run(tiny_llama, tiny_text, metric=["wanda", "sparsegpt", "gblm_l1"], target=["0.5", "2:4"])
+    for row in together["results"]:
+        [alone] = run(tiny_llama, tiny_text, metric=[row["metric"]], target=[row["target"]])["results"]
+        assert alone["ppl"] == row["ppl"]
+
+
+def test_shuffle_draws_with_the_seed(tiny_llama: Path, tiny_text: Path) -> None:
+    plain = [run(tiny_llama, tiny_text, metric=["wanda"], seed=seed)["dense"] for seed in (0, 1)]
+    assert plain[0] == plain[1]
+    drawn = [run(tiny_llama, tiny_text, metric=["wanda"], seed=seed, shuffle=True)["dense"] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_listener_hears_the_dense_model_first(tiny_llama: Path, tiny_text: Path) -> None:
+    heard: list[str] = []
+
+    class Listener(BenchListener):
+        def dense(self, ppl: Mapping[str, float]) -> None:
+            heard.append("dense")
+
+        def progress(self, what: str, done: int, total: int) -> None:
+            assert 0 < done <= total == 8
+            heard.append(what)
+
+        def row(self, row: BenchRow) -> None:
+            heard.append(f"{row.metric} {row.target}")
+
+    run(tiny_llama, tiny_text, metric=["gblm_l1", "wanda"], target=["0.5", "2:4"], listener=Listener())
+    assert heard == ["dense", *["calibration"] * 8, "gblm_l1 0.5", "wanda 0.5", "gblm_l1 2:4", "wanda 2:4"]
+
+
+@pytest.mark.parametrize("one_shot", [False, True])
+def test_what_a_later_metric_needs_is_collected_then(tiny_llama: Path, tiny_text: Path, one_shot: bool) -> None:
+    """One Bench, asked for W and X, then for gradients, then for an update: each as if asked for alone."""
+    model = load_model(str(tiny_llama), device="cpu")
+    sample = read_windows(model, str(tiny_text), 32, 4)
+    used = Bench(model, sample.tokens, one_shot=one_shot)
+    for name in ("wanda", "gblm_l1", "sparsegpt", "W*W*D*G", "wanda"):
+        metric = resolve_metric(name, 4, 32)
+        rows = [
+            next(one.rows([metric], [parse_target("0.5")], "none", [sample]))
+            for one in (used, Bench(model, sample.tokens, one_shot=one_shot))
+        ]
+        # with gradients, X is summed window by window
+        assert rows[0].ppl[str(tiny_text)] == pytest.approx(rows[1].ppl[str(tiny_text)], rel=0.02), name
+
+
+def test_no_gradients_are_collected_for_who_needs_none(
+    tiny_llama: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("a pass over the calibration text that nobody needs")
+
+    monkeypatch.setattr(bench_module, "collect_statistics", refuse)
+    run(tiny_llama, tiny_text, metric=["magnitude", "wanda", "ria", "sparsegpt"], target=["0.5"])
+    monkeypatch.undo()
+    monkeypatch.setattr(collect, "_with_gradients", refuse)
+    run(tiny_llama, tiny_text, metric=["wanda", "sparsegpt"], target=["0.5"], one_shot=True)
+
+
+def test_a_model_pruned_to_death_has_infinite_perplexity(tiny_llama: Path, tiny_text: Path) -> None:
+    """Not an error: the row stands, and JSON holds null."""
+    model = load_model(str(tiny_llama), device="cpu")
+    model.module.model.norm.weight.data.fill_(3e38)
+    sample = read_windows(model, str(tiny_text), 32, 2)
+    rows = Bench(model, sample.tokens).rows([resolve_metric("wanda")], [parse_target("0.5")], "none", [sample])
+    assert [row.ppl[str(tiny_text)] for row in rows] == [math.inf]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"target": ["1.5"]}, InputError, "1.5"),
+        ({"metric": ["wandaa"]}, ExpressionError, "did you mean 'wanda'"),
+        ({"metric": ["X"]}, ExpressionError, "must use the weight"),
+        ({"update": "all"}, InputError, "none, obs, obs-blockwise"),
+        ({"calibration": "missing.txt"}, DataError, "missing.txt"),
+        ({"text": ["missing.txt"]}, DataError, "missing.txt"),
+        ({"text": []}, InputError, "--text is needed"),
+        ({"calibration": None}, InputError, "--calibration is needed"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_it_is_loaded(
+    tiny_text: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    """There is no such model; the message is about the other thing."""
+    with pytest.raises(error) as caught:
+        run(Path("/no/such/model"), tiny_text, **options)
+    assert message in str(caught.value)
+
+
+def test_a_pattern_that_leaves_a_remainder_names_the_layer(tiny_llama: Path, tiny_text: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        run(tiny_llama, tiny_text, target=["2:4", "7:11"])
+    assert str(caught.value) == (
+        "--target 7:11: in = 32 of layer model.layers.0.self_attn.q_proj is not divisible by 11"
+    )
+    model = load_model(str(tiny_llama), device="cpu", include="down_proj")  # 44 wide
+    check_targets(model, [parse_target("7:11")])
+
+
+def test_unique_pairs_keep_the_order() -> None:
+    targets = [parse_target(text) for text in ("2:4", "0.5", "2:4")]
+    metrics = [resolve_metric(name) for name in ("wanda", "ria", "wanda")]
+    pairs = [(target.text, metric.name) for target, metric in unique_pairs(targets, metrics)]
+    assert pairs == [("2:4", "wanda"), ("2:4", "ria"), ("0.5", "wanda"), ("0.5", "ria")]
+
+
+TOLERANCE = {"sparsegpt": 0.04}  # the published code removes one weight more per block
+
+
+@pytest.mark.slow
+def test_reference_figures(shared: Path) -> None:
+    """Perplexities made with the original authors' own code on llama-05m, both texts, 200 windows."""
+    reference = json.loads((shared / "reference" / "llama-05m.json").read_text(encoding="utf-8"))
+    texts = {name: str(shared / "text" / name) for name in reference["texts"]}
+    metrics, targets = ["wanda", "gblm_l2", "sparsegpt"], ["0.5", "2:4"]
+    result = bench(
+        str(shared / "models" / "llama-05m"),
+        calibration=str(shared / "text" / reference["calibration"]["text"]),
+        text=list(texts.values()),
+        metric=metrics,
+        target=targets,
+        samples=reference["calibration"]["windows"],
+        sequence_length=reference["sequence_length"],
+        windows=200,
+        device="cpu",
+    )
+    for name, ppl in reference["dense"].items():
+        assert result["dense"][texts[name]] == pytest.approx(ppl, rel=1e-3)
+    ours = {(row["metric"], row["target"]): row["ppl"] for row in result["results"]}
+    theirs = [row for row in reference["results"] if row["metric"] in metrics and row["target"] in targets]
+    assert len(theirs) == 6
+    for row in theirs:
+        for name, ppl in row["ppl"].items():
+            measured = ours[row["metric"], row["target"]][texts[name]]
+            assert measured == pytest.approx(ppl, rel=TOLERANCE.get(row["metric"], 0.01)), row
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_is_the_cpu(tiny_llama: Path, tiny_text: Path) -> None:
+    """float32 on both; the last bits of the statistics differ, hence a few weights."""
+    results = [run(tiny_llama, tiny_text, target=["0.5"], dtype="float32", device=name) for name in ("cpu", "cuda")]
+    for cpu, cuda in zip(results[0]["results"], results[1]["results"], strict=True):
+        assert cuda["ppl"][str(tiny_text)] == pytest.approx(cpu["ppl"][str(tiny_text)], rel=0.02)
