@@ -1,0 +1,1 @@
+"""The embedded model, the script that trains it, and the text every machine has."""

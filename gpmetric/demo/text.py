@@ -1,7 +1,7 @@
 """The demo's text: the running interpreter's own standard library, split by module.
 
-Sources (with their docstrings), the docstrings of built-in modules and the pydoc topics are read at run time, so no text
-is stored in the project. `python -m gpmetric.demo.text` prints each split's size and hash.
+Sources (with their docstrings), the docstrings of built-in modules and the pydoc topics are read at run time, so no
+text is stored in the project. `python -m gpmetric.demo.text` prints each split's size and hash.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 __all__ = ["SPLITS", "demo_text"]
 
@@ -25,6 +26,8 @@ _EXCLUDED = {
     *("pydoc_data", "this", "antigravity", "__phello__"),
 }
 
+_INTERACTIVE = {"ps1", "ps2", "last_exc", "last_type", "last_value", "last_traceback"}  # of sys, at a prompt only
+
 _PIECE = 2000  # characters: a few windows of the demo model
 
 
@@ -32,9 +35,9 @@ _PIECE = 2000  # characters: a few windows of the demo model
 def demo_text(split: str) -> str:
     """The text of one split, the same for every call under one Python release.
 
-    Every module belongs to exactly one split, by a hash of its name. Modules are cut at blank lines into pieces of about
-    2,000 characters, and the pieces are put in the order of their hashes, so that the first N windows of a split already
-    come from many modules.
+    Every module belongs to exactly one split, by a hash of its name. Modules are cut at blank lines into pieces of
+    about 2,000 characters, and the pieces are put in the order of their hashes, so that the first N windows of a split
+    already come from many modules.
 
     Raises:
         KeyError: `split` is not one of SPLITS.
@@ -64,10 +67,19 @@ def _documents() -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(name: str) -> str:
-    """The docstrings of a compiled module, which has no source to read."""
+    """The docstrings of a compiled module, which has no source to read.
+
+    Test runners and notebooks replace the hooks and streams of `sys`; the originals stay there as `__excepthook__`,
+    `__stdout__` and so on.
+    """
     module = import_module(name)
-    members = ((member, getattr(module, member).__doc__) for member in dir(module) if not member.startswith("_"))
-    return "\n\n".join(f"{name}.{member}\n{doc}" for member, doc in members if isinstance(doc, str))
+    members = [member for member in dir(module) if not member.startswith("_") and member not in _INTERACTIVE]
+    docs = ((member, _original(module, member).__doc__) for member in members)
+    return "\n\n".join(f"{name}.{member}\n{doc}" for member, doc in docs if isinstance(doc, str))
+
+
+def _original(module: ModuleType, member: str) -> object:
+    return getattr(module, f"__{member}__" if module is sys else member, getattr(module, member))
 
 
 def _cut(text: str) -> Iterator[str]:

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gpmetric.demo.text import demo_text
 
-__all__ = ["train_model", "train_tokenizer"]
+__all__ = ["main", "new_model", "train_model", "train_tokenizer"]
 
 CONTEXT = 256
 BATCH = 8
@@ -27,7 +27,7 @@ END_TOKEN = "<|endoftext|>"
 
 
 def train_tokenizer(text: str, vocabulary: int = 1024) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with one special token, which ordinary text never yields."""
+    """A byte-level BPE tokenizer of `vocabulary` entries, one of them a token that ordinary text never yields."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(text.split("\n\n"), vocab_size=vocabulary, special_tokens=[END_TOKEN], show_progress=False)
     return PreTrainedTokenizerFast(
@@ -36,7 +36,13 @@ def train_tokenizer(text: str, vocabulary: int = 1024) -> PreTrainedTokenizerFas
 
 
 def new_model(vocabulary: int, width: int, blocks: int) -> LlamaForCausalLM:
-    """An untrained Llama with grouped-query attention and tied embeddings, GPT-2's scaling of residual projections."""
+    """An untrained Llama, grouped-query attention, tied embeddings, residual projections scaled as in GPT-2.
+
+    Args:
+        vocabulary: entries of the tokenizer.
+        width: of the residual stream, a multiple of 24.
+        blocks: transformer blocks.
+    """
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary,
@@ -47,8 +53,9 @@ def new_model(vocabulary: int, width: int, blocks: int) -> LlamaForCausalLM:
             num_key_value_heads=2,
             max_position_embeddings=CONTEXT,
             tie_word_embeddings=True,
-            attn_implementation="sdpa",
-            **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
         )
     )
     for name, weight in model.named_parameters():
@@ -58,7 +65,17 @@ def new_model(vocabulary: int, width: int, blocks: int) -> LlamaForCausalLM:
 
 
 def train_model(model: LlamaForCausalLM, tokens: Tensor, steps: int, seed: int) -> float:
-    """Trains in place on random windows of `tokens` [n]; returns the mean loss of the last 200 steps, in nats."""
+    """Trains in place on random windows of the tokens.
+
+    Args:
+        model: left in training mode.
+        tokens: [n], int64, n above the context of 256.
+        steps: optimizer steps of 8 windows.
+        seed: of the windows drawn.
+
+    Returns:
+        Mean loss of the last 200 steps, in nats per token.
+    """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     losses: list[float] = []
@@ -91,6 +108,7 @@ def _schedule(step: int, steps: int) -> float:
 
 
 def main() -> None:
+    """The script: trains tokenizer and model, and writes both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the model and tokenizer")
     parser.add_argument("--steps", type=int, default=16000, help="optimizer steps of 8 windows of 256 tokens")
