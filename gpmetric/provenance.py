@@ -6,6 +6,8 @@ import json
 import math
 import os
 import platform
+import stat
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +16,9 @@ from typing import Any
 
 from gpmetric.errors import GpmetricError, InputError
 
-__all__ = ["check_output", "finite", "gpmetric_version", "versions", "write_json", "write_text"]
+__all__ = ["STDOUT", "check_output", "finite", "gpmetric_version", "versions", "write_json", "write_text"]
+
+STDOUT = Path("-")  # what --json writes to standard output for
 
 
 def gpmetric_version() -> str:
@@ -35,40 +39,56 @@ def check_output(option: str, path: Path | None) -> None:
     """Refuses an output path that could not be written at the end, before any work is done.
 
     Raises:
-        InputError: no such folder, a folder itself, or not writable.
+        InputError: no such folder, not a file, or not writable.
     """
-    if path is None:
+    if path is None or path == STDOUT:
         return
-    if path.is_dir():
-        raise InputError(f"{option} {str(path)!r} is a directory; a file is wanted")
+    where = f"{option} {str(path)!r}"
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise InputError(f"{where} cannot be written: {_reason(error)}") from error
+    if mode is not None and not stat.S_ISREG(mode):  # a device would be replaced by a file
+        raise InputError(
+            f"{where} is {'a directory' if stat.S_ISDIR(mode) else 'not a regular file'}; a file is wanted"
+        )
     if not path.parent.is_dir():
-        raise InputError(f"{option} {str(path)!r}: the directory {str(path.parent)!r} does not exist")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise InputError(f"{option} {str(path)!r} is not writable")
+        raise InputError(f"{where}: the directory {str(path.parent)!r} does not exist")
+    for needed in [path.parent] if mode is None else [path.parent, path]:  # a new file is moved into its place
+        if not os.access(needed, os.W_OK):
+            raise InputError(f"{where}: {str(needed)!r} is not writable")
 
 
 def write_text(path: Path, content: str, check: Callable[[Path], None] | None = None) -> None:
-    """Writes a whole file or nothing: beside it first, read there by `check`, then in one rename.
+    """Writes a whole file or nothing: beside it first, then, when `check` has read it, in one rename.
 
     Raises:
-        GpmetricError: the file cannot be written; also whatever `check` raises.
+        GpmetricError: the file cannot be written; also whatever `check` raises. `path` is then as it was before.
     """
-    partial = path.with_name(f".{path.stem[:40]}-{os.getpid()}{path.suffix}")
+    partial = path.with_name(f".{path.stem[:40]}.{os.getpid()}.partial{path.suffix}")
     try:
         partial.write_text(content, encoding="utf-8", newline="\n")
-        if check is not None:
+        if check:
             check(partial)
         os.replace(partial, path)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise GpmetricError(f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise GpmetricError(f"{str(path)!r} cannot be written: {_reason(error)}") from error
     finally:
         with suppress(OSError, ValueError):
             partial.unlink(missing_ok=True)
 
 
-def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes a result as JSON; a loss or perplexity beyond every number becomes null."""
-    write_text(path, json.dumps(finite(result), indent=1, allow_nan=False) + "\n")
+def write_json(path: Path | None, result: Mapping[str, Any]) -> None:
+    """Writes a result as JSON, to standard output for `-`, nowhere for None; what is not finite becomes null."""
+    if path is None:
+        return
+    content = json.dumps(finite(result), indent=1, allow_nan=False) + "\n"
+    if path == STDOUT:
+        sys.stdout.write(content)
+    else:
+        write_text(path, content)
 
 
 def finite(value: Any) -> Any:
@@ -80,3 +100,7 @@ def finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -16,12 +16,12 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"__init__", "__main__"},
     {"cli"},
-    {"report", "terminal"},
+    {"report", "terminal", "config"},
     {"evolution", "allocation", "structured"},
     {"pruning"},
     {"calibration", "evaluation", "export"},
-    {"expression", "data", "models", "demo"},
-    {"operands", "errors", "pareto", "provenance", "kernels"},
+    {"expression", "data", "models", "demo", "provenance"},
+    {"operands", "errors", "pareto", "kernels"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 

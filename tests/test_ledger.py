@@ -564,9 +564,7 @@ def test_an_older_schema_is_upgraded_on_resume(path: Path, monkeypatch: pytest.M
 def test_an_upgrade_that_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     campaign(path)
     before = tables(path)
-    monkeypatch.setattr(
-        store, "MIGRATIONS", (*store.MIGRATIONS, "CREATE TABLE notes (id)", "CREATE TABLE notes (id)")
-    )
+    monkeypatch.setattr(store, "MIGRATIONS", (*store.MIGRATIONS, "CREATE TABLE notes (id)", "CREATE TABLE notes (id)"))
     with pytest.raises(LedgerError, match="table notes already exists"):
         Ledger.open(path, SETTINGS, resume=True)
     monkeypatch.undo()

@@ -133,7 +133,7 @@ def discover(
 def _settings(request: Request, model: Model, splits: Mapping[str, Windows]) -> dict[str, Any]:
     """What determines the campaign's result; a resumed one must agree in all of it but its budget."""
     chosen = {name: getattr(request, name) for name in _DETERMINING}
-    texts = {split: hashlib.sha256(windows.tokens.numpy()).hexdigest() for split, windows in splits.items()}
+    texts = {split: hashlib.sha256(windows.tokens.numpy().tobytes()).hexdigest() for split, windows in splits.items()}
     budget = {name: getattr(request, name) for name in ("generations", "evaluations", "minutes")}
     return {"model": model.digest, "dtype": model.dtype, "tokens": texts, **chosen, **budget}
 

@@ -104,7 +104,7 @@ class Evaluator:
         digest = hashlib.sha256()
         for pruned in self._pruned(task["formula"]):
             for weight in pruned:
-                digest.update(np.packbits((weight != 0).cpu().numpy()))
+                digest.update(np.packbits((weight != 0).cpu().numpy()).tobytes())
         return {"fingerprint": digest.hexdigest(), "seconds_score": time.perf_counter() - start}
 
     def _losses(self, task: Mapping[str, Any]) -> dict[str, Any]:

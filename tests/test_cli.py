@@ -1,0 +1,490 @@
+"""The command line: exit status, one line per error, nothing heavy imported for what is wrong on the face of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import typer
+
+from gpmetric import cli
+from gpmetric.errors import GpmetricError, LedgerError, MaskError
+from gpmetric.pruning.metrics import BASELINES
+
+CONSOLE_SCRIPT = Path(sys.executable).with_name("gpmetric")
+COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+HEAVY = ("torch", "transformers", "sympy")
+
+BAD_FORMULAS = [
+    "", " ", "\t", "1", "-1", "X", "X*G", "2*3+4",
+    "__import__('os').system('x')", "W.__class__", "().__class__", "W.__class__.__mro__[-1].__subclasses__()",
+    "lambda: W", "[W for W in X]", "(W:=1)", "f'{W}'", "W if X else G", "eval('W')", "exec(W)", "import os", "W;X",
+    "foo(W)", "abss(W)", "W*Q", "w", "abs(W,X)", "max(W)", "abs()", "abs", "X(W)", "abs(W)(X)", "abs(W", "W)", "W W",
+    "W*", "*W", "W**", "W,X", "W^2", "W%2", "W@X", "W==X", "W'", '"W"', "#W", "W//2", "$W", "`W`", "W!", "W|X",
+    "9**9**9", "W*9**9**9", "W*1e999", "W*1e31", "W*nan", "W*inf", "W*0x10", "W*1_000", "W*" + "9" * 5000, "W*1j",
+    "W*log", "W*exp(exp(exp(9)))*exp(80)",
+    "Ｗ", "ａｂｓ(W)", "W*\u200bX", "\u202eW", "\ufeffW", "W\x00", "W\r\n*X", "W\n", "W\u00a0*X", "𝑊", "W*２",
+    "W\x1b[31m", "W]", "[/red]", "[bold]W[/bold]", "<script>alert(1)</script>", "=cmd()", ":smile:", "../../x", "con",
+    "abs(" * 10_000 + "W" + ")" * 10_000, "-" * 10_000 + "W", "(" * 10_000, "+".join("W" * 100_000), "W" * 100_000,
+    "W**" * 600 + "W",
+]  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that an error is, without its prefix."""
+        assert self.err.endswith("\n")
+        [line] = self.err.splitlines()
+        assert line.startswith("gpmetric: error: ")
+        assert line.isprintable()
+        return line.removeprefix("gpmetric: error: ")
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """`gpmetric ARGUMENTS` in this process."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("COLUMNS", "250")  # tables unfolded
+
+    def call(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["gpmetric", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert isinstance(caught.value.code, int)
+        return Outcome(caught.value.code, *capsys.readouterr())
+
+    yield call
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def quick(tiny_llama: Path, tiny_text: Path) -> list[str]:
+    """Options of a bench that takes a tenth of a second."""
+    text = ["--calibration", str(tiny_text), "--text", str(tiny_text), "--sequence-length", "32"]
+    return ["--model", str(tiny_llama), *text, "--samples", "4", "--windows", "2", "--device", "cpu"]
+
+
+def toml(folder: Path, content: str) -> Path:
+    path = folder / "config.toml"
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+# What works
+
+
+def test_version(run: Run) -> None:
+    from importlib.metadata import version
+
+    assert run("--version") == Outcome(0, f"gpmetric {version('gpmetric')}\n", "")
+
+
+def test_without_arguments_there_is_help(run: Run) -> None:
+    outcome = run()
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out == run("--help").out
+    assert all(name in outcome.out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_complete(run: Run, name: str) -> None:
+    """Every option of every command is there with a word on it."""
+    outcome = run(name, "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    for parameter in COMMANDS[name].params:
+        shown = [name for name in parameter.opts if name.startswith("--")] or [parameter.metavar or parameter.name]
+        assert shown[0].lower() in outcome.out.lower()
+        assert parameter.name == "help" or (parameter.help or "").endswith("."), f"--{parameter.name} has no help"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_takes_the_common_options(name: str) -> None:
+    options = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+    assert {"--seed", "--device", "--json", "--config"} <= options
+    if name in ("discover", "bench"):
+        assert {"--calibration", "--samples", "--sequence-length", "--windows", "--shuffle"} <= options
+
+
+def test_bench_writes_its_document(run: Run, quick: list[str], tmp_path: Path, tiny_text: Path) -> None:
+    """Asked for twice, measured once; the keys are what was typed."""
+    path = tmp_path / "bench.json"
+    metrics = ["--metric", "wanda", "--metric", "abs(W) * X", "--metric", "wanda"]
+    outcome = run("bench", *quick, *metrics, "--target", "0.50", "--target", "2:4", "--target", "0.50", "--json", path)
+    assert outcome.code == 0
+    result = json.loads(path.read_text())
+    rows = [(row["metric"], row["target"]) for row in result["results"]]
+    assert rows == [("wanda", "0.50"), ("abs(W) * X", "0.50"), ("wanda", "2:4"), ("abs(W) * X", "2:4")]
+    assert list(result["dense"]) == [str(tiny_text)]
+    for row in result["results"]:
+        assert f"{row['ppl'][str(tiny_text)]:.3f}" in outcome.out
+        assert f"{row['target']} {row['metric']}: " in outcome.err, "every row is shown as soon as it is measured"
+    assert outcome.err.startswith("dense: ")
+
+
+def test_json_alone_on_standard_output(
+    run: Run, quick: list[str], tiny_text: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = run("bench", *quick, "--metric", "wanda", "--json", "-")
+    assert outcome.code == 0
+    assert json.loads(outcome.out)["results"][0]["metric"] == "wanda"
+    assert "perplexity" in outcome.err
+    evaluated = run("evaluate", tiny_llama, "--text", tiny_text, "--windows", "2", "--json", "-")
+    assert json.loads(evaluated.out)["ppl"].keys() == {str(tiny_text)}
+    assert "perplexity" in evaluated.err
+    exported = run("export", "wanda", "-o", tmp_path / "wanda.py", "--json", "-")
+    assert json.loads(exported.out)["formula"] == "abs(W)*X"
+    assert [path.name for path in tmp_path.iterdir()] == ["wanda.py"]
+
+
+def test_evaluate(run: Run, tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    outcome = run("evaluate", tiny_llama, "--text", tiny_text, "--windows", "3", "--json", tmp_path / "x.json")
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith(f"{tiny_text}: perplexity {result['ppl'][str(tiny_text)]:.4f}\n")
+    assert (result["windows"], result["tokens"], result["sequence_length"]) == (3, 3 * 64, 64)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_every_baseline_can_be_exported(run: Run, tmp_path: Path, name: str) -> None:
+    outcome = run("export", name, "-o", tmp_path / "x.py", "--json", tmp_path / "x.json")
+    assert outcome == Outcome(0, "", "")
+    assert "def score" in (tmp_path / "x.py").read_text()
+
+
+def test_a_long_formula_is_no_file_name(run: Run, tmp_path: Path) -> None:
+    """Longer than any file name may be."""
+    formula = "+".join(["abs(W)*X"] * 40)
+    assert len(formula) > 255
+    assert run("export", formula, "--format", "latex", "-o", tmp_path / "x.tex").code == 0
+
+
+@pytest.mark.parametrize("name", ["[red].txt", "[bold]x[", "[/red].txt", "<script>.txt", ":smile:.txt", "=cmd().txt"])
+def test_names_are_printed_as_they_are(run: Run, quick: list[str], tiny_text: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)  # a closing tag holds a slash
+    path.write_bytes(tiny_text.read_bytes())
+    outcome = run("bench", *quick, "--text", path, "--metric", "wanda")
+    assert outcome.code == 0
+    assert f"{path} " in outcome.out
+    assert f"{path} " in outcome.err
+
+
+# What is wrong on the face of it
+
+
+def test_nothing_heavy_is_imported_to_refuse() -> None:
+    """All bad formulas in one process that never loads torch, transformers or sympy; each one line and status 2."""
+    driver = f"""
+import contextlib, io, json, sys
+from gpmetric.cli import main
+found = []
+for formula in json.loads(sys.stdin.read()):
+    for option in ("bench --metric", "bench --target", "discover --start", "export -o x.py --"):
+        sys.argv = ["gpmetric", *option.split(), formula]
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as stop:
+                found.append([stop.code, out.getvalue(), err.getvalue()])
+print(json.dumps([found, [name for name in {HEAVY} if name in sys.modules]]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", driver], input=json.dumps(BAD_FORMULAS), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    found, heavy = json.loads(done.stdout)
+    assert heavy == []
+    for index, (code, out, err) in enumerate(found):
+        outcome, formula = Outcome(code, out, err), BAD_FORMULAS[index // 4]
+        assert (outcome.code, outcome.out) == (2, ""), formula[:60]
+        assert 10 < len(outcome.error) < 450, outcome.error[:1000]
+
+
+@pytest.mark.parametrize("formula", BAD_FORMULAS, ids=[ascii(formula)[:20] for formula in BAD_FORMULAS])
+def test_a_bad_formula_is_not_exported(run: Run, tmp_path: Path, formula: str) -> None:
+    outcome = run("export", "-o", tmp_path / "x.py", "--", formula)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert len(outcome.error) < 450
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["benchh"], "No such command 'benchh'"),
+        (["bench", "--foo"], "No such option: --foo"),
+        (["bench", "extra"], "unexpected extra argument"),
+        (["bench", "--samples"], "requires an argument"),
+        (["bench", "--samples", "0"], "--samples"),
+        (["bench", "--samples", "many"], "--samples"),
+        (["bench", "--windows", "0"], "--windows"),
+        (["bench", "--windows", "1.5"], "--windows"),
+        (["bench", "--seed", "-1"], "--seed"),
+        (["bench", "--seed", str(2**64)], "--seed"),
+        (["discover", "--seed", "-1"], "--seed"),
+        (["evaluate", "--seed", str(2**63)], "--seed"),
+        (["bench", "--target", "1.5"], "'1.5' is not a target"),
+        (["bench", "--target", "4:2"], "keeps 4 of each 2"),
+        (["bench", "--target", "0.5", "--target", "50%"], "'50%' is not a target"),
+        (["bench", "--metric", "wanda", "--metric", "wnada"], "did you mean 'wanda'"),
+        (["bench", "--update", "all"], "none, obs, obs-blockwise"),
+        (["bench", "--device", "foo"], "--device must be auto, cpu or cuda, but got 'foo'"),
+        (["bench", "--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, but got 'int8'"),
+        (["bench", "--include", "("], "--include '(' is not a regular expression"),
+        (["bench", "--model", "/no/such/model"], "--calibration is needed"),
+        (["evaluate", "/no/such/model", "--text", "demo:test"], "'/no/such/model' does not exist"),
+        (["evaluate", "--text", "/no/such/text"], "'/no/such/text' does not exist"),
+        (["evaluate", "--text", "hf:x"], "not of the form"),
+        (["discover", "--population", "0"], "--population must be at least"),
+        (["discover", "--population", "1"], "--population must be at least"),
+        (["discover", "--generations", "0"], "--generations must be at least 1"),
+        (["discover", "--evaluations", "0"], "--evaluations must be at least 1"),
+        (["discover", "--minutes", "0"], "--minutes must be above 0"),
+        (["discover", "--minutes", "nan"], "--minutes must be above 0"),
+        (["discover", "--workers", "0"], "--workers must be at least 1"),
+        (["discover", "--max-nodes", "1"], "--max-nodes must be at least"),
+        (["discover", "--operands", "X"], "--operands must hold W"),
+        (["discover", "--operands", "W,Q"], "--operands: unknown name 'Q'"),
+        (["discover", "--primitives", "abs,addd"], "did you mean 'add'"),
+        (["discover", "--start", "abs(W)*G", "--operands", "W,X"], "uses 'G', which --operands"),
+        (["discover", "--target", "-0.1"], "'-0.1' is not a target"),
+        (["discover", "--update", ""], "--update must be one of"),
+        (["export"], "FORMULA|LEDGER"),
+        (["export", "wanda"], "--output (-o) FILE is needed"),
+        (["export", "wanda", "-o", "/tmp"], "is a directory"),
+        (["export", "no.sqlite", "-o", "x.py"], "no.sqlite"),
+    ],
+)
+def test_bad_options(run: Run, arguments: list[str], message: str) -> None:
+    outcome = run(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert message in outcome.error
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model", "/no/such/model"], "'/no/such/model' does not exist"),
+        (
+            ["--target", "7:11"],
+            "--target 7:11: in = 32 of layer model.layers.0.self_attn.q_proj is not divisible by 11",
+        ),
+        (["--sequence-length", "1"], "--sequence-length must be at least 2"),
+        (["--sequence-length", "65"], "at most 64"),
+        (["--text", "/no/such/text"], "'/no/such/text' does not exist"),
+        (["--include", "nothing"], "no prunable layer is left"),
+        (["--target", "0.5", "--target", "1"], "'1' is not a target"),
+    ],
+)
+def test_bad_input_writes_no_json(run: Run, quick: list[str], tmp_path: Path, more: list[str], message: str) -> None:
+    outcome = run("bench", *quick, *more, "--json", tmp_path / "x.json")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert message in outcome.error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("content", "message"), [("Two words.", "fewer than one window of 32"), ("", "is empty")])
+@pytest.mark.parametrize("option", ["--text", "--calibration"])
+def test_a_short_text_is_refused(
+    run: Run, quick: list[str], tmp_path: Path, option: str, content: str, message: str
+) -> None:
+    (tmp_path / "short.txt").write_text(content)
+    outcome = run("bench", *quick, option, tmp_path / "short.txt")
+    assert outcome.code == 2
+    assert message in outcome.error
+    assert "short.txt" in outcome.error
+
+
+@pytest.mark.parametrize("command", [["bench"], ["discover"], ["evaluate"], ["export", "wanda", "-o", "x.py"]])
+@pytest.mark.parametrize("place", ["missing/x.json", ".", "/dev/null", "n" * 300])
+def test_output_is_checked_first(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = run(*command, "--json", place)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.error.startswith(f"--json {place!r}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command", [["discover", "--ledger", "x", "--json", "./x"], ["export", "wanda", "-o", "x", "--json", "x"]]
+)
+def test_two_outputs_need_two_files(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = run(*command)
+    assert outcome.code == 2
+    assert "are the same file 'x'" in outcome.error
+    assert not list(tmp_path.iterdir())
+
+
+# --config
+
+
+def test_config_gives_values_and_the_command_line_wins(run: Run, quick: list[str], tmp_path: Path) -> None:
+    path = toml(
+        tmp_path,
+        """
+        metric = ["wanda", "abs(W)"]
+        target = [0.5, "2:4"]
+        samples = 3
+        sequence_length = 16
+        one-shot = true
+        seed = 5
+        windows = 1
+        """,
+    )
+    options = [quick[index : index + 2] for index in range(0, len(quick), 2)]
+    typed = [word for option in options if option[0] not in ("--samples", "--sequence-length") for word in option]
+    outcome = run("bench", *typed, "--config", path, "--seed", "6", "--json", tmp_path / "x.json")
+    assert outcome.code == 0, outcome.err
+    result = json.loads((tmp_path / "x.json").read_text())
+    rows = [(row["metric"], row["target"]) for row in result["results"]]
+    assert rows == [(metric, target) for target in ("0.5", "2:4") for metric in ("wanda", "abs(W)")]
+    assert result["calibration"]["windows"] == 3
+    assert result["sequence_length"] == 16
+    assert result["protocol"] == "one-shot"
+    assert result["seed"] == 6
+    assert result["texts"][0]["windows"] == 2
+
+
+def test_config_may_hold_everything(run: Run, quick: list[str], tmp_path: Path, tiny_llama: Path) -> None:
+    """Also a repeated option without brackets, `json`, and an argument."""
+    values = "\n".join(f"{quick[i].removeprefix('--')} = {json.dumps(quick[i + 1])}" for i in range(0, len(quick), 2))
+    path = toml(tmp_path, f"{values}\nmetric = 'wanda'\ntarget = 0.5\njson = '{tmp_path}/x.json'\nshuffle = false\n")
+    assert run("bench", "--config", path).code == 0
+    assert json.loads((tmp_path / "x.json").read_text())["model"] == str(tiny_llama)
+    path = toml(tmp_path, f"formula = 'ria'\noutput = '{tmp_path}/ria.py'\n")
+    assert run("export", "--config", path) == Outcome(0, "", "")
+    assert (tmp_path / "ria.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("metrics = ['wanda']", "unknown key 'metrics'; accepted: calibration, device,"),
+        ("[bench]\nsamples = 1", "unknown key 'bench'"),
+        ("help = true", "unknown key 'help'"),
+        ("config = 'x'", "unknown key 'config'"),
+        ("samples = 1\nsamples = 2", "is not TOML"),
+        ("target = 2:4", "is not TOML"),
+        ("samples", "is not TOML"),
+        ("sequence_length = 8\nsequence-length = 9", "'sequence-length' stands there twice"),
+        ("samples = true", "samples must be text or a number, but got True"),
+        ("samples = [1]", "samples must be text or a number, but got [1]"),
+        ("samples = 1.5", "--samples"),
+        ("samples = 'many'", "--samples"),
+        ("samples = 0", "--samples"),
+        ("seed = -1", "--seed"),
+        ("seed = 1979-05-27", "seed must be text or a number"),
+        ("shuffle = 'no'", "shuffle must be true or false, but got 'no'"),
+        ("one-shot = 1", "one-shot must be true or false, but got 1"),
+        ("model = {a = 1}", "model must be text or a number"),
+        ("metric = [['wanda']]", "metric must be text or a number or a list of them, but got [['wanda']]"),
+        ("target = [true]", "target must be text or a number or a list of them, but got [True]"),
+        ("target = 1.5", "'1.5' is not a target"),
+        ("target = nan", "'nan' is not a target"),
+        ("metric = ['wnada']", "did you mean 'wanda'"),
+        ("json = '/no/such/x.json'", "--json '/no/such/x.json'"),
+        ('json = "nul\\u0000"', "null byte"),
+    ],
+)
+def test_a_wrong_config_is_refused(run: Run, tmp_path: Path, content: str, message: str) -> None:
+    outcome = run("bench", "--config", toml(tmp_path, content))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert message in outcome.error
+
+
+def test_a_config_that_cannot_be_read_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "latin.toml").write_bytes(b"model = '\xff'")
+    for path, message in [("missing.toml", "No such file"), ("", "Is a directory"), ("latin.toml", "is not TOML")]:
+        outcome = run("bench", "--config", f"{tmp_path}/{path}")
+        assert outcome.code == 2
+        assert message in outcome.error
+
+
+# Exit status of work that fails
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(GpmetricError("no\nway"), 1), (MaskError("no way"), 1), (LedgerError("no  way"), 2)],
+)
+def test_status_of_errors(run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "check_output", fail)
+    outcome = run("bench")
+    assert outcome.code == code
+    assert outcome.error == "no way"
+
+
+def test_a_score_that_is_not_finite_is_status_1(run: Run, quick: list[str], tmp_path: Path) -> None:
+    outcome = run("bench", *quick, "--metric", "abs(W)*exp(W*1e9)*1e29", "--json", tmp_path / "x.json")
+    assert (outcome.code, outcome.out) == (1, "")
+    last = outcome.err.splitlines()[-1]
+    assert last.startswith("gpmetric: error: metric abs(W)*exp(W*1e9)*1e29 at 0.5: ")
+    assert last.endswith("are NaN or infinite (layer model.layers.0.self_attn.q_proj)")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_is_130(run: Run, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    monkeypatch.setattr(cli, "check_output", lambda *arguments: os.kill(os.getpid(), number))
+    outcome = run("bench")
+    assert outcome.code == 130
+    assert outcome.error == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["discover"], "gpmetric discover --ledger 'my ledger' --resume"),
+        (["discover", "--ledger", "my ledger", "--resume"], "gpmetric discover --ledger 'my ledger' --resume"),
+        (["discover", "--ledger=my ledger"], "gpmetric discover '--ledger=my ledger' --resume"),
+        (["discover", "--start", "abs(W)*X"], "gpmetric discover --start 'abs(W)*X' --ledger 'my ledger' --resume"),
+    ],
+)
+def test_how_to_go_on(monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpmetric", *arguments])
+    assert cli._resume_command(Path("my ledger")) == expected
+
+
+# As a user runs it
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--version"], 0), (["bench", "--metric", "__import__('os')"], 2), (["nothing"], 2)]
+)
+def test_the_console_script(arguments: list[str], code: int) -> None:
+    done = subprocess.run([CONSOLE_SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert len((done.stdout + done.stderr).splitlines()) == 1
+
+
+def test_the_module_runs_too(tiny_llama: Path, tiny_text: Path) -> None:
+    command = [sys.executable, "-m", "gpmetric", "evaluate", str(tiny_llama), "--text", str(tiny_text), "--json", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["dtype"] == "float32"

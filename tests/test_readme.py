@@ -1,0 +1,36 @@
+"""The README's examples run as they stand, in an empty folder."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_shell_examples_run_one_after_the_other(tmp_path: Path) -> None:
+    commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("gpmetric ")]
+    assert len(commands) >= 4
+    for command in commands:
+        words = [sys.executable, "-m", *shlex.split(command, comments=True)]
+        run = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, f"{command}\n{run.stderr}"
+    assert "def score(" in (tmp_path / "metric.py").read_text()
+
+
+def test_python_examples_run(tmp_path: Path) -> None:
+    (example,) = blocks("python")
+    file = tmp_path / "example.py"
+    file.write_text(example)
+    run = subprocess.run([sys.executable, str(file)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
