@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,6 +28,16 @@ class LayerStatistics:
     G: Tensor | None = None
     H: Tensor | None = None
     gram: Tensor | None = None
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """`inverse_factor` of the Gram matrix, [in, in], factorised once for all who use these statistics.
+
+        Raises:
+            SolverError: the Gram matrix cannot be factorised.
+        """
+        assert self.gram is not None, "an update needs the Gram matrix"
+        return inverse_factor(self.gram)
 
 
 class InputMoments:

@@ -82,14 +82,14 @@ def _explained(folder: Path) -> Iterator[None]:
         raise GpmetricError(f"statistics cache {str(folder)!r} cannot be written: {error}") from error
 
 
-def load_statistics(path: Path) -> Statistics:
-    """Reads a cache file; its tensors are memory-mapped.
+def load_statistics(path: Path, device: str = "cpu") -> Statistics:
+    """Reads a cache file onto a device.
 
     Raises:
         OSError, SafetensorError, KeyError, TypeError or ValueError: missing or damaged.
     """
     layers: dict[str, dict[str, Tensor]] = {}
-    with safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="pt", device=device) as file:
         sample = json.loads((file.metadata() or {})["gpmetric"])
         for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
             layer, _, operand = name.rpartition("/")

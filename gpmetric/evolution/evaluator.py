@@ -63,7 +63,7 @@ def open_workplace(place: dict[str, Any]) -> Evaluator:
         include=place["include"],
         exclude=place["exclude"],
     )
-    statistics = load_statistics(Path(place["statistics"]))
+    statistics = load_statistics(Path(place["statistics"]), str(model.device))
     return Evaluator(model, statistics, load_file(place["tokens"]), place["targets"], place["update"])
 
 

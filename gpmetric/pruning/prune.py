@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gpmetric.calibration.accumulators import LayerStatistics, inverse_factor
+from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.collect import Statistics, collect_block
 from gpmetric.calibration.replay import BlockCalls
 from gpmetric.errors import MaskError, SolverError
@@ -103,12 +103,12 @@ def prune_weight(
         return _prune_blockwise(weight, metric, target, statistics)
     mask = select_mask(score_weight(weight, metric, statistics) if score is None else score, target)
     if update == "obs":
-        return reconstruct(weight, _factor(statistics), mask)
+        return reconstruct(weight, statistics.factor, mask)
     return weight.masked_fill(~mask, 0)
 
 
 def _prune_blockwise(weight: Tensor, metric: Metric, target: Target, statistics: LayerStatistics) -> Tensor:
-    factor = _factor(statistics)
+    factor = statistics.factor
     # D on the updated weights is SparseGPT's 1 / d^2, d the diagonal of the factor (algorithm 1)
     operands = _operands(weight, statistics) | {"D": 1 / factor.diagonal().square()}
     whole = needs_whole_matrix(metric.expression)
@@ -127,11 +127,6 @@ def _prune_blockwise(weight: Tensor, metric: Metric, target: Target, statistics:
 def _operands(weight: Tensor, statistics: LayerStatistics) -> dict[str, Tensor]:
     measured = {name: getattr(statistics, name) for name in OPERANDS if name != "W"}
     return {"W": weight.float()} | {name: value for name, value in measured.items() if value is not None}
-
-
-def _factor(statistics: LayerStatistics) -> Tensor:
-    assert statistics.gram is not None, "an update needs the Gram matrix"
-    return inverse_factor(statistics.gram)
 
 
 def sparsity(model: Model) -> float:
