@@ -5,10 +5,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := build/demo
 # More options for the demo's `gpmetric discover`, for instance DEMO_OPTIONS="--minutes 5".
-DEMO_OPTIONS ?=
+DEMO_OPTIONS ?= --evaluations 300
 
-BASELINES := magnitude wanda ria gblm_l1 gblm_l2 pruner_zero sparsegpt
-TARGETS := 0.5 0.6 0.7 2:4
+BASELINES := magnitude magnitude_row wanda ria gblm_l1 gblm_l2 pruner_zero sparsegpt
+# Not 0.7: a model this small is destroyed there (perplexity 11 becomes 170), and ranks by chance.
+TARGETS := 0.5 0.6 2:4
 
 .PHONY: test demo lint clean
 
@@ -18,10 +19,12 @@ test: .venv/installed
 # A second `make demo` resumes the ledger of the first one. The formula holds * and ( ), hence the quoted variable.
 demo: .venv/installed
 	mkdir -p $(DEMO)
-	$(BIN)/gpmetric discover --seed 0 $(DEMO_OPTIONS) --ledger $(DEMO)/ledger.sqlite --resume --json $(DEMO)/discover.json
+	$(BIN)/gpmetric discover $(TARGETS:%=--target %) --samples 64 --seed 0 $(DEMO_OPTIONS) \
+		--ledger $(DEMO)/ledger.sqlite --resume --json $(DEMO)/discover.json
 	$(BIN)/gpmetric export $(DEMO)/ledger.sqlite --format python -o $(DEMO)/metric.py
 	formula=$$($(BIN)/python -c 'import json; print(json.load(open("$(DEMO)/discover.json"))["winner"]["formula"])') && \
-	$(BIN)/gpmetric bench --metric "$$formula" $(BASELINES:%=--metric %) $(TARGETS:%=--target %) --json $(DEMO)/bench.json
+	$(BIN)/gpmetric bench --metric "$$formula" $(BASELINES:%=--metric %) $(TARGETS:%=--target %) \
+		--samples 64 --windows 128 --json $(DEMO)/bench.json
 
 lint: .venv/installed
 	$(BIN)/python -m ruff check

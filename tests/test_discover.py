@@ -17,7 +17,9 @@ from gpmetric.errors import DataError, InputError, LedgerError
 from gpmetric.evolution.discover import discover
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.request import Request
-from gpmetric.evolution.verdict import choose_winner
+from gpmetric.evolution.selection import Individual
+from gpmetric.evolution.verdict import choose_finalists, choose_winner
+from gpmetric.expression import parse
 from gpmetric.pruning.metrics import BASELINES
 
 
@@ -185,3 +187,11 @@ def test_the_winner_is_below_every_mask_only_baseline_where_one_is() -> None:
     even = {"0.5": 0.25, "2:4": 0.75}
     assert choose_winner({"uneven": uneven, "even": even}, baselines) == "even"
     assert choose_winner({"uneven": uneven, "worse": {"0.5": 0.4, "2:4": 0.9}}, baselines) == "uneven"
+
+
+def test_finalists_differ_in_more_than_constants() -> None:
+    formulas = ["abs(W)*X + 2*abs(W)*G", "abs(W)*X + 3*abs(W)*G", "abs(W)*X", "X*abs(W)", "abs(W)"]
+    front = [Individual(parse(formula), {"0.5": 0.1 * place}) for place, formula in enumerate(formulas)]
+    expected = [str(parse(formula)) for formula in ("abs(W)*X + 2*abs(W)*G", "abs(W)*X", "abs(W)")]
+    assert choose_finalists(front, 5) == expected
+    assert choose_finalists(front, 2) == expected[:2]

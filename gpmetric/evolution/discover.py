@@ -31,7 +31,7 @@ from gpmetric.evolution.ledger import Evaluation, Ledger
 from gpmetric.evolution.request import Request, check_request
 from gpmetric.evolution.selection import Individual
 from gpmetric.evolution.splits import SPLITS, name_sources, read_splits
-from gpmetric.evolution.verdict import Judge, choose_winner, describe, masks_only
+from gpmetric.evolution.verdict import Judge, choose_finalists, choose_winner, describe, masks_only
 from gpmetric.expression import parse
 from gpmetric.models import Model, load_model
 from gpmetric.provenance import finite, versions
@@ -41,7 +41,7 @@ from gpmetric.pruning.target import parse_target
 
 __all__ = ["DiscoverListener", "discover"]
 
-_FINALISTS = 8  # front members compared on validation
+_FINALISTS = 12  # front members compared on validation
 _DEFAULT_EVALUATIONS = 300
 _DETERMINING = (
     "target",
@@ -122,10 +122,11 @@ def discover(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpmetric-")))
         executor = stack.enter_context(_executor(request, model, splits, statistics, folder, update))
         deadline = None if request.minutes is None else began + 60 * request.minutes
-        result = _search(request, book, executor, update, model, splits, deadline, told)
-        seconds = {"load": loaded - began, "calibration": calibrated - loaded, **result.pop("seconds")}
+        samples = splits["calibration"].tokens.shape
+        verdict, steps = _search(request, book, executor, update, (samples[0], samples[1]), deadline, told)
+        seconds = {"load": loaded - began, "calibration": calibrated - loaded, **steps}
         seconds["total"] = time.monotonic() - began
-        result = finite(result)
+        result: dict[str, Any] = finite(verdict | _circumstances(request, model, splits, update, book))
         book.save_result(result, seconds)
     return result | {"seconds": seconds}
 
@@ -196,12 +197,11 @@ def _search(
     book: Ledger,
     executor: Executor,
     update: Update,
-    model: Model,
-    splits: Mapping[str, Windows],
+    samples: tuple[int, int],
     deadline: float | None,
     told: DiscoverListener,
-) -> dict[str, Any]:
-    """Baselines on validation, the generation loop, the finalists, and the test."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Baselines on validation, the generation loop, the finalists, and the test: the verdict, and seconds by step."""
     judge = Judge(executor, request.target, update)
     dense = {split: judge.dense_loss(split) for split in ("search", "validation")}
     told.dense({split: perplexity(loss) for split, loss in dense.items()})
@@ -215,7 +215,7 @@ def _search(
 
     searching = time.monotonic()
     campaign = Campaign(
-        _plan(request, splits["calibration"]),
+        _plan(request, samples),
         book,
         executor,
         dense["search"],
@@ -225,14 +225,11 @@ def _search(
     campaign.run()
     judging = time.monotonic()
     front = campaign.front()
-    finalists = judge.excess([str(one.expression) for one in front[:_FINALISTS]], "validation", dense["validation"])
+    finalists = judge.excess(choose_finalists(front, _FINALISTS), "validation", dense["validation"])
     winner = choose_winner(finalists, baselines)
     dense["test"] = judge.dense_loss("test")
     tested = judge.excess([winner, *names], "test", dense["test"])
-    done = time.monotonic()
-    rows = book.evaluations()
-    counts = book.counts()
-    return {
+    verdict = {
         "winner": _row(winner) | describe(tested[winner], dense["test"]) | {"validation": finalists[winner]},
         "front": [
             _row(str(one.expression))
@@ -240,15 +237,30 @@ def _search(
             for one in front
         ],
         "baselines": {
-            name: {"masks_only": masks_only(name), "validation": baselines[name]}
-            | describe(tested[name], dense["test"])
+            name: describe(tested[name], dense["test"])
+            | {"validation": baselines[name], "masks_only": masks_only(name)}
             for name in names
         },
         "dense": {split: perplexity(loss) for split, loss in dense.items()},
-        "splits": {split: windows.describe() for split, windows in splits.items()},
+    }
+    return verdict, {
+        "baselines": searching - start,
+        "search": judging - searching,
+        "final": time.monotonic() - judging,
+        "per_evaluation": _time_split(book.evaluations()),
+    }
+
+
+def _circumstances(
+    request: Request, model: Model, splits: Mapping[str, Windows], update: Update, book: Ledger
+) -> dict[str, Any]:
+    """What the verdict rests on."""
+    counts = book.counts()
+    return {
         "evaluations": counts["paid"],
         "unique_masks": counts["unique_masks"],
         "counts": counts,
+        "splits": {split: windows.describe() for split, windows in splits.items()},
         "model": model.name,
         "model_sha256": model.digest,
         "dtype": model.dtype,
@@ -258,12 +270,6 @@ def _search(
         "seed": request.seed,
         "sequence_length": splits["search"].tokens.shape[1],
         "versions": versions(),
-        "seconds": {
-            "baselines": searching - start,
-            "search": judging - searching,
-            "final": done - judging,
-            "per_evaluation": _time_split(rows),
-        },
     }
 
 
@@ -291,10 +297,14 @@ def _applicable_baselines(request: Request) -> list[str]:
     return [name for name in BASELINES if set(resolve_metric(name).expression.operands) <= set(request.operands)]
 
 
-def _plan(request: Request, calibration: Windows) -> Plan:
-    """The plan with its start formulas spelled out: mask-only baselines first, then the user's."""
+def _plan(request: Request, samples: tuple[int, int]) -> Plan:
+    """The plan with its start formulas spelled out: mask-only baselines first, then the user's.
+
+    Args:
+        samples: calibration sequences and their length, which GBLM's balance depends on.
+    """
     names = [name for name in _applicable_baselines(request) if masks_only(name)]
-    start = [str(resolve_metric(name, *calibration.tokens.shape).expression) for name in (*names, *request.start)]
+    start = [str(resolve_metric(name, *samples).expression) for name in (*names, *request.start)]
     unlimited = request.generations is None and request.evaluations is None and request.minutes is None
     return Plan(
         targets=request.target,

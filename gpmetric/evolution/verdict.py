@@ -10,9 +10,10 @@ from gpmetric.errors import GpmetricError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.evolution.executors import Executor
 from gpmetric.evolution.objectives import mean_excess
+from gpmetric.evolution.selection import Individual
 from gpmetric.pruning.metrics import BASELINES, Update
 
-__all__ = ["Judge", "choose_winner", "describe", "masks_only"]
+__all__ = ["Judge", "choose_finalists", "choose_winner", "describe", "masks_only"]
 
 
 class Judge:
@@ -66,6 +67,20 @@ class Judge:
 def masks_only(name: str) -> bool:
     """Whether a baseline leaves the kept weights as they are."""
     return BASELINES[name].update in (None, "none")
+
+
+def choose_finalists(front: Sequence[Individual], count: int) -> list[str]:
+    """The first of the front that differ in more than their constants: near copies would all pass or fail together.
+
+    Args:
+        front: by rising mean excess.
+        count: formulas wanted at most.
+    """
+    chosen: dict[tuple[str, ...], str] = {}
+    for individual in front:
+        words = (token for token in individual.expression.tokens if isinstance(token, str))
+        chosen.setdefault(tuple(sorted(words)), str(individual.expression))
+    return list(chosen.values())[:count]
 
 
 def choose_winner(finalists: Mapping[str, Mapping[str, float]], baselines: Mapping[str, Mapping[str, float]]) -> str:
