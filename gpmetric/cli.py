@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from os.path import isfile
 from pathlib import Path
@@ -42,6 +42,17 @@ app = typer.Typer(
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # typer carries its own copy of click, or does not
 
 
+def _one_of(option: str, *accepted: str) -> Callable[[str | None], str | None]:
+    """A check of an option's value that needs no torch."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in accepted:
+            raise InputError(f"{option} must be one of {', '.join(accepted)}, but got {value!r}")
+        return value
+
+    return check
+
+
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Hugging Face directory or name; the embedded demo model by default.")
 ]
@@ -58,9 +69,15 @@ LengthOption = Annotated[int | None, typer.Option(help="Tokens per window; the m
 WindowsOption = Annotated[int | None, typer.Option(min=1, help="Windows of each text evaluated; all by default.")]
 ShuffleOption = Annotated[bool, typer.Option("--shuffle", help="Draw windows with --seed instead of the first ones.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+DeviceOption = Annotated[
+    str, typer.Option(help="auto, cpu or cuda.", callback=_one_of("--device", "auto", "cpu", "cuda"))
+]
 DtypeOption = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; float32 on a CPU, as stored on CUDA.")
+    str | None,
+    typer.Option(
+        help="float32, bfloat16 or float16; float32 on a CPU, as stored on CUDA.",
+        callback=_one_of("--dtype", "float32", "bfloat16", "float16"),
+    ),
 ]
 IncludeOption = Annotated[str | None, typer.Option(metavar="REGEX", help="Prune only layers whose name matches.")]
 ExcludeOption = Annotated[str | None, typer.Option(metavar="REGEX", help="Leave layers whose name matches dense.")]
@@ -206,11 +223,11 @@ def discover(
     path = ledger or Path(f"campaign-{datetime.now():%Y%m%d-%H%M%S}.sqlite")
     _check_outputs(json, "--ledger", path)
     from gpmetric import terminal
-    from gpmetric.evolution.discover import discover as run
+    from gpmetric.evolution.discover import run_campaign
 
     try:
         with terminal.DiscoverReport(Console(stderr=True), request.target) as listener:
-            result = run(request, path, resume=resume, listener=listener, started=started)
+            result = run_campaign(request, path, resume=resume, listener=listener, started=started)
     except KeyboardInterrupt:
         print(f"stopped; go on with: {_resume_command(path)}", file=sys.stderr)
         raise
@@ -287,11 +304,19 @@ def export(
         raise InputError("--output (-o) FILE is needed")
     _check_outputs(json, "--output", output)
     # GBLM's balance depends on the sample; here that of its paper, 128 sequences of 2048 tokens
-    is_ledger = isfile(formula) or formula.endswith(".sqlite")
+    is_ledger = formula.endswith(".sqlite") or _is_sqlite(formula)
     expression = _winner(Path(formula)) if is_ledger else resolve_metric(formula, 128, 2048).expression
     from gpmetric.export import export_expression
 
     write_json(json, export_expression(expression, format, output, gpmetric_version()))
+
+
+def _is_sqlite(name: str) -> bool:
+    """Whether a file of that name holds a SQLite database; a formula may be the name of a file, too."""
+    if not isfile(name):
+        return False
+    with open(name, "rb") as file:
+        return file.read(16) == b"SQLite format 3\0"
 
 
 def _winner(path: Path) -> Expression:

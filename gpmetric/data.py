@@ -21,9 +21,10 @@ from torch import Tensor
 
 from gpmetric.errors import DataError, InputError, ModelError
 
-__all__ = ["Text", "Windows", "check_disjoint", "cut_windows", "read_text", "split_text"]
+__all__ = ["Text", "Windows", "check_disjoint", "cut_windows", "overlap", "read_text", "split_text"]
 
 _LOG = logging.getLogger(__name__)
+_NGRAM = 13
 _HUB_SECONDS = 10  # to answer at all
 
 
@@ -46,6 +47,12 @@ class Windows:
 
     text: Text
     tokens: Tensor
+
+    @cached_property
+    def tokens_digest(self) -> str:
+        """sha256 of the windows' shape and token ids, in hexadecimal."""
+        shape = "x".join(map(str, self.tokens.shape))
+        return hashlib.sha256(shape.encode() + self.tokens.numpy().tobytes()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """What a result says of its text: name, content hash, windows and tokens read."""
@@ -135,6 +142,21 @@ def cut_windows(
         _LOG.warning("text %r has %d windows of %d tokens, fewer than the %d asked for: using all", text.name,
                      len(windows), length, count)  # fmt: skip
     return Windows(text, windows[:count].clone())
+
+
+def overlap(splits: Mapping[str, Windows]) -> dict[str, float]:
+    """Share of each split's 13-token n-grams that also stand in an earlier split; reported, never refused.
+
+    Source: 13 tokens as in Brown et al. 2020 (GPT-3), appendix C.
+    """
+    seen: set[bytes] = set()
+    shares: dict[str, float] = {}
+    for split, windows in splits.items():
+        rows = windows.tokens.unfold(1, min(_NGRAM, windows.tokens.shape[1]), 1).flatten(0, 1).numpy()  # [n-grams, 13]
+        grams = [row.tobytes() for row in rows]
+        shares[split] = sum(gram in seen for gram in grams) / len(grams)
+        seen.update(grams)
+    return shares
 
 
 def check_disjoint(splits: Mapping[str, Windows]) -> None:

@@ -30,9 +30,10 @@ def gpmetric_version() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that can change a figure."""
+    """Versions of what can change a figure."""
+    packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "deap", "sympy")
     found = {"gpmetric": gpmetric_version(), "python": platform.python_version()}
-    return found | {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy", "deap")}
+    return found | {name: version(name) for name in packages}
 
 
 def check_output(option: str, path: Path | None) -> None:
@@ -41,7 +42,7 @@ def check_output(option: str, path: Path | None) -> None:
     Raises:
         InputError: no such folder, not a file, or not writable.
     """
-    if path is None or path == STDOUT:
+    if path is None or (path == STDOUT and option == "--json"):
         return
     where = f"{option} {str(path)!r}"
     try:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from gpmetric.errors import DataError, InputError, LedgerError
-from gpmetric.evolution.discover import discover
+from gpmetric.evolution.discover import discover, run_campaign
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.request import Request
 from gpmetric.evolution.selection import Individual
@@ -54,7 +54,7 @@ def without_seconds(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_document_names_winner_front_baselines_splits(request_for: Any, tmp_path: Path) -> None:
-    result = discover(request_for(), tmp_path / "a.sqlite")
+    result = run_campaign(request_for(), tmp_path / "a.sqlite")
     assert set(result["baselines"]) == set(BASELINES)
     assert result["evaluations"] == 14
     assert result["unique_masks"] == 14
@@ -72,7 +72,7 @@ def test_two_workers_and_one_write_the_same_ledger(request_for: Any, tmp_path: P
     results, tables = [], []
     for workers in (1, 2):
         path = tmp_path / f"{workers}.sqlite"
-        results.append(without_seconds(discover(request_for(workers=workers), path)))
+        results.append(without_seconds(run_campaign(request_for(workers=workers), path)))
         with Ledger.read(path) as ledger:
             tables.append(ledger.comparable_tables())
     assert results[0] == results[1]
@@ -80,47 +80,62 @@ def test_two_workers_and_one_write_the_same_ledger(request_for: Any, tmp_path: P
 
 
 def test_a_finished_campaign_gives_its_result_again(request_for: Any, tmp_path: Path) -> None:
-    first = discover(request_for(), tmp_path / "a.sqlite")
-    assert discover(request_for(), tmp_path / "a.sqlite", resume=True) == first
+    first = run_campaign(request_for(), tmp_path / "a.sqlite")
+    assert run_campaign(request_for(), tmp_path / "a.sqlite", resume=True) == first
     with pytest.raises(LedgerError, match="--resume"):
-        discover(request_for(), tmp_path / "a.sqlite")
+        run_campaign(request_for(), tmp_path / "a.sqlite")
 
 
 @pytest.mark.parametrize("change", [{"seed": 5}, {"target": ("0.5",)}, {"samples": 3}, {"start": ("abs(W)*D",)}])
 def test_a_ledger_of_another_campaign_is_refused(request_for: Any, tmp_path: Path, change: dict[str, Any]) -> None:
-    discover(request_for(evaluations=4), tmp_path / "a.sqlite")
+    run_campaign(request_for(evaluations=4), tmp_path / "a.sqlite")
     with pytest.raises(LedgerError, match="another campaign"):
-        discover(request_for(evaluations=4, **change), tmp_path / "a.sqlite", resume=True)
+        run_campaign(request_for(evaluations=4, **change), tmp_path / "a.sqlite", resume=True)
 
 
 def test_without_gradients_their_baselines_are_left_out(request_for: Any, tmp_path: Path) -> None:
-    result = discover(request_for(operands=("W", "X"), evaluations=6), tmp_path / "a.sqlite")
-    assert set(result["baselines"]) == {"magnitude", "magnitude_row", "wanda", "ria"}
+    result = run_campaign(request_for(operands=("W", "X"), evaluations=6), tmp_path / "a.sqlite")
+    assert set(result["baselines"]) == {"magnitude", "magnitude_row", "wanda", "ria", "sparsegpt"}
     assert all(set(row["operands"]) <= {"W", "X"} for row in result["front"])
+
+
+def test_fewer_primitives_leave_out_the_start_formulas_they_cannot_make(request_for: Any, tmp_path: Path) -> None:
+    few = {"operands": ("W", "X"), "primitives": ("abs", "mul", "add", "sqr"), "evaluations": None, "generations": 3}
+    result = run_campaign(request_for(**few), tmp_path / "a.sqlite")
+    assert not any("sqrt" in row["formula"] for row in result["front"])
+    assert "ria" in result["baselines"]
+
+
+def test_the_function_takes_the_options_as_keywords(request_for: Any, tmp_path: Path) -> None:
+    request = request_for(evaluations=4)
+    options = {name: value for name, value in vars(request).items() if name != "model"}
+    result = discover(request.model, ledger=tmp_path / "a.sqlite", **options)
+    assert without_seconds(result) == without_seconds(run_campaign(request, tmp_path / "b.sqlite"))
 
 
 @pytest.mark.parametrize("update", ["obs", "obs-blockwise"])
 def test_search_in_the_use_a_metric_will_have(request_for: Any, tmp_path: Path, update: str) -> None:
-    result = discover(request_for(update=update, evaluations=6), tmp_path / "a.sqlite")
-    plain = discover(request_for(evaluations=6), tmp_path / "b.sqlite")
+    result = run_campaign(request_for(update=update, evaluations=6), tmp_path / "a.sqlite")
+    plain = run_campaign(request_for(evaluations=6), tmp_path / "b.sqlite")
     assert result["update"] == update
     shared = {row["formula"]: row["excess"] for row in plain["front"]}
     assert any(shared.get(row["formula"], row["excess"]) != row["excess"] for row in result["front"])
 
 
 def test_minutes_end_the_search_and_a_resume_goes_on(request_for: Any, tmp_path: Path) -> None:
-    short = discover(request_for(evaluations=None, minutes=0.001), tmp_path / "a.sqlite")
+    short = run_campaign(request_for(evaluations=None, minutes=0.001), tmp_path / "a.sqlite")
     assert 1 <= short["evaluations"] < 14
-    longer = discover(request_for(), tmp_path / "a.sqlite", resume=True)
-    assert without_seconds(longer) == without_seconds(discover(request_for(), tmp_path / "b.sqlite"))
+    longer = run_campaign(request_for(), tmp_path / "a.sqlite", resume=True)
+    assert without_seconds(longer) == without_seconds(run_campaign(request_for(), tmp_path / "b.sqlite"))
 
 
 def test_the_same_text_for_two_splits_is_refused(request_for: Any, tiny_text: Path, tmp_path: Path) -> None:
-    sources = dict.fromkeys(("calibration", "search", "validation"), str(tiny_text))
     other = tmp_path / "other.txt"
     other.write_text("another text altogether, " * 200)
-    with pytest.raises(DataError, match="same text"):
-        discover(request_for(text=None, test=str(other), **sources), tmp_path / "a.sqlite")
+    for test in (other, tiny_text):
+        sources = dict.fromkeys(("calibration", "search", "validation"), str(tiny_text)) | {"test": str(test)}
+        with pytest.raises(DataError, match="same text"):
+            run_campaign(request_for(text=None, **sources), tmp_path / "a.sqlite")
     assert not (tmp_path / "a.sqlite").exists()
 
 
@@ -147,7 +162,7 @@ def test_the_same_text_for_two_splits_is_refused(request_for: Any, tiny_text: Pa
 )
 def test_bad_requests(request_for: Any, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        discover(request_for(**change), tmp_path / "a.sqlite")
+        run_campaign(request_for(**change), tmp_path / "a.sqlite")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "a.sqlite").exists()
 
@@ -190,8 +205,8 @@ def test_the_winner_is_below_every_mask_only_baseline_where_one_is() -> None:
 
 
 def test_finalists_differ_in_more_than_constants() -> None:
-    formulas = ["abs(W)*X + 2*abs(W)*G", "abs(W)*X + 3*abs(W)*G", "abs(W)*X", "X*abs(W)", "abs(W)"]
+    formulas = ["abs(W)*X + 2*abs(W)*G", "abs(W)*X + 3*abs(W)*G", "sqrt(W)*X", "abs(W)"]
     front = [Individual(parse(formula), {"0.5": 0.1 * place}) for place, formula in enumerate(formulas)]
-    expected = [str(parse(formula)) for formula in ("abs(W)*X + 2*abs(W)*G", "abs(W)*X", "abs(W)")]
+    expected = [str(parse(formula)) for formula in ("abs(W)*X + 2*abs(W)*G", "sqrt(W)*X", "abs(W)")]
     assert choose_finalists(front, 5) == expected
     assert choose_finalists(front, 2) == expected[:2]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-from gpmetric.errors import InputError
+from gpmetric.errors import GpmetricError, LedgerError
 from gpmetric.evolution.executors import Executor, Outcome
 from gpmetric.evolution.ledger import Candidate, Evaluation, Ledger
 from gpmetric.evolution.selection import Individual, pareto_individuals, select_survivors, tournament
@@ -22,8 +22,6 @@ from gpmetric.expression.canonical import canonical
 
 __all__ = ["Campaign", "Plan"]
 
-# Above the best mean excess by this share: hopeless. On the demo model Wanda is 8 % above the best mask-only baseline.
-_HOPELESS = 0.2
 _DRAWS_PER_PLACE = 20  # draws before a place in the generation stays empty: the neighbourhood is exhausted
 
 
@@ -86,17 +84,23 @@ class Campaign:
         self._variation = Variation(plan.operands, plan.primitives, plan.max_nodes, self._rng)
         self._population: list[Individual] = []
         self._number = 0
-        # what finished generations have seen: canonical form -> evaluation (None where it failed), and by mask
+        self._exhausted = False
+        # what was seen: canonical form -> evaluation (None where no mask could be made), and by mask
         self._by_form: dict[str, int | None] = {}
         self._by_mask: dict[str, int] = {}
 
     def run(self) -> None:
-        """Runs, or goes on, until the plan's budget is spent or time is out."""
+        """Runs, or goes on, until the plan's budget is spent, time is out, or nothing new is found.
+
+        Raises:
+            GpmetricError: no formula at all could be evaluated.
+            LedgerError: the ledger holds other draws than this campaign makes.
+        """
         self._restore()
-        while self._wants_more() and not self._out_of_time():
-            if not self._generation():
-                return
+        while self._wants_more() and not self._out_of_time() and self._generation():
             self._on_generation(self._number - 1, self)
+        if not self._ledger.evaluations("done"):
+            raise GpmetricError("no formula could be evaluated; the ledger holds the reasons")
 
     def individuals(self) -> list[Individual]:
         """Every formula evaluated so far, in the ledger's order."""
@@ -108,8 +112,9 @@ class Campaign:
 
     def _wants_more(self) -> bool:
         plan = self._plan
-        generations_left = plan.generations is None or self._number < plan.generations
-        return generations_left and (plan.evaluations is None or self._spent() < plan.evaluations)
+        generations_spent = plan.generations is not None and self._number >= plan.generations
+        evaluations_spent = plan.evaluations is not None and self._spent() >= plan.evaluations
+        return not (self._exhausted or generations_spent or evaluations_spent)
 
     def _spent(self) -> int:
         """Evaluations paid for in finished generations."""
@@ -129,17 +134,23 @@ class Campaign:
             if candidate.generation <= last.number and candidate.canonical is not None:
                 self._by_form.setdefault(candidate.canonical, candidate.evaluation)
         rows = [row for row in self._ledger.evaluations() if row.generation <= last.number]
+        self._exhausted = all(row.generation < last.number for row in rows)
         self._by_mask = {row.fingerprint: row.id for row in rows if row.fingerprint is not None and row.id is not None}
         by_formula = {row.formula: row for row in rows}
         self._population = [self._individual(by_formula[formula]) for formula in last.population]
 
     def _generation(self) -> bool:
-        """One generation; false when time ran out inside it, or when it found nothing new."""
+        """One generation; false when time or the budget of evaluations ended inside it: it is not committed then.
+
+        What it recorded stays, and a campaign that goes on begins with the same draws.
+        """
         draws = self._draw()
         fresh = self._first_of_their_form(draws)
         masks = self._masks(draws, fresh)
-        paid = self._first_of_their_mask(fresh, masks)
-        draws, paid = self._within_budget(draws, paid)
+        if masks is None:
+            return False
+        wanted = self._first_of_their_mask(fresh, masks)
+        draws, paid = self._within_budget(draws, wanted)
         evaluated: list[int] = []
         with closing(self._losses(draws, paid)) as losses:
             for position, draw in enumerate(draws):
@@ -148,8 +159,11 @@ class Campaign:
                 evaluation = self._apply(position, draw, masks.get(position), losses if position in paid else None)
                 if position in paid and evaluation is not None:
                     evaluated.append(evaluation)
+        if len(paid) < len(wanted):
+            return False
+        self._exhausted = not paid
         self._survive(evaluated)
-        return bool(paid)
+        return True
 
     def _draw(self) -> list[_Draw]:
         """Draws until the generation has `population` forms never seen before, or far too many draws were needed."""
@@ -191,10 +205,18 @@ class Campaign:
                 fresh.append(position)
         return fresh
 
-    def _masks(self, draws: Sequence[_Draw], fresh: Sequence[int]) -> dict[int, Outcome]:
-        """Mask fingerprints of the fresh forms, by position; cheap, so they are computed again after a resume."""
+    def _masks(self, draws: Sequence[_Draw], fresh: Sequence[int]) -> dict[int, Outcome] | None:
+        """Mask fingerprints of the fresh forms, by position, or None when time is out.
+
+        They are cheap beside losses, so they are computed again after a resume.
+        """
         tasks = [{"kind": "masks", "formula": str(draws[position].form)} for position in fresh]
-        return dict(zip(fresh, self._executor.map_ordered(tasks), strict=True))
+        masks: dict[int, Outcome] = {}
+        for position, outcome in zip(fresh, self._executor.map_ordered(tasks), strict=True):
+            masks[position] = outcome
+            if self._out_of_time():
+                return None
+        return masks
 
     def _first_of_their_mask(self, fresh: Sequence[int], masks: Mapping[int, Outcome]) -> set[int]:
         seen = set(self._by_mask)
@@ -217,17 +239,11 @@ class Campaign:
     def _losses(self, draws: Sequence[_Draw], paid: set[int]) -> Generator[Outcome, None, None]:
         """Outcomes of the evaluations to be paid for, but for those already in the ledger, in order."""
         unpaid = [position for position in sorted(paid) if not self._recorded(position)]
-        limit = self._limit()
+        best = min(self._population, key=lambda individual: individual.mean, default=None)
+        reference = None if best is None else str(best.expression)
         yield from self._executor.map_ordered(
-            {"kind": "losses", "formula": str(draws[at].form), "limit": limit} for at in unpaid
+            {"kind": "losses", "formula": str(draws[at].form), "reference": reference} for at in unpaid
         )
-
-    def _limit(self) -> float:
-        """Mean excess on the first windows beyond which a candidate is given up; none in the first generation."""
-        if not self._population:
-            return math.inf
-        best = min(individual.mean for individual in self._population)
-        return best + _HOPELESS * abs(best)
 
     def _recorded(self, position: int) -> bool:
         return self._ledger.candidate(self._number, position) is not None
@@ -235,7 +251,12 @@ class Campaign:
     def _apply(self, position: int, draw: _Draw, masks: Outcome | None, losses: Iterator[Outcome] | None) -> int | None:
         """Writes one candidate, with its evaluation where it is paid for; returns the evaluation it amounts to."""
         recorded = self._ledger.candidate(self._number, position)
-        if recorded is not None and recorded.formula == str(draw.expression):
+        if recorded is not None and recorded.formula != str(draw.expression):
+            raise LedgerError(
+                f"ledger {self._ledger.path}: candidate {position} of generation {self._number} is "
+                f"{recorded.formula:.60}, but this campaign draws {draw.expression!s:.60}; were versions changed?"
+            )
+        if recorded is not None:
             self._remember(draw, masks, recorded.evaluation)
             return recorded.evaluation
         candidate = Candidate(self._number, position, str(draw.expression), draw.canonical, "duplicate")
@@ -294,8 +315,6 @@ class Campaign:
         """Survivors of parents and children, committed with the random state the next generation starts from."""
         rows = {row.id: row for row in self._ledger.evaluations("done")}
         children = [self._individual(rows[index]) for index in evaluated if index in rows]
-        if not children and not self._population:
-            raise InputError("no formula of the first generation could be evaluated; see the ledger for the reasons")
         self._population = select_survivors([*self._population, *children], self._plan.population)
         formulas = [str(individual.expression) for individual in self._population]
         self._ledger.commit_generation(self._number, formulas, self._rng.getstate())

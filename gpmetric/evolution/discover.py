@@ -6,21 +6,21 @@ winner and every baseline.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from gpmetric.calibration.cache import cache_key, cached_statistics, default_cache, estimate_bytes
 from gpmetric.calibration.collect import Statistics, collect_statistics
-from gpmetric.data import Windows
+from gpmetric.data import Windows, overlap
 from gpmetric.errors import GpmetricError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.evaluation.windows import check_length
@@ -28,7 +28,7 @@ from gpmetric.evolution.campaign import Campaign, Plan
 from gpmetric.evolution.evaluator import Workplace, open_workplace
 from gpmetric.evolution.executors import Executor, LocalProcesses, Serial
 from gpmetric.evolution.ledger import Evaluation, Ledger
-from gpmetric.evolution.request import Request, check_request
+from gpmetric.evolution.request import Request, check_request, foreign_to
 from gpmetric.evolution.selection import Individual
 from gpmetric.evolution.splits import SPLITS, name_sources, read_splits
 from gpmetric.evolution.verdict import Judge, choose_finalists, choose_winner, describe, masks_only
@@ -39,7 +39,7 @@ from gpmetric.pruning.bench import check_targets
 from gpmetric.pruning.metrics import BASELINES, Update, resolve_metric
 from gpmetric.pruning.target import parse_target
 
-__all__ = ["DiscoverListener", "discover"]
+__all__ = ["DiscoverListener", "discover", "run_campaign"]
 
 _FINALISTS = 12  # front members compared on validation
 _DEFAULT_EVALUATIONS = 300
@@ -74,7 +74,27 @@ class DiscoverListener:
         """A generation is finished."""
 
 
-def discover(
+def discover(model: str | None = None, *, ledger: str | Path, resume: bool = False, **options: Any) -> dict[str, Any]:
+    """Runs a campaign to its end: `gpmetric.discover("DIR", text="t.txt", minutes=30, ledger="campaign.sqlite")`.
+
+    A script that calls it with more than one worker needs `if __name__ == "__main__":`, since workers import it.
+
+    Args:
+        model: a directory or Hub name; None is the demo model.
+        ledger: the campaign's SQLite file.
+        resume: go on with the ledger if it is there.
+        options: the fields of `Request`, as on the command line.
+
+    Returns:
+        The JSON document of `gpmetric discover`.
+
+    Raises:
+        InputError, GpmetricError: as `run_campaign`.
+    """
+    return run_campaign(Request(model=model, **options), Path(ledger), resume=resume)
+
+
+def run_campaign(
     request: Request,
     ledger: Path,
     *,
@@ -110,7 +130,7 @@ def discover(
         "validation": request.windows,
         "test": request.windows,
     }
-    splits = read_splits(model, sources, length, counts, request.seed if request.shuffle else None)
+    splits = read_splits(model, request.text or sources, length, counts, request.seed if request.shuffle else None)
     with ExitStack() as stack:
         book = stack.enter_context(Ledger.open(ledger, _settings(request, model, splits), resume=resume))
         finished = book.result()
@@ -120,6 +140,7 @@ def discover(
         statistics = _statistics(request, model, splits["calibration"], update, told)
         calibrated = time.monotonic()
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpmetric-")))
+        stack.enter_context(_threads(torch.get_num_threads()))  # an evaluator in this process takes one
         executor = stack.enter_context(_executor(request, model, splits, statistics, folder, update))
         deadline = None if request.minutes is None else began + 60 * request.minutes
         samples = splits["calibration"].tokens.shape
@@ -134,28 +155,30 @@ def discover(
 def _settings(request: Request, model: Model, splits: Mapping[str, Windows]) -> dict[str, Any]:
     """What determines the campaign's result; a resumed one must agree in all of it but its budget."""
     chosen = {name: getattr(request, name) for name in _DETERMINING}
-    texts = {split: hashlib.sha256(windows.tokens.numpy().tobytes()).hexdigest() for split, windows in splits.items()}
+    texts = {split: windows.tokens_digest for split, windows in splits.items()}
     budget = {name: getattr(request, name) for name in ("generations", "evaluations", "minutes")}
     return {"model": model.digest, "dtype": model.dtype, "tokens": texts, **chosen, **budget}
 
 
 def _statistics(request: Request, model: Model, calibration: Windows, update: Update, told: DiscoverListener) -> Path:
     """The file of the dense model's statistics, computed if the cache does not have it."""
-    gradients = bool({"G", "H"} & set(request.operands))
+    gradients = _needs_gradients(request)
     gram = "D" in request.operands or update != "none"
     folder = request.cache or default_cache()
     _check_room(folder, estimate_bytes(model, gradients=gradients, gram=gram))
     key = cache_key(model, calibration.tokens, {"gradients": gradients, "gram": gram})
 
     def compute() -> Statistics:
-        return collect_statistics(
-            model,
-            calibration.tokens,
-            gradients=gradients,
-            gram=gram,
-            chunk_layers=request.chunk_layers,
-            progress=lambda done, total: told.progress("calibration", done, total),
-        )
+        # One thread where a model is small: D differs in its last bits between thread counts
+        with _threads(1 if _is_small(model) else torch.get_num_threads()):
+            return collect_statistics(
+                model,
+                calibration.tokens,
+                gradients=gradients,
+                gram=gram,
+                chunk_layers=request.chunk_layers,
+                progress=lambda done, total: told.progress("calibration", done, total),
+            )
 
     return cached_statistics(folder, key, compute)[1]
 
@@ -181,15 +204,30 @@ def _executor(
         request.model, request.device, request.dtype, request.include, request.exclude, str(statistics), str(tokens),
         request.target, update,
     )  # fmt: skip
-    workers = request.workers or _default_workers(model)
+    workers = request.workers or (_cores() if _is_small(model) else 1)
     if workers > 1:
         return LocalProcesses(open_workplace, (place.to_json(),), workers)
-    return Serial(open_workplace(place.to_json()))
+    return Serial(open_workplace(place.to_json(), model))
 
 
-def _default_workers(model: Model) -> int:
-    small = model.module.num_parameters() <= _SMALL
-    return len(os.sched_getaffinity(0)) if small and model.device.type == "cpu" else 1
+def _is_small(model: Model) -> bool:
+    return bool(model.module.num_parameters() <= _SMALL) and model.device.type == "cpu"
+
+
+def _cores() -> int:
+    """Cores this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Torch threads inside the context; the caller's number afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _search(
@@ -202,16 +240,17 @@ def _search(
     told: DiscoverListener,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Baselines on validation, the generation loop, the finalists, and the test: the verdict, and seconds by step."""
-    judge = Judge(executor, request.target, update)
+    judge = Judge(executor, request.target, update, book.heartbeat)
+    opening = time.monotonic()
     dense = {split: judge.dense_loss(split) for split in ("search", "validation")}
     told.dense({split: perplexity(loss) for split, loss in dense.items()})
     start = time.monotonic()
-    names = _applicable_baselines(request)
+    names = _baselines(request)
     baselines = judge.excess(names, "validation", dense["validation"])
     told.baselines(baselines)
     per_formula = (time.monotonic() - start) / len(names)
-    # finalists on validation, winner and baselines on test, with a fifth to spare
-    reserve = 1.2 * per_formula * (_FINALISTS + 1 + len(names))
+    # workers started anew, finalists on validation, winner and baselines on test, with a fifth to spare
+    reserve = start - opening + 1.2 * per_formula * (_FINALISTS + 1 + len(names))
 
     searching = time.monotonic()
     campaign = Campaign(
@@ -219,7 +258,7 @@ def _search(
         book,
         executor,
         dense["search"],
-        out_of_time=lambda: deadline is not None and _any_done(book) and time.monotonic() > deadline - reserve,
+        out_of_time=lambda: deadline is not None and time.monotonic() > deadline - reserve and _any_done(book),
         on_generation=lambda number, campaign: told.generation(number, campaign.front(), book.counts()),
     )
     campaign.run()
@@ -256,11 +295,13 @@ def _circumstances(
 ) -> dict[str, Any]:
     """What the verdict rests on."""
     counts = book.counts()
+    shared = {split: {"overlap": share} for split, share in overlap(splits).items()}
     return {
         "evaluations": counts["paid"],
         "unique_masks": counts["unique_masks"],
         "counts": counts,
-        "splits": {split: windows.describe() for split, windows in splits.items()},
+        "finalists": _FINALISTS,
+        "splits": {split: windows.describe() | shared[split] for split, windows in splits.items()},
         "model": model.name,
         "model_sha256": model.digest,
         "dtype": model.dtype,
@@ -292,9 +333,14 @@ def _row(formula: str) -> dict[str, Any]:
     return {"formula": formula, "nodes": len(expression), "operands": list(expression.operands)}
 
 
-def _applicable_baselines(request: Request) -> list[str]:
-    """The baselines whose operands the campaign collects."""
-    return [name for name in BASELINES if set(resolve_metric(name).expression.operands) <= set(request.operands)]
+def _baselines(request: Request) -> list[str]:
+    """The baselines to compare with: all of them, but for those of gradients where none are collected."""
+    gradients = _needs_gradients(request)
+    return [name for name in BASELINES if gradients or not resolve_metric(name).needs_gradients]
+
+
+def _needs_gradients(request: Request) -> bool:
+    return bool({"G", "H"} & set(request.operands))
 
 
 def _plan(request: Request, samples: tuple[int, int]) -> Plan:
@@ -303,7 +349,8 @@ def _plan(request: Request, samples: tuple[int, int]) -> Plan:
     Args:
         samples: calibration sequences and their length, which GBLM's balance depends on.
     """
-    names = [name for name in _applicable_baselines(request) if masks_only(name)]
+    within = (name for name in BASELINES if not foreign_to(request, resolve_metric(name).expression))
+    names = [name for name in within if masks_only(name)]
     start = [str(resolve_metric(name, *samples).expression) for name in (*names, *request.start)]
     unlimited = request.generations is None and request.evaluations is None and request.minutes is None
     return Plan(

@@ -8,12 +8,12 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from gpmetric.errors import InputError
-from gpmetric.expression import PRIMITIVES
+from gpmetric.expression import PRIMITIVES, Expression
 from gpmetric.operands import OPERANDS
 from gpmetric.pruning.metrics import Update, check_update, resolve_metric
 from gpmetric.pruning.target import parse_target
 
-__all__ = ["Request", "check_request"]
+__all__ = ["Request", "check_request", "foreign_to"]
 
 
 @dataclass(frozen=True)
@@ -95,18 +95,22 @@ def _check_names(option: str, names: Sequence[str], known: Sequence[str]) -> Non
     for name in names:
         if name not in known:
             close = get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise InputError(f"{option}: unknown name {name!r}{hint} Accepted: {', '.join(known)}")
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise InputError(f"{option}: unknown name {name!r}; {hint}accepted: {', '.join(known)}")
 
 
 def _check_start(formula: str, request: Request) -> None:
-    expression = resolve_metric(formula).expression
-    foreign = [
-        token
-        for token in expression.tokens
-        if isinstance(token, str) and token not in request.operands and token not in request.primitives
-    ]
+    reason = foreign_to(request, resolve_metric(formula).expression)
+    if reason:
+        raise InputError(f"--start {formula!r} {reason}")
+
+
+def foreign_to(request: Request, expression: Expression) -> str:
+    """Why a formula is outside the space the request searches, "" when it is inside."""
+    known = {*request.operands, *request.primitives}
+    foreign = [token for token in expression.tokens if isinstance(token, str) and token not in known]
     if foreign:
-        raise InputError(f"--start {formula!r} uses {foreign[0]!r}, which --operands or --primitives leaves out")
+        return f"uses {foreign[0]!r}, which --operands or --primitives leaves out"
     if len(expression) > request.max_nodes:
-        raise InputError(f"--start {formula!r} has {len(expression)} nodes, more than --max-nodes {request.max_nodes}")
+        return f"has {len(expression)} nodes, more than --max-nodes {request.max_nodes}"
+    return ""

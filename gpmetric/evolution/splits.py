@@ -30,7 +30,7 @@ def name_sources(model: str | None, text: str | None, sources: Mapping[str, str 
 
 def read_splits(
     model: Model,
-    sources: Mapping[str, str],
+    sources: str | Mapping[str, str],
     length: int,
     counts: Mapping[str, int | None],
     shuffle_seed: int | None = None,
@@ -38,15 +38,14 @@ def read_splits(
     """Token windows of each split, refused when two splits share their text or a window.
 
     Args:
-        sources: from `name_sources`; one source named for every split is cut into four consecutive parts.
+        sources: a text for each split, or one text to be cut into four consecutive parts.
         counts: windows wanted of each split; None is all.
 
     Raises:
         DataError: a text cannot be read, is too short, or is not disjoint from another.
     """
-    parts: Mapping[str, str | Text] = sources
-    if len(set(sources.values())) == 1:
-        parts = split_text(open_text(sources[SPLITS[0]]), SPLITS)
+    parts: Mapping[str, str | Text]
+    parts = split_text(open_text(sources), SPLITS) if isinstance(sources, str) else sources
     windows = {split: read_windows(model, parts[split], length, counts[split], shuffle_seed) for split in SPLITS}
     check_disjoint(windows)
     return windows

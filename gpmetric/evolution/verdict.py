@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gpmetric.errors import GpmetricError
@@ -23,10 +23,14 @@ class Judge:
         executor: applies an Evaluator to tasks.
         targets: in the user's spelling.
         update: the campaign's, for formulas; baselines are used as published.
+        heartbeat: called after every measurement, so that a ledger's owner is seen to live.
     """
 
-    def __init__(self, executor: Executor, targets: Sequence[str], update: Update) -> None:
+    def __init__(
+        self, executor: Executor, targets: Sequence[str], update: Update, heartbeat: Callable[[], None] = lambda: None
+    ) -> None:
         self._executor = executor
+        self._heartbeat = heartbeat
         self._targets = targets
         self._update = update
 
@@ -59,6 +63,7 @@ class Judge:
         ]
         found: dict[str, dict[str, float]] = {formula: {} for formula in formulas}
         for task, outcome in zip(tasks, self._executor.map_ordered(tasks), strict=True):
+            self._heartbeat()
             loss = math.inf if outcome.error is not None else outcome.value["loss"]
             found[task["formula"]][task["target"]] = loss - dense_loss
         return found
@@ -78,8 +83,8 @@ def choose_finalists(front: Sequence[Individual], count: int) -> list[str]:
     """
     chosen: dict[tuple[str, ...], str] = {}
     for individual in front:
-        words = (token for token in individual.expression.tokens if isinstance(token, str))
-        chosen.setdefault(tuple(sorted(words)), str(individual.expression))
+        shape = tuple(token if isinstance(token, str) else "constant" for token in individual.expression.tokens)
+        chosen.setdefault(shape, str(individual.expression))
     return list(chosen.values())[:count]
 
 

@@ -6,11 +6,14 @@ import difflib
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from gpmetric.errors import ExpressionError, InputError
 from gpmetric.expression import Expression, parse
 from gpmetric.pruning.target import Granularity
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["BASELINES", "UPDATES", "Baseline", "Metric", "Update", "check_update", "resolve_metric"]
 
@@ -69,6 +72,33 @@ class Metric:
     expression: Expression
     granularity: Granularity = "row"
     update: Update | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Metric:
+        """The metric behind a baseline's name or a formula; see `resolve_metric`."""
+        return resolve_metric(text)
+
+    def __call__(
+        self,
+        W: Tensor,
+        X: Tensor | None = None,
+        G: Tensor | None = None,
+        H: Tensor | None = None,
+        D: Tensor | None = None,
+    ) -> Tensor:
+        """Score [out, in], fp32, larger means keep, of a weight and the operands the formula uses.
+
+        Args:
+            W, G, H: [out, in].
+            X, D: [in].
+
+        Raises:
+            ExpressionError: an operand is missing or has another shape.
+        """
+        from gpmetric.expression.evaluate import evaluate  # imports torch, which reading a formula must not
+
+        operands = {"W": W, "X": X, "G": G, "H": H, "D": D}
+        return evaluate(self.expression, {name: value for name, value in operands.items() if value is not None})
 
     @property
     def needs_gradients(self) -> bool:
