@@ -249,8 +249,12 @@ def _search(
     baselines = judge.excess(names, "validation", dense["validation"])
     told.baselines(baselines)
     per_formula = (time.monotonic() - start) / len(names)
-    # workers started anew, finalists on validation, winner and baselines on test, with a fifth to spare
-    reserve = start - opening + 1.2 * per_formula * (_FINALISTS + 1 + len(names))
+
+    def out_of_time() -> bool:
+        """Whether what comes after the search would no longer fit: workers anew, finalists, winner and baselines."""
+        evaluated = book.counts()["paid"]
+        left = start - opening + 1.2 * per_formula * (min(_FINALISTS, evaluated) + 1 + len(names))
+        return deadline is not None and time.monotonic() > deadline - left and bool(book.evaluations("done"))
 
     searching = time.monotonic()
     campaign = Campaign(
@@ -258,7 +262,7 @@ def _search(
         book,
         executor,
         dense["search"],
-        out_of_time=lambda: deadline is not None and time.monotonic() > deadline - reserve and _any_done(book),
+        out_of_time=out_of_time,
         on_generation=lambda number, campaign: told.generation(number, campaign.front(), book.counts()),
     )
     campaign.run()
@@ -312,10 +316,6 @@ def _circumstances(
         "sequence_length": splits["search"].tokens.shape[1],
         "versions": versions(),
     }
-
-
-def _any_done(book: Ledger) -> bool:
-    return bool(book.evaluations("done"))
 
 
 def _time_split(rows: Sequence[Evaluation]) -> dict[str, float]:
