@@ -41,6 +41,7 @@ from gpmetric.pruning.target import parse_target
 
 __all__ = ["DiscoverListener", "discover", "run_campaign"]
 
+_HUNG = 3600.0  # seconds of one task after which its worker is taken for hung and replaced
 _FINALISTS = 12  # front members compared on validation
 _DEFAULT_EVALUATIONS = 300
 _DETERMINING = (
@@ -206,7 +207,7 @@ def _executor(
     )  # fmt: skip
     workers = request.workers or (_cores() if _is_small(model) else 1)
     if workers > 1:
-        return LocalProcesses(open_workplace, (place.to_json(),), workers)
+        return LocalProcesses(open_workplace, (place.to_json(),), workers, timeout=_HUNG)
     return Serial(open_workplace(place.to_json(), model))
 
 
