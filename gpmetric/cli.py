@@ -260,7 +260,10 @@ def bench(
     json: JsonOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Benchmarks metrics: perplexity of the model pruned by each metric to each target."""
+    """Benchmarks metrics: perplexity of the model pruned by each metric to each target.
+
+    A metric that fails costs the others nothing: it has a row with the reason, and the exit status is 1.
+    """
     targets = _check_request(metric or (), target or ("0.5",), update, json)
     from gpmetric import terminal
     from gpmetric.pruning.bench import bench as run
@@ -287,6 +290,9 @@ def bench(
         )
     write_json(json, result)
     terminal.print_bench(Console(file=_tables(json)), result)
+    failures = [row["error"] for row in result["results"] if row["error"]]
+    if failures:
+        raise GpmetricError(failures[0])
 
 
 @app.command()

@@ -57,7 +57,8 @@ class BenchReport(_Bars, BenchListener):
     """Prints the dense model and every row as soon as it is measured."""
 
     def row(self, row: BenchRow) -> None:
-        self._console.print(Text(f"{row.target} {row.metric}: {_figures(row.ppl)} ({row.seconds:.1f} s)"))
+        outcome = "failed" if row.error else f"{_figures(row.ppl)} ({row.seconds:.1f} s)"
+        self._console.print(Text(f"{row.target} {row.metric}: {outcome}"))
 
 
 class DiscoverReport(_Bars, DiscoverListener):
@@ -138,11 +139,9 @@ def print_bench(console: Console, result: dict[str, Any]) -> None:
         table.add_column(Text(heading), justify="right")
     table.add_row("dense", "", "", *(f"{value:.3f}" for value in result["dense"].values()), "", "")
     for row in result["results"]:
-        same = [other for other in result["results"] if other["target"] == row["target"]]
-        figures = [
-            Text(f"{row['ppl'][text]:.3f}", "bold" if row["ppl"][text] == min(o["ppl"][text] for o in same) else "")
-            for text in texts
-        ]
+        rivals = [other for other in result["results"] if other["target"] == row["target"] and not other["error"]]
+        best = {text: min((other["ppl"][text] for other in rivals), default=math.nan) for text in texts}
+        figures = [Text(f"{row['ppl'][text]:.3f}", "bold" if row["ppl"][text] == best[text] else "") for text in texts]
         table.add_row(
             *(Text(row[key]) for key in ("target", "metric", "update")),
             *figures,

@@ -440,13 +440,21 @@ def test_status_of_errors(run: Run, monkeypatch: pytest.MonkeyPatch, error: Exce
     assert outcome.error == "no way"
 
 
-def test_a_score_that_is_not_finite_is_status_1(run: Run, quick: list[str], tmp_path: Path) -> None:
-    outcome = run("bench", *quick, "--metric", "abs(W)*exp(W*1e9)*1e29", "--json", tmp_path / "x.json")
-    assert (outcome.code, outcome.out) == (1, "")
+def test_a_metric_that_fails_is_status_1_and_costs_the_others_nothing(
+    run: Run, quick: list[str], tmp_path: Path
+) -> None:
+    formula = "abs(W)*exp(W*1e9)*1e29"
+    outcome = run("bench", *quick, "--metric", formula, "--metric", "wanda", "--json", tmp_path / "x.json")
+    assert outcome.code == 1
     last = outcome.err.splitlines()[-1]
-    assert last.startswith("gpmetric: error: metric abs(W)*exp(W*1e9)*1e29 at 0.5: ")
+    assert last.startswith(f"gpmetric: error: metric {formula} at 0.5: ")
     assert last.endswith("are NaN or infinite (layer model.layers.0.self_attn.q_proj)")
-    assert not list(tmp_path.iterdir())
+    failed, wanda = json.loads((tmp_path / "x.json").read_text())["results"]
+    assert (failed["metric"], wanda["metric"]) == (formula, "wanda")
+    assert last.endswith(failed["error"])
+    assert set(failed["ppl"].values()) == {None}
+    assert wanda["error"] is None
+    assert all(value > 1 for value in wanda["ppl"].values())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 from gpmetric.calibration.collect import Statistics, collect_statistics, token_batches
 from gpmetric.calibration.replay import BlockCalls, record_calls
 from gpmetric.data import Windows
-from gpmetric.errors import InputError
+from gpmetric.errors import InputError, MaskError, SolverError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.evaluation.windows import check_length, default_text, open_text, read_windows
 from gpmetric.models import Model, load_model
@@ -26,7 +27,10 @@ __all__ = ["Bench", "BenchListener", "BenchRow", "bench", "check_targets", "uniq
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One pruned model: perplexity by text name, the sparsity reached, and the seconds pruning took."""
+    """One pruned model: perplexity by text name, the sparsity reached, and the seconds pruning took.
+
+    `error` says why a metric could not be applied at this target; perplexities and sparsity are NaN then.
+    """
 
     metric: str
     target: str
@@ -35,6 +39,7 @@ class BenchRow:
     ppl: dict[str, float]
     seconds: float
     sparsity: float
+    error: str | None = None
 
 
 class BenchListener:
@@ -111,14 +116,18 @@ class Bench:
     def rows(
         self, metrics: Sequence[Metric], targets: Sequence[Target], update: Update, texts: Sequence[Windows]
     ) -> Iterator[BenchRow]:
-        """One row for each distinct (metric, target), target by target."""
+        """One row for each distinct (metric, target), target by target; one that fails costs the others nothing."""
         check_targets(self.model, targets)
         self.prepare(metrics, update)
         for target, metric in unique_pairs(targets, metrics):
-            losses, seconds, reached = self._measure(metric, target, update, [text.tokens for text in texts])
+            error, losses, seconds, reached = None, [math.nan] * len(texts), math.nan, math.nan
+            try:
+                losses, seconds, reached = self._measure(metric, target, update, [text.tokens for text in texts])
+            except (MaskError, SolverError) as failure:
+                error = str(failure)
             ppl = {text.text.name: perplexity(loss) for text, loss in zip(texts, losses, strict=True)}
-            formula = str(metric.expression)
-            yield BenchRow(metric.name, target.text, _update_of(metric, update), formula, ppl, seconds, reached)
+            formula, used = str(metric.expression), _update_of(metric, update)
+            yield BenchRow(metric.name, target.text, used, formula, ppl, seconds, reached, error)
 
     def _measure(
         self, metric: Metric, target: Target, update: Update, texts: Sequence[Tensor]
@@ -200,11 +209,11 @@ def bench(
         listener: told of progress and of every row.
 
     Returns:
-        The JSON document of `gpmetric bench`.
+        The JSON document of `gpmetric bench`. A metric that cannot be applied at a target, its scores not being finite
+        for instance, has a row with the reason as `error`.
 
     Raises:
         InputError: for anything that cannot be used, before the model runs.
-        MaskError, SolverError: a metric cannot be applied.
     """
     told = listener or BenchListener()
     targets = [parse_target(name) for name in target]
