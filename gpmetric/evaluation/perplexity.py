@@ -38,5 +38,5 @@ def mean_loss(model: Model, tokens: Tensor) -> float:
 
 
 def perplexity(loss: float) -> float:
-    """exp of a mean loss in nats; infinity beyond the range of a double, NaN for NaN."""
-    return math.inf if loss >= 700 else math.exp(loss)
+    """exp of a mean loss in nats; infinity beyond the range of a double."""
+    return math.exp(loss) if loss < 700 else math.inf

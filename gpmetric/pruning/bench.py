@@ -29,7 +29,7 @@ __all__ = ["Bench", "BenchListener", "BenchRow", "bench", "check_targets", "uniq
 class BenchRow:
     """One pruned model: perplexity by text name, the sparsity reached, and the seconds pruning took.
 
-    `error` says why a metric could not be applied at this target; perplexities and sparsity are NaN then.
+    `error` says why a metric could not be applied at this target; its perplexities are infinite then.
     """
 
     metric: str
@@ -120,7 +120,7 @@ class Bench:
         check_targets(self.model, targets)
         self.prepare(metrics, update)
         for target, metric in unique_pairs(targets, metrics):
-            error, losses, seconds, reached = None, [math.nan] * len(texts), math.nan, math.nan
+            error, losses, seconds, reached = None, [math.inf] * len(texts), math.nan, math.nan
             try:
                 losses, seconds, reached = self._measure(metric, target, update, [text.tokens for text in texts])
             except (MaskError, SolverError) as failure:
