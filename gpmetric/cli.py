@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from os.path import isfile
 from pathlib import Path
@@ -20,13 +20,30 @@ from typing import Annotated, TextIO
 import typer
 from rich.console import Console
 
-from gpmetric.config import load_config
 from gpmetric.errors import GpmetricError, InputError, LedgerError
 from gpmetric.evolution.request import Request, check_request
 from gpmetric.expression import PRIMITIVES, Expression, parse
 from gpmetric.operands import OPERANDS
+from gpmetric.options import (
+    CalibrationOption,
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    ExcludeOption,
+    IncludeOption,
+    JsonOption,
+    LengthOption,
+    ModelOption,
+    SamplesOption,
+    SeedOption,
+    ShuffleOption,
+    TargetOption,
+    TextOption,
+    UpdateOption,
+    WindowsOption,
+)
 from gpmetric.provenance import STDOUT, check_output, gpmetric_version, write_json
-from gpmetric.pruning.metrics import BASELINES, UPDATES, check_update, resolve_metric
+from gpmetric.pruning.metrics import BASELINES, check_update, resolve_metric
 from gpmetric.pruning.target import parse_target
 
 __all__ = ["app", "bench", "discover", "evaluate", "export", "main"]
@@ -40,56 +57,6 @@ app = typer.Typer(
 )
 
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # typer carries its own copy of click, or does not
-
-
-def _one_of(option: str, *accepted: str) -> Callable[[str | None], str | None]:
-    """A check of an option's value that needs no torch."""
-
-    def check(value: str | None) -> str | None:
-        if value is not None and value not in accepted:
-            raise InputError(f"{option} must be one of {', '.join(accepted)}, but got {value!r}")
-        return value
-
-    return check
-
-
-ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Hugging Face directory or name; the embedded demo model by default.")
-]
-CalibrationOption = Annotated[
-    str | None, typer.Option(help="Text the statistics are measured on: a file, JSONL, Parquet or hf:dataset:split.")
-]
-TextOption = Annotated[list[str] | None, typer.Option(help="Text to evaluate; may be repeated.")]
-TargetOption = Annotated[
-    list[str] | None, typer.Option(help="0.5 (within rows), layer:0.5 (whole matrix) or 2:4; may be repeated.")
-]
-UpdateOption = Annotated[str, typer.Option(help=f"Kept weights: {', '.join(UPDATES)}.")]
-SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
-LengthOption = Annotated[int | None, typer.Option(help="Tokens per window; the model's context, at most 2048.")]
-WindowsOption = Annotated[int | None, typer.Option(min=1, help="Windows of each text evaluated; all by default.")]
-ShuffleOption = Annotated[bool, typer.Option("--shuffle", help="Draw windows with --seed instead of the first ones.")]
-SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
-DeviceOption = Annotated[
-    str, typer.Option(help="auto, cpu or cuda.", callback=_one_of("--device", "auto", "cpu", "cuda"))
-]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option(
-        help="float32, bfloat16 or float16; float32 on a CPU, as stored on CUDA.",
-        callback=_one_of("--dtype", "float32", "bfloat16", "float16"),
-    ),
-]
-IncludeOption = Annotated[str | None, typer.Option(metavar="REGEX", help="Prune only layers whose name matches.")]
-ExcludeOption = Annotated[str | None, typer.Option(metavar="REGEX", help="Leave layers whose name matches dense.")]
-JsonOption = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the full result as JSON; - for standard output.")
-]
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", metavar="FILE.toml", is_eager=True, callback=load_config, help="Option values by long name."
-    ),
-]
 
 
 def _version(wanted: bool) -> None:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"__init__", "__main__"},
     {"cli"},
+    {"options"},
     {"report", "terminal", "config"},
     {"evolution", "allocation", "structured"},
     {"pruning"},
