@@ -12,7 +12,7 @@ from gpmetric.expression.primitives import PRIMITIVES
 from gpmetric.expression.tree import Expression
 from gpmetric.operands import OPERANDS
 
-__all__ = ["evaluate", "needs_whole_matrix"]
+__all__ = ["evaluate", "needs_whole_matrix", "prepare_operands"]
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def evaluate(expression: Expression, operands: Mapping[str, Tensor]) -> Tensor:
     Raises:
         ExpressionError: a missing operand, or one of another shape.
     """
-    values = _prepare(expression, operands)
+    values = prepare_operands(expression, operands)
     shape = operands["W"].shape
     stack: list[Tensor] = []
     for token in reversed(expression.tokens):
@@ -54,7 +54,7 @@ def needs_whole_matrix(expression: Expression) -> bool:
     return any(PRIMITIVES[token].reduces for token in expression.tokens if token in PRIMITIVES)
 
 
-def _prepare(expression: Expression, operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def prepare_operands(expression: Expression, operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The operands used, fp32 on one device: matrices [out, in], vectors [1, in]."""
     missing = [name for name in ("W", *expression.operands) if name not in operands]
     if missing:
