@@ -16,7 +16,7 @@ from gpmetric.pruning import mask
 from gpmetric.pruning.mask import select_mask
 from gpmetric.pruning.target import parse_target
 
-WIDTHS = [1, 2, 3, 6, 7, 8, 9, 16, 42, 63, 64, 65, 123, 128, 200]
+WIDTHS = [1, 2, 3, 6, 7, 8, 9, 16, 42, 63, 64, 65, 123, 128, 129, 200, 256, 300]
 SPARSITIES = ["0", "0.1", "0.33", "0.5", "0.7", "0.99"]
 PATTERNS = ["2:4", "4:8", "1:4", "3:4", "1:2", "8:16", "2:3", "5:7", "1:80"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -28,13 +28,16 @@ def brute_force(score: Tensor, text: str) -> Tensor:
     rows, columns = score.shape
     values = score.double().tolist()
     positions = [[(row, column) for column in range(columns)] for row in range(rows)]
-    if ":" in text and not text.startswith("layer:"):
+    if ":" in text and not text.startswith(("layer:", "block:")):
         keep, group = map(int, text.split(":"))
         groups = [line[start : start + group] for line in positions for start in range(0, columns, group)]
         count = group - keep
     elif text.startswith("layer:"):
         groups = [[place for line in positions for place in line]]
         count = int(rows * columns * float(text.removeprefix("layer:")))
+    elif text.startswith("block:"):
+        kept = [brute_force(score[:, at : at + 128], text.replace("block", "layer")) for at in range(0, columns, 128)]
+        return torch.cat(kept, dim=1)
     else:
         groups, count = positions, int(columns * float(text))
     kept = torch.ones(rows, columns, dtype=torch.bool)
@@ -67,8 +70,8 @@ KINDS = ["normal", "ties", "equal", "zeros", "signed zeros", "negative", "subnor
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("text", [*SPARSITIES, *(f"layer:{sparsity}" for sparsity in SPARSITIES)])
-def test_rows_and_layers_are_the_brute_force(text: str, kind: str) -> None:
+@pytest.mark.parametrize("text", [group + sparsity for group in ("", "layer:", "block:") for sparsity in SPARSITIES])
+def test_rows_layers_and_blocks_are_the_brute_force(text: str, kind: str) -> None:
     generator = torch.Generator().manual_seed(7)
     for index, columns in enumerate(WIDTHS):
         score = scores(kind, 4, columns, generator)
@@ -92,18 +95,18 @@ def test_patterns_are_the_brute_force(text: str, kind: str) -> None:
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     rows=st.integers(1, 5),
-    columns=st.integers(1, 90),
+    columns=st.one_of(st.integers(1, 90), st.integers(120, 300)),
     sparsity=st.floats(0, 1, exclude_max=True),
-    layer=st.booleans(),
+    group=st.sampled_from(["", "layer:", "block:"]),
     seed=st.integers(0, 2**32),
 )
 def test_any_shape_and_sparsity_is_the_brute_force(
-    rows: int, columns: int, sparsity: float, layer: bool, seed: int
+    rows: int, columns: int, sparsity: float, group: str, seed: int
 ) -> None:
     generator = random.Random(seed)
     values = [-1.0, -0.0, 0.0, SUBNORMAL, 0.5, 1.0, generator.random(), generator.random()]
     score = torch.tensor([[generator.choice(values) for _ in range(columns)] for _ in range(rows)])
-    text = f"layer:{sparsity!r}" if layer else repr(sparsity)
+    text = f"{group}{sparsity!r}"
     assert torch.equal(select_mask(score, parse_target(text)), brute_force(score, text))
 
 
@@ -131,6 +134,8 @@ def test_every_group_removes_exactly_k(kind: str) -> None:
             assert set(by_row.sum(dim=1).tolist()) == {int(columns * sparsity)}
             in_all = ~select_mask(score, parse_target(f"layer:{sparsity!r}"))
             assert int(in_all.sum()) == int(6 * columns * sparsity)
+            for block in (~select_mask(score, parse_target(f"block:{sparsity!r}"))).split(128, dim=1):
+                assert int(block.sum()) == int(block.numel() * sparsity)
 
 
 def test_two_by_four_by_hand() -> None:
@@ -146,6 +151,7 @@ def test_two_by_four_by_hand() -> None:
         "1:2": [[T, F, T, F], [F, T, T, F]],
         "layer:0.5": [[T, F, T, T], [F, F, T, F]],  # 0, then the first three of the four 1s in row-major order
         "layer:0.25": [[T, F, T, T], [T, T, T, F]],
+        "block:0.5": [[T, F, T, T], [F, F, T, F]],  # a matrix of one block
         "0": [[T, T, T, T], [T, T, T, T]],
     }
     for text, expected in by_hand.items():
@@ -157,15 +163,17 @@ def test_of_equal_scores_the_lower_column_goes_first() -> None:
     assert select_mask(score, parse_target("0.3")).int().tolist() == [[0] * 30 + [1] * 70] * 3
     row_major = select_mask(score, parse_target("layer:0.5")).flatten().int().tolist()
     assert row_major == [0] * 150 + [1] * 150
+    blocks = select_mask(torch.zeros(2, 130), parse_target("block:0.25"))  # 64 of 2 x 128, then 1 of 2 x 2
+    assert blocks.int().tolist() == [[0] * 64 + [1] * 64 + [0, 1], [1] * 130]
 
 
 def test_positive_rescaling_leaves_the_mask_unchanged() -> None:
     score = torch.randn(8, 96, generator=torch.Generator().manual_seed(1))
-    for text in ("0.5", "layer:0.7", "2:4"):
+    for text in ("0.5", "layer:0.7", "block:0.7", "2:4"):
         assert torch.equal(select_mask(score, parse_target(text)), select_mask(score * 8, parse_target(text)))
 
 
-@pytest.mark.parametrize("text", ["0", "0.5", "layer:0.5", "2:4"])
+@pytest.mark.parametrize("text", ["0", "0.5", "layer:0.5", "block:0.5", "2:4"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_not_finite_is_refused(text: str, bad: float) -> None:
     score = torch.ones(3, 16)
@@ -181,7 +189,7 @@ def test_a_remainder_is_refused(text: str, columns: int) -> None:
         select_mask(torch.ones(2, columns), parse_target(text))
 
 
-@pytest.mark.parametrize("text", ["0.5", "layer:0.5", "2:4", "3:12"])
+@pytest.mark.parametrize("text", ["0.5", "layer:0.5", "block:0.5", "2:4", "3:12"])
 def test_strides_do_not_matter(text: str) -> None:
     """Transposed (Conv1D), sliced, expanded and tracked scores, as their plain copies."""
     base = torch.randn(24, 48, generator=torch.Generator().manual_seed(2))
@@ -199,7 +207,7 @@ def test_doubles_are_not_rounded() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 0)])
-@pytest.mark.parametrize("text", ["0.5", "layer:0.5", "2:4"])
+@pytest.mark.parametrize("text", ["0.5", "layer:0.5", "block:0.5", "2:4"])
 def test_empty_matrices(shape: tuple[int, int], text: str) -> None:
     assert select_mask(torch.empty(shape), parse_target(text)).shape == shape
 
@@ -217,7 +225,7 @@ def test_all_widths() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("text", ["0.5", "layer:0.7", "2:4", "3:12"])
+@pytest.mark.parametrize("text", ["0.5", "layer:0.7", "block:0.7", "2:4", "3:12"])
 def test_cuda_is_the_cpu(text: str, kind: str) -> None:
     score = scores(kind, 6, 240, torch.Generator().manual_seed(4))
     got = select_mask(score.cuda(), parse_target(text))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -89,7 +89,7 @@ def test_masks_are_the_published_ones(name: str, sequences: int, length: int) ->
     sample = make_sample(sequences, length)
     published, granularity = PUBLISHED[name]
     metric = resolve_metric(name, sequences, length)
-    for text in ("0.5", "0.3", "layer:0.6", "2:4", "4:8"):
+    for text in ("0.5", "0.3", "layer:0.6", "block:0.6", "2:4", "4:8"):
         if metric.update == "obs-blockwise" and ":" in text:
             continue  # chosen on updated weights: tests/test_sparsegpt.py
         target = parse_target(text)
@@ -178,6 +178,45 @@ def test_an_unknown_name_is_answered_with_all_names(text: str) -> None:
 @pytest.mark.parametrize("text", ["", "X", "1", "abs(W", "W W", "Ｗ", "wanda*2", "abs(W)*Q"])
 def test_a_wrong_formula_is_the_parsers_to_refuse(text: str) -> None:
     with pytest.raises(ExpressionError, match=r"column|formula"):
+        resolve_metric(text)
+
+
+@pytest.mark.parametrize("rule", [*BASELINES, "abs(W)*X", " abs(W) * G "])
+@pytest.mark.parametrize("group", ["row", "layer", "block"])
+def test_a_comparison_group_before_a_metric(group: str, rule: str) -> None:
+    """Only where a plain number competes changes, and the name stays the text."""
+    plain = resolve_metric(rule, 8, 16)
+    grouped = resolve_metric(f"{group}:{rule}", 8, 16)
+    assert grouped == replace(plain, name=f"{group}:{rule}", granularity=group)
+
+
+@pytest.mark.parametrize("target", ["0.5", "layer:0.5", "block:0.5", "2:4"])
+def test_a_comparison_group_holds_for_plain_numbers_only(target: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight, statistics = torch.randn(6, 200, generator=generator), LayerStatistics(torch.rand(200, generator=generator))
+    masks = {}
+    for group in ("row", "layer", "block"):
+        masks[group] = prune_weight(weight, resolve_metric(f"{group}:wanda"), parse_target(target), statistics) != 0
+        written = f"{group}:0.5".removeprefix("row:") if target == "0.5" else target
+        assert torch.equal(masks[group], select_mask(weight.abs() * statistics.X, parse_target(written)))
+    assert torch.equal(masks["layer"], masks["block"]) == (target != "0.5")
+
+
+@pytest.mark.parametrize("group", ["", " ", "n:m", "2", "Layer", " layer", "layer:row", "column", "x" * 10_000, "\n"])
+@pytest.mark.parametrize("rule", ["wanda", "abs(W)*X", "4"])
+def test_an_unknown_comparison_group_is_answered_with_all(group: str, rule: str) -> None:
+    with pytest.raises(ExpressionError) as caught:
+        resolve_metric(f"{group}:{rule}")
+    message = str(caught.value)
+    assert message.startswith(f"unknown comparison group {group!r:.60} in ")
+    assert message.endswith("accepted are row:, layer:, block:")
+    assert len(message) < 250
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize("text", ["layer:wandaa", "block:Wanda"])
+def test_a_mistyped_name_behind_a_group_is_answered_too(text: str) -> None:
+    with pytest.raises(ExpressionError, match=f"unknown metric {text.partition(':')[2]!r}: did you mean 'wanda'"):
         resolve_metric(text)
 
 

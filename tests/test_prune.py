@@ -19,8 +19,8 @@ from gpmetric.models import Block, Model, load_model
 from gpmetric.pruning import prune
 from gpmetric.pruning.bench import Bench
 from gpmetric.pruning.mask import select_mask
-from gpmetric.pruning.metrics import resolve_metric
-from gpmetric.pruning.prune import prune_one_shot, prune_sequential, sparsity
+from gpmetric.pruning.metrics import Update, resolve_metric
+from gpmetric.pruning.prune import prune_one_shot, prune_sequential, prune_weight, prune_weights, sparsity
 from gpmetric.pruning.target import parse_target
 
 LENGTH = 32
@@ -157,7 +157,7 @@ def test_conv1d_rows_are_outputs(gpt2: Model, tiny_text: Path) -> None:
         assert len((stored == 0).sum(dim=1).unique()) > 1, "inputs lose what they lose"
 
 
-@pytest.mark.parametrize("target", ["0.5", "0.37", "layer:0.5", "2:4"])
+@pytest.mark.parametrize("target", ["0.5", "0.37", "layer:0.5", "block:0.5", "2:4"])
 @pytest.mark.parametrize("metric", ["magnitude", "magnitude_row", "wanda", "abs(W)", "sparsegpt"])
 def test_what_each_group_loses(tiny_llama: Path, tiny_text: Path, metric: str, target: str) -> None:
     """Counted in the pruned model; only `magnitude` takes a plain number over the whole matrix."""
@@ -170,7 +170,7 @@ def test_what_each_group_loses(tiny_llama: Path, tiny_text: Path, metric: str, t
         if wanted.group:
             per_group = zeros.reshape(-1, wanted.group).sum(dim=1)
             assert set(per_group.tolist()) == {wanted.group - wanted.keep}, layer.name
-        elif metric == "sparsegpt":
+        elif metric == "sparsegpt" or wanted.granularity == "block":
             per_block = [int(block.sum()) for block in zeros.split(128, dim=1)]
             assert per_block == [int(block.numel() * wanted.sparsity) for block in zeros.split(128, dim=1)]
         elif wanted.granularity == "layer" or metric == "magnitude":
@@ -178,6 +178,33 @@ def test_what_each_group_loses(tiny_llama: Path, tiny_text: Path, metric: str, t
             assert len(zeros.sum(dim=1).unique()) > 1, "rows compete with each other"
         else:
             assert set(zeros.sum(dim=1).tolist()) == {int(columns * wanted.sparsity)}, layer.name
+
+
+@pytest.mark.parametrize("update", ["none", "obs", "obs-blockwise"])
+@pytest.mark.parametrize("metric", ["magnitude", "wanda", "abs(W)*mms(G)"])
+def test_layers_and_targets_at_once_are_each_alone(llama: Model, tiny_text: Path, metric: str, update: Update) -> None:
+    """Same masks; the same weights too but for fp32 rounding, since products sum in another order."""
+    found = collect_statistics(llama, windows(llama, tiny_text, 4), gram=True).layers
+    statistics = [found[layer.name] for layer in llama.layers]
+    targets = [parse_target(text) for text in ("0.5", "2:4", "layer:0.6", "block:0.3", "1:2", "0.5")]
+    rule = resolve_metric(metric)
+    together = prune_weights([layer.weight for layer in llama.layers], rule, targets, statistics, update)
+    for target, pruned_layers in zip(targets, together, strict=True):
+        for layer, one, pruned in zip(llama.layers, statistics, pruned_layers, strict=True):
+            alone = prune_weight(layer.weight, rule, target, one, update)
+            assert torch.equal(pruned != 0, alone != 0), (layer.name, target.text)
+            torch.testing.assert_close(pruned, alone, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("update", ["none", "obs", "obs-blockwise"])
+def test_given_scores_are_used_as_they_are(update: Update) -> None:
+    """But by obs-blockwise, which scores what it has updated."""
+    weight, gram = torch.randn(4, 8, generator=torch.Generator().manual_seed(6)), torch.eye(8)
+    score, statistics = -weight.abs(), LayerStatistics(torch.ones(8), gram=gram)
+    pruned = prune_weight(weight, resolve_metric("wanda"), parse_target("0.5"), statistics, update, score)
+    by_wanda = prune_weight(weight, resolve_metric("layer:wanda"), parse_target("0.5"), statistics)
+    given = select_mask(score, parse_target("0.5"))
+    assert torch.equal(pruned != 0, by_wanda != 0 if update == "obs-blockwise" else given)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from gpmetric.calibration.accumulators import DAMPING, LayerStatistics, curvature, inverse_factor
 from gpmetric.errors import MaskError, SolverError
+from gpmetric.pruning import prune
+from gpmetric.pruning import sparsegpt as sparsegpt_file
 from gpmetric.pruning.mask import select_mask
-from gpmetric.pruning.metrics import resolve_metric
-from gpmetric.pruning.prune import prune_weight
+from gpmetric.pruning.metrics import Update, resolve_metric
+from gpmetric.pruning.prune import prune_weight, prune_weights
 from gpmetric.pruning.sparsegpt import block_columns, reconstruct, reconstruct_blockwise
 from gpmetric.pruning.target import parse_target
 
@@ -52,6 +54,11 @@ def plain_obs(weight: Tensor, inverse: list[Tensor], mask: Tensor, start: int = 
     return weight
 
 
+def repair(weight: Tensor, gram: Tensor, *masks: Tensor) -> list[Tensor]:
+    """`reconstruct` of one layer."""
+    return list(reconstruct(weight[None], inverse_factor(gram)[None], torch.stack(masks)[None])[0])
+
+
 def output_error(change: Tensor, gram: Tensor) -> float:
     """Squared change of the layer's output per token."""
     change, gram = change.double(), gram.double()
@@ -62,7 +69,7 @@ def output_error(change: Tensor, gram: Tensor) -> float:
 def test_reconstruct_is_the_plain_solver(shape: tuple[int, int]) -> None:
     weight, gram = make_layer(*shape)
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.5
-    pruned = reconstruct(weight, inverse_factor(gram), mask)
+    pruned = repair(weight, gram, mask)[0]
     torch.testing.assert_close(pruned.double(), plain_obs(weight, first_rows(gram), mask), **CLOSE)
 
 
@@ -72,7 +79,7 @@ def test_one_pruned_weight_has_a_closed_form(column: int) -> None:
     weight, gram = make_layer(2, 12)
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[0, column] = False
-    pruned = reconstruct(weight, inverse_factor(gram), mask).double()
+    pruned = repair(weight, gram, mask)[0].double()
     inverse = first_rows(gram)[column]
     value = float(weight[0, column])
     expected = weight.double().clone()
@@ -90,17 +97,17 @@ def test_one_pruned_weight_has_a_closed_form(column: int) -> None:
 def test_the_mask_is_kept_exactly(shape: tuple[int, int]) -> None:
     """Zero where the mask removes, bit for bit, and nowhere else; all kept leaves the weight as it is."""
     weight, gram = make_layer(*shape)
-    factor = inverse_factor(gram)
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(2)) > 0.6
-    assert torch.equal(reconstruct(weight, factor, mask) != 0, mask)
-    assert torch.equal(reconstruct(weight, factor, torch.ones_like(mask)), weight)
-    assert not reconstruct(weight, factor, torch.zeros_like(mask)).any()
+    some, all_kept, none_kept = repair(weight, gram, mask, torch.ones_like(mask), torch.zeros_like(mask))
+    assert torch.equal(some != 0, mask)
+    assert torch.equal(all_kept, weight)
+    assert not none_kept.any()
 
 
 def test_the_weight_itself_is_not_written_to() -> None:
     weight, gram = make_layer(3, 20)
     before = weight.clone()
-    reconstruct(weight, inverse_factor(gram), torch.zeros(3, 20, dtype=torch.bool))
+    repair(weight, gram, torch.zeros(3, 20, dtype=torch.bool))
     assert torch.equal(weight, before)
 
 
@@ -149,12 +156,12 @@ def check_choices(weight: Tensor, gram: Tensor, pruned: Tensor, size: int, by_ro
 
 
 @pytest.mark.parametrize("shape", [(4, 42), (3, 128), (5, 200), (2, 300)])
-@pytest.mark.parametrize("target", ["0.5", "0.3", "layer:0.5"])
+@pytest.mark.parametrize("target", ["0.5", "0.3", "layer:0.5", "block:0.5"])
 def test_sparsegpt_is_its_algorithm(target: str, shape: tuple[int, int]) -> None:
     """Algorithm 1: per 128 columns one threshold over all rows, int(size * sparsity) zeros, the last block included."""
     weight, gram = make_layer(*shape)
     pruned = sparsegpt(weight, gram, target)
-    sparsity = float(target.removeprefix("layer:"))
+    sparsity = parse_target(target).sparsity
     for start in range(0, shape[1], 128):
         block = pruned[:, start : start + 128]
         assert int((block == 0).sum()) == int(block.numel() * sparsity)
@@ -173,6 +180,50 @@ def test_sparsegpt_patterns_are_chosen_when_reached(target: str, columns: int) -
     check_choices(weight, gram, pruned, group, by_row=True)
 
 
+@pytest.mark.parametrize("together", [1, 2**17])
+def test_layers_and_targets_solved_together_are_each_their_algorithm(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever shapes, blocks and groups the others have: 2:3 has blocks of 126 columns, 100:132 of one group each."""
+    monkeypatch.setattr(prune, "_TOGETHER", together)
+    layers = [make_layer(*shape, seed) for seed, shape in enumerate([(4, 264), (3, 132), (4, 264), (3, 264), (4, 264)])]
+    statistics = [LayerStatistics(gram.diagonal().sqrt(), gram=gram) for _, gram in layers]
+    targets = [parse_target(text) for text in ("0.5", "2:4", "0.3", "2:3", "1:4", "0.5", "100:132")]
+    weights = [weight for weight, _ in layers]
+    results = prune_weights(weights, resolve_metric("sparsegpt"), targets, statistics, "obs-blockwise")
+    for target, pruned_layers in zip(targets, results, strict=True):
+        for (weight, gram), pruned in zip(layers, pruned_layers, strict=True):
+            size = target.group or 128
+            for part in pruned.split(size, dim=1):
+                removed = len(part) * (size - target.keep) if target.group else int(part.numel() * target.sparsity)
+                assert int((part == 0).sum()) == removed
+            check_choices(weight, gram, pruned, size, by_row=target.group > 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("update", ["obs", "obs-blockwise"])
+def test_cuda_is_the_cpu(update: Update) -> None:
+    """The inner loop runs on tensors there and on numpy arrays here."""
+    weight, gram = make_layer(6, 300)
+    targets = [parse_target(text) for text in ("0.5", "2:4", "0.7")]
+    found = [LayerStatistics(on.diagonal().sqrt(), gram=on) for on in (gram, gram.cuda())]
+    here = prune_weights([weight] * 2, resolve_metric("wanda"), targets, [found[0]] * 2, update)
+    there = prune_weights([weight.cuda()] * 2, resolve_metric("wanda"), targets, [found[1]] * 2, update)
+    for one, other in zip(here, there, strict=True):
+        assert other[0].is_cuda
+        torch.testing.assert_close(one, [each.cpu() for each in other], **CLOSE)
+
+
+def test_the_loop_on_tensors_is_the_loop_on_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU runs, without one."""
+    weight, gram = make_layer(5, 200)
+    mask = torch.rand(5, 200, generator=torch.Generator().manual_seed(3)) > 0.5
+    on_arrays = repair(weight, gram, mask)[0]
+    monkeypatch.setattr(sparsegpt_file, "_plain", lambda tensor: tensor)
+    torch.testing.assert_close(repair(weight, gram, mask)[0], on_arrays, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("target", "columns"), [("0.5", 128), ("2:4", 128), ("2:3", 126), ("7:11", 121), ("1:200", 200)]
 )
@@ -187,13 +238,14 @@ def test_the_score_sees_the_updated_weights() -> None:
 
     def score(weights: Tensor, start: int, end: int) -> Tensor:
         seen.append((weights.clone(), start, end))
-        return weights[:, start:end].abs()
+        return weights[..., start:end].abs()
 
-    pruned = reconstruct_blockwise(weight, inverse_factor(gram), parse_target("0.5"), score)
+    (pruned,) = reconstruct_blockwise(weight[None], inverse_factor(gram)[None], [parse_target("0.5")], score)[0]
     assert [(start, end) for _, start, end in seen] == [(0, 128), (128, 256)]
-    assert torch.equal(seen[0][0], weight)
-    assert torch.equal(seen[1][0][:, :128], pruned[:, :128])
-    chosen = select_mask(seen[1][0][:, 128:].abs(), parse_target("layer:0.5"))
+    assert torch.equal(seen[0][0][0], weight)
+    (updated,) = seen[1][0]
+    assert torch.equal(updated[:, :128], pruned[:, :128])
+    chosen = select_mask(updated[:, 128:].abs(), parse_target("layer:0.5"))
     assert torch.equal(pruned[:, 128:] != 0, chosen)
 
 

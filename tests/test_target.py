@@ -24,6 +24,8 @@ ACCEPTED = [
     ("layer:0.5", Target("layer:0.5", "layer", 0.5)),
     ("layer:0", Target("layer:0", "layer", 0.0)),
     ("layer:7e-1", Target("layer:7e-1", "layer", 0.7)),
+    ("block:0.5", Target("block:0.5", "block", 0.5)),
+    (" block:.7 ", Target(" block:.7 ", "block", 0.7)),
     ("2:4", Target("2:4", "n:m", 0.5, 2, 4)),
     ("4:8", Target("4:8", "n:m", 0.5, 4, 8)),
     ("1:4", Target("1:4", "n:m", 0.75, 1, 4)),
@@ -40,7 +42,8 @@ REFUSED = [
     "４:８", "２:4", "０.５", "٠.٥", "0.5\u200b", "\u202e0.5", "0.5\x00",
     "4:2", "0:4", "4:4", "0:0", "-2:4", "2:-4", "2:4:8", "2:", ":4", ":", "2.0:4", "2/4", "2;4", "2: 4", "1:10000",
     "layer", "layer:", "layer:2:4", "layer:1", "layer:-0.1", "layer:nan", "layer: 0.5", "layer:layer:0.5", "Layer:0.5",
-    "row:0.5", "global:0.5",
+    "block", "block:", "block:2:4", "block:1", "block: 0.5", "block:layer:0.5", "Block:0.5", "layer:block:0.5",
+    "row:0.5", "global:0.5", ":0.5", "0.5:", "none:0.5",
 ]  # fmt: skip
 
 
@@ -56,7 +59,7 @@ def test_refused(text: str) -> None:
         parse_target(text)
     message = str(caught.value)
     assert message.startswith(f"--target {text!r:.60}")
-    assert "0.5, layer:0.5, or N:M with 0 < N < M" in message
+    assert "0.5, layer:0.5, block:0.5, or N:M with 0 < N < M" in message
     assert message.isprintable(), "one line without control characters"
     assert len(message) < 250
 
@@ -69,12 +72,13 @@ def test_a_pattern_the_wrong_way_round_says_what_it_would_keep(text: str) -> Non
 
 
 def test_every_granularity_has_a_spelling() -> None:
-    assert {parse_target(text).granularity for text in ("0.5", "layer:0.5", "2:4")} == set(GRANULARITIES)
+    assert {parse_target(text).granularity for text in ("0.5", "layer:0.5", "block:0.5", "2:4")} == set(GRANULARITIES)
 
 
 def test_the_granularity_can_be_replaced() -> None:
     """As the magnitude baseline does with plain numbers."""
     assert parse_target("0.5").with_granularity("layer") == Target("0.5", "layer", 0.5)
+    assert parse_target("block:0.5").with_granularity("row") == Target("block:0.5", "row", 0.5)
 
 
 def test_no_tensor_library_is_needed() -> None:

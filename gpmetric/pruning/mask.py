@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from gpmetric.errors import MaskError
-from gpmetric.pruning.target import Target
+from gpmetric.pruning.target import BLOCK, Target
 
 __all__ = ["check_width", "select_mask"]
 
@@ -23,7 +25,7 @@ def select_mask(score: Tensor, target: Target) -> Tensor:
     Args:
         score: [out, in], any float dtype; larger means keep.
         target: each group removes k entries: int(group_size * sparsity), or M - N of each M consecutive inputs under
-            N:M. Of equal scores the lower column goes first (whole layer: row-major order).
+            N:M. Of equal scores the lower column goes first (whole layer, block: row-major order).
 
     Returns:
         Boolean [out, in], True = kept, on the device of `score`.
@@ -34,12 +36,20 @@ def select_mask(score: Tensor, target: Target) -> Tensor:
     Source: Sun et al. 2023 (Wanda), section 3, comparison per output.
     """
     # The sum first: 0.1 ms against 5 ms for every score at 512x4096 (AMD EPYC). It may overflow, hence the count.
-    if not torch.isfinite(score.sum()):
+    if not math.isfinite(score.sum().item()):
         bad = int((~torch.isfinite(score)).sum())
         if bad:
             raise MaskError(f"{bad} of {score.numel()} scores are NaN or infinite")
+    check_width(score.shape[1], target)
+    if target.granularity == "block":
+        whole = target.with_granularity("layer")
+        return torch.cat([_select(part, whole) for part in score.split(BLOCK, dim=1)], dim=1)
+    return _select(score, target)
+
+
+def _select(score: Tensor, target: Target) -> Tensor:
+    """The mask of a checked score, blocks apart."""
     rows, columns = score.shape
-    check_width(columns, target)
     if target.granularity == "layer":
         groups, removed = score.reshape(1, -1), int(score.numel() * target.sparsity)
     elif target.granularity == "row":

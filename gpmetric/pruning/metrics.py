@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from gpmetric.errors import ExpressionError, InputError
 from gpmetric.expression import Expression, parse
-from gpmetric.pruning.target import Granularity
+from gpmetric.pruning.target import GRANULARITIES, Granularity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,13 +59,15 @@ BASELINES: dict[str, Baseline] = {
     "sparsegpt": Baseline("W*W*D", "Frantar and Alistarh 2023, algorithm 1", "row", "obs-blockwise"),
 }
 
+_GROUPS: dict[str, Granularity] = {name: name for name in GRANULARITIES if name != "n:m"}  # of plain numbers
+
 
 @dataclass(frozen=True)
 class Metric:
     """A rule giving each weight a score: a baseline or a user's formula.
 
-    `name` is the text it was asked for by; `granularity` holds for plain-number targets; `update` None means that the
-    caller chooses one.
+    `name` is the text it was asked for by, comparison group included; `granularity` holds for plain-number targets;
+    `update` None means that the caller chooses one.
     """
 
     name: str
@@ -112,16 +114,27 @@ class Metric:
 
 
 def resolve_metric(text: str, sequences: int = 1, length: int = 1) -> Metric:
-    """The metric behind a baseline's name or a formula.
+    """The metric behind a baseline's name or a formula, either of them behind a comparison group: `layer:abs(W)*X`.
 
     Args:
-        text: a key of BASELINES, or a formula.
+        text: a key of BASELINES, or a formula. `row:`, `layer:` or `block:` before it tells where a plain number makes
+            its scores compete; the update obs-blockwise has its own threshold and does not ask.
         sequences: calibration sequences N, which GBLM's balance depends on.
         length: tokens per sequence L.
 
     Raises:
-        ExpressionError: neither a known name nor a valid formula.
+        ExpressionError: no such comparison group, or neither a known name nor a valid formula.
     """
+    group, colon, rule = text.rpartition(":")
+    if not colon:
+        return _resolve_rule(rule, sequences, length)
+    if group not in _GROUPS:
+        accepted = ", ".join(f"{name}:" for name in _GROUPS)
+        raise ExpressionError(f"unknown comparison group {group!r:.60} in {text!r:.60}: accepted are {accepted}")
+    return replace(_resolve_rule(rule, sequences, length), name=text, granularity=_GROUPS[group])
+
+
+def _resolve_rule(text: str, sequences: int, length: int) -> Metric:
     baseline = BASELINES.get(text)
     if baseline is None:
         return Metric(text, _parse_formula(text))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from gpmetric.calibration.collect import Statistics, collect_block
 from gpmetric.calibration.replay import BlockCalls
 from gpmetric.errors import MaskError, SolverError
 from gpmetric.expression.evaluate import evaluate, needs_whole_matrix
+from gpmetric.expression.tree import Expression
 from gpmetric.models import Layer, Model
 from gpmetric.operands import OPERANDS
 from gpmetric.pruning.mask import select_mask
@@ -24,7 +26,20 @@ from gpmetric.pruning.metrics import Metric, Update
 from gpmetric.pruning.sparsegpt import reconstruct, reconstruct_blockwise
 from gpmetric.pruning.target import Target
 
-__all__ = ["prune_one_shot", "prune_sequential", "prune_weight", "score_weight", "sparsity"]
+__all__ = [
+    "layer_operands",
+    "prune_one_shot",
+    "prune_sequential",
+    "prune_weight",
+    "prune_weights",
+    "score_weight",
+    "sparsity",
+]
+
+# Entries of the small weights that the solver takes at once. Four targets, one AMD EPYC thread, at 2**15, 2**17, 2**19
+# and 2**21: 35 weights of 64x64 to 64x192 0.48, 0.25, 0.25 and 0.25 of the seconds one by one, eight of 512x192 1.07,
+# 1.06, 0.60 and 0.48 (benchmarks/bench_solver.py). Large weights are taken one by one, for their memory.
+_TOGETHER = 2**19
 
 
 @torch.no_grad()
@@ -75,7 +90,7 @@ def prune_sequential(
 
 def score_weight(weight: Tensor, metric: Metric, statistics: LayerStatistics) -> Tensor:
     """The metric's score of every entry of one weight, [out, in], fp32; it does not depend on the target."""
-    return evaluate(metric.expression, _operands(weight, statistics))
+    return evaluate(metric.expression, layer_operands(weight, statistics))
 
 
 def prune_weight(
@@ -86,45 +101,106 @@ def prune_weight(
     update: Update = "none",
     score: Tensor | None = None,
 ) -> Tensor:
-    """The pruned copy of one weight [out, in], in fp32.
+    """The pruned copy of one weight [out, in], in fp32: `prune_weights` of one weight at one target."""
+    return prune_weights([weight], metric, [target], [statistics], update, None if score is None else [score])[0][0]
+
+
+def prune_weights(
+    weights: Sequence[Tensor],
+    metric: Metric,
+    targets: Sequence[Target],
+    statistics: Sequence[LayerStatistics],
+    update: Update = "none",
+    scores: Sequence[Tensor] | None = None,
+) -> list[list[Tensor]]:
+    """The pruned copies of several weights, in fp32, by target and weight; small weights are solved together.
 
     Args:
-        score: what `score_weight` gives, when the caller has it already; not used by obs-blockwise, which scores the
-            updated weights.
+        weights: [out, in] each, of any shapes.
+        targets: a plain number competes where the metric says.
+        statistics: one for each weight.
+        scores: what `score_weight` gives for each weight, when the caller has it already; not used by obs-blockwise,
+            which scores the updated weights.
 
     Raises:
         MaskError: a score is not finite, or `in` is not divisible by M.
         SolverError: an update is asked for and the Gram matrix cannot be factorised.
     """
-    if target.granularity == "row":
-        target = target.with_granularity(metric.granularity)
-    weight = weight.float()
-    if update == "obs-blockwise":
-        return _prune_blockwise(weight, metric, target, statistics)
-    mask = select_mask(score_weight(weight, metric, statistics) if score is None else score, target)
-    if update == "obs":
-        return reconstruct(weight, statistics.factor, mask)
-    return weight.masked_fill(~mask, 0)
+    weights = [weight.float() for weight in weights]
+    masks: list[Tensor] = []  # [targets, out, in] each
+    if update != "obs-blockwise":
+        scores = scores or [score_weight(weight, metric, one) for weight, one in zip(weights, statistics, strict=True)]
+        rules = [t.with_granularity(metric.granularity) if t.granularity == "row" else t for t in targets]
+        masks = [torch.stack([select_mask(score, rule) for rule in rules]) for score in scores]
+    if update == "none":
+        pruned = [weight.masked_fill(~mask, 0) for weight, mask in zip(weights, masks, strict=True)]
+        return [list(target) for target in zip(*pruned, strict=True)]
+    solved: dict[int, Tensor] = {}
+    for batch in _batches(weights):
+        alike = torch.stack([weights[index] for index in batch])  # [n, out, in]
+        found = [statistics[index] for index in batch]
+        if update == "obs":
+            factors = torch.stack([one.factor for one in found])
+            result = reconstruct(alike, factors, torch.stack([masks[index] for index in batch]))
+        else:
+            result = _prune_blockwise(alike, metric, targets, found)
+        solved |= zip(batch, result, strict=True)
+    return [list(target) for target in zip(*(solved[index] for index in range(len(weights))), strict=True)]
 
 
-def _prune_blockwise(weight: Tensor, metric: Metric, target: Target, statistics: LayerStatistics) -> Tensor:
-    factor = statistics.factor
+def _batches(weights: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of weights to solve together: of one shape, at most `_TOGETHER` entries unless it is one weight."""
+    batches: list[list[int]] = []
+    by_shape: dict[torch.Size, list[int]] = {}
+    for index, weight in enumerate(weights):
+        by_shape.setdefault(weight.shape, []).append(index)
+    for shape, indices in by_shape.items():
+        size = max(1, _TOGETHER // shape.numel())
+        batches += [indices[first : first + size] for first in range(0, len(indices), size)]
+    return batches
+
+
+def _prune_blockwise(
+    weights: Tensor, metric: Metric, targets: Sequence[Target], statistics: Sequence[LayerStatistics]
+) -> Tensor:
+    """`reconstruct_blockwise` of weights [n, out, in] scored by the metric: [n, targets, out, in]."""
+    factors = torch.stack([one.factor for one in statistics])
+    measured = [layer_operands(weight, one) for weight, one in zip(weights, statistics, strict=True)]
+    names = [name for name in metric.expression.operands if name in measured[0]]
+    operands = {name: torch.stack([one[name] for one in measured]) for name in names}  # [n, in] | [n, out, in]
     # D on the updated weights is SparseGPT's 1 / d^2, d the diagonal of the factor (algorithm 1)
-    operands = _operands(weight, statistics) | {"D": 1 / factor.diagonal().square()}
-    whole = needs_whole_matrix(metric.expression)
-
-    def score(weights: Tensor, start: int, end: int) -> Tensor:
-        """A reduction (mms, rowsum, ...) is taken over the whole matrix as updated so far."""
-        if whole:
-            return evaluate(metric.expression, operands | {"W": weights})[:, start:end]
-        columns = {name: value[..., start:end] for name, value in operands.items()}
-        return evaluate(metric.expression, columns | {"W": weights[:, start:end]})
-
+    operands["D"] = 1 / factors.diagonal(dim1=1, dim2=2).square()
+    score = _score_layers if needs_whole_matrix(metric.expression) else _score_columns
     # an input that is always zero is pruned first, as in the published code
-    return reconstruct_blockwise(weight.masked_fill(statistics.X == 0, 0), factor, target, score)
+    dead = torch.stack([one.X == 0 for one in statistics])  # [n, in]
+    return reconstruct_blockwise(
+        weights.masked_fill(dead[:, None], 0), factors, targets, partial(score, metric.expression, operands)
+    )
 
 
-def _operands(weight: Tensor, statistics: LayerStatistics) -> dict[str, Tensor]:
+def _score_layers(
+    expression: Expression, operands: Mapping[str, Tensor], weights: Tensor, start: int, end: int
+) -> Tensor:
+    """Scores [n, out, end - start], reductions (mms, rowsum, ...) over each whole matrix as updated so far."""
+    layers = [{name: value[i] for name, value in operands.items()} | {"W": each} for i, each in enumerate(weights)]
+    return torch.stack([evaluate(expression, layer)[:, start:end] for layer in layers])
+
+
+def _score_columns(
+    expression: Expression, operands: Mapping[str, Tensor], weights: Tensor, start: int, end: int
+) -> Tensor:
+    """The same without reductions: a weight's score is its own affair, so that those of all layers pass as one row."""
+    shape = weights[..., start:end].shape
+    row = {}
+    for name, value in {**operands, "W": weights}.items():
+        columns = value[..., start:end]
+        by_input = columns.dim() == 2
+        row[name] = columns[:, None].expand(shape).reshape(-1) if by_input else columns.reshape(1, -1)
+    return evaluate(expression, row).view(shape)
+
+
+def layer_operands(weight: Tensor, statistics: LayerStatistics) -> dict[str, Tensor]:
+    """The operands of one layer by name, those that were measured."""
     measured = {name: getattr(statistics, name) for name in OPERANDS if name != "W"}
     return {"W": weight.float()} | {name: value for name, value in measured.items() if value is not None}
 

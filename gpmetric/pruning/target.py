@@ -1,4 +1,5 @@
-"""Sparsity targets as users write them: `0.5` (rows), `layer:0.5` (whole matrix), `2:4` (2 kept of each 4 inputs).
+"""Sparsity targets as users write them: `0.5` (rows), `layer:0.5` (whole matrix), `block:0.5` (SparseGPT's 128-column
+blocks), `2:4` (2 kept of each 4 inputs).
 
 No tensor library is needed here, so that a wrong target is refused before anything heavy is imported.
 """
@@ -12,18 +13,24 @@ from typing import Literal
 
 from gpmetric.errors import InputError
 
-__all__ = ["GRANULARITIES", "Granularity", "Target", "parse_target"]
+__all__ = ["BLOCK", "GRANULARITIES", "Granularity", "Target", "parse_target"]
 
-Granularity = Literal["row", "layer", "n:m"]
+Granularity = Literal["row", "layer", "block", "n:m"]
+
+BLOCK = 128  # columns that SparseGPT's threshold is taken over
 
 # granularity -> the group within which scores compete
 GRANULARITIES: dict[Granularity, str] = {
     "row": "the weights of one output",
     "layer": "the whole matrix",
+    "block": "each 128 consecutive inputs over all outputs, the last of them maybe fewer",
     "n:m": "each M consecutive inputs of one output",
 }
 
-_ACCEPTED = "a sparsity in [0, 1) such as 0.5, layer:0.5, or N:M with 0 < N < M (N kept of each M inputs) such as 2:4"
+_PREFIXES: dict[str | None, Granularity] = {None: "row", "layer": "layer", "block": "block"}
+_ACCEPTED = (
+    "a sparsity in [0, 1) such as 0.5, layer:0.5, block:0.5, or N:M with 0 < N < M (N kept of each M inputs), as 2:4"
+)
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,11 @@ def parse_target(text: str) -> Target:
         if not 0 < keep < group:
             raise InputError(f"--target {text!r:.60} keeps {keep} of each {group}; accepted: {_ACCEPTED}")
         return Target(text, "n:m", 1 - keep / group, keep, group)
-    granularity: Granularity = "layer" if text.strip().startswith("layer:") else "row"
-    number = text.strip().removeprefix("layer:")
+    number = re.fullmatch(r"\s*(?:(layer|block):)?([0-9.eE+-]+)\s*", text)
     try:
-        sparsity = float(number) if re.fullmatch(r"[0-9.eE+-]+", number) else math.nan
+        sparsity = float(number[2]) if number else math.nan
     except ValueError:
         sparsity = math.nan
-    if not 0 <= sparsity < 1:
+    if not number or not 0 <= sparsity < 1:
         raise InputError(f"--target {text!r:.60} is not a target; accepted: {_ACCEPTED}")
-    return Target(text, granularity, sparsity)
+    return Target(text, _PREFIXES[number[1]], sparsity)

@@ -1,0 +1,132 @@
+"""Seconds of SparseGPT's solver on one CPU thread; `python benchmarks/bench_solver.py` appends to results.csv.
+
+`prune_weights` under obs-blockwise, all targets of a search at once, against one plain column loop per weight and
+target; and the evidence for its constants: `_STEP` against 128, `_TOGETHER` against one weight at a time.
+"""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+
+import numpy as np
+import torch
+from bench_mask import COLUMNS, RESULTS, cpu_name
+from torch import Tensor
+
+from gpmetric.calibration.accumulators import LayerStatistics
+from gpmetric.pruning import prune, sparsegpt
+from gpmetric.pruning.mask import select_mask
+from gpmetric.pruning.metrics import resolve_metric
+from gpmetric.pruning.prune import prune_weights
+from gpmetric.pruning.target import Target, parse_target
+
+Layers = Sequence[tuple[Tensor, LayerStatistics]]
+
+SEARCH = [parse_target(text) for text in ("0.5", "0.6", "0.7", "2:4")]
+WANDA = resolve_metric("wanda")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    small = [make_layer(*shape) for shape in [(64, 64)] * 20 + [(192, 64)] * 10 + [(64, 192)] * 5]
+    large = [make_layer(512, 192) for _ in range(8)]
+    rows = [
+        blockwise(f"one {shape[0]}x{shape[1]}", [make_layer(*shape)], 41) for shape in [(64, 64), (192, 64), (64, 192)]
+    ]
+    rows += [blockwise("35 of 64x64 to 64x192", small, 11), blockwise("8 of 512x192", large, 5)]
+    rows += [blockwise("one 1024x1024, 0.5", [make_layer(1024, 1024)], 3, SEARCH[:1])]
+    rows += [constant(sparsegpt, "_STEP", value, 128, "35 of 64x64 to 64x192", small, 21) for value in (4, 8, 16, 32)]
+    rows += [constant(sparsegpt, "_STEP", value, 128, "8 of 512x192", large, 7) for value in (4, 8, 16, 32)]
+    sizes = (2**15, 2**17, 2**19, 2**21)
+    rows += [constant(prune, "_TOGETHER", value, 1, "35 of 64x64 to 64x192", small, 21) for value in sizes]
+    rows += [constant(prune, "_TOGETHER", value, 1, "8 of 512x192", large, 7) for value in sizes]
+    with RESULTS.open("a", newline="", encoding="utf-8") as file:
+        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerows(rows)
+
+
+def blockwise(case: str, layers: Layers, repeats: int, targets: Sequence[Target] = SEARCH) -> dict[str, object]:
+    return compare(
+        case,
+        lambda: solve(layers, targets),
+        lambda: [plain_solver(*layer, target) for target in targets for layer in layers],
+        repeats,
+    )
+
+
+def constant(
+    module: object, name: str, value: int, other: int, case: str, layers: Layers, repeats: int
+) -> dict[str, object]:
+    """A constant at one value against another."""
+
+    def at(number: int) -> list[Tensor]:
+        setattr(module, name, number)
+        return solve(layers, SEARCH)
+
+    before = getattr(module, name)
+    row = compare(f"{name} {value} of {other}: {case}", lambda: at(value), lambda: at(other), repeats)
+    setattr(module, name, before)
+    return row
+
+
+def solve(layers: Layers, targets: Sequence[Target]) -> list[Tensor]:
+    weights, statistics = zip(*layers, strict=True)
+    return [pruned for row in prune_weights(weights, WANDA, targets, statistics, "obs-blockwise") for pruned in row]
+
+
+def plain_solver(weight: Tensor, statistics: LayerStatistics, target: Target) -> Tensor:
+    """Wanda in SparseGPT's algorithm 1 as it is written, a target and a column at a time."""
+    weights, factor, group = weight.clone(), statistics.factor, target.group
+    rule = target if group else target.with_granularity("layer")
+    for start in range(0, weights.shape[1], 128):
+        end = min(start + 128, weights.shape[1])
+        errors = torch.zeros_like(weights[:, start:end])
+        for column in range(start, end):
+            if column == start or (group and column % group == 0):
+                reach = slice(column, column + group if group else end)
+                keep = select_mask(weights[:, reach].abs() * statistics.X[reach], rule)
+            kept = torch.where(keep[:, column - reach.start], weights[:, column], 0)
+            error = (weights[:, column] - kept) / factor[column, column]
+            errors[:, column - start] = error
+            weights[:, column] = kept
+            weights[:, column + 1 : end] -= error[:, None] * factor[column, column + 1 : end]
+        weights[:, end:] -= errors @ factor[start:end, end:]
+    return weights
+
+
+def make_layer(rows: int, columns: int) -> tuple[Tensor, LayerStatistics]:
+    """A weight and the statistics of correlated inputs."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
+    inputs = torch.randn(4 * columns, columns, generator=generator) @ mixing
+    gram = inputs.t() @ inputs / len(inputs)
+    return torch.randn(rows, columns, generator=generator), LayerStatistics(gram.diagonal().sqrt(), gram=gram)
+
+
+def compare(
+    case: str, ours: Callable[[], list[Tensor]], theirs: Callable[[], list[Tensor]], repeats: int
+) -> dict[str, object]:
+    """One row; both are timed in turn. `baseline` is their median."""
+    for one, other in zip(ours(), theirs(), strict=True):
+        # of equal scores but for fp32 rounding, either may go
+        assert ((one != 0) == (other != 0)).float().mean() > 0.999, f"{case}: the masks differ"
+    times = np.array([[seconds(ours), seconds(theirs)] for _ in range(repeats)])
+    low, median, high = np.percentile(times[:, 0], [20, 50, 80])
+    baseline = np.median(times[:, 1])
+    print(f"{case}: {1e3 * median:.2f} ms, {median / baseline:.3f} of {1e3 * baseline:.2f} ms", flush=True)
+    values = ("solver", case, "cpu s", *(f"{x:.3g}" for x in (median, low, high, baseline, median / baseline)))
+    where = (cpu_name(), torch.get_num_threads(), torch.__version__, np.__version__, date.today().isoformat())
+    return dict(zip(COLUMNS, (*values, *where), strict=True))
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Of this thread on the processor: a busy machine interrupts milliseconds of Python more than it slows them."""
+    start = time.thread_time()
+    run()
+    return time.thread_time() - start
+
+
+if __name__ == "__main__":
+    main()
