@@ -1,4 +1,4 @@
-"""The command line: `gpmetric discover | bench | export | evaluate`, each with complete `--help`.
+"""The command line: `gpmetric discover | bench | export | evaluate | analyse`, each with complete `--help`.
 
 Options and formulas are checked here, before torch is imported; the work is in the functions of the same names that
 `import gpmetric` offers.
@@ -13,16 +13,16 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime
-from os.path import isfile
 from pathlib import Path
 from typing import Annotated, TextIO
 
 import typer
 from rich.console import Console
 
-from gpmetric.errors import GpmetricError, InputError, LedgerError
-from gpmetric.evolution.request import Request, check_request
-from gpmetric.expression import PRIMITIVES, Expression, parse
+from gpmetric.errors import GpmetricError, InputError
+from gpmetric.evolution.ledger import is_ledger, winner_of
+from gpmetric.evolution.request import Request, check_group, check_objective, check_request
+from gpmetric.expression import PRIMITIVES
 from gpmetric.operands import OPERANDS
 from gpmetric.options import (
     CalibrationOption,
@@ -33,7 +33,7 @@ from gpmetric.options import (
     IncludeOption,
     JsonOption,
     LengthOption,
-    ModelOption,
+    ModelsOption,
     SamplesOption,
     SeedOption,
     ShuffleOption,
@@ -46,7 +46,7 @@ from gpmetric.provenance import STDOUT, check_output, gpmetric_version, write_js
 from gpmetric.pruning.metrics import BASELINES, check_update, resolve_metric
 from gpmetric.pruning.target import parse_target
 
-__all__ = ["app", "bench", "discover", "evaluate", "export", "main"]
+__all__ = ["analyse", "app", "bench", "discover", "evaluate", "export", "main"]
 
 app = typer.Typer(
     name="gpmetric",
@@ -109,7 +109,7 @@ def evaluate(
 
 @app.command()
 def discover(
-    model: ModelOption = None,
+    model: ModelsOption = None,
     calibration: CalibrationOption = None,
     search: Annotated[str | None, typer.Option(help="Text every candidate is evaluated on.")] = None,
     validation: Annotated[str | None, typer.Option(help="Text the winner is chosen on.")] = None,
@@ -121,7 +121,16 @@ def discover(
     start: Annotated[
         list[str] | None, typer.Option(metavar="FORMULA", help="Formula to start from; may be repeated.")
     ] = None,
+    forbid: Annotated[
+        list[str] | None, typer.Option(metavar="OUTER(INNER)", help="Nesting no formula may have; may be repeated.")
+    ] = None,
     update: UpdateOption = "none",
+    objective: Annotated[
+        str, typer.Option(help="What candidates are compared by: kl (divergence from the dense model) or loss.")
+    ] = "kl",
+    group: Annotated[
+        str, typer.Option(help="Where plain-number targets compete: row, layer, block, or search to evolve it.")
+    ] = "row",
     population: Annotated[int, typer.Option(help="Formulas per generation.")] = 40,
     generations: Annotated[int | None, typer.Option(help="Generations at most.")] = None,
     evaluations: Annotated[int | None, typer.Option(help="Evaluations paid for at most; 300 if no budget.")] = None,
@@ -143,7 +152,10 @@ def discover(
     samples: SamplesOption = 128,
     sequence_length: LengthOption = None,
     search_windows: Annotated[int, typer.Option(help="Windows every candidate is evaluated on.")] = 64,
-    windows: Annotated[int | None, typer.Option(min=1, help="Windows of validation and of test.")] = 64,
+    windows: Annotated[int | None, typer.Option(min=1, help="Windows of validation and of test.")] = 128,
+    calibration_seeds: Annotated[
+        int, typer.Option(help="Draws of calibration windows for the confidence interval of the winner's gain.")
+    ] = 3,
     shuffle: ShuffleOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
@@ -156,7 +168,7 @@ def discover(
     """Evolves metrics for a model and puts the winner beside every baseline."""
     started = time.monotonic()
     request = Request(
-        model=model,
+        model=tuple(model) if model else None,
         calibration=calibration,
         search=search,
         validation=validation,
@@ -164,9 +176,12 @@ def discover(
         text=text,
         target=tuple(dict.fromkeys(target or Request.target)),
         update=update,
+        objective=check_objective(objective),
+        group=check_group(group),
         operands=_names(operands),
         primitives=_names(primitives),
         start=tuple(start or ()),
+        forbid=tuple(forbid or ()),
         population=population,
         generations=generations,
         evaluations=evaluations,
@@ -176,6 +191,7 @@ def discover(
         sequence_length=sequence_length,
         search_windows=search_windows,
         windows=windows,
+        calibration_seeds=calibration_seeds,
         shuffle=shuffle,
         seed=seed,
         device=device,
@@ -204,7 +220,7 @@ def discover(
 
 @app.command()
 def bench(
-    model: ModelOption = None,
+    model: ModelsOption = None,
     calibration: CalibrationOption = None,
     text: TextOption = None,
     metric: Annotated[
@@ -229,15 +245,17 @@ def bench(
 ) -> None:
     """Benchmarks metrics: perplexity of the model pruned by each metric to each target.
 
-    A metric that fails costs the others nothing: it has a row with the reason, and the exit status is 1.
+    With several models, a last table says where each metric wins and loses against Wanda. A metric or model that fails
+    costs the others nothing: the result holds the reason, and the exit status is 1.
     """
     targets = _check_request(metric or (), target or ("0.5",), update, json)
     from gpmetric import terminal
     from gpmetric.pruning.bench import bench as run
+    from gpmetric.pruning.bench import bench_failures
 
     with terminal.BenchReport(Console(stderr=True)) as listener:
         result = run(
-            model,
+            model or (),
             calibration=calibration,
             text=text or (),
             metric=metric or (),
@@ -257,8 +275,7 @@ def bench(
         )
     write_json(json, result)
     terminal.print_bench(Console(file=_tables(json)), result)
-    failures = [row["error"] for row in result["results"] if row["error"]]
-    if failures:
+    if failures := bench_failures(result):
         raise GpmetricError(failures[0])
 
 
@@ -277,30 +294,40 @@ def export(
         raise InputError("--output (-o) FILE is needed")
     _check_outputs(json, "--output", output)
     # GBLM's balance depends on the sample; here that of its paper, 128 sequences of 2048 tokens
-    is_ledger = formula.endswith(".sqlite") or _is_sqlite(formula)
-    expression = _winner(Path(formula)) if is_ledger else resolve_metric(formula, 128, 2048).expression
+    named = winner_of(Path(formula)) if is_ledger(formula) else formula
+    expression = resolve_metric(named, 128, 2048).expression
     from gpmetric.export import export_expression
 
     write_json(json, export_expression(expression, format, output, gpmetric_version()))
 
 
-def _is_sqlite(name: str) -> bool:
-    """Whether a file of that name holds a SQLite database; a formula may be the name of a file, too."""
-    if not isfile(name):
-        return False
-    with open(name, "rb") as file:
-        return file.read(16) == b"SQLite format 3\0"
+@app.command()
+def analyse(
+    ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="A campaign's ledger, finished or not.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Page of plots to write: .png or .pdf.")
+    ] = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    json: JsonOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Shows which operands, operations, sub-expressions and masks go with good fitness in a campaign."""
+    check_output("--json", json)
+    if output is not None:
+        _check_outputs(json, "--output", output)
+    from gpmetric.analysis.analyse import analyse as run
+    from gpmetric.analysis.plot import check_format, draw_page
 
+    if output is not None:
+        check_format(output)
+    result = run(ledger, seed=seed)
+    if output is not None:
+        draw_page(result, output)
+    write_json(json, result)
+    from gpmetric import terminal
 
-def _winner(path: Path) -> Expression:
-    """The winner of a finished campaign."""
-    from gpmetric.evolution.ledger import Ledger
-
-    with Ledger.read(path) as ledger:
-        result = ledger.result()
-    if result is None:
-        raise LedgerError(f"the campaign in {str(path)!r} is not finished; go on with gpmetric discover --resume")
-    return parse(result["winner"]["formula"])
+    terminal.print_analysis(Console(file=_tables(json)), result)
 
 
 def _names(text: str) -> tuple[str, ...]:

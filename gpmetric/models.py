@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from gpmetric.errors import InputError, ModelError
 
-__all__ = ["DEMO_MODEL", "Block", "Layer", "Model", "load_model", "pick_device"]
+__all__ = ["DEMO_MODEL", "Block", "Layer", "Model", "check_path", "load_model", "pick_device"]
 
 _LOG = logging.getLogger(__name__)
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
@@ -127,6 +127,21 @@ class Model:
             for layer, weight in zip(self.layers, dense, strict=True):
                 layer.weight.copy_(weight)
 
+    @contextmanager
+    def holding(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """The model with these prunable weights [out, in], one per layer, in place of its own; none is copied.
+
+        A weight of another dtype is converted, which is a copy.
+        """
+        own = [layer.parameter.data for layer in self.layers]
+        try:
+            for layer, weight, mine in zip(self.layers, weights, own, strict=True):
+                layer.parameter.data = layer.oriented(weight).to(mine.dtype)
+            yield
+        finally:
+            for layer, mine in zip(self.layers, own, strict=True):
+                layer.parameter.data = mine
+
 
 def pick_device(device: str) -> torch.device:
     """The torch device for `auto`, `cpu` or `cuda`; auto takes CUDA when there is one.
@@ -164,7 +179,7 @@ def load_model(
     """
     where = pick_device(device)
     path = DEMO_MODEL if name is None else name
-    _check_path(path)
+    check_path(path)
     wanted = _resolve_dtype(dtype, where)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -177,7 +192,7 @@ def load_model(
     return model
 
 
-def _check_path(path: str | Path) -> None:
+def check_path(path: str | Path) -> None:
     """A directory is checked here, since transformers would answer a wrong one with a page about the Hub."""
     folder = Path(path)
     if _is_directory(folder):

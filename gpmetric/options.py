@@ -22,6 +22,7 @@ __all__ = [
     "JsonOption",
     "LengthOption",
     "ModelOption",
+    "ModelsOption",
     "SamplesOption",
     "SeedOption",
     "ShuffleOption",
@@ -46,12 +47,18 @@ def _one_of(option: str, *accepted: str) -> Callable[[str | None], str | None]:
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Hugging Face directory or name; the embedded demo model by default.")
 ]
+ModelsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model", help="Hugging Face directory or name; may be repeated. The embedded demo model by default."
+    ),
+]
 CalibrationOption = Annotated[
     str | None, typer.Option(help="Text the statistics are measured on: a file, JSONL, Parquet or hf:dataset:split.")
 ]
 TextOption = Annotated[list[str] | None, typer.Option(help="Text to evaluate; may be repeated.")]
 TargetOption = Annotated[
-    list[str] | None, typer.Option(help="0.5 (within rows), layer:0.5 (whole matrix) or 2:4; may be repeated.")
+    list[str] | None, typer.Option(help="0.5 (within rows), layer:0.5 (whole matrix), block:0.5 (128 columns) or 2:4; may be repeated.")
 ]
 UpdateOption = Annotated[str, typer.Option(help=f"Kept weights: {', '.join(UPDATES)}.")]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration windows.")]

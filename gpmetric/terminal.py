@@ -19,9 +19,10 @@ from gpmetric.evolution.objectives import mean_excess
 from gpmetric.evolution.selection import Individual
 from gpmetric.pruning.bench import BenchListener, BenchRow
 
-__all__ = ["BenchReport", "DiscoverReport", "print_bench", "print_discover"]
+__all__ = ["BenchReport", "DiscoverReport", "print_analysis", "print_bench", "print_discover"]
 
 _SHOWN = 12  # rows of the live table
+_PARTS_SHOWN = 20  # rows of an analysis
 
 
 class _Bars:
@@ -56,6 +57,12 @@ class _Bars:
 class BenchReport(_Bars, BenchListener):
     """Prints the dense model and every row as soon as it is measured."""
 
+    def model(self, name: str) -> None:
+        for task in self._tasks.values():  # of the model before
+            self._bar.remove_task(task)
+        self._tasks.clear()
+        self._console.print(Text(f"model {name}"), soft_wrap=True)
+
     def row(self, row: BenchRow) -> None:
         outcome = "failed" if row.error else f"{_figures(row.ppl)} ({row.seconds:.1f} s)"
         self._console.print(Text(f"{row.target} {row.metric}: {outcome}"))
@@ -81,9 +88,11 @@ class DiscoverReport(_Bars, DiscoverListener):
         self._bar.stop()
 
     def generation(self, number: int, front: Sequence[Individual], counts: Mapping[str, int]) -> None:
-        line = f"generation {number}: {counts['drawn']} drawn, {counts['paid']} evaluated"
+        line = (
+            f"generation {number}: {counts['drawn']} drawn, {counts['unique_masks']} masks, {counts['paid']} evaluated"
+        )
         if not self._console.is_terminal:
-            best = f", best mean excess {front[0].mean:.4f}: {front[0].expression}" if front else ""
+            best = f", best mean excess {mean_excess(front[0].excess):.4f}: {front[0].text}" if front else ""
             self._console.print(Text(line + best), soft_wrap=True)
             return
         self._live.start()
@@ -93,17 +102,41 @@ class DiscoverReport(_Bars, DiscoverListener):
         table = Table(title=Text(title + "; excess log-loss on the search text"), title_justify="left")
         for heading in ("mean", *self._targets, "nodes"):
             table.add_column(Text(heading), justify="right")
-        table.add_column("formula", overflow="fold")
-        for one in front[:_SHOWN]:
-            figures = (one.mean, *(one.excess[target] for target in self._targets))
-            table.add_row(*(f"{value:.4f}" for value in figures), str(len(one.expression)), Text(str(one.expression)))
+        table.add_column("formula (the last needs no gradients)", overflow="fold")
+        free = [one for one in front if not one.metric.needs_gradients]
+        for one in [*front[: _SHOWN - 1], *(free[:1] if free else ())]:
+            figures = (mean_excess(one.excess), *(one.excess[target] for target in one.excess))
+            table.add_row(*(f"{value:.4f}" for value in figures), str(len(one.expression)), Text(one.text))
         return table
 
 
 def print_discover(console: Console, result: Mapping[str, Any], ledger: Path) -> None:
-    """The winner beside every baseline on the test text: perplexity by target and mean excess log-loss."""
+    """The winner beside every baseline on the test text, and what the search did to find it."""
+    _print_tested(console, result)
+    console.print(Text(f"winner: {result['winner']['metric']}"), soft_wrap=True)
+    confidence = result["confidence"]
+    if confidence["interval"]:
+        low, high = confidence["interval"]
+        console.print(
+            Text(
+                f"mean excess against {confidence['rival']} over {confidence['draws']} calibration draws: "
+                f"{confidence['difference']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}"
+            ),
+            soft_wrap=True,
+        )
+    _print_ladder(console, result)
+    seconds = result["seconds"]["per_evaluation"]["per_candidate"]
+    console.print(
+        Text(f"{result['evaluations']} evaluations, {seconds:.3f} s per distinct formula; ledger {ledger}"),
+        soft_wrap=True,
+    )
+
+
+def _print_tested(console: Console, result: Mapping[str, Any]) -> None:
+    """Perplexity by target and mean excess log-loss, the best first."""
     dense = result["dense"]["test"]
-    table = Table(title=Text(f"perplexity on test, {result['model']}, dense {dense:.3f}"), title_justify="left")
+    known = f"{dense:.3f}" if isinstance(dense, float) else _figures(dense)
+    table = Table(title=Text(f"perplexity on test, {result['model']}, dense {known}"), title_justify="left")
     table.add_column("metric", overflow="fold")
     for heading in (*result["targets"], "mean excess"):
         table.add_column(Text(heading), justify="right")
@@ -113,15 +146,21 @@ def print_discover(console: Console, result: Mapping[str, Any], ledger: Path) ->
         style = "bold" if name == "winner" else ""
         table.add_row(Text(name), *figures, f"{_number(row['mean_excess']):.4f}", style=style)
     console.print(table)
-    console.print(Text(f"winner: {result['winner']['formula']}"), soft_wrap=True)
-    seconds = result["seconds"]["per_evaluation"]
-    console.print(
-        Text(
-            f"{result['evaluations']} evaluations, {seconds['score_and_mask']:.3f} s of scores and masks and "
-            f"{seconds['prune_and_loss']:.3f} s of losses each; ledger {ledger}"
-        ),
-        soft_wrap=True,
-    )
+
+
+def _print_ladder(console: Console, result: Mapping[str, Any]) -> None:
+    """How many formulas every layer of simplification and every rung of the screening let pass."""
+    counts = result["counts"]
+    layers = ("drawn", "unique_texts", "unique_opposites", "unique_canonical", "unique_ranked", "unique_masks")
+    table = Table(title="what was paid for", title_justify="left")
+    for heading in ("step", "formulas", "seconds each", "rank correlation with the last"):
+        table.add_column(heading, justify="left" if heading == "step" else "right")
+    for name in layers:
+        table.add_row(name.replace("unique_", "distinct "), str(counts[name]), "", "")
+    for row in result["screening"]:
+        correlation = "" if row["spearman"] is None else f"{row['spearman']:.2f}"
+        table.add_row(row["rung"], str(row["measured"]), f"{row['seconds']:.3f}", correlation)
+    console.print(table)
 
 
 def _number(value: float | None) -> float:
@@ -129,8 +168,19 @@ def _number(value: float | None) -> float:
     return math.inf if value is None else value
 
 
-def print_bench(console: Console, result: dict[str, Any]) -> None:
-    """The table of `gpmetric bench`: a row per metric and target, a column per text, the best of a target in bold."""
+def print_bench(console: Console, result: Mapping[str, Any]) -> None:
+    """A table for each model that `gpmetric bench` measured, and for several models one of wins and losses."""
+    for document in result.get("models", [result]):
+        if "results" in document:
+            _print_model(console, document)
+        if "error" in document:
+            console.print(Text(f"{document['model']} failed: {document['error']}"), soft_wrap=True)
+    if result.get("transfer"):
+        _print_transfer(console, result["transfer"])
+
+
+def _print_model(console: Console, result: Mapping[str, Any]) -> None:
+    """A row per metric and target, a column per text, the best of a target in bold."""
     texts = list(result["dense"])
     table = Table(title=Text(f"perplexity, {result['model']}, {result['protocol']}"), title_justify="left")
     for heading in ("target", "metric", "update"):
@@ -151,5 +201,68 @@ def print_bench(console: Console, result: dict[str, Any]) -> None:
     console.print(table)
 
 
+def _print_transfer(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A row per metric, its mean excess on each model with the best in bold; then how it stands against Wanda."""
+    models = {name: Path(name).name for name in rows[0]["mean_excess"]}
+    if len(set(models.values())) < len(models):
+        models = {name: name for name in models}
+    duels = {row["metric"]: one for row in rows for one in row["against"] if one["metric"] == "wanda"}
+    title = "mean excess log-loss by model" + "; targets and texts won against wanda" * bool(duels)
+    table = Table(title=title, title_justify="left")
+    for heading in ("metric", "update"):
+        table.add_column(heading, overflow="fold")
+    for heading in models.values():
+        table.add_column(Text(heading), justify="right", overflow="fold", min_width=6)
+    for heading in ("won", "lost", "tied", "ratio") if duels else ():
+        table.add_column(heading, justify="right", no_wrap=True)
+    best = {name: min(row["mean_excess"][name] for row in rows) for name in models}
+    for row in rows:
+        means = [(row["mean_excess"][name], best[name]) for name in models]
+        figures = [Text(f"{mean:.4f}", "bold" if mean == lowest else "") for mean, lowest in means]
+        table.add_row(Text(row["metric"]), row["update"], *figures, *_standing(duels.get(row["metric"])))
+    console.print(table)
+    for metric, duel in duels.items():
+        if duel["lost_at"]:
+            console.print(Text(f"{metric} loses to wanda on {_where(duel['lost_at'], models)}"), soft_wrap=True)
+
+
+def _standing(duel: Mapping[str, Any] | None) -> list[str]:
+    """Won, lost, tied and the mean ratio, where there is one; nothing for Wanda itself."""
+    if duel is None:
+        return []
+    ratio = "" if duel["mean_ratio"] is None else f"{duel['mean_ratio']:.3f}"
+    return [*(str(duel[key]) for key in ("wins", "losses", "ties")), ratio]
+
+
+def _where(places: Sequence[Mapping[str, Any]], models: Mapping[str, str]) -> str:
+    """Targets by model, each once whatever the number of texts: `llama 0.5, 2:4; gpt2 2:4`."""
+    targets: dict[str, dict[str, None]] = {}
+    for place in places:
+        targets.setdefault(models[place["model"]], {})[place["target"]] = None
+    return "; ".join(f"{model} {', '.join(found)}" for model, found in targets.items())
+
+
 def _figures(ppl: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in ppl.items())
+
+
+def print_analysis(console: Console, result: Mapping[str, Any]) -> None:
+    """The strongest parts of formulas by their effect, significant ones in bold, and the principles in words."""
+    title = f"parts of {result['formulas']} formulas by effect on fitness, 1 for always better; bold: q < 0.05"
+    table = Table(title=title, title_justify="left")
+    table.add_column("part", overflow="fold", min_width=12)
+    for heading in ("with", "without", "effect", "q", *(f"at {target}" for target in result["targets"])):
+        table.add_column(Text(heading), justify="right")
+    told = [row for row in result["parts"] if row["same_as"] is None and row["effect"] is not None]
+    for row in told[:_PARTS_SHOWN]:
+        effects = [row["effect"], *(test["effect"] for test in row["targets"].values())]
+        overall, *each = ("" if effect is None else f"{effect:+.2f}" for effect in effects)
+        style = "bold" if row["q"] < 0.05 else ""
+        counts = (str(row["with"]), str(row["without"]))
+        table.add_row(Text(row["name"]), *counts, overall, f"{row['q']:.2g}", *each, style=style)
+    console.print(table)
+    if result["masks"] is None:
+        console.print(Text("this ledger holds no mask sketches: nothing is said about masks"))
+    principles = result["principles"] or ["no finding is significant (q < 0.05)"]
+    for line in (result["note"], "principles:", *(f"- {sentence}" for sentence in principles)):
+        console.print(Text(line), soft_wrap=True)

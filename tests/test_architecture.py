@@ -17,7 +17,7 @@ LAYERS = [
     {"__init__", "__main__"},
     {"cli"},
     {"options"},
-    {"report", "terminal", "config"},
+    {"report", "analysis", "terminal", "config"},
     {"evolution", "allocation", "structured"},
     {"pruning"},
     {"calibration", "evaluation", "export"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,26 @@ import pytest
 import torch
 
 from gpmetric.calibration import collect
-from gpmetric.errors import DataError, ExpressionError, InputError
+from gpmetric.errors import DataError, ExpressionError, InputError, ModelError
 from gpmetric.evaluation.evaluate import evaluate_model
 from gpmetric.evaluation.windows import read_windows
 from gpmetric.models import load_model
 from gpmetric.pruning import bench as bench_module
-from gpmetric.pruning.bench import Bench, BenchListener, BenchRow, bench, check_targets, unique_pairs
+from gpmetric.pruning.bench import Bench, BenchListener, BenchRow, bench, bench_failures, check_targets, unique_pairs
 from gpmetric.pruning.metrics import BASELINES, resolve_metric
 from gpmetric.pruning.target import parse_target
+from gpmetric.pruning.transfer import transfer
 
 
-def run(model: Path, sample: Path, **options: Any) -> dict[str, Any]:
+def run(model: Path | Sequence[Path], sample: Path, **options: Any) -> dict[str, Any]:
     defaults: dict[str, Any] = {
         "calibration": str(sample),
         "text": [str(sample)],
         "sequence_length": 32,
         "device": "cpu",
     }
-    return bench(str(model), **(defaults | {"samples": 8, "windows": 6} | options))
+    models = str(model) if isinstance(model, Path) else [str(one) for one in model]
+    return bench(models, **(defaults | {"samples": 8, "windows": 6} | options))
 
 
 def test_the_document(tiny_llama: Path, tiny_text: Path) -> None:
@@ -56,6 +58,10 @@ def test_the_document(tiny_llama: Path, tiny_text: Path) -> None:
     assert result["calibration"]["windows"] == 8
     assert result["calibration"]["tokens"] == 8 * 32
     assert [part["windows"] for part in result["texts"]] == [6, 6]
+    assert list(result) == [
+        "model", "dtype", "device", "protocol", "sequence_length", "seed", "shuffle", "calibration", "texts", "layers",
+        "dense", "results", "versions",
+    ]  # fmt: skip
     assert {"gpmetric", "torch", "transformers", "python"} <= result["versions"].keys()
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
@@ -203,6 +209,99 @@ def test_what_needs_no_model_is_refused_before_it_is_loaded(
     with pytest.raises(error) as caught:
         run(Path("/no/such/model"), tiny_text, **options)
     assert message in str(caught.value)
+
+
+def untimed(document: dict[str, Any]) -> dict[str, Any]:
+    return document | {"results": [row | {"seconds": 0} for row in document["results"]]}
+
+
+def test_several_models_are_benched_as_each_alone(tiny_llama: Path, tiny_gpt2: Path, tiny_text: Path) -> None:
+    """Each document is the single model's, but for seconds; a model asked for twice is measured once."""
+    options: dict[str, Any] = {"metric": ["gblm_l1", "wanda", "abs(W)*X**0.5"], "target": ["0.5", "2:4"]}
+    heard = []
+
+    class Listener(BenchListener):
+        def model(self, name: str) -> None:
+            heard.append(name)
+
+    result = run([tiny_llama, tiny_gpt2, tiny_llama], tiny_text, **options, listener=Listener())
+    alone = [run(model, tiny_text, **options) for model in (tiny_llama, tiny_gpt2)]
+    assert list(result) == ["models", "transfer"]
+    assert [untimed(document) for document in result["models"]] == [untimed(document) for document in alone]
+    assert result["transfer"] == transfer(alone)
+    assert bench_failures(result) == []
+    assert heard == [str(tiny_llama), str(tiny_gpt2)]
+
+
+def test_a_sequence_of_one_model_is_that_model(tiny_llama: Path, tiny_text: Path) -> None:
+    class Listener(BenchListener):
+        def model(self, name: str) -> None:
+            raise AssertionError("one model alone needs no name")
+
+    results = [run(model, tiny_text, metric=["wanda"], listener=Listener()) for model in (tiny_llama, [tiny_llama] * 2)]
+    assert untimed(results[0]) == untimed(results[1])
+
+
+@pytest.mark.parametrize("broken_first", [True, False])
+def test_a_model_that_fails_costs_the_others_nothing(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, broken_first: bool
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    models = [tmp_path, tiny_llama] if broken_first else [tiny_llama, tmp_path]
+    result = run(models, tiny_text, metric=["wanda"])
+    good, broken = sorted(result["models"], key=lambda document: "error" in document)
+    assert untimed(good) == untimed(run(tiny_llama, tiny_text, metric=["wanda"]))
+    assert broken.keys() == {"model", "error"}
+    assert [document["model"] for document in result["models"]] == [str(model) for model in models]
+    assert result["transfer"] == transfer([good])
+    assert bench_failures(result) == [f"{tmp_path}: {broken['error']}"]
+
+
+def test_rows_measured_before_a_model_fails_are_kept(
+    tiny_llama: Path, tiny_gpt2: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is full at the second row of the second model; that model is in no comparison."""
+    measure, calls = Bench._measure, []
+
+    def full(self: Bench, *arguments: Any) -> Any:
+        calls.append(self.model.name)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("no memory is left")
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(Bench, "_measure", full)
+    first, second = (result := run([tiny_llama, tiny_gpt2], tiny_text, metric=["wanda", "ria"]))["models"]
+    assert "error" not in first
+    assert second["error"] == "no memory is left"
+    assert [row["metric"] for row in second["results"]] == ["wanda"]
+    assert result["transfer"] == transfer([first])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"include": "("}, "not a regular expression"),
+        ({"sequence_length": 65}, "at most 64"),
+        ({"target": ["7:11"]}, "q_proj"),
+    ],
+)
+def test_what_every_model_refuses_is_refused(
+    tiny_llama: Path, save_model: Callable[..., Path], tiny_text: Path, options: dict[str, Any], message: str
+) -> None:
+    """With nothing measured there is nothing to keep; the first model's error is raised."""
+    other = save_model("gpt2", n_embd=32, n_layer=1, n_head=4, n_positions=64)
+    with pytest.raises(InputError, match=message):
+        run([tiny_llama, other], tiny_text, **options)
+
+
+def test_a_missing_model_is_refused_before_any_is_loaded(
+    tiny_llama: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_module, "load_model", lambda *names, **options: pytest.fail("loaded"))
+    with pytest.raises(ModelError, match="'/no/such/model' does not exist"):
+        run([tiny_llama, Path("/no/such/model")], tiny_text)
+    with pytest.raises(InputError, match="--text is needed"):
+        run([tiny_llama, Path("/no/such/model")], tiny_text, text=[])
 
 
 def test_a_pattern_that_leaves_a_remainder_names_the_layer(tiny_llama: Path, tiny_text: Path) -> None:

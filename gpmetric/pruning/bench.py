@@ -1,7 +1,8 @@
-"""One table of pruning metrics under one protocol: `gpmetric bench --metric wanda --metric "abs(W)*X**0.5"`."""
+"""Pruning metrics under one protocol, on one model or several: `gpmetric bench --metric wanda --metric "abs(W)*G"`."""
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,17 +13,18 @@ from torch import Tensor
 
 from gpmetric.calibration.collect import Statistics, collect_statistics, token_batches
 from gpmetric.calibration.replay import BlockCalls, record_calls
-from gpmetric.data import Windows
-from gpmetric.errors import InputError, MaskError, SolverError
+from gpmetric.data import Text, Windows
+from gpmetric.errors import GpmetricError, InputError, MaskError, SolverError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.evaluation.windows import check_length, default_text, open_text, read_windows
-from gpmetric.models import Model, load_model
+from gpmetric.models import Model, check_path, load_model
 from gpmetric.provenance import versions
 from gpmetric.pruning.metrics import BASELINES, Metric, Update, check_update, resolve_metric
 from gpmetric.pruning.prune import prune_one_shot, prune_sequential, sparsity
 from gpmetric.pruning.target import Target, parse_target
+from gpmetric.pruning.transfer import transfer
 
-__all__ = ["Bench", "BenchListener", "BenchRow", "bench", "check_targets", "unique_pairs"]
+__all__ = ["Bench", "BenchListener", "BenchRow", "bench", "bench_failures", "check_targets", "unique_pairs"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class BenchRow:
 
 class BenchListener:
     """What a bench tells while it runs; every method may be overridden."""
+
+    def model(self, name: str) -> None:
+        """The next of several models is begun; not called for one alone."""
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Calibration has come so far."""
@@ -173,8 +178,58 @@ def _update_of(metric: Metric, update: Update) -> Update:
     return metric.update or update
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is measured on each model: the arguments of `bench`, checked and read as far as that needs no model."""
+
+    calibration: Text
+    texts: list[Text]
+    metrics: list[str]
+    targets: list[Target]
+    update: Update
+    one_shot: bool
+    samples: int
+    sequence_length: int | None
+    windows: int | None
+    shuffle: bool
+    seed: int
+    loading: dict[str, Any]  # options of load_model
+
+    def measure(self, model: str | None, told: BenchListener, document: dict[str, Any]) -> None:
+        """Fills the document of one model; its `results` grow row by row, so that what stops it leaves them there."""
+        loaded = load_model(model, **self.loading)
+        check_targets(loaded, self.targets)
+        length = check_length(loaded, self.sequence_length)
+        shuffle_seed = self.seed if self.shuffle else None
+        sample = read_windows(loaded, self.calibration, length, self.samples, shuffle_seed)
+        texts = [read_windows(loaded, one, length, self.windows, shuffle_seed) for one in self.texts]
+        metrics = [resolve_metric(name, *sample.tokens.shape) for name in self.metrics]
+
+        runner = Bench(loaded, sample.tokens, one_shot=self.one_shot, progress=told.progress)
+        dense = {part.text.name: perplexity(mean_loss(loaded, part.tokens)) for part in texts}
+        told.dense(dense)
+        document |= {
+            "model": loaded.name,
+            "dtype": loaded.dtype,
+            "device": str(loaded.device),
+            "protocol": "one-shot" if self.one_shot else "sequential",
+            "sequence_length": length,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "calibration": sample.describe(),
+            "texts": [part.describe() for part in texts],
+            "layers": len(loaded.layers),
+            "dense": dense,
+            "results": [],
+            "versions": versions(),
+        }
+        for row in runner.rows(metrics, self.targets, self.update, texts):
+            told.row(row)
+            document["results"].append(asdict(row))
+
+
 def bench(
-    model: str | None = None,
+    model: str | Sequence[str] | None = None,
     *,
     calibration: str | None = None,
     text: Sequence[str] = (),
@@ -196,7 +251,7 @@ def bench(
     """Every metric at every target under one protocol, the dense model first.
 
     Args:
-        model: a directory or Hub name; None is the demo model.
+        model: a directory or Hub name, or several; None is the demo model.
         calibration: text the statistics are measured on, `samples` windows of it.
         text: texts to evaluate, `windows` windows of each (all by default).
         metric: names of BASELINES or formulas; all baselines when empty.
@@ -210,49 +265,71 @@ def bench(
 
     Returns:
         The JSON document of `gpmetric bench`. A metric that cannot be applied at a target, its scores not being finite
-        for instance, has a row with the reason as `error`.
+        for instance, has a row with the reason as `error`. For two models or more: `models`, such a document for each,
+        and `transfer`, what `gpmetric.pruning.transfer` makes of them. There, a model that fails has the reason as
+        `error` in its document, beside whatever was measured before; the others are measured all the same.
 
     Raises:
-        InputError: for anything that cannot be used, before the model runs.
+        InputError: for anything that cannot be used, before the model runs; with several models, for what is wrong
+            without loading any, or when all of them fail: then the first one's error.
     """
     told = listener or BenchListener()
+    names = _distinct(model)
     targets = [parse_target(name) for name in target]
     chosen_update = check_update(update)
-    names = list(dict.fromkeys(metric)) or list(BASELINES)
-    for name in names:
+    metrics = list(dict.fromkeys(metric)) or list(BASELINES)
+    for name in metrics:
         resolve_metric(name)
-    source = open_text(default_text(model, calibration, "--calibration", "calibration"))
-    sources = [open_text(name) for name in dict.fromkeys(text)] or [
-        open_text(default_text(model, None, "--text", "test"))
-    ]
+    plan = _Plan(
+        calibration=open_text(default_text(names[0], calibration, "--calibration", "calibration")),
+        texts=[open_text(one) for one in dict.fromkeys(text) or [default_text(names[0], None, "--text", "test")]],
+        metrics=metrics,
+        targets=targets,
+        update=chosen_update,
+        one_shot=one_shot,
+        samples=samples,
+        sequence_length=sequence_length,
+        windows=windows,
+        shuffle=shuffle,
+        seed=seed,
+        loading={"device": device, "dtype": dtype, "include": include, "exclude": exclude},
+    )
+    if len(names) > 1:
+        return _bench_several(plan, [name for name in names if name is not None], told)
+    document: dict[str, Any] = {}
+    plan.measure(names[0], told, document)
+    return document
 
-    loaded = load_model(model, device=device, dtype=dtype, include=include, exclude=exclude)
-    check_targets(loaded, targets)
-    length = check_length(loaded, sequence_length)
-    shuffle_seed = seed if shuffle else None
-    sample = read_windows(loaded, source, length, samples, shuffle_seed)
-    texts = [read_windows(loaded, one, length, windows, shuffle_seed) for one in sources]
-    metrics = [resolve_metric(name, *sample.tokens.shape) for name in names]
 
-    runner = Bench(loaded, sample.tokens, one_shot=one_shot, progress=told.progress)
-    dense = {part.text.name: perplexity(mean_loss(loaded, part.tokens)) for part in texts}
-    told.dense(dense)
-    rows = []
-    for row in runner.rows(metrics, targets, chosen_update, texts):
-        told.row(row)
-        rows.append(row)
-    return {
-        "model": loaded.name,
-        "dtype": loaded.dtype,
-        "device": str(loaded.device),
-        "protocol": "one-shot" if one_shot else "sequential",
-        "sequence_length": length,
-        "seed": seed,
-        "shuffle": shuffle,
-        "calibration": sample.describe(),
-        "texts": [part.describe() for part in texts],
-        "layers": len(loaded.layers),
-        "dense": dense,
-        "results": [asdict(row) for row in rows],
-        "versions": versions(),
-    }
+def bench_failures(result: Mapping[str, Any]) -> list[str]:
+    """Why metrics or models failed in what `bench` returned, one line each; with the model where there are several."""
+    if "models" in result:
+        return [f"{one['model']}: {failure}" for one in result["models"] for failure in bench_failures(one)]
+    rows = [*result.get("results", ()), result]
+    return [row["error"] for row in rows if row.get("error")]
+
+
+def _distinct(model: str | Sequence[str] | None) -> list[str | None]:
+    """The models asked for, each once; [None] is the demo model."""
+    if isinstance(model, Sequence) and not isinstance(model, str):
+        return [*dict.fromkeys(model)] or [None]
+    return [model]
+
+
+def _bench_several(plan: _Plan, models: Sequence[str], told: BenchListener) -> dict[str, Any]:
+    for name in models:
+        check_path(name)
+    documents: list[dict[str, Any]] = []
+    failures = []
+    for name in models:
+        told.model(name)
+        documents.append({"model": name})
+        try:
+            plan.measure(name, told, documents[-1])
+        except (GpmetricError, RuntimeError) as failure:  # RuntimeError: torch's, out of memory for one
+            documents[-1]["error"] = str(failure)
+            failures.append(failure.with_traceback(None))  # whose frames hold the model
+        gc.collect()  # models are in reference cycles: the next one would be loaded beside this one
+    if not any(document.get("results") for document in documents):
+        raise failures[0]
+    return {"models": documents, "transfer": transfer(documents)}

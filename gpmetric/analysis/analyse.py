@@ -1,0 +1,194 @@
+"""The analysis of a ledger, finished or not, as one document: `analyse("campaign.sqlite")`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpmetric.analysis.features import Feature, find_features, powers
+from gpmetric.analysis.masks import compare_masks, read_sketches
+from gpmetric.analysis.principles import state_principles
+from gpmetric.analysis.statistics import add_q_values, compare, correlate, fitness_ranks
+from gpmetric.errors import GpmetricError
+from gpmetric.evolution.ledger import Evaluation, Ledger
+from gpmetric.evolution.objectives import mean_excess
+from gpmetric.expression import Expression, parse
+from gpmetric.expression.canonical import canonical
+from gpmetric.operands import OPERANDS
+from gpmetric.pareto import pareto_front
+
+__all__ = ["analyse"]
+
+_MIN_FORMULAS = 10  # for a rank test of two halves to reach p < 0.05
+_MIN_VARIED = 5  # formulas in which the power of an operand is not the commonest one
+_SAME = 0.9  # share of formulas in common at which two parts tell the same
+_KINDS = ("operand", "primitive", "sub-expression")
+_REFERENCES = {"magnitude": "abs(W)", "wanda": "abs(W)*X"}  # start formulas of every campaign that has their operands
+_NOTE = (
+    "A search draws formulas with selection, so these are associations, not causes. Formulas that failed or were "
+    "screened out have no excess and are left out: what is compared was good enough to be measured."
+)
+
+Vector = NDArray[np.float64]
+
+
+def analyse(ledger: str | os.PathLike[str], *, seed: int = 0) -> dict[str, Any]:
+    """Which parts of formulas, sizes and masks go with good fitness in a campaign.
+
+    Args:
+        ledger: the campaign's SQLite file; it is read, never written.
+        seed: of the subsample of formulas whose masks are compared pair by pair, and of its permutation test.
+
+    Returns:
+        The JSON document of `gpmetric analyse`. Excess is ln(ppl / dense ppl) on the search text, in nats per token;
+        mean excess is its mean over targets. Every test holds `effect` in [-1, 1], `p`, and `q`: p corrected for all
+        tests of the document. The effect of a part of formulas is positive where it goes with a lower excess; every
+        other effect is a rank correlation.
+
+    Raises:
+        LedgerError: the ledger cannot be used.
+        GpmetricError: fewer than 10 formulas were evaluated.
+    """
+    with Ledger.read(ledger) as book:
+        rows = book.evaluations()
+        references = {name: book.find_canonical(str(canonical(parse(text)))) for name, text in _REFERENCES.items()}
+    done = [row for row in rows if row.status == "done" and row.losses]
+    if len(done) < _MIN_FORMULAS:
+        raise GpmetricError(
+            f"ledger {Path(ledger)} holds {len(done)} evaluated formulas, but an analysis needs at least "
+            f"{_MIN_FORMULAS}: let the campaign go on"
+        )
+    targets = list(done[0].losses)
+    expressions = [parse(row.formula) for row in done]
+    excess = np.array([[row.losses[target] for target in targets] for row in done])  # [formulas, targets]
+    means = np.array([mean_excess(row.losses) for row in done])
+    nodes = np.array([len(expression) for expression in expressions], float)
+    document: dict[str, Any] = {
+        "ledger": str(ledger),
+        "seed": seed,
+        "formulas": len(done),
+        "evaluations": len(rows),
+        "targets": targets,
+        "note": _NOTE,
+        "parts": _parts(find_features(expressions), excess, means, targets),
+        "powers": {name: row for name in OPERANDS if (row := _powers(name, expressions, means))},
+        "nodes": correlate(nodes, means),
+        "target_pairs": [
+            {"first": targets[a], "second": targets[b], **correlate(excess[:, a], excess[:, b])}
+            for a, b in combinations(range(len(targets)), 2)
+        ],
+        "references": {name: _reference(row) for name, row in references.items()},
+        "masks": _masks(done, means, references, seed),
+        "points": _points(rows, done, nodes, means),
+    }
+    add_q_values(document)
+    return document | {"principles": state_principles(document)}
+
+
+def _parts(features: Sequence[Feature], excess: Vector, means: Vector, targets: Sequence[str]) -> list[dict[str, Any]]:
+    """A row per part, the strongest effect first.
+
+    `same_as` names a part in nearly the same formulas that is told instead: an operand before a primitive before a
+    sub-expression, of one kind the stronger.
+    """
+    rows = [_part(feature, excess, means, targets) for feature in features]
+    strength = [abs(row["effect"] or 0.0) for row in rows]
+    told: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda index: (_KINDS.index(rows[index]["kind"]), -strength[index])):
+        twins = (other for other in told if _overlap(features[index], features[other]) >= _SAME)
+        twin = next(twins, None)
+        if twin is not None:
+            rows[index]["same_as"] = rows[twin]["name"]
+        elif rows[index]["effect"] is not None:
+            told.append(index)
+    return [rows[index] for index in sorted(range(len(rows)), key=lambda index: (-strength[index], index))]
+
+
+def _part(feature: Feature, excess: Vector, means: Vector, targets: Sequence[str]) -> dict[str, Any]:
+    ranks = fitness_ranks(means)
+    inside, outside = feature.members, ~feature.members
+    both = bool(inside.any() and outside.any())
+    return {
+        "kind": feature.kind,
+        "name": feature.name,
+        "with": int(inside.sum()),
+        "without": int(outside.sum()),
+        "mean_rank_difference": float(ranks[inside].mean() - ranks[outside].mean()) if both else None,
+        "median_rank_difference": float(np.median(ranks[inside]) - np.median(ranks[outside])) if both else None,
+        "median_excess_with": float(np.median(means[inside])),
+        "median_excess_without": float(np.median(means[outside])) if both else None,
+        **compare(means, inside),
+        "targets": {target: compare(excess[:, at], inside) for at, target in enumerate(targets)},
+        "same_as": None,
+    }
+
+
+def _overlap(first: Feature, second: Feature) -> float:
+    """Formulas that hold both parts, of those that hold either (Jaccard)."""
+    return float((first.members & second.members).sum() / (first.members | second.members).sum())
+
+
+def _powers(operand: str, expressions: Sequence[Expression], means: Vector) -> dict[str, Any] | None:
+    """How excess goes with the power of an operand, over formulas where it has one; None where there are too few."""
+    found = [powers(expression, operand) for expression in expressions]
+    single = [index for index, values in enumerate(found) if len(values) == 1]
+    values = np.array([min(found[index]) for index in single])
+    levels = [(power, means[single][values == power]) for power in np.unique(values)]
+    commonest = max((len(losses) for _, losses in levels), default=0)
+    if len(single) < _MIN_FORMULAS or len(single) - commonest < _MIN_VARIED:
+        return None
+    return {
+        "formulas": len(single),
+        "levels": [
+            {"power": float(power), "formulas": len(losses), "median_excess": float(np.median(losses))}
+            for power, losses in levels
+        ],
+        **correlate(values, means[single]),
+    }
+
+
+def _reference(row: Evaluation | None) -> dict[str, Any] | None:
+    """What a published metric lost in this campaign; None where it was not measured to the end."""
+    if row is None or not row.losses:
+        return None
+    return {"evaluation": row.id, "formula": row.formula, "mean_excess": mean_excess(row.losses)}
+
+
+def _masks(
+    done: Sequence[Evaluation], means: Vector, references: dict[str, Evaluation | None], seed: int
+) -> dict[str, Any] | None:
+    """None where fewer than 10 formulas have a sketch: the ledger was written before they were kept."""
+    held = [index for index, row in enumerate(done) if row.sketch]
+    if len(held) < _MIN_FORMULAS:
+        return None
+    known = {name: row.sketch for name, row in references.items() if row is not None and row.sketch}
+    packed = read_sketches([*(done[index].sketch or "" for index in held), *known.values()])
+    baselines = dict.fromkeys(references) | dict(zip(known, packed[len(held) :], strict=True))
+    compared = compare_masks(packed[: len(held)], means[held], baselines, seed)
+    return {"evaluations": [done[index].id for index in held]} | compared
+
+
+def _points(
+    rows: Sequence[Evaluation], done: Sequence[Evaluation], nodes: Vector, means: Vector
+) -> list[dict[str, Any]]:
+    """Every evaluated formula in the order paid for; `front` are those no other beats in both size and mean excess."""
+    paid = {row.id: number for number, row in enumerate(rows, 1)}
+    front = set(pareto_front(list(zip(nodes.tolist(), means.tolist(), strict=True))))
+    return [
+        {
+            "evaluation": row.id,
+            "paid": paid[row.id],
+            "formula": row.formula,
+            "nodes": int(nodes[index]),
+            "excess": row.losses,
+            "mean_excess": float(means[index]),
+            "front": index in front,
+        }
+        for index, row in enumerate(done)
+    ]
