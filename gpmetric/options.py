@@ -58,7 +58,8 @@ CalibrationOption = Annotated[
 ]
 TextOption = Annotated[list[str] | None, typer.Option(help="Text to evaluate; may be repeated.")]
 TargetOption = Annotated[
-    list[str] | None, typer.Option(help="0.5 (within rows), layer:0.5 (whole matrix), block:0.5 (128 columns) or 2:4; may be repeated.")
+    list[str] | None,
+    typer.Option(help="0.5 (within rows), layer:0.5, block:0.5 (128 columns) or 2:4; may be repeated."),
 ]
 UpdateOption = Annotated[str, typer.Option(help=f"Kept weights: {', '.join(UPDATES)}.")]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
