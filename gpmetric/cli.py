@@ -151,7 +151,7 @@ def discover(
     ] = None,
     samples: SamplesOption = 128,
     sequence_length: LengthOption = None,
-    search_windows: Annotated[int, typer.Option(help="Windows every candidate is evaluated on.")] = 64,
+    search_windows: Annotated[int, typer.Option(help="Windows of the search text, all of them for the best.")] = 32,
     windows: Annotated[int | None, typer.Option(min=1, help="Windows of validation and of test.")] = 128,
     calibration_seeds: Annotated[
         int, typer.Option(help="Draws of calibration windows for the confidence interval of the winner's gain.")

@@ -150,7 +150,7 @@ def _print_tested(console: Console, result: Mapping[str, Any]) -> None:
 
 def _print_ladder(console: Console, result: Mapping[str, Any]) -> None:
     """How many formulas every layer of simplification and every rung of the screening let pass."""
-    counts = result["counts"]
+    counts, seconds = result["counts"], result["seconds"]["per_evaluation"]["rungs"]
     layers = ("drawn", "unique_texts", "unique_opposites", "unique_canonical", "unique_ranked", "unique_masks")
     table = Table(title="what was paid for", title_justify="left")
     for heading in ("step", "formulas", "seconds each", "rank correlation with the last"):
@@ -159,7 +159,7 @@ def _print_ladder(console: Console, result: Mapping[str, Any]) -> None:
         table.add_row(name.replace("unique_", "distinct "), str(counts[name]), "", "")
     for row in result["screening"]:
         correlation = "" if row["spearman"] is None else f"{row['spearman']:.2f}"
-        table.add_row(row["rung"], str(row["measured"]), f"{row['seconds']:.3f}", correlation)
+        table.add_row(row["rung"], str(row["measured"]), f"{seconds.get(row['rung'], 0.0):.3f}", correlation)
     console.print(table)
 
 

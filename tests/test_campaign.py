@@ -1,53 +1,68 @@
-"""The generation loop against a fake evaluator: budgets, equivalence, and resuming after a stop at any point."""
+"""The generation loop against a fake evaluator: budgets, equivalence, screening, and resuming after any stop."""
 
 from __future__ import annotations
 
-import hashlib
+import functools
+import math
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpmetric.errors import GpmetricError, LedgerError, MaskError
-from gpmetric.evolution.campaign import Campaign, Plan
-from gpmetric.evolution.executors import Outcome, Serial
+from gpmetric.evolution import breeding, store
+from gpmetric.evolution.campaign import Campaign
+from gpmetric.evolution.executors import Executor, LocalProcesses, Outcome, Serial
+from gpmetric.evolution.grammar import nests
 from gpmetric.evolution.ledger import Ledger
-from gpmetric.expression import PRIMITIVES
+from gpmetric.evolution.plan import Plan
+from gpmetric.evolution.refinement import neighbours
+from gpmetric.evolution.screening import PROBE, Rung
+from gpmetric.expression import PRIMITIVES, parse
+from gpmetric.pruning.metrics import resolve_metric
+from tests import campaign_helpers as fake
+from tests.campaign_helpers import TARGETS
 
-TARGETS = ("0.5", "2:4")
+RUNGS = (Rung("1 windows", 0, 1, 0.4), Rung("4 windows", 1, 4, 0.5), Rung("8 windows", 4, 8, 1.0))
+START = ("abs(W)", "abs(W)*X", "W*W*mms(G)", "abs(-W)")
+Tables = dict[str, list[dict[str, Any]]]
 
 
-def fake_evaluator(task: Mapping[str, Any]) -> dict[str, Any]:
-    """Masks and losses by hash: one formula in 16 fails, and formulas of the same hash bucket have the same masks."""
-    bucket = int(hashlib.sha256(task["formula"].encode()).hexdigest()[:4], 16) % 4000
-    if bucket % 16 == 0:
-        raise MaskError("3 of 8 scores are NaN or infinite")
-    if task["kind"] == "masks":
-        return {"fingerprint": str(bucket), "seconds_score": 0.001}
-    excess = {target: 1 + bucket / 4000 + 0.1 * place for place, target in enumerate(TARGETS)}
-    mean = sum(excess.values()) / len(excess)
-    return {
-        "losses": {target: 4.0 + value for target, value in excess.items()},
-        "screened": mean if task["reference"] and mean > 1.5 else None,
-        "seconds_loss": 0.002,
-    }
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simplification is pure, so it is remembered between runs; and no fsync, which only a power cut needs."""
+    for name in ("canonical", "cancel_opposites", "rank_form"):
+        monkeypatch.setattr(breeding, name, REMEMBERED[name])
+    connect = sqlite3.connect
+    monkeypatch.setattr(store.sqlite3, "connect", lambda *a, **k: connect(*a, **k, factory=Hasty))
+
+
+REMEMBERED = {name: functools.cache(getattr(breeding, name)) for name in ("canonical", "cancel_opposites", "rank_form")}
+
+
+class Hasty(sqlite3.Connection):
+    def execute(self, statement: str, *arguments: Any) -> sqlite3.Cursor:  # type: ignore[override]
+        return super().execute(statement.replace("synchronous = FULL", "synchronous = OFF"), *arguments)
 
 
 class Mortal(Serial):
-    """Dies, as a killed driver does, when asked for one outcome too many."""
+    """Keeps the tasks it is given, and dies, as a killed driver does, when asked for one outcome too many."""
 
-    def __init__(self, life: int | None = None) -> None:
-        super().__init__(fake_evaluator)
+    def __init__(self, life: float = math.inf, function: Callable[[Any], Any] = fake.evaluate) -> None:
+        super().__init__(function)
         self.life = life
-        self.served = 0
+        self.tasks: list[Any] = []
 
     def map_ordered(self, candidates: Iterable[Any]) -> Iterator[Outcome]:
-        for outcome in super().map_ordered(candidates):
-            if self.life is not None and self.served >= self.life:
+        tasks = list(candidates)
+        for task, outcome in zip(tasks, super().map_ordered(tasks), strict=True):
+            if len(self.tasks) >= self.life:
                 raise KeyboardInterrupt
-            self.served += 1
+            self.tasks.append(task)
             yield outcome
 
 
@@ -56,129 +71,227 @@ def plan(**changes: Any) -> Plan:
         "targets": TARGETS,
         "operands": ("W", "X", "G"),
         "primitives": tuple(PRIMITIVES),
-        "start": ("abs(W)", "abs(W)*X", "W*W*mms(G)", "abs(-W)"),
+        "start": START,
         "population": 8,
         "max_nodes": 15,
         "seed": 1,
-        "generations": 4,
-        "evaluations": None,
+        "rungs": RUNGS,
+        "generations": 5,
     }
     return Plan(**(values | changes))
 
 
-def run(path: Path, executor: Serial, changes: Mapping[str, Any] | None = None, resume: bool = False) -> dict[str, Any]:
+def run(path: Path, executor: Executor | None = None, *, resume: bool = False, **changes: Any) -> Tables:
     """Runs a campaign; returns the tables that two equal campaigns share."""
-    chosen = plan(**(changes or {}))
+    chosen = plan(**changes)
     with Ledger.open(path, {"seed": chosen.seed}, resume=resume) as ledger:
-        Campaign(chosen, ledger, executor, dense_loss=4.0).run()
+        Campaign(chosen, ledger, executor or Mortal()).run()
         return ledger.comparable_tables()
 
 
+def paid(tables: Tables) -> list[str]:
+    return [row["formula"] for row in tables["evaluations"]]
+
+
+# What a campaign records
+
+
 def test_a_campaign_finishes_its_generations(tmp_path: Path) -> None:
-    tables = run(tmp_path / "a.sqlite", Mortal())
-    assert [row["number"] for row in tables["generations"]] == [0, 1, 2, 3]
-    statuses = {row["status"] for row in tables["candidates"]}
-    assert statuses == {"evaluated", "duplicate", "failed"}
-    texts = [row["formula"] for row in tables["candidates"][:4]]
-    assert texts == ["abs(W)", "abs(W)*X", "W*W*mms(G)", "abs(-W)"]
-    assert tables["candidates"][3]["status"] == "duplicate"  # the same canonical form as the first
+    tables = run(tmp_path / "a")
+    assert [row["number"] for row in tables["generations"]] == [0, 1, 2, 3, 4]
+    assert {row["status"] for row in tables["candidates"]} == {"evaluated", "duplicate", "failed"}
+    assert [row["formula"] for row in tables["candidates"][:4]] == list(START)
+    assert tables["candidates"][3]["status"] == "duplicate"  # abs(-W) is abs(W) once opposites cancel
+    assert tables["candidates"][3]["evaluation"] == tables["candidates"][0]["evaluation"]
 
 
-def test_no_mask_is_paid_for_twice_and_no_form_drawn_as_new_twice(tmp_path: Path) -> None:
-    tables = run(tmp_path / "a.sqlite", Mortal())
-    masks = [row["fingerprint"] for row in tables["evaluations"]]
-    assert len(masks) == len(set(masks))
-    evaluated = [row["canonical"] for row in tables["candidates"] if row["status"] == "evaluated"]
-    assert len(evaluated) == len(set(evaluated))
+def test_figures_are_means_over_all_windows(tmp_path: Path) -> None:
+    """Whatever the windows were cut into: 1, 3 and 4 of them."""
+    done = [row for row in run(tmp_path / "a")["evaluations"] if row["status"] == "done"]
+    assert len(done) > 8
+    for row in done:
+        for column, kind in (("losses", "loss"), ("divergences", "kl")):
+            for target in TARGETS:
+                expected = sum(fake.figure(row["formula"], kind, target, window) for window in range(8)) / 8
+                assert row[column][target] == pytest.approx(expected, rel=1e-12)
 
 
-def test_excess_is_relative_to_the_dense_loss(tmp_path: Path) -> None:
-    for row in run(tmp_path / "a.sqlite", Mortal())["evaluations"]:
-        bucket = int(hashlib.sha256(row["formula"].encode()).hexdigest()[:4], 16) % 4000
-        expected = {"0.5": 1 + bucket / 4000, "2:4": 1 + bucket / 4000 + 0.1}
-        assert row["losses"] == (pytest.approx(expected) if row["status"] == "done" else {})
+def test_each_candidate_has_what_simplification_left_of_it(tmp_path: Path) -> None:
+    formula, alike = "exp(log(abs(W)))*X+rowsum(abs(W))", "abs(W)*X"
+    first, second = run(tmp_path / "a", start=(formula, alike))["candidates"][:2]
+    assert first["formula"] == formula
+    assert first["opposites"] == "abs(W)*X+rowsum(abs(W))"
+    assert first["canonical"] == "rowsum(abs(W))+abs(W)*X"
+    assert first["ranked"] == "abs(W)*X"  # the sum is one number for each row
+    assert (second["status"], second["evaluation"]) == ("duplicate", first["evaluation"])
+    first, second = run(tmp_path / "b", start=(formula, alike), ranks="layer")["candidates"][:2]
+    assert first["ranked"] == first["canonical"]
+    assert second["status"] == "evaluated"
 
 
-def test_the_hopeless_are_screened_out_after_the_first_generation(tmp_path: Path) -> None:
-    rows = run(tmp_path / "a.sqlite", Mortal())["evaluations"]
-    screened = [row for row in rows if row["reason"] and row["reason"].startswith("screened out: mean excess")]
-    assert screened
-    assert all(row["status"] == "failed" and row["generation"] > 0 for row in screened)
-    assert all(float(row["reason"].split()[4]) > 1.5 for row in screened)
+def test_failures_are_recorded_with_their_reasons(tmp_path: Path) -> None:
+    tables = run(tmp_path / "a", generations=12)
+    reasons = Counter(row["reason"] for row in tables["candidates"] if row["status"] == "failed")
+    assert set(reasons) == {
+        "3 of 8 scores are NaN or infinite",
+        "the scores ran away",
+        "equal to a formula that failed or was screened out",
+        "screened out after reconstruction",
+        "screened out after 1 windows",
+        "screened out after 4 windows",
+    }
+    for row in tables["candidates"]:
+        if row["reason"] == "3 of 8 scores are NaN or infinite":
+            assert row["fingerprint"] is row["evaluation"] is None
+    ran_away = [row for row in tables["evaluations"] if row["status"] == "failed"]
+    assert ran_away
+    for row in ran_away:
+        assert (row["reason"], row["losses"], row["divergences"]) == ("the scores ran away", {}, {})
 
 
-@pytest.mark.parametrize("evaluations", [1, 5, 17])
-def test_the_budget_of_evaluations_is_met_exactly(tmp_path: Path, evaluations: int) -> None:
-    tables = run(tmp_path / "a.sqlite", Mortal(), {"generations": None, "evaluations": evaluations})
-    assert len(tables["evaluations"]) == evaluations
+@pytest.mark.parametrize("kind", ["loss", "kl"])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_figure_that_is_not_finite_is_a_failure(tmp_path: Path, kind: str, bad: float) -> None:
+    def ruin(task: Mapping[str, Any]) -> Any:
+        answer = fake.evaluate(task)
+        if task["kind"] == "excess" and fake.number("ruined", task["metric"]) < 0.3:
+            answer[kind]["2:4"] = bad
+        return answer
+
+    tables = run(tmp_path / "a", Mortal(function=ruin))
+    reasons = [row["reason"] for row in tables["candidates"] if row["reason"] and "not finite" in row["reason"]]
+    assert reasons
+    assert all("not finite at 2:4" in reason for reason in reasons)
+    assert not [text for text in paid(tables) if fake.number("ruined", text) < 0.3 and text not in START[:3]]
 
 
-def test_more_evaluations_on_resume_equal_having_asked_for_them_at_once(tmp_path: Path) -> None:
-    at_once = run(tmp_path / "a.sqlite", Mortal(), {"generations": None, "evaluations": 25})
-    run(tmp_path / "b.sqlite", Mortal(), {"generations": None, "evaluations": 9})
-    assert run(tmp_path / "b.sqlite", Mortal(), {"generations": None, "evaluations": 25}, resume=True) == at_once
+# Nothing is paid for twice
 
 
-def test_a_ledger_with_other_draws_is_a_clear_error(tmp_path: Path) -> None:
-    run(tmp_path / "a.sqlite", Mortal(), {"generations": None, "evaluations": 9})
-    with sqlite3.connect(tmp_path / "a.sqlite") as connection:
-        connection.execute("UPDATE candidates SET formula = 'abs(W)*X*X' WHERE id = (SELECT max(id) FROM candidates)")
-    with pytest.raises(LedgerError, match="but this campaign draws"):
-        run(tmp_path / "a.sqlite", Mortal(), {"generations": None, "evaluations": 25}, resume=True)
+def test_nothing_is_measured_twice(tmp_path: Path) -> None:
+    executor = Mortal()
+    tables = run(tmp_path / "a", executor, generations=12)
+    probed = [text for task in executor.tasks if task["kind"] == "probe" for text in task["metrics"]]
+    measured = [(task["metric"], task["first"]) for task in executor.tasks if task["kind"] == "excess"]
+    assert max(Counter(probed).values()) == max(Counter(measured).values()) == 1
+    masks = Counter((fake.mask(text), first) for text, first in measured)
+    assert max(masks.values()) == 1  # no mask either
+    forms = Counter(row["ranked"] for row in tables["candidates"])
+    assert len(probed) == len(forms) < len(tables["candidates"])
+    assert len({fake.mask(text) for text in paid(tables)}) == len(paid(tables))
 
 
-def test_a_longer_budget_begins_with_what_the_shorter_found(tmp_path: Path) -> None:
-    short = run(tmp_path / "a.sqlite", Mortal(), {"generations": 2})
-    long = run(tmp_path / "b.sqlite", Mortal(), {"generations": 4})
-    assert long["evaluations"][: len(short["evaluations"])] == short["evaluations"]
-    assert run(tmp_path / "a.sqlite", Mortal(), {"generations": 4}, resume=True) == long
+def test_equal_masks_are_told_by_the_probe_alone(tmp_path: Path) -> None:
+    """Everything of one mask: one candidate is measured, the others are its duplicates, and the search is over."""
+
+    def alike(task: Mapping[str, Any]) -> Any:
+        answer = fake.evaluate(task | ({"metric": "abs(W)"} if "metric" in task else {}))
+        if task["kind"] == "probe":
+            answer = [{"error": None, "fingerprint": "one", "sketch": "", "reconstruction": {}} for _ in answer]
+        return answer
+
+    tables = run(tmp_path / "a", Mortal(function=alike))
+    assert paid(tables) == ["abs(W)"]
+    assert Counter(row["status"] for row in tables["candidates"]) == {
+        "evaluated": 1,
+        "duplicate": len(tables["candidates"]) - 1,
+    }
 
 
-def test_same_seed_same_ledger_another_seed_another(tmp_path: Path) -> None:
-    first, second = (run(tmp_path / name, Mortal()) for name in ("a.sqlite", "b.sqlite"))
-    assert first == second
-    other = run(tmp_path / "c.sqlite", Mortal(), {"seed": 2})
-    assert other["candidates"] != first["candidates"]
+def test_without_fingerprints_equal_masks_are_paid_for_again(tmp_path: Path) -> None:
+    forgetful = run(tmp_path / "a", fingerprints=False, generations=12)
+    masks = [fake.mask(text) for text in paid(forgetful)]
+    assert len(masks) > len(set(masks))
+    forms = [row["ranked"] for row in forgetful["candidates"] if row["status"] == "evaluated"]
+    assert len(forms) == len(set(forms))
 
 
-def test_stopped_at_every_point_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    whole = Mortal()
-    expected = run(tmp_path / "whole.sqlite", whole)
-    for life in range(0, whole.served, 7):
-        path = tmp_path / f"{life}.sqlite"
-        with pytest.raises(KeyboardInterrupt):
-            run(path, Mortal(life))
-        assert run(path, Mortal(), resume=True) == expected, f"stopped after {life} outcomes"
+# Screening
 
 
-def test_stopped_again_and_again_equals_uninterrupted(tmp_path: Path) -> None:
-    expected = run(tmp_path / "whole.sqlite", Mortal())
-    path, stops, tables = tmp_path / "often.sqlite", 0, None
-    while tables is None:
-        try:  # masks are fingerprinted again after a resume, so each life must be longer than a generation's masks
-            tables = run(path, Mortal(10 + stops), resume=True)
-        except KeyboardInterrupt:
-            stops += 1
-    assert stops > 3
-    assert tables == expected
+def test_start_formulas_are_never_screened_out(tmp_path: Path) -> None:
+    def against(task: Mapping[str, Any]) -> Any:
+        answer = fake.evaluate(task)
+        started = ("abs(W)", "abs(W)*X", "sqr(W)*mms(G)")
+        for text, part in zip(task.get("metrics", ()), answer, strict=False):
+            if text in started:
+                part |= {"error": None, "fingerprint": text, "sketch": "", "reconstruction": {"0.5": 9.0, "2:4": 9.0}}
+        if task.get("metric") in started:
+            answer = {kind: dict.fromkeys(TARGETS, 50.0) for kind in ("loss", "kl")}
+        return answer
+
+    tables = run(tmp_path / "a", Mortal(function=against), generations=1)
+    assert [row["status"] for row in tables["candidates"][:4]] == ["evaluated"] * 3 + ["duplicate"]
+    assert [row["losses"]["0.5"] for row in tables["evaluations"][:3]] == [50.0] * 3
+    assert len(tables["evaluations"]) > 3  # the better ones climb beside them
 
 
-def test_out_of_time_keeps_what_was_evaluated_and_a_resume_goes_on(tmp_path: Path) -> None:
-    expected = run(tmp_path / "whole.sqlite", Mortal())
-    with Ledger.open(tmp_path / "a.sqlite", {"seed": 1}, resume=False) as ledger:
-        late = Campaign(plan(), ledger, Mortal(), 4.0, out_of_time=lambda: len(ledger.evaluations()) >= 11)
-        late.run()
-        assert len(ledger.evaluations()) == 11
-        assert late.front()
-    assert run(tmp_path / "a.sqlite", Mortal(), resume=True) == expected
+def test_every_start_formula_is_drawn_however_small_the_population(tmp_path: Path) -> None:
+    start = ("abs(W)", "abs(W)*X", "abs(W)*G", "abs(W)*X*G", "abs(W) + X", "abs(W) + G")
+    tables = run(tmp_path / "a", population=4, generations=1, start=start)
+    assert [resolve_metric(row["formula"]).expression for row in tables["candidates"]] == [parse(one) for one in start]
+
+
+def test_no_more_than_its_share_climbs(tmp_path: Path) -> None:
+    """0.8 of the distinct masks, 0.4 of those, half of those, each rounded up; and the three of the start."""
+    tables = run(tmp_path / "a", generations=8, population=20)
+    for number in range(8):
+        climbed = Counter(row["rung"] for row in tables["measurements"] if row["generation"] == number)
+        distinct = {
+            row["value"]["fingerprint"]
+            for row in tables["measurements"]
+            if row["generation"] == number and row["rung"] == PROBE and row["value"]
+        }
+        counts = [len(distinct), *(climbed[rung.name] for rung in RUNGS)]
+        for share, below, above in zip((0.8, 0.4, 0.5), counts, counts[1:], strict=False):
+            assert above <= math.ceil(share * below) + 3 * (number == 0)
+        assert 1 <= counts[-1] < counts[0]
+
+
+def test_the_better_part_climbs(tmp_path: Path) -> None:
+    tables = run(tmp_path / "a", population=20, generations=3, objective="loss")
+    for number in (1, 2):
+        found: dict[str, dict[int, float]] = {rung.name: {} for rung in RUNGS}
+        for row in tables["measurements"]:
+            if row["generation"] == number and row["rung"] == RUNGS[0].name and row["error"] is None:
+                found[row["rung"]][row["position"]] = sum(row["value"]["loss"].values())
+            elif row["generation"] == number and row["rung"] in found:
+                found[row["rung"]][row["position"]] = 0.0
+        first, second = found[RUNGS[0].name], found[RUNGS[1].name]
+        left = [value for position, value in first.items() if position not in second]
+        assert left
+        assert max(first[position] for position in second) <= min(left)
+
+
+@pytest.mark.parametrize("objective", ["kl", "loss"])
+def test_the_objective_orders_candidates(tmp_path: Path, objective: str) -> None:
+    chosen = plan(objective=objective)
+    with Ledger.open(tmp_path / "a", {}, resume=False) as ledger:
+        campaign = Campaign(chosen, ledger, Mortal())
+        campaign.run()
+        column = {"kl": "divergences", "loss": "losses"}[objective]
+        rows = ledger.evaluations("done")
+        assert campaign.front()[0].text == min(rows, key=lambda row: sum(getattr(row, column).values())).formula
+        for individual, row in zip(campaign.individuals(), rows, strict=True):
+            assert individual.searched == getattr(row, column)
+            assert individual.excess == row.losses
+
+
+def test_the_objectives_lead_to_different_searches(tmp_path: Path) -> None:
+    assert (
+        run(tmp_path / "a", population=20)["candidates"]
+        != run(tmp_path / "b", population=20, objective="loss")["candidates"]
+    )
 
 
 def test_the_front_holds_the_best_mean_and_nothing_dominated(tmp_path: Path) -> None:
-    with Ledger.open(tmp_path / "a.sqlite", {"seed": 1}, resume=False) as ledger:
-        campaign = Campaign(plan(), ledger, Mortal(), 4.0)
+    with Ledger.open(tmp_path / "a", {}, resume=False) as ledger:
+        campaign = Campaign(plan(), ledger, Mortal())
         campaign.run()
         front, everyone = campaign.front(), campaign.individuals()
     assert front[0].mean == min(one.mean for one in everyone)
+    free = [one for one in everyone if "G" not in one.expression.operands]
+    assert min(free, key=lambda one: one.mean) in front  # what gradients cost is an objective
     for one in front:
         assert not any(
             all(a <= b for a, b in zip(other.fitness.values, one.fitness.values, strict=True))
@@ -187,23 +300,240 @@ def test_the_front_holds_the_best_mean_and_nothing_dominated(tmp_path: Path) -> 
         )
 
 
+# Groups, yardsticks, and what is bred
+
+
+def test_groups_are_searched_with_the_formulas(tmp_path: Path) -> None:
+    executor = Mortal()
+    tables = run(tmp_path / "a", executor, group="search", generations=8, population=20)
+    groups = {resolve_metric(text).granularity for text in paid(tables)}
+    assert groups == {"row", "layer", "block"}
+    for row in tables["candidates"]:
+        texts = [row[name] for name in ("formula", "opposites", "canonical", "ranked")]
+        assert len({text.rpartition(":")[0] for text in texts}) == 1  # the group stays with the formula
+        assert texts[0].rpartition(":")[0] in ("", "layer", "block")
+    for number in range(8):
+        assert all(text in paid(tables) for text in tables["generations"][number]["population"])
+    asked = {task["metric"] for task in executor.tasks if task["kind"] == "excess"}
+    assert any(text.startswith("block:") for text in asked)
+
+
+def test_in_a_layer_what_is_constant_in_a_row_only_counts(tmp_path: Path) -> None:
+    start = tuple(f"{group}abs(W)*X{term}" for group in ("", "layer:") for term in ("", "/rowsum(abs(W))"))
+    rows = run(tmp_path / "a", start=start, group="search", generations=1)["candidates"][:4]
+    forms = [row["ranked"] for row in rows]
+    assert forms[0] == forms[1] == "abs(W)*X"
+    assert forms[2] == "layer:abs(W)*X"
+    assert forms[3].startswith("layer:")
+    assert forms[3] != forms[2]
+
+
+@pytest.mark.parametrize("group", ["layer", "block"])
+def test_a_group_that_is_given_is_everyones(tmp_path: Path, group: str) -> None:
+    tables = run(tmp_path / "a", group=group, start=(f"{group}:abs(W)",))
+    assert all(row["formula"].startswith(f"{group}:") for row in tables["candidates"])
+
+
+def test_every_fourth_generation_begins_with_neighbours_of_the_best(tmp_path: Path) -> None:
+    with Ledger.open(tmp_path / "a", {}, resume=False) as ledger:
+        campaign = Campaign(plan(generations=3), ledger, Mortal())
+        campaign.run()
+        population = [resolve_metric(text) for text in ledger.generations()[-1].population]
+    expected = {str(one) for metric in population for one in neighbours(metric.expression, 1.5)}
+    tables = run(tmp_path / "b", generations=4)
+    drawn = [row["formula"] for row in tables["candidates"] if row["generation"] == 3]
+    assert drawn[0] in expected
+    assert sum(text in expected for text in drawn) > 4
+
+
+def test_without_breeding_every_formula_is_drawn_at_random(tmp_path: Path) -> None:
+    """What is drawn does not depend on what was found, also in the generation that neighbours begin otherwise."""
+
+    def reversed_worth(task: Mapping[str, Any]) -> Any:
+        answer = fake.evaluate(task)
+        if task["kind"] == "excess":
+            answer = {kind: {target: 4 - value for target, value in part.items()} for kind, part in answer.items()}
+        return answer
+
+    first = run(tmp_path / "a", breeding=False)
+    second = run(tmp_path / "b", Mortal(function=reversed_worth), breeding=False)
+    assert paid(first) != paid(second)
+    assert [row["formula"] for row in first["candidates"]] == [row["formula"] for row in second["candidates"]]
+    assert run(tmp_path / "c")["candidates"] != run(tmp_path / "d", Mortal(function=reversed_worth))["candidates"]
+
+
+def test_forbidden_nestings_are_nowhere(tmp_path: Path) -> None:
+    """Not after simplification either, nor among the neighbours of generation 3."""
+    forbidden = (("pow", "abs"), ("mul", "sqrt"), ("sqrt", "mul"))
+    tables = run(tmp_path / "a", forbidden=forbidden, start=("abs(W)",), generations=8, population=12)
+    assert len(paid(tables)) > 8
+    for text in [*paid(tables), *(row["formula"] for row in tables["candidates"])]:
+        assert not any(nests(parse(text), *pair) for pair in forbidden), text
+
+
+# Budgets
+
+
+@pytest.mark.parametrize("evaluations", [1, 5, 17])
+def test_the_budget_of_evaluations_is_met_exactly(tmp_path: Path, evaluations: int) -> None:
+    tables = run(tmp_path / "a", generations=None, evaluations=evaluations)
+    assert len(tables["evaluations"]) == evaluations
+
+
+def test_the_budget_spent_first_ends_the_search(tmp_path: Path) -> None:
+    assert len(run(tmp_path / "a", generations=2, evaluations=1000)["generations"]) == 2
+    assert len(run(tmp_path / "b", generations=1000, evaluations=6)["evaluations"]) == 6
+
+
+@pytest.mark.parametrize("fewer", range(1, 14))
+def test_more_evaluations_on_resume_equal_having_asked_for_them_at_once(tmp_path: Path, fewer: int) -> None:
+    at_once = run(tmp_path / "a", generations=None, evaluations=15)
+    run(tmp_path / "b", generations=None, evaluations=fewer)
+    assert run(tmp_path / "b", generations=None, evaluations=15, resume=True) == at_once
+
+
+def test_a_longer_budget_begins_with_what_the_shorter_found(tmp_path: Path) -> None:
+    short = run(tmp_path / "a", generations=2)
+    long = run(tmp_path / "b", generations=4)
+    assert long["evaluations"][: len(short["evaluations"])] == short["evaluations"]
+    assert run(tmp_path / "a", generations=4, resume=True) == long
+
+
+def test_a_finished_campaign_asks_for_nothing(tmp_path: Path) -> None:
+    for name, budget in {"a": {"generations": 3}, "b": {"generations": None, "evaluations": 7}}.items():
+        tables, idle = run(tmp_path / name, **budget), Mortal(0)
+        assert run(tmp_path / name, idle, resume=True, **budget) == tables
+
+
+def test_out_of_time_at_every_measurement_keeps_it_and_a_resume_goes_on(tmp_path: Path) -> None:
+    """Asked after each measurement: not one more is made, and nothing that was made is lost."""
+    whole = Mortal()
+    expected = run(tmp_path / "whole", whole, generations=3)
+    for count in range(1, len(whole.tasks)):
+        path, executor = tmp_path / str(count), Mortal()
+        with Ledger.open(path, {"seed": 1}, resume=False) as ledger:
+            late = Campaign(
+                plan(generations=3), ledger, executor, out_of_time=lambda made=executor.tasks, n=count: len(made) >= n
+            )
+            with suppress(GpmetricError):  # nothing may be evaluated yet
+                late.run()
+            assert bool(ledger.evaluations("done")) == any(task.get("last") == 8 for task in executor.tasks)
+        # the last measurement of a rung is followed by the next rung's first before the clock is read again
+        assert count <= len(executor.tasks) <= count + len(RUNGS) + 1
+        assert run(path, generations=3, resume=True) == expected, f"out of time after {count} outcomes"
+
+
+# Stopped and resumed
+
+
+def test_same_seed_same_ledger_another_seed_another(tmp_path: Path) -> None:
+    first, second = (run(tmp_path / name) for name in ("a", "b"))
+    assert first == second
+    assert run(tmp_path / "c", seed=2)["candidates"] != first["candidates"]
+
+
+@pytest.mark.parametrize(("step", "changes"), [(1, {}), (4, {"group": "search", "fingerprints": False})])
+def test_stopped_after_every_outcome_and_resumed_equals_uninterrupted(
+    tmp_path: Path, step: int, changes: dict[str, Any]
+) -> None:
+    whole = Mortal()
+    expected = run(tmp_path / "whole", whole, generations=4, **changes)
+    for life in range(0, len(whole.tasks), step):
+        path, dying, reborn = tmp_path / str(life), Mortal(life), Mortal()
+        with pytest.raises(KeyboardInterrupt):
+            run(path, dying, generations=4, **changes)
+        assert run(path, reborn, resume=True, generations=4, **changes) == expected, f"stopped after {life} outcomes"
+        assert len(reborn.tasks) == len(whole.tasks) - life  # nothing is computed again
+
+
+def test_stopped_after_every_ledger_write_and_resumed_equals_uninterrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes, life = 0, math.inf
+    write = Ledger._write
+
+    @contextmanager
+    def counted(ledger: Ledger) -> Iterator[None]:
+        nonlocal writes
+        with write(ledger):
+            yield
+        writes += 1
+        if writes > life:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ledger, "_write", counted)
+    expected = run(tmp_path / "whole", generations=3)
+    total = writes
+    assert total > 50
+    for life in range(total):
+        path, writes = tmp_path / str(life), 0
+        with pytest.raises(KeyboardInterrupt):
+            run(path, generations=3)
+        writes = -10_000
+        assert run(path, resume=True, generations=3) == expected, f"stopped after {life + 1} writes"
+
+
+def test_stopped_again_and_again_equals_uninterrupted(tmp_path: Path) -> None:
+    expected = run(tmp_path / "whole")
+    stops, tables = 0, None
+    while tables is None:
+        try:
+            tables = run(tmp_path / "often", Mortal(1), resume=True)  # a measurement each time is enough
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops > 30
+    assert tables == expected
+
+
+def test_a_ledger_with_other_draws_is_a_clear_error(tmp_path: Path) -> None:
+    tables = run(tmp_path / "a", generations=None, evaluations=8)
+    assert tables["candidates"][-1]["generation"] == len(tables["generations"])  # drawn in one that is not finished
+    with closing(sqlite3.connect(tmp_path / "a")) as connection, connection:
+        connection.execute("UPDATE candidates SET formula = 'abs(W)*X*X' WHERE id = (SELECT max(id) FROM candidates)")
+    with pytest.raises(LedgerError, match="but this campaign draws"):
+        run(tmp_path / "a", generations=None, evaluations=15, resume=True)
+
+
+# Workers
+
+
+def test_the_number_of_workers_does_not_matter(tmp_path: Path) -> None:
+    expected = run(tmp_path / "0", generations=3, population=20)
+    for workers in (1, 3):
+        with LocalProcesses(fake.make_evaluator, (), workers) as executor:
+            assert run(tmp_path / str(workers), executor, generations=3, population=20) == expected
+
+
+def test_a_batch_whose_worker_is_killed_is_probed_one_by_one(tmp_path: Path) -> None:
+    start = (*START, fake.KILLER)
+    with LocalProcesses(fake.make_deadly, (), workers=1) as executor:
+        tables = run(tmp_path / "a", executor, generations=1, start=start)
+    killer = tables["candidates"][4]
+    assert killer["formula"] == fake.KILLER
+    assert (killer["status"], killer["reason"]) == ("failed", "killed its worker 2 times (exit code 7)")
+    others = [row for row in tables["candidates"] if row["formula"] != fake.KILLER]
+    assert not any("killed" in (row["reason"] or "") for row in others)
+    assert [row["status"] for row in others[:3]] == ["evaluated"] * 3
+
+
+# The end of a search
+
+
 def test_a_space_without_anything_new_ends_the_campaign(tmp_path: Path) -> None:
-    """With W alone and two primitives, few distinct masks exist; the loop must stop by itself."""
-    tables = run(
-        tmp_path / "a.sqlite",
-        Mortal(),
-        {"operands": ("W",), "primitives": ("abs", "neg"), "start": ("abs(W)",), "max_nodes": 4, "generations": None,
-         "evaluations": 1000, "population": 4},
-    )  # fmt: skip
+    """With W alone and two primitives few formulas exist; the loop must stop by itself, and stay stopped."""
+    few = {"operands": ("W",), "primitives": ("abs", "neg"), "start": ("abs(W)",), "max_nodes": 4, "population": 4}
+    budget = {"generations": None, "evaluations": 1000}
+    tables = run(tmp_path / "a", **few, **budget)
     assert 1 <= len(tables["evaluations"]) < 10
+    assert run(tmp_path / "a", Mortal(0), **few, **budget, resume=True) == tables
 
 
 def test_nothing_evaluable_is_a_clear_error(tmp_path: Path) -> None:
-    def refuse(task: Mapping[str, Any]) -> dict[str, Any]:
+    def refuse(task: Mapping[str, Any]) -> Sequence[Any]:
         raise MaskError("8 of 8 scores are NaN or infinite")
 
-    with (
-        Ledger.open(tmp_path / "a.sqlite", {}, resume=False) as ledger,
-        pytest.raises(GpmetricError, match="no formula could be evaluated"),
-    ):
-        Campaign(plan(), ledger, Serial(refuse), 4.0).run()
+    with pytest.raises(GpmetricError, match="no formula could be evaluated"):
+        run(tmp_path / "a", Serial(refuse))
+    with Ledger.read(tmp_path / "a") as ledger:
+        assert {row.reason for row in ledger.candidates()} >= {"8 of 8 scores are NaN or infinite"}
+        assert not ledger.evaluations()

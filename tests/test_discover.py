@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +19,7 @@ from gpmetric.errors import DataError, InputError, LedgerError
 from gpmetric.evolution.discover import discover, run_campaign
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.request import Request
-from gpmetric.evolution.selection import Individual
-from gpmetric.evolution.verdict import choose_finalists, choose_winner
-from gpmetric.expression import parse
+from gpmetric.evolution.sites import open_sites
 from gpmetric.pruning.metrics import BASELINES
 
 
@@ -40,7 +40,9 @@ def request_for(tiny_llama: Path, tiny_text: Path, cache: Path) -> Any:
             "samples": 4,
             "search_windows": 2,
             "windows": 2,
+            "calibration_seeds": 0,
             "sequence_length": 32,
+            "include": r"\.0\.",  # one block of three is enough
             "cache": cache,
             "workers": 1,
         }
@@ -53,19 +55,183 @@ def without_seconds(result: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result.items() if key != "seconds"}
 
 
+KEYS = {
+    "winner": {"formula", "group", "metric", "nodes", "operands", "excess", "mean_excess", "ppl", "validation"},
+    "confidence": {"draws", "rival", "winner_mean_excess", "rival_mean_excess", "difference", "interval"},
+    "counts": {
+        "drawn",
+        "unique_texts",
+        "unique_opposites",
+        "unique_canonical",
+        "unique_ranked",
+        "unique_masks",
+        "paid",
+    },
+    "seconds": {
+        "load",
+        "calibration",
+        "baselines",
+        "search",
+        "final",
+        "confidence",
+        "per_evaluation",
+        "total",
+    },
+}
+ROW = KEYS["winner"] - {"ppl"} | {"kl"}
+
+
 def test_document_names_winner_front_baselines_splits(request_for: Any, tmp_path: Path) -> None:
-    result = run_campaign(request_for(), tmp_path / "a.sqlite")
+    result = run_campaign(request_for(calibration_seeds=1), tmp_path / "a.sqlite")
+    assert result["confidence"]["draws"] == 1
+    for name, keys in KEYS.items():
+        assert set(result[name]) == keys
     assert set(result["baselines"]) == set(BASELINES)
-    assert result["evaluations"] == 14
-    assert result["unique_masks"] == 14
+    assert result["evaluations"] == result["counts"]["paid"] == 14
+    counts = list(result["counts"].values())[:5]
+    assert counts == sorted(counts, reverse=True)  # no layer of simplification tells more apart than the one before
+    assert 14 <= result["unique_masks"] <= result["counts"]["unique_ranked"]
     assert [row["text"].rpartition("#")[2] for row in result["splits"].values()] == list(result["splits"])
     assert set(result["dense"]) == {"search", "validation", "test"}
     winner = result["winner"]
-    assert winner["formula"] in [row["formula"] for row in result["front"]]
     assert set(winner["ppl"]) == {"0.5", "2:4"}
     assert winner["mean_excess"] == pytest.approx(sum(winner["excess"].values()) / 2)
-    assert set(result["seconds"]["per_evaluation"]) == {"score_and_mask", "prune_and_loss"}
+    for target, ppl in winner["ppl"].items():
+        assert math.log(ppl / result["dense"]["test"]) == pytest.approx(winner["excess"][target])
+    assert [row["rung"] for row in result["screening"]] == ["reconstruction", "1 windows", "2 windows"]
+    assert result["screening"][-1]["measured"] == 14
+    assert set(result["seconds"]["per_evaluation"]) == {"score_and_mask", "prune_and_loss", "per_candidate", "rungs"}
     json.dumps(result, allow_nan=False)
+
+
+def test_the_front_holds_the_winner_and_the_best_without_gradients(request_for: Any, tmp_path: Path) -> None:
+    result = run_campaign(request_for(evaluations=20), tmp_path / "a.sqlite")
+    with Ledger.read(tmp_path / "a.sqlite") as ledger:
+        rows = {row.formula: row for row in ledger.evaluations("done")}
+    front = result["front"]
+    for row in front:
+        assert set(row) == ROW
+        assert row["kl"] == rows[row["metric"]].divergences
+        assert row["excess"] == rows[row["metric"]].losses
+        assert row["mean_excess"] == pytest.approx(sum(row["excess"].values()) / 2)
+        assert row["metric"] == row["formula"]  # rows are not spelled out
+        assert row["group"] == "row"
+    means = [sum(row["kl"].values()) for row in front]
+    assert means == sorted(means)
+    assert result["winner"]["metric"] in [row["metric"] for row in front if row["validation"] is not None]
+    free = [row for row in rows.values() if not {"G", "H"} & set(str(row.operands).split(","))]
+    assert result["best_gradient_free"] == min(free, key=lambda row: sum(row.divergences.values())).formula
+    assert result["best_gradient_free"] in [row["metric"] for row in front]
+
+
+def test_the_interval_is_that_of_the_draws(request_for: Any, tmp_path: Path) -> None:
+    """Student's t of 4 draws: mean -+ 3.182446 * deviation / 2."""
+    found = run_campaign(request_for(calibration_seeds=4), tmp_path / "a.sqlite")["confidence"]
+    pairs = zip(found["winner_mean_excess"], found["rival_mean_excess"], strict=True)
+    differences = [mine - other for mine, other in pairs]
+    mean = sum(differences) / 4
+    deviation = math.sqrt(sum((one - mean) ** 2 for one in differences) / 3)
+    assert found["draws"] == 4
+    assert len(set(differences)) == 4  # every draw is another sample
+    assert found["difference"] == pytest.approx(mean)
+    half = 3.182446 * deviation / 2
+    assert found["interval"] == pytest.approx((mean - half, mean + half), rel=1e-4)
+    none = run_campaign(request_for(evaluations=4), tmp_path / "b.sqlite")["confidence"]
+    assert (none["draws"], none["difference"], none["interval"]) == (0, None, None)
+
+
+def test_two_models_end_with_figures_of_both(
+    request_for: Any, tiny_llama: Path, tiny_gpt2: Path, tmp_path: Path
+) -> None:
+    models = (str(tiny_llama), str(tiny_gpt2))
+    names = [folder.name for folder in (tiny_llama, tiny_gpt2)]
+    labels = [f"{name} {target}" for name in names for target in ("0.5", "2:4")]
+    request = request_for(model=models, evaluations=8)
+    result = run_campaign(request, tmp_path / "a.sqlite")
+    assert result["targets"] == labels
+    for row in (result["winner"], *result["front"], *result["baselines"].values()):
+        assert list(row["excess"]) == labels
+    assert set(result["winner"]["ppl"]) == set(labels)
+    assert list(result["model"]) == list(result["dense"]["test"]) == list(result["splits"]) == names
+    with Ledger.read(tmp_path / "a.sqlite") as ledger:
+        (wanda,) = [row for row in ledger.evaluations() if row.formula == "abs(W)*X"]
+    for name in names:  # excess is told in Wanda's own units
+        for figures in (wanda.losses, wanda.divergences):
+            assert sum(figures[f"{name} {target}"] for target in ("0.5", "2:4")) == pytest.approx(2, rel=1e-3)
+
+
+def test_models_of_one_short_name_are_told_apart(
+    request_for: Any, tiny_llama: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in ("x/m", "m"):
+        shutil.copytree(tiny_llama, tmp_path / place)
+    assert list(open_sites(request_for(model=("x/m", "m")))) == ["x/m", "m"]
+    assert list(open_sites(request_for(model=("x/m", str(tiny_llama))))) == ["m", tiny_llama.name]
+
+
+def test_the_group_is_evolved(request_for: Any, tmp_path: Path) -> None:
+    request = request_for(group="search", evaluations=24, population=12, start=("block:abs(W)*X",))
+    result = run_campaign(request, tmp_path / "a.sqlite")
+    with Ledger.read(tmp_path / "a.sqlite") as ledger:
+        texts = [row.formula for row in ledger.candidates()]
+        rows = {row.formula: row for row in ledger.evaluations("done")}
+    assert "layer:abs(W)" in texts  # as published, beside magnitude_row
+    assert {"abs(W)", "block:abs(W)*X"} <= set(texts)
+    for row in (result["winner"], *result["front"]):
+        assert row["metric"] == ("" if row["group"] == "row" else f"{row['group']}:") + row["formula"]
+    assert rows["abs(W)"].losses["0.5"] != rows["layer:abs(W)"].losses["0.5"]
+    # 2:4 knows no other group, but its figures are of one target among others
+    assert rows["abs(W)"].losses["2:4"] == rows["layer:abs(W)"].losses["2:4"]
+
+
+@pytest.mark.parametrize("group", ["layer", "block"])
+def test_a_group_for_all(request_for: Any, tmp_path: Path, group: str) -> None:
+    result = run_campaign(request_for(group=group, evaluations=6), tmp_path / "a.sqlite")
+    assert {row["group"] for row in (result["winner"], *result["front"])} == {group}
+    assert result["group"] == group
+
+
+def test_a_layer_target_tells_apart_what_rows_do_not(request_for: Any, tmp_path: Path) -> None:
+    """A factor for each row leaves the order within rows alone, but not that within the layer."""
+    start = ("abs(W)*X", "abs(W)*X/rowsum(abs(W))")
+    few = {"target": ("layer:0.5",), "start": start, "operands": ("W", "X"), "generations": 1, "evaluations": None}
+    run_campaign(request_for(**few), tmp_path / "a.sqlite")
+    with Ledger.read(tmp_path / "a.sqlite") as ledger:
+        found = {row.formula: row for row in ledger.candidates()}
+    assert found[start[0]].ranked != found[start[1]].ranked
+    assert found[start[0]].fingerprint != found[start[1]].fingerprint
+
+
+def test_the_objective_is_in_the_document(request_for: Any, tmp_path: Path) -> None:
+    result = run_campaign(request_for(objective="loss", evaluations=6), tmp_path / "a.sqlite")
+    assert all(row["loss"] == row["excess"] and "kl" not in row for row in result["front"])
+    assert result["objective"] == "loss"
+
+
+def test_what_is_forbidden_is_not_started_from_either(request_for: Any, tmp_path: Path) -> None:
+    """pruner_zero is W*W*mms(sqrt(H)), and stays a baseline."""
+    result = run_campaign(request_for(forbid=("mms(sqrt)",), evaluations=8), tmp_path / "a.sqlite")
+    assert "pruner_zero" in result["baselines"]
+    with Ledger.read(tmp_path / "a.sqlite") as ledger:
+        assert not [row for row in ledger.candidates() if "mms(sqrt(" in row.formula]
+
+
+def test_start_formulas_are_evaluated_however_small_the_population(request_for: Any, tmp_path: Path) -> None:
+    start = ("abs(W)*X*D", "abs(W)*G*D")
+    run_campaign(request_for(start=start, population=4, generations=1, evaluations=None), tmp_path / "a.sqlite")
+    with Ledger.read(tmp_path / "a.sqlite") as ledger:
+        status = {row.formula: row.status for row in ledger.candidates()}
+    assert [status[text] for text in start] == ["evaluated", "evaluated"]
+
+
+def test_without_gram_matrices_and_with_one_window(request_for: Any, tmp_path: Path) -> None:
+    few = {"operands": ("W", "X"), "search_windows": 1, "evaluations": 8}
+    result = run_campaign(request_for(**few), tmp_path / "a.sqlite")
+    assert [row["rung"] for row in result["screening"]] == ["reconstruction", "1 windows"]
+    assert result["screening"][0]["spearman"] is None
+    with Ledger.read(tmp_path / "a.sqlite") as ledger:
+        assert not [row for row in ledger.candidates() if row.reason == "screened out after reconstruction"]
 
 
 def test_two_workers_and_one_write_the_same_ledger(request_for: Any, tmp_path: Path) -> None:
@@ -86,7 +252,20 @@ def test_a_finished_campaign_gives_its_result_again(request_for: Any, tmp_path: 
         run_campaign(request_for(), tmp_path / "a.sqlite")
 
 
-@pytest.mark.parametrize("change", [{"seed": 5}, {"target": ("0.5",)}, {"samples": 3}, {"start": ("abs(W)*D",)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 5},
+        {"target": ("0.5",)},
+        {"samples": 3},
+        {"start": ("abs(W)*D",)},
+        {"group": "layer"},
+        {"objective": "loss"},
+        {"forbid": ("exp(abs)",)},
+        {"search_windows": 1},
+        {"calibration_seeds": 1},
+    ],
+)
 def test_a_ledger_of_another_campaign_is_refused(request_for: Any, tmp_path: Path, change: dict[str, Any]) -> None:
     run_campaign(request_for(evaluations=4), tmp_path / "a.sqlite")
     with pytest.raises(LedgerError, match="another campaign"):
@@ -123,8 +302,9 @@ def test_search_in_the_use_a_metric_will_have(request_for: Any, tmp_path: Path, 
 
 
 def test_minutes_end_the_search_and_a_resume_goes_on(request_for: Any, tmp_path: Path) -> None:
-    short = run_campaign(request_for(evaluations=None, minutes=0.001), tmp_path / "a.sqlite")
-    assert 1 <= short["evaluations"] < 14
+    short = run_campaign(request_for(evaluations=None, minutes=0.0001), tmp_path / "a.sqlite")
+    assert short["evaluations"] == 1  # the first that was measured on all windows
+    assert short["confidence"]["draws"] == 0
     longer = run_campaign(request_for(), tmp_path / "a.sqlite", resume=True)
     assert without_seconds(longer) == without_seconds(run_campaign(request_for(), tmp_path / "b.sqlite"))
 
@@ -153,6 +333,16 @@ def test_the_same_text_for_two_splits_is_refused(request_for: Any, tiny_text: Pa
         ({"start": ("abs(W)*Y",)}, "Y"),
         ({"start": ("abs(W)*D",), "operands": ("W", "X")}, "leaves out"),
         ({"start": ("abs(W)*X*X*X*X",), "max_nodes": 5}, "--max-nodes"),
+        ({"start": ("layer:abs(W)",)}, "names another comparison group than --group row"),
+        ({"start": ("rows:abs(W)",)}, "unknown comparison group 'rows'"),
+        ({"start": ("exp(log(W))*X",), "forbid": ("exp(log)",)}, "has what --forbid 'exp\\(log\\)' excludes"),
+        ({"forbid": ("exp",)}, "--forbid must be like exp"),
+        ({"forbid": ("exp(lgo)",)}, "did you mean 'log'"),
+        ({"objective": "ppl"}, "--objective must be one of kl, loss, but got 'ppl'"),
+        ({"group": "rows"}, "--group must be one of row, layer, block, search, but got 'rows'"),
+        ({"group": "layer", "update": "obs-blockwise"}, "--group layer: obs-blockwise has a threshold of its own"),
+        ({"calibration_seeds": -1}, "--calibration-seeds must be at least 0"),
+        ({"search_windows": 0}, "--search-windows must be at least 1"),
         ({"search": "other.txt"}, "--text is cut into all four splits"),
         ({"text": None}, "--calibration is needed"),
         ({"model": "no/such/model"}, "no/such/model"),
@@ -194,19 +384,3 @@ def test_ctrl_c_stops_cleanly_and_prints_how_to_go_on(
     assert "--resume" in errors
     with Ledger.read(ledger) as book:
         assert book.evaluations("done")
-
-
-def test_the_winner_is_below_every_mask_only_baseline_where_one_is() -> None:
-    baselines = {"wanda": {"0.5": 0.3, "2:4": 0.8}, "sparsegpt": {"0.5": 0.1, "2:4": 0.2}}
-    uneven = {"0.5": 0.05, "2:4": 0.85}  # the lowest mean, but worse than Wanda at 2:4
-    even = {"0.5": 0.25, "2:4": 0.75}
-    assert choose_winner({"uneven": uneven, "even": even}, baselines) == "even"
-    assert choose_winner({"uneven": uneven, "worse": {"0.5": 0.4, "2:4": 0.9}}, baselines) == "uneven"
-
-
-def test_finalists_differ_in_more_than_constants() -> None:
-    formulas = ["abs(W)*X + 2*abs(W)*G", "abs(W)*X + 3*abs(W)*G", "sqrt(W)*X", "abs(W)"]
-    front = [Individual(parse(formula), {"0.5": 0.1 * place}) for place, formula in enumerate(formulas)]
-    expected = [str(parse(formula)) for formula in ("abs(W)*X + 2*abs(W)*G", "sqrt(W)*X", "abs(W)")]
-    assert choose_finalists(front, 5) == expected
-    assert choose_finalists(front, 2) == expected[:2]

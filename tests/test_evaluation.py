@@ -15,7 +15,7 @@ import torch
 from gpmetric.data import Text, cut_windows, read_text
 from gpmetric.errors import DataError, InputError, ModelError
 from gpmetric.evaluation.evaluate import evaluate_model
-from gpmetric.evaluation.perplexity import mean_loss, perplexity
+from gpmetric.evaluation.perplexity import Teacher, batches, mean_loss, perplexity
 from gpmetric.evaluation.windows import check_length, default_text, open_text, read_windows
 from gpmetric.models import Model, load_model
 from gpmetric.provenance import write_json
@@ -81,6 +81,44 @@ def test_dense_perplexity_of_the_reference(name: str, text: str, shared: Path) -
     count = reference["texts"][text]["windows"]
     windows = read_windows(model, str(shared / "text" / text), reference["sequence_length"], count)
     assert perplexity(mean_loss(model, windows.tokens)) == pytest.approx(reference["dense"][text], rel=2e-6)
+
+
+# A pruned model beside the dense one
+
+
+def test_a_teacher_by_hand(model: Model) -> None:
+    """Excess and sum of p (ln p - ln q) over 6 predictions, in double precision; predictions are kept in fp16."""
+    rows = torch.tensor([[5, 9, 200, 7], [1, 2, 3, 4]])
+    with torch.no_grad(), model.restored():
+        p = model.module(input_ids=rows).logits[:, :-1].double().log_softmax(dim=-1)
+        teacher = Teacher(model, rows)
+        assert teacher.predictions == 6
+        assert teacher.bytes == 6 * 300 * 2
+        same = teacher.compare(model)
+        for layer in model.layers:
+            layer.weight.mul_(0.8)
+        q = model.module(input_ids=rows).logits[:, :-1].double().log_softmax(dim=-1)
+        excess, divergence = teacher.compare(model).tolist()
+    taken = rows[:, 1:, None]
+    assert excess == pytest.approx(float((p - q).gather(2, taken).sum()), rel=1e-4)
+    assert divergence == pytest.approx(float((p.exp() * (p - q)).sum()), rel=2e-3)
+    assert same[0] == 0
+    assert abs(same[1]) < 1e-3
+
+
+def test_a_pupil_pruned_to_death_is_not_finite(llama: Model) -> None:
+    with torch.no_grad(), llama.restored():
+        teacher = Teacher(llama, torch.arange(40).view(2, 20))
+        llama.layers[0].weight.fill_(torch.nan)
+        assert not teacher.compare(llama).isfinite().any()
+
+
+@pytest.mark.parametrize(("length", "count", "sizes"), [(32, 70, [64, 6]), (64, 33, [32, 1]), (2048, 2, [1, 1])])
+def test_batches_hold_two_thousand_tokens(llama: Model, length: int, count: int, sizes: list[int]) -> None:
+    tokens = torch.arange(length * count).view(count, length)
+    parts = list(batches(llama, tokens))
+    assert [len(part) for part in parts] == sizes
+    assert torch.equal(torch.cat(parts), tokens)
 
 
 # Which windows

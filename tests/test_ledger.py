@@ -19,12 +19,15 @@ import pytest
 
 from gpmetric.errors import LedgerError
 from gpmetric.evolution import store
-from gpmetric.evolution.ledger import BUDGET_KEYS, Candidate, Evaluation, Ledger
+from gpmetric.evolution.ledger import BUDGET_KEYS, Candidate, Evaluation, Ledger, Measurement
 
 ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, Any] = {"model": "sha256:aa", "targets": ["0.5", "2:4"], "seed": 2, "generations": 3}
-EVALUATED = Candidate(0, 0, "abs(W)*X", "W*X", "evaluated")
-PAID = Evaluation("abs(W)*X", "W*X", 0, "done", "f1", losses={"0.5": 0.25}, nodes=4, operands="W,X", seconds_loss=1.5)
+EVALUATED = Candidate(0, 0, "abs(W)*X", "W*X", "evaluated", opposites="abs(W)*X", ranked="W*X", fingerprint="f1")
+PAID = Evaluation(
+    "abs(W)*X", "W*X", 0, "done", "f1", losses={"0.5": 0.25}, divergences={"0.5": 0.125}, nodes=4, operands="W,X",
+    sketch="a0ff", seconds_loss=1.5,
+)  # fmt: skip
 
 
 def campaign(path: Path, settings: dict[str, Any] = SETTINGS, size: int = 5, pause: float = 0.0) -> None:
@@ -227,7 +230,68 @@ def test_equal_masks_are_paid_for_once(path: Path) -> None:
         known = ledger.find_canonical("W**2*X")
         assert known is not None
         assert known.id == first
-        assert ledger.counts() == {"drawn": 3, "unique_canonical": 2, "paid": 1, "unique_masks": 1}
+        assert ledger.counts()["drawn"] == 3
+        assert ledger.counts()["paid"] == 1
+
+
+def test_counts_by_hand(path: Path) -> None:
+    rows = [
+        ("exp(log(W))", "W", "W", "W", "m1"),
+        ("neg(neg(W))", "W", "W", "W", "m1"),
+        ("W + W", "W + W", "2*W", "W", None),
+        ("3*W + 0", "3*W", "3*W", "W", None),
+        ("3*W + 0", "3*W", "3*W", "W", None),
+        ("W*X", "W*X", "W*X", "W*X", "m2"),
+        ("W*X*X", "W*X*X", "W*X**2", "W*X**2", "m2"),
+    ]
+    with Ledger.open(path, SETTINGS, resume=False) as ledger:
+        zero = dict.fromkeys(ledger.counts(), 0)
+        assert ledger.counts() == zero
+        for place, (text, opposites, canonical, ranked, mask) in enumerate(rows):
+            candidate = Candidate(
+                0, place, text, canonical, "failed", opposites=opposites, ranked=ranked, fingerprint=mask
+            )
+            ledger.record(candidate)
+        ledger.record(replace(EVALUATED, position=7, formula="W*X"), PAID)
+        assert ledger.counts() == {
+            "drawn": 8,
+            "unique_texts": 6,
+            "unique_opposites": 6,
+            "unique_canonical": 5,
+            "unique_ranked": 3,
+            "unique_masks": 3,
+            "paid": 1,
+        }
+
+
+def test_measurements_come_back_as_they_were_given(path: Path) -> None:
+    value = {"error": None, "fingerprint": "f", "reconstruction": {"0.5": 1 / 3}}
+    rows = [
+        Measurement(0, 1, "reconstruction", value, None, 0.25, 77, 1),
+        Measurement(0, 0, "reconstruction", None, "2 of 8 scores are NaN", 0.5, None, 2),
+        Measurement(0, 1, "4 windows", {"loss": {"0.5": 0.1}, "kl": {"0.5": 1e-17}}, None, 1.0),
+        Measurement(1, 1, "reconstruction", value, None, 0.25),
+    ]
+    with Ledger.open(path, SETTINGS, resume=False) as ledger:
+        ledger.measure(rows[:2])
+        ledger.measure([replace(rows[0], value={"other": 1}, duration=9.0), *rows[2:]])  # the first stays
+        ledger.measure([])
+        assert ledger.measurements() == rows
+        assert ledger.measurements(0) == rows[:3]
+        assert ledger.measurements(7) == []
+        tables = ledger.comparable_tables()["measurements"]
+        assert [(row["position"], row["rung"]) for row in tables[:2]] == [(0, "reconstruction"), (1, "4 windows")]
+        assert set(tables[0]) == {"generation", "position", "rung", "value", "error"}
+
+
+def test_measurements_are_stored_all_or_none(path: Path) -> None:
+    row = Measurement(0, 0, "reconstruction", {"figure": 1.0}, None, 0.25)
+    with Ledger.open(path, SETTINGS, resume=False) as ledger:
+        with pytest.raises(ValueError, match="JSON compliant"):
+            ledger.measure([row, replace(row, position=1, value={"figure": float("inf")})])
+        assert ledger.measurements() == []
+    with Ledger.read(path) as ledger, pytest.raises(LedgerError, match="open for reading only"):
+        ledger.measure([row])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -454,7 +518,7 @@ def no_folder(path: Path) -> None:
         (text_file, "cannot be used: file is not a database"),
         (foreign, "is a SQLite file of another program"),
         (marked_foreign, "is a SQLite file of another program"),
-        (newer, "has schema version 99, newer than 1"),
+        (newer, "has schema version 99, newer than 2"),
         (flipped_page, r"sqlite3 FILE \.recover"),
         (truncated, r"sqlite3 FILE \.recover"),
         (missing_table, "no such table: results"),
@@ -544,6 +608,45 @@ def test_a_full_disk_loses_nothing_committed(path: Path) -> None:
         assert ledger.generations() == []
         ledger.commit_generation(0, ["W" * 50_000], [3, [1], None])
         assert ledger.counts()["paid"] == 1
+
+
+def test_the_first_schema_is_upgraded_and_keeps_its_rows(path: Path) -> None:
+    """A file as version 1 wrote it; what it could not know is absent, and it takes new rows."""
+    sql(path, *store.MIGRATIONS[0].split(";"), "PRAGMA user_version = 1")
+    sql(
+        path,
+        *(f"INSERT INTO meta VALUES ('{key}', '{store.to_json(value)}')" for key, value in SETTINGS.items()),
+        "INSERT INTO evaluations VALUES (1, 'abs(W)*X', 'W*X', 'f1', 0, 'done', NULL, '{\"0.5\":0.25}', 4, 'W,X', 0.5, "
+        "1.5, 'host', 12, 1, 100.0)",
+        "INSERT INTO candidates VALUES (1, 0, 0, 'abs(W)*X', 'W*X', 'evaluated', 1, NULL)",
+        "INSERT INTO candidates VALUES (2, 0, 1, 'W', NULL, 'failed', NULL, 'ties')",
+        "INSERT INTO generations VALUES (0, '[\"abs(W)*X\"]', '[3,[1],null]', 1, NULL, 101.0)",
+        "INSERT INTO results VALUES ('result', '{\"winner\":\"abs(W)*X\"}', '{}')",
+    )
+    with pytest.raises(LedgerError, match="older schema"):
+        Ledger.read(path)
+    with Ledger.open(path, SETTINGS, resume=True) as ledger:
+        assert ledger.settings == SETTINGS
+        assert ledger.result() == {"winner": "abs(W)*X"}
+        assert ledger.evaluations() == [
+            Evaluation(
+                "abs(W)*X", "W*X", 0, "done", "f1", losses={"0.5": 0.25}, nodes=4, operands="W,X", seconds_score=0.5,
+                seconds_loss=1.5, host="host", process=12, attempt=1, finished=100.0, id=1,
+            )
+        ]  # fmt: skip
+        assert ledger.candidates() == [
+            Candidate(0, 0, "abs(W)*X", "W*X", "evaluated", 1, id=1),
+            Candidate(0, 1, "W", None, "failed", reason="ties", id=2),
+        ]
+        assert ledger.measurements() == []
+        assert [row.population for row in ledger.generations()] == [["abs(W)*X"]]
+        ledger.record(
+            replace(EVALUATED, generation=1, formula="W*X"), replace(PAID, fingerprint="f2", divergences={"0.5": 0.1})
+        )
+        ledger.measure([Measurement(1, 0, "reconstruction", None, "ties", 0.1)])
+        assert ledger.evaluations()[1].divergences == {"0.5": 0.1}
+        assert ledger.counts()["paid"] == 2
+    assert tables(path)["measurements"]
 
 
 def test_an_older_schema_is_upgraded_on_resume(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

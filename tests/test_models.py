@@ -115,6 +115,49 @@ def test_restored_gives_every_bit_back(model: Model) -> None:
 
 
 @EITHER
+def test_holding_puts_other_weights_in_place_and_the_own_ones_back(model: Model) -> None:
+    """The same storage afterwards, not a copy of it; what computes inside is what the weights would compute."""
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    own = [(layer.parameter.data_ptr(), layer.parameter.stride(), layer.parameter.clone()) for layer in model.layers]
+    others = [layer.weight * 0.5 for layer in model.layers]
+    with model.restored():
+        for layer in model.layers:
+            layer.weight.mul_(0.5)
+        expected = model.module(input_ids=tokens).logits
+    for failing in (False, True):
+        try:
+            with model.holding(others):
+                assert all(map(torch.equal, (layer.weight for layer in model.layers), others))
+                assert [layer.weight.data_ptr() for layer in model.layers] == [one.data_ptr() for one in others]
+                torch.testing.assert_close(model.module(input_ids=tokens).logits, expected)
+                if failing:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            assert failing
+        for layer, (place, stride, bits) in zip(model.layers, own, strict=True):
+            assert (layer.parameter.data_ptr(), layer.parameter.stride()) == (place, stride)
+            assert torch.equal(layer.parameter.view(torch.int32), bits.view(torch.int32))
+
+
+@EITHER
+def test_holding_the_wrong_number_of_weights_changes_nothing(model: Model) -> None:
+    places = [layer.parameter.data_ptr() for layer in model.layers]
+    weights = [torch.zeros_like(layer.weight) for layer in model.layers]
+    for wrong in (weights[:-1], [*weights, weights[0]]):
+        with pytest.raises(ValueError, match="zip"), model.holding(wrong):
+            pytest.fail("held")
+        assert [layer.parameter.data_ptr() for layer in model.layers] == places
+
+
+def test_holding_converts_to_the_models_dtype(tiny_gpt2: Path) -> None:
+    model = load_model(str(tiny_gpt2), dtype="bfloat16")
+    weights = [torch.full(layer.weight.shape, 1 / 3) for layer in model.layers]
+    with model.holding(weights):
+        assert {layer.parameter.dtype for layer in model.layers} == {torch.bfloat16}
+        assert model.layers[0].weight[0, 0] == torch.tensor(1 / 3).bfloat16()
+
+
+@EITHER
 def test_digest_is_of_the_contents(model: Model, family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder = request.getfixturevalue(family)
     copy = shutil.copytree(folder, tmp_path / "elsewhere")

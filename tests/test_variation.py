@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+import re
 import subprocess
 import sys
 
 import pytest
 
 from gpmetric.errors import InputError
-from gpmetric.evolution.grammar import is_sensible
+from gpmetric.evolution.grammar import FORBIDDEN, foreign_to, is_sensible, nests
+from gpmetric.evolution.request import Request, parse_nesting
 from gpmetric.evolution.variation import Variation
 from gpmetric.expression import PRIMITIVES, parse
 from gpmetric.operands import OPERANDS
@@ -95,6 +97,84 @@ def test_grammar_refuses(formula: str, why: str) -> None:
 )
 def test_grammar_accepts(formula: str) -> None:
     assert is_sensible(parse(formula))
+
+
+@pytest.mark.parametrize(
+    ("formula", "outer", "inner", "found"),
+    [
+        ("exp(log(abs(W)))*X", "exp", "log", True),
+        ("log(exp(abs(W)))*X", "exp", "log", False),
+        ("exp(abs(W)*sqrt(log(X)))", "exp", "log", True),  # at any depth
+        ("exp(abs(W)) + log(X)", "exp", "log", False),  # beside it
+        ("mms(abs(W)*mms(X))", "mms", "mms", True),
+        ("mms(abs(W))*mms(X)", "mms", "mms", False),
+        ("abs(W)*X", "mul", "abs", True),
+    ],
+)
+def test_nests(formula: str, outer: str, inner: str, found: bool) -> None:
+    assert nests(parse(formula), outer, inner) == found
+
+
+@pytest.mark.parametrize(("outer", "inner"), FORBIDDEN)
+def test_what_is_forbidden_by_itself(outer: str, inner: str) -> None:
+    formula = parse(f"abs(W)*{outer}(X + {inner}(X))")
+    assert not is_sensible(formula)
+    assert is_sensible(formula, ())
+    assert is_sensible(parse(f"abs(W)*{outer}(X)*{inner}(X)"))
+
+
+def test_draws_and_children_hold_nothing_forbidden() -> None:
+    """Also what only this campaign forbids, which would be in many of them."""
+    forbidden = (*FORBIDDEN, ("mul", "abs"), ("sqrt", "add"))
+    source = Variation(tuple(OPERANDS), tuple(PRIMITIVES), 20, random.Random(0), forbidden)
+    first, second = parse("sqr(W)*X"), parse("sqr(W)/rowsum(sqr(W)) + sqrt(G)*sqr(W)")
+    drawn = [source.random_expression() for _ in range(100)] + [source.vary(first, second) for _ in range(100)]
+    assert not any(nests(one, *pair) for one in drawn for pair in forbidden)
+    free = Variation(tuple(OPERANDS), tuple(PRIMITIVES), 20, random.Random(0), ())
+    drawn = [free.vary(parse("exp(log(abs(W)))*X"), second) for _ in range(100)]
+    assert any(nests(one, "exp", "log") for one in drawn)
+
+
+@pytest.mark.parametrize(
+    ("text", "pair"), [("exp(log)", ("exp", "log")), (" mul ( abs )\t", ("mul", "abs")), ("mms(mms)", ("mms", "mms"))]
+)
+def test_a_nesting_is_read(text: str, pair: tuple[str, str]) -> None:
+    assert parse_nesting(text) == pair
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("exp", "--forbid must be like exp(log), outer(inner), but got 'exp'"),
+        ("", "but got ''"),
+        ("exp(log(abs))", "--forbid must be like"),
+        ("exp(log) x", "--forbid must be like"),
+        ("exp(log,abs)", "--forbid must be like"),
+        ("exp()", "--forbid must be like"),
+        ("exp(" + "a" * 5000, "--forbid must be like"),
+        ("exp(lgo)", "--forbid: unknown name 'lgo'; did you mean 'log'?"),
+        ("W(abs)", "--forbid: unknown name 'W'"),
+    ],
+)
+def test_a_nesting_that_is_none(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        parse_nesting(text)
+    assert len(str(caught.value)) < 300
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("formula", "reason"),
+    [
+        ("abs(W)*X", ""),
+        ("abs(W)*D", "uses 'D', which --operands or --primitives leaves out"),
+        ("sqrt(W)*X", "uses 'sqrt', which --operands or --primitives leaves out"),
+        ("abs(W)*X*2", "has 6 nodes, more than --max-nodes 5"),
+    ],
+)
+def test_foreign_to(formula: str, reason: str) -> None:
+    space = Request(operands=("W", "X"), primitives=("abs", "mul"), max_nodes=5)
+    assert foreign_to(space, parse(formula)) == reason
 
 
 def test_primitives_that_make_no_metric_are_refused() -> None:

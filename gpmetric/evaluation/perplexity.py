@@ -7,13 +7,17 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, log_softmax, nll_loss
+from torch.nn.functional import cross_entropy, log_softmax, nll_loss
 
 from gpmetric.models import Model
 
 __all__ = ["Teacher", "batches", "mean_loss", "perplexity"]
 
 _BATCH_TOKENS = 2048
+# Logits of a batch, 16 MiB in fp32: from 32 MiB on, glibc maps every temporary anew. Windows of 256 tokens, vocabulary
+# 4,096, 64 wide, one AMD EPYC thread, Teacher.compare per window: 12.0 ms user and 0.1 ms system by 4 windows, 12.9 and
+# 7.0 ms by 8.
+_BATCH_LOGITS = 2**22
 
 
 @torch.no_grad()
@@ -48,7 +52,8 @@ class Teacher:
         self._batch = batch
         log_probabilities = log_softmax(_logits(model, batch), dim=1)  # [windows * (length - 1), vocabulary]
         self._loss = nll_loss(log_probabilities, batch[:, 1:].flatten(), reduction="sum").item()
-        self._expected = log_probabilities.half()
+        self._expected = log_probabilities.exp().half()
+        self._entropy = -torch.special.xlogy(self._expected.float(), self._expected.float()).sum().item()
 
     @property
     def predictions(self) -> int:
@@ -65,8 +70,8 @@ class Teacher:
         """[2]: excess log-loss and divergence KL(teacher || model), summed over predictions, in nats, fp64."""
         log_probabilities = log_softmax(_logits(model, self._batch), dim=1)
         loss = nll_loss(log_probabilities, self._batch[:, 1:].flatten(), reduction="sum").item()
-        divergence = kl_div(log_probabilities, self._expected.float(), reduction="sum", log_target=True).item()
-        return torch.tensor([loss - self._loss, divergence], dtype=torch.float64)
+        crossed = -log_probabilities.mul_(self._expected).sum(dim=1).double().sum().item()  # in place: no temporary
+        return torch.tensor([loss - self._loss, crossed - self._entropy], dtype=torch.float64)
 
 
 def perplexity(loss: float) -> float:
@@ -76,7 +81,8 @@ def perplexity(loss: float) -> float:
 
 def batches(model: Model, tokens: Tensor) -> Iterator[Tensor]:
     """The windows [windows, length] in batches that fit into one forward pass, on the model's device."""
-    for batch in tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])):
+    size = min(_BATCH_TOKENS, _BATCH_LOGITS // model.vocabulary)
+    for batch in tokens.split(max(1, size // tokens.shape[1])):
         yield batch.to(model.device)
 
 

@@ -6,57 +6,63 @@ winner and every baseline.
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from gpmetric.calibration.cache import cache_key, cached_statistics, default_cache, estimate_bytes
-from gpmetric.calibration.collect import Statistics, collect_statistics
 from gpmetric.data import Windows, overlap
-from gpmetric.errors import GpmetricError
-from gpmetric.evaluation.perplexity import perplexity
-from gpmetric.evaluation.windows import check_length
-from gpmetric.evolution.campaign import Campaign, Plan
-from gpmetric.evolution.evaluator import Workplace, open_workplace
-from gpmetric.evolution.executors import Executor, LocalProcesses, Serial
-from gpmetric.evolution.ledger import Evaluation, Ledger
-from gpmetric.evolution.request import Request, check_request, foreign_to
+from gpmetric.evolution.breeding import spelled
+from gpmetric.evolution.campaign import Campaign
+from gpmetric.evolution.executors import Executor
+from gpmetric.evolution.grammar import FORBIDDEN, foreign_to, nests
+from gpmetric.evolution.ledger import Ledger
+from gpmetric.evolution.objectives import mean_excess
+from gpmetric.evolution.plan import Plan
+from gpmetric.evolution.request import Request, check_request, parse_nesting
+from gpmetric.evolution.screening import describe_ladder, ladder
 from gpmetric.evolution.selection import Individual
-from gpmetric.evolution.splits import SPLITS, name_sources, read_splits
-from gpmetric.evolution.verdict import Judge, choose_finalists, choose_winner, describe, masks_only
-from gpmetric.expression import parse
-from gpmetric.models import Model, load_model
+from gpmetric.evolution.sites import (
+    Site,
+    calibration_draw,
+    collect,
+    labels,
+    make_executor,
+    needs_gradients,
+    open_sites,
+    threads,
+)
+from gpmetric.evolution.verdict import Judge, choose_finalists, choose_winner, interval, masks_only
 from gpmetric.provenance import finite, versions
-from gpmetric.pruning.bench import check_targets
 from gpmetric.pruning.metrics import BASELINES, Update, resolve_metric
 from gpmetric.pruning.target import parse_target
 
 __all__ = ["DiscoverListener", "discover", "run_campaign"]
 
-_HUNG = 3600.0  # seconds of one task after which its worker is taken for hung and replaced
 _FINALISTS = 12  # front members compared on validation
 _DEFAULT_EVALUATIONS = 300
 _DETERMINING = (
     "target",
     "update",
+    "objective",
+    "group",
     "operands",
     "primitives",
     "start",
+    "forbid",
     "population",
     "max_nodes",
+    "calibration_seeds",
     "seed",
     "include",
     "exclude",
 )
-_SMALL = 50_000_000  # parameters up to which every core gets a copy of the model
 
 
 class DiscoverListener:
@@ -75,13 +81,15 @@ class DiscoverListener:
         """A generation is finished."""
 
 
-def discover(model: str | None = None, *, ledger: str | Path, resume: bool = False, **options: Any) -> dict[str, Any]:
+def discover(
+    model: str | Sequence[str] | None = None, *, ledger: str | Path, resume: bool = False, **options: Any
+) -> dict[str, Any]:
     """Runs a campaign to its end: `gpmetric.discover("DIR", text="t.txt", minutes=30, ledger="campaign.sqlite")`.
 
     A script that calls it with more than one worker needs `if __name__ == "__main__":`, since workers import it.
 
     Args:
-        model: a directory or Hub name; None is the demo model.
+        model: a directory or Hub name, or several that one metric is to serve; None is the demo model.
         ledger: the campaign's SQLite file.
         resume: go on with the ledger if it is there.
         options: the fields of `Request`, as on the command line.
@@ -92,7 +100,11 @@ def discover(model: str | None = None, *, ledger: str | Path, resume: bool = Fal
     Raises:
         InputError, GpmetricError: as `run_campaign`.
     """
-    return run_campaign(Request(model=model, **options), Path(ledger), resume=resume)
+    return run_campaign(
+        Request(model=model if model is None or isinstance(model, str) else tuple(model), **options),
+        Path(ledger),
+        resume=resume,
+    )
 
 
 def run_campaign(
@@ -119,249 +131,260 @@ def run_campaign(
     began = time.monotonic() if started is None else started
     told = listener or DiscoverListener()
     update = check_request(request)
-    sources = name_sources(request.model, request.text, {split: getattr(request, split) for split in SPLITS})
-    model = load_model(
-        request.model, device=request.device, dtype=request.dtype, include=request.include, exclude=request.exclude
-    )
-    check_targets(model, [parse_target(text) for text in request.target])
-    length = check_length(model, request.sequence_length)
-    counts = {
-        "calibration": request.samples,
-        "search": request.search_windows,
-        "validation": request.windows,
-        "test": request.windows,
-    }
-    splits = read_splits(model, request.text or sources, length, counts, request.seed if request.shuffle else None)
+    sites = open_sites(request)
     with ExitStack() as stack:
-        book = stack.enter_context(Ledger.open(ledger, _settings(request, model, splits), resume=resume))
+        book = stack.enter_context(Ledger.open(ledger, _settings(request, sites), resume=resume))
         finished = book.result()
         if finished is not None:
             return finished
         loaded = time.monotonic()
-        statistics = _statistics(request, model, splits["calibration"], update, told)
+        for site in sites.values():
+            site.statistics = collect(request, site, update, partial(told.progress, "calibration"))
         calibrated = time.monotonic()
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpmetric-")))
-        stack.enter_context(_threads(torch.get_num_threads()))  # an evaluator in this process takes one
-        executor = stack.enter_context(_executor(request, model, splits, statistics, folder, update))
+        stack.enter_context(threads(torch.get_num_threads()))  # an evaluator in this process takes one
+        executor = stack.enter_context(make_executor(request, sites, folder, update))
         deadline = None if request.minutes is None else began + 60 * request.minutes
-        samples = splits["calibration"].tokens.shape
-        verdict, steps = _search(request, book, executor, update, (samples[0], samples[1]), deadline, told)
+        verdict, steps = _search(request, sites, book, executor, update, deadline, told)
         seconds = {"load": loaded - began, "calibration": calibrated - loaded, **steps}
         seconds["total"] = time.monotonic() - began
-        result: dict[str, Any] = finite(verdict | _circumstances(request, model, splits, update, book))
+        result: dict[str, Any] = finite(verdict | _circumstances(request, sites, update, book))
         book.save_result(result, seconds)
     return result | {"seconds": seconds}
 
 
-def _settings(request: Request, model: Model, splits: Mapping[str, Windows]) -> dict[str, Any]:
+def _settings(request: Request, sites: Mapping[str, Site]) -> dict[str, Any]:
     """What determines the campaign's result; a resumed one must agree in all of it but its budget."""
     chosen = {name: getattr(request, name) for name in _DETERMINING}
-    texts = {split: windows.tokens_digest for split, windows in splits.items()}
+    models = {
+        name: {
+            "digest": site.model.digest,
+            "dtype": site.model.dtype,
+            "tokens": {split: windows.tokens_digest for split, windows in site.splits.items()},
+        }
+        for name, site in sites.items()
+    }
     budget = {name: getattr(request, name) for name in ("generations", "evaluations", "minutes")}
-    return {"model": model.digest, "dtype": model.dtype, "tokens": texts, **chosen, **budget}
-
-
-def _statistics(request: Request, model: Model, calibration: Windows, update: Update, told: DiscoverListener) -> Path:
-    """The file of the dense model's statistics, computed if the cache does not have it."""
-    gradients = _needs_gradients(request)
-    gram = "D" in request.operands or update != "none"
-    folder = request.cache or default_cache()
-    _check_room(folder, estimate_bytes(model, gradients=gradients, gram=gram))
-    key = cache_key(model, calibration.tokens, {"gradients": gradients, "gram": gram})
-
-    def compute() -> Statistics:
-        # One thread where a model is small: D differs in its last bits between thread counts
-        with _threads(1 if _is_small(model) else torch.get_num_threads()):
-            return collect_statistics(
-                model,
-                calibration.tokens,
-                gradients=gradients,
-                gram=gram,
-                chunk_layers=request.chunk_layers,
-                progress=lambda done, total: told.progress("calibration", done, total),
-            )
-
-    return cached_statistics(folder, key, compute)[1]
-
-
-def _check_room(folder: Path, size: int) -> None:
-    """Refuses to start what the disk cannot hold."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if size > free:
-        raise GpmetricError(
-            f"the statistics need {size / 2**30:.1f} GiB, but {str(folder)!r} has {free / 2**30:.1f} GiB free: "
-            "choose another --cache, fewer --operands, or --include fewer layers"
-        )
-
-
-def _executor(
-    request: Request, model: Model, splits: Mapping[str, Windows], statistics: Path, folder: Path, update: Update
-) -> Executor:
-    """Where candidates are evaluated: a process per worker, or this one."""
-    tokens = folder / "tokens.safetensors"
-    save_file({split: windows.tokens for split, windows in splits.items()}, tokens)
-    place = Workplace(
-        request.model, request.device, request.dtype, request.include, request.exclude, str(statistics), str(tokens),
-        request.target, update,
-    )  # fmt: skip
-    workers = request.workers or (_cores() if _is_small(model) else 1)
-    if workers > 1:
-        return LocalProcesses(open_workplace, (place.to_json(),), workers, timeout=_HUNG)
-    return Serial(open_workplace(place.to_json(), model))
-
-
-def _is_small(model: Model) -> bool:
-    return bool(model.module.num_parameters() <= _SMALL) and model.device.type == "cpu"
-
-
-def _cores() -> int:
-    """Cores this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Torch threads inside the context; the caller's number afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return {"models": models, **chosen, **budget}
 
 
 def _search(
     request: Request,
+    sites: Mapping[str, Site],
     book: Ledger,
     executor: Executor,
     update: Update,
-    samples: tuple[int, int],
     deadline: float | None,
     told: DiscoverListener,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Baselines on validation, the generation loop, the finalists, and the test: the verdict, and seconds by step."""
-    judge = Judge(executor, request.target, update, book.heartbeat)
+    targets = labels(request, sites)
+    judge = Judge(executor, targets, update, book.heartbeat)
     opening = time.monotonic()
-    dense = {split: judge.dense_loss(split) for split in ("search", "validation")}
-    told.dense({split: perplexity(loss) for split, loss in dense.items()})
+    dense = {split: judge.dense(split) for split in ("search", "validation")}
+    told.dense({split: _alone(ppl) for split, ppl in dense.items()})
     start = time.monotonic()
     names = _baselines(request)
-    baselines = judge.excess(names, "validation", dense["validation"])
-    told.baselines(baselines)
+    baselines = judge.measure(names, "validation")
+    told.baselines({name: verdict.excess for name, verdict in baselines.items()})
     per_formula = (time.monotonic() - start) / len(names)
 
-    def out_of_time() -> bool:
+    plan = _plan(request, sites, targets)
+
+    def over(finalists: int) -> bool:
         """Whether what comes after the search would no longer fit: workers anew, finalists, winner and baselines."""
-        evaluated = book.counts()["paid"]
-        left = start - opening + 1.2 * per_formula * (min(_FINALISTS, evaluated) + 1 + len(names))
-        return deadline is not None and time.monotonic() > deadline - left and bool(book.evaluations("done"))
+        left = start - opening + 1.2 * per_formula * (finalists + 1 + len(names))
+        return deadline is not None and time.monotonic() > deadline - left
+
+    def out_of_time() -> bool:
+        if not over(_FINALISTS):
+            return False
+        # measurements, since the evaluations of a generation are recorded when all of them are there
+        measured = sum(row.rung == plan.rungs[-1].name and row.error is None for row in book.measurements())
+        return measured > 0 and over(min(_FINALISTS, measured))
 
     searching = time.monotonic()
     campaign = Campaign(
-        _plan(request, samples),
+        plan,
         book,
         executor,
-        dense["search"],
         out_of_time=out_of_time,
         on_generation=lambda number, campaign: told.generation(number, campaign.front(), book.counts()),
     )
     campaign.run()
     judging = time.monotonic()
     front = campaign.front()
-    finalists = judge.excess(choose_finalists(front, _FINALISTS), "validation", dense["validation"])
-    winner = choose_winner(finalists, baselines)
-    dense["test"] = judge.dense_loss("test")
-    tested = judge.excess([winner, *names], "test", dense["test"])
+    finalists = judge.measure(choose_finalists(front, _FINALISTS), "validation")
+    rivals = [name for name in names if masks_only(name) or update != "none"]
+    winner = choose_winner(finalists, {name: baselines[name] for name in rivals})
+    dense["test"] = judge.dense("test")
+    tested = judge.measure([winner, *names], "test")
+    rival = min(rivals, key=lambda name: tested[name].mean)
+    found = time.monotonic()
+    confidence = _confidence(judge, winner, rival, request.calibration_seeds, deadline, 4 * per_formula)
+    free = next((one for one in front if not one.metric.needs_gradients), None)
     verdict = {
-        "winner": _row(winner) | describe(tested[winner], dense["test"]) | {"validation": finalists[winner]},
+        "winner": _row(winner) | tested[winner].describe() | {"validation": finalists[winner].excess},
+        "best_gradient_free": None if free is None else free.text,
+        "confidence": confidence,
         "front": [
-            _row(str(one.expression))
-            | {"excess": one.excess, "mean_excess": one.mean, "validation": finalists.get(str(one.expression))}
+            _row(one.text)
+            | {"excess": one.excess, "mean_excess": mean_excess(one.excess), request.objective: one.searched}
+            | {"validation": finalists[one.text].excess if one.text in finalists else None}
             for one in front
         ],
         "baselines": {
-            name: describe(tested[name], dense["test"])
-            | {"validation": baselines[name], "masks_only": masks_only(name)}
+            name: tested[name].describe() | {"validation": baselines[name].excess, "masks_only": masks_only(name)}
             for name in names
         },
-        "dense": {split: perplexity(loss) for split, loss in dense.items()},
+        "dense": {split: _alone(ppl) for split, ppl in dense.items()},
     }
     return verdict, {
         "baselines": searching - start,
         "search": judging - searching,
-        "final": time.monotonic() - judging,
-        "per_evaluation": _time_split(book.evaluations()),
+        "final": found - judging,
+        "confidence": time.monotonic() - found,
+        "per_evaluation": _time_split(book),
     }
 
 
-def _circumstances(
-    request: Request, model: Model, splits: Mapping[str, Windows], update: Update, book: Ledger
+def _confidence(
+    judge: Judge, winner: str, rival: str, draws: int, deadline: float | None, spent: float
 ) -> dict[str, Any]:
+    """Winner and best baseline on the test text again, with statistics of other calibration windows each time.
+
+    Args:
+        spent: seconds the first draw is thought to take; one that would end after the deadline is not begun.
+
+    Returns:
+        `draws` made, the `rival`, the mean excess of both by draw, and the 95 % interval of their mean difference:
+        below zero, the winner is better whatever the calibration sample.
+    """
+    rows: list[tuple[float, float]] = []
+    for number in range(draws):
+        start = time.monotonic()
+        if deadline is not None and start + spent > deadline:
+            break
+        found = judge.measure([winner, rival], "test", calibration_draw(number))
+        rows.append((found[winner].mean, found[rival].mean))
+        spent = time.monotonic() - start
+    bounds = interval([mine - other for mine, other in rows])
+    return {
+        "draws": len(rows),
+        "rival": rival,
+        "winner_mean_excess": [mine for mine, _ in rows],
+        "rival_mean_excess": [other for _, other in rows],
+        "difference": None if bounds is None else sum(bounds) / 2,
+        "interval": bounds,
+    }
+
+
+def _alone(by_model: Mapping[str, Any]) -> Any:
+    """What is said of the one model, or of all of them by name."""
+    return next(iter(by_model.values())) if len(by_model) == 1 else dict(by_model)
+
+
+def _circumstances(request: Request, sites: Mapping[str, Site], update: Update, book: Ledger) -> dict[str, Any]:
     """What the verdict rests on."""
     counts = book.counts()
-    shared = {split: {"overlap": share} for split, share in overlap(splits).items()}
+    described = {name: _describe_splits(site.splits) for name, site in sites.items()}
+    models = {name: site.model for name, site in sites.items()}
+    first = next(iter(sites.values()))
     return {
         "evaluations": counts["paid"],
         "unique_masks": counts["unique_masks"],
         "counts": counts,
+        "screening": describe_ladder(book.measurements(), ladder(request.search_windows), request.objective),
         "finalists": _FINALISTS,
-        "splits": {split: windows.describe() | shared[split] for split, windows in splits.items()},
-        "model": model.name,
-        "model_sha256": model.digest,
-        "dtype": model.dtype,
-        "device": str(model.device),
-        "targets": list(request.target),
+        "splits": _alone(described),
+        "model": _alone({name: model.name for name, model in models.items()}),
+        "model_sha256": _alone({name: model.digest for name, model in models.items()}),
+        "dtype": first.model.dtype,
+        "device": str(first.model.device),
+        "targets": list(labels(request, sites)),
         "update": update,
+        "objective": request.objective,
+        "group": request.group,
         "seed": request.seed,
-        "sequence_length": splits["search"].tokens.shape[1],
+        "sequence_length": first.splits["search"].tokens.shape[1],
         "versions": versions(),
     }
 
 
-def _time_split(rows: Sequence[Evaluation]) -> dict[str, float]:
-    """Mean seconds of an evaluation by what they went into: nothing is loaded, calibrated or tokenised in one."""
-    done = [row for row in rows if row.seconds_score is not None and row.seconds_loss is not None]
-    count = max(1, len(done))
+def _describe_splits(splits: Mapping[str, Windows]) -> dict[str, Any]:
+    shared = overlap(splits)
+    return {split: windows.describe() | {"overlap": shared[split]} for split, windows in splits.items()}
+
+
+def _time_split(book: Ledger) -> dict[str, Any]:
+    """Mean seconds of an evaluation by what they went into: nothing is loaded, calibrated or tokenised in one.
+
+    `per_candidate` is all that was measured, screening included, over the distinct metrics drawn; `rungs` is the mean
+    of a measurement on each step of the screening.
+    """
+    measured = book.measurements()
+    names = dict.fromkeys(row.rung for row in measured)
+    done = [row for row in book.evaluations() if row.seconds_score is not None and row.seconds_loss is not None]
+    count, drawn = max(1, len(done)), max(1, book.counts()["unique_ranked"])
     return {
         "score_and_mask": sum(row.seconds_score or 0.0 for row in done) / count,
         "prune_and_loss": sum(row.seconds_loss or 0.0 for row in done) / count,
+        "per_candidate": sum(row.duration for row in measured) / drawn,
+        "rungs": {name: fmean(row.duration for row in measured if row.rung == name) for name in names},
     }
 
 
-def _row(formula: str) -> dict[str, Any]:
-    expression = parse(formula)
-    return {"formula": formula, "nodes": len(expression), "operands": list(expression.operands)}
+def _row(text: str) -> dict[str, Any]:
+    metric = resolve_metric(text)
+    expression = metric.expression
+    return {
+        "formula": str(expression),
+        "group": metric.granularity,
+        "metric": text,
+        "nodes": len(expression),
+        "operands": list(expression.operands),
+    }
 
 
 def _baselines(request: Request) -> list[str]:
     """The baselines to compare with: all of them, but for those of gradients where none are collected."""
-    gradients = _needs_gradients(request)
+    gradients = needs_gradients(request)
     return [name for name in BASELINES if gradients or not resolve_metric(name).needs_gradients]
 
 
-def _needs_gradients(request: Request) -> bool:
-    return bool({"G", "H"} & set(request.operands))
-
-
-def _plan(request: Request, samples: tuple[int, int]) -> Plan:
+def _plan(request: Request, sites: Mapping[str, Site], targets: tuple[str, ...]) -> Plan:
     """The plan with its start formulas spelled out: mask-only baselines first, then the user's.
 
-    Args:
-        samples: calibration sequences and their length, which GBLM's balance depends on.
+    Inside SparseGPT's solver its own saliency is a formula like others, and stands among them.
     """
-    within = (name for name in BASELINES if not foreign_to(request, resolve_metric(name).expression))
-    names = [name for name in within if masks_only(name)]
-    start = [str(resolve_metric(name, *samples).expression) for name in (*names, *request.start)]
+    samples = next(iter(sites.values())).splits["calibration"].tokens.shape
+    forbidden = (*FORBIDDEN, *map(parse_nesting, request.forbid))
+    names = [name for name in BASELINES if masks_only(name) or request.update == "obs-blockwise"]
+    metrics = [resolve_metric(name, *samples) for name in (*names, *request.start)]
+    within = [
+        metric
+        for metric in metrics
+        if not foreign_to(request, metric.expression) and not any(nests(metric.expression, *pair) for pair in forbidden)
+    ]
+    start = dict.fromkeys(
+        spelled(metric.expression, metric.granularity if request.group == "search" else request.group)
+        for metric in within
+    )
+    across_rows = any(parse_target(text).granularity in ("layer", "block") for text in request.target)
     unlimited = request.generations is None and request.evaluations is None and request.minutes is None
     return Plan(
-        targets=request.target,
+        targets=targets,
         operands=request.operands,
         primitives=request.primitives,
         start=tuple(start),
         population=request.population,
         max_nodes=request.max_nodes,
         seed=request.seed,
+        rungs=ladder(request.search_windows),
+        objective=request.objective,
+        group=request.group,
+        ranks="layer" if across_rows or request.update == "obs-blockwise" else "row",
+        forbidden=forbidden,
         generations=request.generations,
         evaluations=_DEFAULT_EVALUATIONS if unlimited else request.evaluations,
     )

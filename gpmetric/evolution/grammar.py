@@ -8,13 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from gpmetric.expression import PRIMITIVES, Expression
+from gpmetric.expression.tree import subtree_end
 from gpmetric.operands import OPERANDS
 
-__all__ = ["is_sensible"]
+__all__ = ["FORBIDDEN", "Nesting", "Space", "foreign_to", "is_sensible", "nests"]
 
 _EVEN, _ODD, _NEITHER = "even", "odd", "neither"
+
+
+Nesting = tuple[str, str]
+
+# Saturating, exploding or rescaling functions of themselves: nobody would read them, and their scores tie or overflow.
+FORBIDDEN: tuple[Nesting, ...] = (
+    ("exp", "exp"),
+    ("log", "log"),
+    ("tanh", "tanh"),
+    ("exp", "tanh"),
+    ("mms", "mms"),
+    ("zsn", "zsn"),
+    ("mms", "zsn"),
+    ("zsn", "mms"),
+)
 
 
 @dataclass(frozen=True)
@@ -26,9 +43,14 @@ class _Value:
     constant: float | None = None
 
 
-def is_sensible(expression: Expression) -> bool:
-    """Whether the score uses W, differs along both axes, is even in W, and computes nothing from constants alone."""
-    if "W" not in expression.operands:
+def is_sensible(expression: Expression, forbidden: Sequence[Nesting] = FORBIDDEN) -> bool:
+    """Whether the score uses W, differs along both axes, is even in W, and computes nothing from constants alone.
+
+    Args:
+        expression: any formula.
+        forbidden: (outer, inner) primitives that must not be nested, at any depth.
+    """
+    if "W" not in expression.operands or any(nests(expression, *pair) for pair in forbidden):
         return False
     values: list[_Value] = []  # not yet consumed, walking the prefix form backwards
     for token in reversed(expression.tokens):
@@ -44,6 +66,13 @@ def is_sensible(expression: Expression) -> bool:
             values.append(_Value(axes, _parity(token, arguments)))
     (score,) = values
     return score.axes == {"out", "in"} and score.parity == _EVEN
+
+
+def nests(expression: Expression, outer: str, inner: str) -> bool:
+    """Whether `inner` occurs anywhere below an `outer`."""
+    tokens = expression.tokens
+    places = (place for place, token in enumerate(tokens) if token == outer)
+    return any(inner in tokens[place + 1 : subtree_end(tokens, place)] for place in places)
 
 
 def _axes(name: str, arguments: Sequence[_Value]) -> frozenset[str]:
@@ -69,3 +98,25 @@ _OF_ODD: dict[str, Callable[[Sequence[str]], str]] = {
     **dict.fromkeys(("add", "sub"), lambda given: _ODD if set(given) == {_ODD} else _NEITHER),
     **dict.fromkeys(("mul", "div"), lambda given: _EVEN if given.count(_ODD) == 2 else _ODD),
 }
+
+
+class Space(Protocol):
+    """What formulas may be made of."""
+
+    @property
+    def operands(self) -> tuple[str, ...]: ...
+    @property
+    def primitives(self) -> tuple[str, ...]: ...
+    @property
+    def max_nodes(self) -> int: ...
+
+
+def foreign_to(space: Space, expression: Expression) -> str:
+    """Why a formula is outside the space that is searched, "" when it is inside."""
+    known = {*space.operands, *space.primitives}
+    foreign = [token for token in expression.tokens if isinstance(token, str) and token not in known]
+    if foreign:
+        return f"uses {foreign[0]!r}, which --operands or --primitives leaves out"
+    if len(expression) > space.max_nodes:
+        return f"has {len(expression)} nodes, more than --max-nodes {space.max_nodes}"
+    return ""

@@ -11,13 +11,14 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from gpmetric.errors import LedgerError
 from gpmetric.evolution.store import (
     BUDGET_KEYS,
     ENCODED,
@@ -35,7 +36,7 @@ from gpmetric.evolution.store import (
     upgrade,
 )
 
-__all__ = ["BUDGET_KEYS", "Candidate", "Evaluation", "Generation", "Ledger"]
+__all__ = ["BUDGET_KEYS", "Candidate", "Evaluation", "Generation", "Ledger", "Measurement", "is_ledger", "winner_of"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,24 @@ class Candidate:
     status: Literal["evaluated", "duplicate", "failed"]
     evaluation: int | None = None
     reason: str | None = None
+    opposites: str | None = None  # the formula after each layer of simplification; `canonical` lies between
+    ranked: str | None = None
+    fingerprint: str | None = None
     id: int | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one rung of the screening ladder gave for one candidate: a value, or the error that ended it there."""
+
+    generation: int
+    position: int
+    rung: str
+    value: Any
+    error: str | None
+    duration: float
+    process: int | None = None
+    attempt: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,8 +81,10 @@ class Evaluation:
     fingerprint: str | None = None
     reason: str | None = None
     losses: dict[str, float] = field(default_factory=dict)  # target -> excess log-loss
+    divergences: dict[str, float] = field(default_factory=dict)  # target -> KL divergence from the dense model
     nodes: int | None = None
     operands: str | None = None
+    sketch: str | None = None  # keep bits of the masks at fixed positions, in hexadecimal
     seconds_score: float | None = None
     seconds_loss: float | None = None
     host: str | None = None
@@ -91,7 +111,7 @@ class Generation:
         return self.rng[0], tuple(self.rng[1]), self.rng[2]
 
 
-Row = TypeVar("Row", Candidate, Evaluation, Generation)
+Row = TypeVar("Row", Candidate, Evaluation, Generation, Measurement)
 
 
 class Ledger(AbstractContextManager["Ledger"]):
@@ -136,7 +156,7 @@ class Ledger(AbstractContextManager["Ledger"]):
             connection.execute("BEGIN")  # one snapshot for everything read later
             version = schema_version(connection)
             if is_old(version):
-                raise Refusal("has an older schema: discover --resume upgrades it" if version else "holds no campaign")
+                raise Refusal("has an older schema: its campaign cannot be continued or read" if version else "holds no campaign")
         return cls(Path(path), connection, None)
 
     def __exit__(self, *_: object) -> None:
@@ -187,6 +207,17 @@ class Ledger(AbstractContextManager["Ledger"]):
         self._insert("candidates", {**asdict(candidate), "id": None})
         return candidate.evaluation
 
+    def measure(self, measurements: Sequence[Measurement]) -> None:
+        """Store what rungs of the ladder gave; a (generation, position, rung) already there is left unchanged."""
+        with self._write():
+            for measurement in measurements:
+                self._insert("measurements", asdict(measurement), "OR IGNORE")
+
+    def measurements(self, generation: int | None = None) -> list[Measurement]:
+        """Every measurement in the order made, or those of one generation."""
+        tail = "measurements WHERE ?1 IS NULL OR generation = ?1 ORDER BY rowid"
+        return self._select(Measurement, tail, generation)
+
     def commit_generation(self, number: int, population: Any, rng: Any, hypervolume: float | None = None) -> None:
         """Store a finished generation: JSON of its population, and `random.Random.getstate()` to breed the next."""
         row = {"number": number, "population": population, "rng": rng, "hypervolume": hypervolume}
@@ -223,10 +254,15 @@ class Ledger(AbstractContextManager["Ledger"]):
         return self._first(Evaluation, "evaluations WHERE fingerprint = ?", fingerprint)
 
     def counts(self) -> dict[str, int]:
-        """Candidates drawn, distinct canonical forms, evaluations paid for, distinct masks."""
-        drawn = "SELECT count(*) AS drawn, count(DISTINCT canonical) AS unique_canonical FROM candidates"
-        paid = "SELECT count(*) AS paid, count(fingerprint) AS unique_masks FROM evaluations"
-        return self._query(f"SELECT * FROM ({drawn}), ({paid})")[0]
+        """Candidates drawn, how many differ as text and after each layer of simplification, and evaluations paid for.
+
+        The layers: opposing operations, sympy's canonical form, rank equivalence, and the masks themselves.
+        """
+        layers = {"texts": "formula", "opposites": "opposites", "canonical": "canonical", "ranked": "ranked"}
+        distinct = ", ".join(f"count(DISTINCT {column}) AS unique_{name}" for name, column in layers.items())
+        masks = "count(DISTINCT fingerprint) AS unique_masks"
+        drawn = f"SELECT count(*) AS drawn, {distinct}, {masks} FROM candidates"
+        return self._query(f"SELECT * FROM ({drawn}), (SELECT count(*) AS paid FROM evaluations)")[0]
 
     def save_result(self, document: dict[str, Any], seconds: dict[str, Any] | None = None) -> None:
         """Store the final document of the campaign, in place of an earlier one, and the times it took apart from it."""
@@ -242,7 +278,8 @@ class Ledger(AbstractContextManager["Ledger"]):
 
     def comparable_tables(self) -> dict[str, list[dict[str, Any]]]:
         """Every table without its volatile columns: equal for two equal campaigns."""
-        tables = {table: self._query(f"SELECT * FROM {table} ORDER BY 1") for table in TABLES}
+        keys = {"measurements": "generation, position, rung"}
+        tables = {table: self._query(f"SELECT * FROM {table} ORDER BY {keys.get(table, '1')}") for table in TABLES}
         for row in chain(*tables.values()):
             for column in VOLATILE & row.keys():
                 del row[column]
@@ -259,8 +296,8 @@ class Ledger(AbstractContextManager["Ledger"]):
                     raise Refusal("was taken over by another driver")
                 yield
 
-    def _insert(self, table: str, row: dict[str, Any]) -> int:
-        statement = f"INSERT INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
+    def _insert(self, table: str, row: dict[str, Any], conflict: str = "") -> int:
+        statement = f"INSERT {conflict} INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
         return self._connection.execute(statement, [to_column(*item) for item in row.items()]).lastrowid or 0
 
     def _first(self, kind: type[Row], tail: str, *arguments: object) -> Row | None:
@@ -273,3 +310,26 @@ class Ledger(AbstractContextManager["Ledger"]):
         with explained(self.path):
             rows = map(dict, self._connection.execute(statement, arguments).fetchall())
             return [{key: json.loads(row[key]) if key in ENCODED else row[key] for key in row} for row in rows]
+
+
+def is_ledger(name: str) -> bool:
+    """Whether a name is a ledger's rather than a formula, which may be the name of a file, too."""
+    if name.endswith(".sqlite"):
+        return True
+    if not os.path.isfile(name):
+        return False
+    with open(name, "rb") as file:
+        return file.read(16) == b"SQLite format 3\0"
+
+
+def winner_of(path: Path) -> str:
+    """The winning metric of a finished campaign.
+
+    Raises:
+        LedgerError: it is not finished, or the file is no ledger.
+    """
+    with Ledger.read(path) as ledger:
+        result = ledger.result()
+    if result is None:
+        raise LedgerError(f"the campaign in {str(path)!r} is not finished; go on with gpmetric discover --resume")
+    return str(result["winner"]["formula"])

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from gpmetric.expression import Expression
 from gpmetric.operands import OPERANDS
 
-__all__ = ["OBJECTIVES", "Objective", "fitness_values", "mean_excess", "operand_cost"]
+__all__ = ["OBJECTIVES", "SEARCHED", "Objective", "Searched", "fitness_values", "mean_excess", "operand_cost"]
+
+Searched = Literal["kl", "loss"]
+
+# what candidates are compared by on the search text, in nats per token and target. Over 40 formulas on the demo model,
+# the rank correlation with the loss on 192 other windows was 0.86 for the divergence on 8 windows, 0.88 for the loss on
+# 128; among the best 20 formulas 0.55 and 0.54.
+SEARCHED: dict[Searched, str] = {
+    "kl": "Kullback-Leibler divergence of the pruned model's predictions from the dense model's",
+    "loss": "excess log-loss ln(ppl / dense ppl)",
+}
 
 # What collecting the dearest operand takes, in rough multiples of a forward pass over the calibration text.
 _COSTS = {"none": 0.0, "activations": 1.0, "curvature": 2.0, "gradients": 3.0}
@@ -32,7 +43,7 @@ class Objective:
     measure: Callable[[Expression, Mapping[str, float]], float]
 
 
-# Excess at each target is one objective per target; these stand beside them.
+# The figure searched is one objective per target; these stand beside them.
 OBJECTIVES: tuple[Objective, ...] = (
     Objective("nodes", lambda expression, excess: float(len(expression))),
     Objective("operand_cost", lambda expression, excess: operand_cost(expression)),
@@ -40,5 +51,5 @@ OBJECTIVES: tuple[Objective, ...] = (
 
 
 def fitness_values(expression: Expression, excess: Mapping[str, float], targets: Sequence[str]) -> tuple[float, ...]:
-    """The vector NSGA-II sees: excess at each target, then OBJECTIVES, all to be minimised."""
+    """The vector NSGA-II sees: what is searched at each target, then OBJECTIVES, all to be minimised."""
     return (*(excess[target] for target in targets), *(row.measure(expression, excess) for row in OBJECTIVES))

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Literal
 
 from gpmetric.errors import InputError
-from gpmetric.expression import PRIMITIVES, Expression
+from gpmetric.evolution.grammar import Nesting, foreign_to, nests
+from gpmetric.evolution.objectives import SEARCHED, Searched
+from gpmetric.expression import PRIMITIVES
 from gpmetric.operands import OPERANDS
 from gpmetric.pruning.metrics import Update, check_update, resolve_metric
 from gpmetric.pruning.target import parse_target
 
-__all__ = ["Request", "check_request", "foreign_to"]
+__all__ = ["GROUPS", "Group", "Request", "check_group", "check_objective", "check_request", "parse_nesting"]
+
+
+Group = Literal["row", "layer", "block", "search"]
+GROUPS: tuple[Group, ...] = ("row", "layer", "block", "search")
 
 
 @dataclass(frozen=True)
@@ -21,20 +29,25 @@ class Request:
     """Everything `gpmetric discover` can be asked for; names and defaults are those of the command line.
 
     Attributes:
-        model: a directory or Hub name; None is the demo model.
+        model: a directory or Hub name, or several, for one metric that serves all; None is the demo model.
         text: one text cut into all four splits, instead of naming them.
         samples: calibration windows; `search_windows`: windows every candidate is evaluated on; `windows`: windows of
             validation and of test.
         target: sparsities, `layer:` sparsities or N:M; candidates are evaluated at all of them.
         operands, primitives: what formulas may be made of.
-        start: formulas or baseline names to start from, besides the mask-only baselines.
+        objective: what candidates are compared by on the search text, "kl" or "loss".
+        group: where plain-number targets make scores compete: row, layer, block, or "search" to evolve it.
+        start: formulas or baseline names to start from, besides the baselines.
+        forbid: nestings such as "exp(log)" that no formula may have, besides those of `grammar.FORBIDDEN`.
         generations, evaluations, minutes: budgets; the first one spent ends the search. `minutes` is wall time of the
             whole call. With none, 300 evaluations.
+        calibration_seeds: bootstrap draws of the calibration windows on which winner and best baseline are compared
+            again, for a confidence interval; fewer where `minutes` are over.
         cache: folder of the statistics cache.
         workers: processes; by default one per core for models under 50 million parameters on a CPU.
     """
 
-    model: str | None = None
+    model: str | tuple[str, ...] | None = None
     calibration: str | None = None
     search: str | None = None
     validation: str | None = None
@@ -42,9 +55,12 @@ class Request:
     text: str | None = None
     target: tuple[str, ...] = ("0.5", "0.6", "0.7", "2:4")
     update: str = "none"
+    objective: Searched = "kl"
+    group: Group = "row"
     operands: tuple[str, ...] = tuple(OPERANDS)
     primitives: tuple[str, ...] = tuple(PRIMITIVES)
     start: tuple[str, ...] = ()
+    forbid: tuple[str, ...] = ()
     population: int = 40
     generations: int | None = None
     evaluations: int | None = None
@@ -52,8 +68,9 @@ class Request:
     max_nodes: int = 25
     samples: int = 128
     sequence_length: int | None = None
-    search_windows: int = 64
-    windows: int | None = 64
+    search_windows: int = 32
+    windows: int | None = 128
+    calibration_seeds: int = 3
     shuffle: bool = False
     seed: int = 0
     device: str = "auto"
@@ -63,6 +80,12 @@ class Request:
     chunk_layers: int | None = None
     cache: Path | None = None
     workers: int | None = None
+
+    @property
+    def models(self) -> tuple[str | None, ...]:
+        """Every model asked for, once; (None,) is the demo model."""
+        names = (self.model,) if isinstance(self.model, str) else self.model or (None,)
+        return tuple(dict.fromkeys(names))
 
 
 def check_request(request: Request) -> Update:
@@ -81,14 +104,59 @@ def check_request(request: Request) -> Update:
         raise InputError(f"--operands must hold W, but got {','.join(request.operands)}")
     for formula in request.start:
         _check_start(formula, request)
-    minima = {"population": 4, "max_nodes": 3, "samples": 1, "search_windows": 1, "generations": 1, "evaluations": 1}
-    for name, least in (minima | {"windows": 1, "workers": 1, "chunk_layers": 1}).items():
+    check_objective(request.objective)
+    check_group(request.group)
+    if request.group != "row" and request.update == "obs-blockwise":
+        raise InputError(f"--group {request.group}: obs-blockwise has a threshold of its own per block of columns")
+    for nesting in request.forbid:
+        parse_nesting(nesting)
+    minima = {"calibration_seeds": 0, "population": 4, "max_nodes": 3}
+    for name in ("samples", "search_windows", "windows", "generations", "evaluations", "workers", "chunk_layers"):
+        minima[name] = 1
+    for name, least in minima.items():
         value = getattr(request, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, but got {value}")
     if request.minutes is not None and not request.minutes > 0:
         raise InputError(f"--minutes must be above 0, but got {request.minutes}")
     return check_update(request.update)
+
+
+def parse_nesting(text: str) -> Nesting:
+    """The (outer, inner) primitives of a nesting such as "exp(log)".
+
+    Raises:
+        InputError: another form, or an unknown primitive.
+    """
+    found = re.fullmatch(r"\s*(\w+)\s*\(\s*(\w+)\s*\)\s*", text)
+    if found is None:
+        raise InputError(f"--forbid must be like exp(log), outer(inner), but got {text!r:.60}")
+    _check_names("--forbid", found.groups(), tuple(PRIMITIVES))
+    return found[1], found[2]
+
+
+def check_objective(text: str) -> Searched:
+    """The objective of that name.
+
+    Raises:
+        InputError: no such objective.
+    """
+    for name in SEARCHED:
+        if name == text:
+            return name
+    raise InputError(f"--objective must be one of {', '.join(SEARCHED)}, but got {text!r}")
+
+
+def check_group(text: str) -> Group:
+    """The comparison group of that name, or "search".
+
+    Raises:
+        InputError: no such group.
+    """
+    for name in GROUPS:
+        if name == text:
+            return name
+    raise InputError(f"--group must be one of {', '.join(GROUPS)}, but got {text!r}")
 
 
 def _check_names(option: str, names: Sequence[str], known: Sequence[str]) -> None:
@@ -100,17 +168,12 @@ def _check_names(option: str, names: Sequence[str], known: Sequence[str]) -> Non
 
 
 def _check_start(formula: str, request: Request) -> None:
-    reason = foreign_to(request, resolve_metric(formula).expression)
+    metric = resolve_metric(formula)
+    reason = foreign_to(request, metric.expression)
     if reason:
         raise InputError(f"--start {formula!r} {reason}")
-
-
-def foreign_to(request: Request, expression: Expression) -> str:
-    """Why a formula is outside the space the request searches, "" when it is inside."""
-    known = {*request.operands, *request.primitives}
-    foreign = [token for token in expression.tokens if isinstance(token, str) and token not in known]
-    if foreign:
-        return f"uses {foreign[0]!r}, which --operands or --primitives leaves out"
-    if len(expression) > request.max_nodes:
-        return f"has {len(expression)} nodes, more than --max-nodes {request.max_nodes}"
-    return ""
+    if ":" in formula and request.group not in ("search", metric.granularity):
+        raise InputError(f"--start {formula!r} names another comparison group than --group {request.group}")
+    for nesting in request.forbid:
+        if nests(metric.expression, *parse_nesting(nesting)):
+            raise InputError(f"--start {formula!r} has what --forbid {nesting!r} excludes")

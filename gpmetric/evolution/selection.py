@@ -1,10 +1,13 @@
-"""Survival and mating: NSGA-II over all objectives, with the best by mean excess never lost."""
+"""Survival and mating: NSGA-II over all objectives, with the best by merit never lost."""
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from deap import base, tools
@@ -12,51 +15,93 @@ from deap import base, tools
 from gpmetric.evolution.objectives import fitness_values, mean_excess
 from gpmetric.expression import Expression
 from gpmetric.pareto import pareto_front
+from gpmetric.pruning.metrics import Metric, resolve_metric
 
-__all__ = ["Individual", "pareto_individuals", "select_survivors", "tournament"]
+__all__ = ["Individual", "by_merit", "pareto_individuals", "select_survivors", "tournament"]
 
-_ELITE_SHARE = 0.25  # of the survivors, taken by mean excess before NSGA-II fills the rest
+_ELITE_SHARE = 0.5  # of the survivors, taken by merit before NSGA-II fills the rest
+_ALIKE = 3  # of these that may differ in their constants only
 _TOURNAMENT_SIZE = 3
 
 
 @dataclass(frozen=True)
 class Individual:
-    """A formula with its excess log-loss by target, ln(ppl / dense ppl) on the search windows."""
+    """A metric with what was found on the search windows, by target.
 
-    expression: Expression
+    Attributes:
+        text: the formula, after the name of its comparison group unless that is the row.
+        searched: the objective candidates are compared by: divergence from the dense model, or excess.
+        excess: log-loss above the dense model's, ln(ppl / dense ppl).
+        bar: the best start formula's figure at each target, which the winner is to be below everywhere.
+    """
+
+    text: str
+    searched: dict[str, float]
     excess: dict[str, float]
+    bar: Mapping[str, float] = field(default_factory=dict)
     fitness: Any = field(init=False, compare=False, repr=False)  # DEAP reads it
 
     def __post_init__(self) -> None:
-        values = fitness_values(self.expression, self.excess, list(self.excess))
+        values = fitness_values(self.expression, self.searched, list(self.searched))
         kind = type("Minimised", (base.Fitness,), {"weights": (-1.0,) * len(values)})
         object.__setattr__(self, "fitness", kind(values))
 
+    @cached_property
+    def metric(self) -> Metric:
+        """Formula and comparison group."""
+        return resolve_metric(self.text)
+
+    @property
+    def expression(self) -> Expression:
+        return self.metric.expression
+
+    @property
+    def shape(self) -> tuple[str, ...]:
+        """What is left when constants are taken for equal, with the comparison group."""
+        tokens = (token if isinstance(token, str) else "constant" for token in self.expression.tokens)
+        return self.metric.granularity, *tokens
+
     @property
     def mean(self) -> float:
-        """Mean excess over the targets, in nats per token."""
-        return mean_excess(self.excess)
+        """Mean over the targets of what is searched, in nats per token."""
+        return mean_excess(self.searched)
+
+    @property
+    def merit(self) -> float:
+        """What is bred for, to be small: the mean, and again by how much each target is above the bar."""
+        above = {target: max(0.0, value - self.bar.get(target, math.inf)) for target, value in self.searched.items()}
+        return self.mean + mean_excess(above)
 
 
 def select_survivors(individuals: Sequence[Individual], count: int) -> list[Individual]:
-    """At most `count` individuals: the best by mean excess, then the survivors of NSGA-II among the others.
+    """At most `count` individuals: the best by merit, then the survivors of NSGA-II among the others.
 
-    Source: Deb et al. 2002; elitism on the mean, since a front of many objectives holds nearly everyone.
+    Among the best, few differ in their constants only.
+
+    Source: Deb et al. 2002; elitism on the merit, since a front of many objectives holds nearly everyone.
     """
-    ranked = sorted(individuals, key=lambda individual: (individual.mean, str(individual.expression)))
-    elite = ranked[: max(1, int(count * _ELITE_SHARE))]
-    others = ranked[len(elite) :]
+    elite: list[Individual] = []
+    shapes: Counter[tuple[str, ...]] = Counter()
+    for individual in by_merit(individuals):
+        if len(elite) < max(1, int(count * _ELITE_SHARE)) and shapes[individual.shape] < _ALIKE:
+            shapes[individual.shape] += 1
+            elite.append(individual)
+    others = [individual for individual in individuals if individual not in elite]
     if len(others) > count - len(elite):
         others = tools.selNSGA2(others, count - len(elite), nd="log")
     return [*elite, *others]
 
 
+def by_merit(individuals: Iterable[Individual]) -> list[Individual]:
+    """The best first."""
+    return sorted(individuals, key=lambda individual: (individual.merit, individual.text))
+
+
 def tournament(population: Sequence[Individual], rng: random.Random) -> Individual:
-    """The lowest mean excess among a few drawn at random."""
-    return min(rng.choices(population, k=_TOURNAMENT_SIZE), key=lambda individual: individual.mean)
+    """The best by merit among a few drawn at random."""
+    return min(rng.choices(population, k=_TOURNAMENT_SIZE), key=lambda individual: individual.merit)
 
 
 def pareto_individuals(individuals: Sequence[Individual]) -> list[Individual]:
-    """Those no other individual beats in every objective, by rising mean excess."""
-    front = [individuals[index] for index in pareto_front([one.fitness.values for one in individuals])]
-    return sorted(front, key=lambda individual: (individual.mean, str(individual.expression)))
+    """Those no other individual beats in every objective, the best by merit first."""
+    return by_merit(individuals[index] for index in pareto_front([one.fitness.values for one in individuals]))

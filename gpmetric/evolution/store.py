@@ -36,12 +36,12 @@ __all__ = [
 
 APPLICATION_ID = 0x67706D74  # "gpmt"
 BUDGET_KEYS = frozenset({"generations", "evaluations", "minutes"})  # settings a resumed campaign may change
-ENCODED = frozenset({"population", "rng", "losses", "value", "seconds"})  # columns of JSON
-VOLATILE = frozenset({"seconds", "seconds_score", "seconds_loss", "host", "process", "attempt", "finished"})
+ENCODED = frozenset({"population", "rng", "losses", "divergences", "value", "seconds"})  # columns of JSON
+VOLATILE = frozenset({"seconds", "seconds_score", "seconds_loss", "duration", "host", "process", "attempt", "finished"})
 _STALE_SECONDS = 60.0  # heartbeat age at which an owner on another host counts as dead
 _RECOVERY = "save what is readable with sqlite3 FILE .recover"
 _HINTS = {sqlite3.SQLITE_CORRUPT: _RECOVERY, sqlite3.SQLITE_CANTOPEN: "its folder must exist and be writable"}
-TABLES = ("meta", "generations", "evaluations", "candidates", "results")  # all but `owner`
+TABLES = ("meta", "generations", "evaluations", "candidates", "measurements", "results")  # all but `owner`
 # Script n upgrades schema version n to n + 1. Statements are split at ";", so none may contain one.
 MIGRATIONS: tuple[str, ...] = (
     f"""
@@ -62,6 +62,16 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE TABLE results (name TEXT PRIMARY KEY, value TEXT NOT NULL CHECK (json_valid(value)),
         seconds TEXT NOT NULL CHECK (json_valid(seconds)));
     PRAGMA application_id = {APPLICATION_ID}
+    """,
+    """
+    ALTER TABLE candidates ADD COLUMN opposites TEXT;
+    ALTER TABLE candidates ADD COLUMN ranked TEXT;
+    ALTER TABLE candidates ADD COLUMN fingerprint TEXT;
+    ALTER TABLE evaluations ADD COLUMN sketch TEXT;
+    ALTER TABLE evaluations ADD COLUMN divergences TEXT NOT NULL DEFAULT '{}' CHECK (json_valid(divergences));
+    CREATE TABLE measurements (generation INTEGER NOT NULL, position INTEGER NOT NULL, rung TEXT NOT NULL,
+        value TEXT NOT NULL CHECK (json_valid(value)), error TEXT, duration REAL, process INTEGER, attempt INTEGER,
+        PRIMARY KEY (generation, position, rung))
     """,
 )
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from deap import gp
 
 from gpmetric.errors import InputError
-from gpmetric.evolution.grammar import is_sensible
+from gpmetric.evolution.grammar import FORBIDDEN, Nesting, is_sensible
 from gpmetric.expression import PRIMITIVES, Expression
 from gpmetric.operands import OPERANDS
 
@@ -81,9 +81,18 @@ class Variation:
         primitives: names from PRIMITIVES.
         max_nodes: larger offspring are discarded.
         rng: the campaign's generator; DEAP draws from it too.
+        forbidden: (outer, inner) primitives that are not nested.
     """
 
-    def __init__(self, operands: Sequence[str], primitives: Sequence[str], max_nodes: int, rng: random.Random) -> None:
+    def __init__(
+        self,
+        operands: Sequence[str],
+        primitives: Sequence[str],
+        max_nodes: int,
+        rng: random.Random,
+        forbidden: Sequence[Nesting] = FORBIDDEN,
+    ) -> None:
+        self._forbidden = forbidden
         self._rng = rng
         self._max_nodes = max_nodes
         self._set = gp.PrimitiveSetTyped("metric", [], Matrix)
@@ -169,7 +178,11 @@ class Variation:
         with self._own_generator():
             for _ in range(_PATIENCE):
                 expression = _expression(draw())
-                if expression != unlike and len(expression) <= self._max_nodes and is_sensible(expression):
+                if (
+                    expression != unlike
+                    and len(expression) <= self._max_nodes
+                    and is_sensible(expression, self._forbidden)
+                ):
                     return expression
         return None
 

@@ -1,0 +1,107 @@
+"""From a front to a winner: finalists, the winner, the judge's tasks, and the interval by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from gpmetric.errors import GpmetricError, SolverError
+from gpmetric.evolution.executors import Serial
+from gpmetric.evolution.selection import Individual
+from gpmetric.evolution.verdict import Judge, Verdict, choose_finalists, choose_winner, interval, masks_only
+
+
+def verdict(half: float, pattern: float) -> Verdict:
+    return Verdict({"0.5": half, "2:4": pattern}, {"0.5": 4 + half, "2:4": 4 + pattern})
+
+
+def front(*texts: str) -> list[Individual]:
+    return [Individual(text, {"0.5": 0.1 * place}, {"0.5": 0.2}) for place, text in enumerate(texts)]
+
+
+def test_the_winner_is_below_every_rival_where_one_is() -> None:
+    rivals = {"wanda": verdict(0.3, 0.8), "ria": verdict(0.4, 0.9)}
+    uneven = verdict(0.05, 0.85)  # the lowest mean, but worse than Wanda at 2:4
+    even = verdict(0.25, 0.75)
+    assert choose_winner({"uneven": uneven, "even": even}, rivals) == "even"
+    assert choose_winner({"uneven": uneven, "worse": verdict(0.4, 0.9)}, rivals) == "uneven"
+    assert choose_winner({"even": even, "better": verdict(0.2, 0.7)}, rivals) == "better"
+    assert choose_winner({"equal": verdict(0.3, 0.1), "uneven": uneven}, rivals) == "equal"  # no better at 0.5: by mean
+    assert choose_winner({"uneven": uneven, "even": even}, {}) == "uneven"
+
+
+def test_masks_only() -> None:
+    assert masks_only("wanda")
+    assert not masks_only("sparsegpt")
+
+
+def test_finalists_differ_in_more_than_constants() -> None:
+    rows = front("abs(W)*X+2*abs(W)*G", "abs(W)*X+3*abs(W)*G", "sqrt(W)*X", "abs(W)")
+    assert choose_finalists(rows, 5) == ["abs(W)*X+2*abs(W)*G", "sqrt(W)*X", "abs(W)"]
+    assert choose_finalists(rows, 2) == ["abs(W)*X+2*abs(W)*G", "sqrt(W)*X"]
+
+
+def test_one_formula_in_two_groups_is_two_finalists() -> None:
+    rows = front("abs(W)*X", "layer:abs(W)*X", "block:abs(W)*X")
+    assert choose_finalists(rows, 5) == ["abs(W)*X", "layer:abs(W)*X", "block:abs(W)*X"]
+
+
+def test_the_best_without_gradients_is_a_finalist_whatever_its_place() -> None:
+    rows = front("abs(W)*G", "abs(W)*H", "W*W*H", "abs(W)*X", "abs(W)")
+    assert choose_finalists(rows, 2) == ["abs(W)*G", "abs(W)*X"]
+    assert choose_finalists(rows, 4) == ["abs(W)*G", "abs(W)*H", "W*W*H", "abs(W)*X"]
+    assert choose_finalists(rows, 1) == ["abs(W)*X"]
+    assert choose_finalists(rows[:2], 1) == ["abs(W)*G"]  # there is none
+
+
+def test_interval_by_hand() -> None:
+    """Mean 2, deviation 1, t(0.975, 2) = 4.30265: 2 -+ 4.30265 / sqrt(3). Two draws: t(0.975, 1) = 12.7062."""
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-5)
+    assert interval([0.1, 0.3]) == pytest.approx((0.2 - 1.27062, 0.2 + 1.27062), abs=1e-5)
+    assert interval([-0.5, -0.5, -0.5]) == (-0.5, -0.5)
+
+
+@pytest.mark.parametrize("differences", [[], [1.0], [1.0, math.inf], [1.0, math.nan, 2.0]])
+def test_no_interval_of_too_little(differences: list[float]) -> None:
+    assert interval(differences) is None
+
+
+def test_a_verdict_tells_its_perplexities() -> None:
+    told = verdict(0.2, 0.6).describe()
+    assert told["mean_excess"] == pytest.approx(0.4)
+    assert told["ppl"] == {"0.5": pytest.approx(math.exp(4.2)), "2:4": pytest.approx(math.exp(4.6))}
+
+
+def test_the_judge_asks_for_baselines_as_published() -> None:
+    asked: list[dict[str, Any]] = []
+    beats: list[int] = []
+
+    def answer(task: Mapping[str, Any]) -> Any:
+        asked.append(dict(task))
+        if task["metric"] == "abs(W)*G" and task["target"] == "2:4":
+            raise SolverError("no")
+        return {"excess": 0.25, "loss": 4.25}
+
+    judge = Judge(Serial(answer), ("0.5", "2:4"), "obs", lambda: beats.append(1))
+    found = judge.measure(["abs(W)*G", "wanda"], "test", "calibration-1")
+    assert [(task["metric"], task["target"], task["update"]) for task in asked] == [
+        ("abs(W)*G", "0.5", "obs"),
+        ("abs(W)*G", "2:4", "obs"),
+        ("wanda", "0.5", "none"),
+        ("wanda", "2:4", "none"),
+    ]
+    assert {(task["split"], task["calibration"]) for task in asked} == {("test", "calibration-1")}
+    assert found["abs(W)*G"] == Verdict({"0.5": 0.25, "2:4": math.inf}, {"0.5": 4.25, "2:4": math.inf})
+    assert found["wanda"].mean == 0.25
+    assert len(beats) == 4
+
+
+def test_a_dense_model_without_a_loss_is_refused() -> None:
+    judge = Judge(Serial(lambda task: {"a": 1.0, "b": math.inf}), ("0.5",), "none")
+    with pytest.raises(GpmetricError, match="dense model's loss on the search text is not finite"):
+        judge.dense("search")
+    judge = Judge(Serial(lambda task: {"a": 0.0, "b": math.log(7)}), ("0.5",), "none")
+    assert judge.dense("search") == {"a": 1.0, "b": pytest.approx(7)}
