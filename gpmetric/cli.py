@@ -135,7 +135,7 @@ def discover(
     generations: Annotated[int | None, typer.Option(help="Generations at most.")] = None,
     evaluations: Annotated[int | None, typer.Option(help="Evaluations paid for at most; 300 if no budget.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Wall time of the whole command.")] = None,
-    max_nodes: Annotated[int, typer.Option(help="Size of a formula at most.")] = 25,
+    max_nodes: Annotated[int, typer.Option(help="Size of a formula at most.")] = 30,
     ledger: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The campaign's SQLite file; campaign-DATE.sqlite by default.")
     ] = None,

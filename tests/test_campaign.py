@@ -130,7 +130,7 @@ def test_each_candidate_has_what_simplification_left_of_it(tmp_path: Path) -> No
 
 
 def test_failures_are_recorded_with_their_reasons(tmp_path: Path) -> None:
-    tables = run(tmp_path / "a", generations=12)
+    tables = run(tmp_path / "a", generations=24)
     reasons = Counter(row["reason"] for row in tables["candidates"] if row["status"] == "failed")
     assert set(reasons) == {
         "3 of 8 scores are NaN or infinite",
@@ -334,16 +334,16 @@ def test_a_group_that_is_given_is_everyones(tmp_path: Path, group: str) -> None:
     assert all(row["formula"].startswith(f"{group}:") for row in tables["candidates"])
 
 
-def test_every_fourth_generation_begins_with_neighbours_of_the_best(tmp_path: Path) -> None:
+def test_every_third_generation_begins_with_neighbours_of_the_best(tmp_path: Path) -> None:
     with Ledger.open(tmp_path / "a", {}, resume=False) as ledger:
-        campaign = Campaign(plan(generations=3), ledger, Mortal())
+        campaign = Campaign(plan(generations=2), ledger, Mortal())
         campaign.run()
         population = [resolve_metric(text) for text in ledger.generations()[-1].population]
     expected = {str(one) for metric in population for one in neighbours(metric.expression, 1.5)}
-    tables = run(tmp_path / "b", generations=4)
-    drawn = [row["formula"] for row in tables["candidates"] if row["generation"] == 3]
+    tables = run(tmp_path / "b", generations=3)
+    drawn = [row["formula"] for row in tables["candidates"] if row["generation"] == 2]
     assert drawn[0] in expected
-    assert sum(text in expected for text in drawn) > 4
+    assert sum(text in expected for text in drawn) >= 4
 
 
 def test_without_breeding_every_formula_is_drawn_at_random(tmp_path: Path) -> None:

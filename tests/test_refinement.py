@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpmetric.evolution.refinement import neighbours
+from gpmetric.evolution.refinement import neighbours, weighted
 from gpmetric.expression import Expression, parse
 from gpmetric.pruning.metrics import BASELINES, resolve_metric
 
@@ -63,3 +63,17 @@ def test_every_neighbour_is_one_step_away_and_can_be_read(name: str, factor: flo
 
 def without_constants(expression: Expression) -> list[object]:
     return [token if isinstance(token, str) else "constant" for token in expression.tokens]
+
+
+def test_a_power_of_every_simple_factor() -> None:
+    found = [str(one) for one in weighted(parse("abs(W)*X"), 0.5, ("W", "X"))]
+    assert found == [
+        "abs(W)*X*abs(W)**0.5",
+        "abs(W)*X*abs(W)**-0.5",
+        "abs(W)*X*rownorm(W)**0.5",
+        "abs(W)*X*rownorm(W)**-0.5",
+        "abs(W)*X*colnorm(W)**0.5",
+        "abs(W)*X*colnorm(W)**-0.5",
+        "abs(W)*X*X**0.5",
+        "abs(W)*X*X**-0.5",
+    ]

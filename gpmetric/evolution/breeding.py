@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from gpmetric.evolution.grammar import foreign_to, nests
 from gpmetric.evolution.plan import Plan
-from gpmetric.evolution.refinement import neighbours
+from gpmetric.evolution.refinement import neighbours, weighted
 from gpmetric.evolution.selection import Individual, by_merit, tournament
 from gpmetric.evolution.variation import Variation
 from gpmetric.expression import Expression
@@ -21,7 +22,7 @@ __all__ = ["Breeder", "Draw", "spelled"]
 
 _DRAWS_PER_PLACE = 20  # draws before a place in the generation stays empty: the neighbourhood is exhausted
 _REFINED = 3  # best individuals whose neighbours every _EVERY-th generation begins with
-_EVERY = 4
+_EVERY = 3
 _STEPS = (1.5, 1.2, 1.1)  # factors of the neighbours' constants, one after the other
 _GROUPS: tuple[Granularity, ...] = ("row", "layer", "block")
 _REGROUPED = 0.15  # chance of a child to compete in another group than its first parent
@@ -89,7 +90,8 @@ class Breeder:
 
     def _neighbours(self, population: Sequence[Individual], factor: float) -> Iterator[Metric]:
         for individual in by_merit(population)[:_REFINED]:
-            for expression in neighbours(individual.expression, factor):
+            best = individual.expression
+            for expression in chain(neighbours(best, factor), weighted(best, factor - 1, self._plan.operands)):
                 if self._allows(expression):
                     yield Metric("", expression, individual.metric.granularity)
 

@@ -156,7 +156,9 @@ class Ledger(AbstractContextManager["Ledger"]):
             connection.execute("BEGIN")  # one snapshot for everything read later
             version = schema_version(connection)
             if is_old(version):
-                raise Refusal("has an older schema: its campaign cannot be continued or read" if version else "holds no campaign")
+                raise Refusal(
+                    "has an older schema: its campaign cannot be continued or read" if version else "holds no campaign"
+                )
         return cls(Path(path), connection, None)
 
     def __exit__(self, *_: object) -> None:

@@ -1,14 +1,14 @@
-"""Neighbours of a good formula: constants a little larger and smaller, powers and coefficients where none are."""
+"""Neighbours of a good formula: constants a little larger and smaller, powers and factors where none are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from gpmetric.expression import Expression
 from gpmetric.expression.tree import MAX_CONSTANT, Tokens, arity, subtree_end
 from gpmetric.operands import OPERANDS
 
-__all__ = ["neighbours"]
+__all__ = ["factors", "neighbours", "weighted"]
 
 
 def neighbours(expression: Expression, factor: float) -> Iterator[Expression]:
@@ -42,6 +42,31 @@ def neighbours(expression: Expression, factor: float) -> Iterator[Expression]:
                     tokens[start] == "mul" and any(isinstance(tokens[at], float) for at in range(start, start + 2))
                 ):
                     yield _replaced(tokens, start, end, ("mul", float(f"{size:.3g}"), *tokens[start:end]))
+
+
+def factors(operands: Collection[str]) -> list[Tokens]:
+    """The simplest things a saliency is multiplied by: operands, and the norms of a matrix's rows and columns."""
+    found: list[Tokens] = []
+    for name in operands:
+        found.append(("abs", name) if name == "W" else (name,))
+        if OPERANDS[name].axes == "out,in":
+            found += [("rownorm", name), ("colnorm", name)]
+    return found
+
+
+def weighted(expression: Expression, power: float, operands: Collection[str]) -> Iterator[Expression]:
+    """The formula times each of `factors` to that power, and to its negative.
+
+    In the logarithm of the score these are steps along every coordinate: most published metrics are such products.
+
+    Args:
+        expression: the formula to refine.
+        power: above 0.
+        operands: names from OPERANDS.
+    """
+    for tokens in factors(operands):
+        for size in (power, -power):
+            yield Expression(("mul", *expression.tokens, "pow", *tokens, float(f"{size:.3g}")))
 
 
 def _replaced(tokens: Tokens, start: int, end: int, middle: Tokens) -> Expression:

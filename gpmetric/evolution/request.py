@@ -65,7 +65,7 @@ class Request:
     generations: int | None = None
     evaluations: int | None = None
     minutes: float | None = None
-    max_nodes: int = 25
+    max_nodes: int = 30
     samples: int = 128
     sequence_length: int | None = None
     search_windows: int = 32

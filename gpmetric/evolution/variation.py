@@ -14,6 +14,7 @@ from deap import gp
 
 from gpmetric.errors import InputError
 from gpmetric.evolution.grammar import FORBIDDEN, Nesting, is_sensible
+from gpmetric.evolution.refinement import factors
 from gpmetric.expression import PRIMITIVES, Expression
 from gpmetric.operands import OPERANDS
 
@@ -130,11 +131,13 @@ class Variation:
             return gp.cxOnePoint(first, second)[0]
         if draw < 0.47:
             return self._join(first, second)
-        if draw < 0.62:
+        if draw < 0.57:
+            return self._weigh(first)
+        if draw < 0.68:
             return gp.mutUniform(first, lambda pset, type_: self._grow(0, 2, type_), self._set)[0]
-        if draw < 0.75:
+        if draw < 0.78:
             return gp.mutNodeReplacement(first, self._set)[0]
-        if draw < 0.85:
+        if draw < 0.86:
             return gp.mutInsert(first, self._set)[0]
         if draw < 0.90:
             return gp.mutShrink(first)[0]
@@ -143,6 +146,13 @@ class Variation:
     def _join(self, first: gp.PrimitiveTree, second: gp.PrimitiveTree) -> list[gp.Primitive]:
         binary = [nodes[-1] for nodes in self._variants.values() if nodes[-1].args == [Matrix, Matrix]]
         return [random.choice(binary), *first, *second] if binary else first
+
+    def _weigh(self, tree: gp.PrimitiveTree) -> list[gp.Primitive]:
+        """The formula times a simple factor to a small power: a step of its logarithm along one coordinate."""
+        tokens = random.choice(factors([name for name in OPERANDS if name in self._set.mapping]))
+        power = _round(random.choice((-1, 1)) * random.uniform(0.1, 1))
+        weighed = Expression(("mul", *_expression(tree).tokens, "pow", *tokens, power))
+        return self._tree(weighed) if self._knows(weighed) else tree
 
     def _grow(self, least: int, most: int, type_: type) -> list[gp.Primitive]:
         """A tree of that type in prefix order, full or ragged by a coin's throw, of a depth in [least, most].
@@ -201,6 +211,10 @@ class Variation:
         for number, (result, arguments) in enumerate(_signatures(name)):
             self._set.addPrimitive(_no_code, list(arguments), result, name=f"{name}/{number}")
             self._variants.setdefault(name, []).append(self._set.mapping[f"{name}/{number}"])
+
+    def _knows(self, expression: Expression) -> bool:
+        """Whether every operation is in the set."""
+        return all(token in self._variants for token in expression.tokens if token in PRIMITIVES)
 
     def _constant(self, value: float) -> gp.Terminal:
         return gp.Terminal(value, False, Constant)
