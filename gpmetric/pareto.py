@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["dominates", "pareto_front"]
+import numpy as np
 
-
-def dominates(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Whether `first` is nowhere above `second` and somewhere below it."""
-    pairs = list(zip(first, second, strict=True))
-    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+__all__ = ["pareto_front"]
 
 
 def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
     """Indices, ascending, of the points no other point dominates; of equal points only the first.
 
-    O(n^2) comparisons. Points must be finite: NaN compares false with everything and would stay on the front.
+    O(n * front) comparisons: in lexicographic order whatever dominates a point comes before it. Points must be finite.
     """
+    if not points:
+        return []
+    table = np.asarray(points, dtype=float)  # [points, coordinates]
     front: list[int] = []
-    for index, point in enumerate(points):
-        equal_before = any(tuple(points[other]) == tuple(point) for other in front)
-        if not equal_before and not any(dominates(other, point) for other in points):
-            front.append(index)
-    return front
+    for index in np.lexsort(table.T[::-1]):  # stable: of equal points the first
+        if not (table[front] <= table[index]).all(axis=1).any():
+            front.append(int(index))
+    return sorted(front)

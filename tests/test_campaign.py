@@ -22,6 +22,7 @@ from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.plan import Plan
 from gpmetric.evolution.refinement import neighbours
 from gpmetric.evolution.screening import PROBE, Rung
+from gpmetric.evolution.selection import Individual, select_survivors
 from gpmetric.expression import PRIMITIVES, parse
 from gpmetric.pruning.metrics import resolve_metric
 from tests import campaign_helpers as fake
@@ -289,7 +290,7 @@ def test_the_front_holds_the_best_mean_and_nothing_dominated(tmp_path: Path) -> 
         campaign = Campaign(plan(), ledger, Mortal())
         campaign.run()
         front, everyone = campaign.front(), campaign.individuals()
-    assert front[0].mean == min(one.mean for one in everyone)
+    assert front[0].merit == min(one.merit for one in everyone)
     free = [one for one in everyone if "G" not in one.expression.operands]
     assert min(free, key=lambda one: one.mean) in front  # what gradients cost is an objective
     for one in front:
@@ -486,7 +487,7 @@ def test_stopped_again_and_again_equals_uninterrupted(tmp_path: Path) -> None:
 
 
 def test_a_ledger_with_other_draws_is_a_clear_error(tmp_path: Path) -> None:
-    tables = run(tmp_path / "a", generations=None, evaluations=8)
+    tables = run(tmp_path / "a", generations=None, evaluations=10)
     assert tables["candidates"][-1]["generation"] == len(tables["generations"])  # drawn in one that is not finished
     with closing(sqlite3.connect(tmp_path / "a")) as connection, connection:
         connection.execute("UPDATE candidates SET formula = 'abs(W)*X*X' WHERE id = (SELECT max(id) FROM candidates)")
@@ -537,3 +538,38 @@ def test_nothing_evaluable_is_a_clear_error(tmp_path: Path) -> None:
     with Ledger.read(tmp_path / "a") as ledger:
         assert {row.reason for row in ledger.candidates()} >= {"8 of 8 scores are NaN or infinite"}
         assert not ledger.evaluations()
+
+
+# What is bred for
+
+
+def test_merit_adds_what_is_above_the_bar() -> None:
+    """By hand: mean (0.5 + 0.3) / 2, and the second target 0.1 above its bar."""
+    figures = {"0.5": 0.5, "2:4": 0.3}
+    assert Individual("abs(W)", figures, figures, {"0.5": 0.6, "2:4": 0.2}).merit == pytest.approx(0.4 + 0.1 / 2)
+    assert Individual("abs(W)", figures, figures).merit == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("generations", [1, 3])
+def test_the_bar_is_the_best_start_formula_at_each_target(tmp_path: Path, generations: int) -> None:
+    """Also where the campaign goes on from a ledger, which has no first generation of its own."""
+    for resume in (False, True):
+        with Ledger.open(tmp_path / "a", {}, resume=resume) as ledger:
+            campaign = Campaign(plan(generations=generations), ledger, Mortal())
+            campaign.run()
+            places = {row.evaluation for row in ledger.candidates() if (row.generation, row.position) < (0, len(START))}
+            started = [row for row in ledger.evaluations("done") if row.id in places]
+            for target in TARGETS:
+                lowest = min(row.divergences[target] for row in started)
+                assert {one.bar[target] for one in campaign.individuals()} == {lowest}
+
+
+def test_few_of_the_elite_differ_in_constants_only() -> None:
+    def individual(constant: float, figure: float) -> Individual:
+        return Individual(f"abs(W)**{constant}*X", {"0.5": figure}, {"0.5": figure})
+
+    alike = [individual(1.1 + number / 10, 1 + number / 100) for number in range(8)]
+    others = [Individual(text, {"0.5": 2.0}, {"0.5": 2.0}) for text in ("abs(W)*G", "abs(W)*H", "abs(W)*D")]
+    kept = select_survivors([*alike, *others], 10)
+    assert [one.text for one in kept[:3]] == [one.text for one in alike[:3]]
+    assert {one.text for one in kept[3:5]} <= {one.text for one in others}

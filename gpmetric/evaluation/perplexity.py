@@ -81,7 +81,7 @@ def perplexity(loss: float) -> float:
 
 def batches(model: Model, tokens: Tensor) -> Iterator[Tensor]:
     """The windows [windows, length] in batches that fit into one forward pass, on the model's device."""
-    size = min(_BATCH_TOKENS, _BATCH_LOGITS // model.vocabulary)
+    size = min(_BATCH_TOKENS, _BATCH_LOGITS // model.vocabulary) if model.device.type == "cpu" else _BATCH_TOKENS
     for batch in tokens.split(max(1, size // tokens.shape[1])):
         yield batch.to(model.device)
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from gpmetric.evolution.grammar import foreign_to, nests
+from gpmetric.evolution.grammar import foreign_to, is_sensible, nests
 from gpmetric.evolution.plan import Plan
 from gpmetric.evolution.refinement import neighbours, weighted
 from gpmetric.evolution.selection import Individual, by_merit, tournament
@@ -92,7 +92,7 @@ class Breeder:
         for individual in by_merit(population)[:_REFINED]:
             best = individual.expression
             for expression in chain(neighbours(best, factor), weighted(best, factor - 1, self._plan.operands)):
-                if self._allows(expression):
+                if self._allows(expression) and is_sensible(expression):
                     yield Metric("", expression, individual.metric.granularity)
 
     def _random_group(self) -> Granularity:

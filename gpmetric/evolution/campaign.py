@@ -95,7 +95,7 @@ class Campaign:
         excess, searched = (
             {target: found[target] for target in self._plan.targets} for found in (row.losses, searched)
         )
-        return Individual(row.formula, searched, excess)
+        return Individual(row.formula, searched, excess, self._bar)
 
     def _raise_bar(self) -> None:
         """Takes the best start formula's figure at each target, once the first generation is recorded."""

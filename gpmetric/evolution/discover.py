@@ -191,9 +191,12 @@ def _search(
 
     plan = _plan(request, sites, targets)
 
+    # a draw of the calibration text takes gradients anew; all of them are not to cost more than a sixth of the time
+    for_draws = min(4 * per_formula * request.calibration_seeds, 10 * (request.minutes or 0))
+
     def over(finalists: int) -> bool:
         """Whether what comes after the search would no longer fit: workers anew, finalists, winner and baselines."""
-        left = start - opening + 1.2 * per_formula * (finalists + 1 + len(names))
+        left = start - opening + 1.2 * per_formula * (finalists + 2 + len(names)) + for_draws
         return deadline is not None and time.monotonic() > deadline - left
 
     def out_of_time() -> bool:
@@ -218,15 +221,16 @@ def _search(
     rivals = [name for name in names if masks_only(name) or update != "none"]
     winner = choose_winner(finalists, {name: baselines[name] for name in rivals})
     dense["test"] = judge.dense("test")
-    tested = judge.measure([winner, *names], "test")
+    free = next((one.text for one in front if not one.metric.needs_gradients), None)
+    tested = judge.measure(dict.fromkeys([winner, *names, *([free] if free else [])]), "test")
     rival = min(rivals, key=lambda name: tested[name].mean)
     found = time.monotonic()
     confidence = _confidence(judge, winner, rival, request.calibration_seeds, deadline, 4 * per_formula)
-    free = next((one for one in front if not one.metric.needs_gradients), None)
     verdict = {
         "winner": _row(winner) | tested[winner].describe() | {"validation": finalists[winner].excess},
-        "best_gradient_free": None if free is None else free.text,
+        "best_gradient_free": None if free is None else {"metric": free} | tested[free].describe(),
         "confidence": confidence,
+        "screening": describe_ladder(book.measurements(), plan.rungs, plan.objective),
         "front": [
             _row(one.text)
             | {"excess": one.excess, "mean_excess": mean_excess(one.excess), request.objective: one.searched}
@@ -251,14 +255,14 @@ def _search(
 def _confidence(
     judge: Judge, winner: str, rival: str, draws: int, deadline: float | None, spent: float
 ) -> dict[str, Any]:
-    """Winner and best baseline on the test text again, with statistics of other calibration windows each time.
+    """Winner and best baseline on the test text again, each time with statistics of calibration windows drawn anew.
 
     Args:
         spent: seconds the first draw is thought to take; one that would end after the deadline is not begun.
 
     Returns:
-        `draws` made, the `rival`, the mean excess of both by draw, and the 95 % interval of their mean difference:
-        below zero, the winner is better whatever the calibration sample.
+        `draws` `asked` for and made, the `rival`, the mean excess of both by draw, and the 95 % interval of the mean
+        difference over such draws: wholly below zero, the gain does not hang on the sample. Source: Efron 1979.
     """
     rows: list[tuple[float, float]] = []
     for number in range(draws):
@@ -270,6 +274,7 @@ def _confidence(
         spent = time.monotonic() - start
     bounds = interval([mine - other for mine, other in rows])
     return {
+        "asked": draws,
         "draws": len(rows),
         "rival": rival,
         "winner_mean_excess": [mine for mine, _ in rows],
@@ -294,7 +299,6 @@ def _circumstances(request: Request, sites: Mapping[str, Site], update: Update, 
         "evaluations": counts["paid"],
         "unique_masks": counts["unique_masks"],
         "counts": counts,
-        "screening": describe_ladder(book.measurements(), ladder(request.search_windows), request.objective),
         "finalists": _FINALISTS,
         "splits": _alone(described),
         "model": _alone({name: model.name for name, model in models.items()}),
@@ -380,7 +384,7 @@ def _plan(request: Request, sites: Mapping[str, Site], targets: tuple[str, ...])
         population=request.population,
         max_nodes=request.max_nodes,
         seed=request.seed,
-        rungs=ladder(request.search_windows),
+        rungs=ladder(min(len(site.splits["search"].tokens) for site in sites.values())),
         objective=request.objective,
         group=request.group,
         ranks="layer" if across_rows or request.update == "obs-blockwise" else "row",

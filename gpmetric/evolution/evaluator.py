@@ -25,10 +25,11 @@ from gpmetric.models import Model, load_model
 from gpmetric.pruning.bench import Bench
 from gpmetric.pruning.metrics import Metric, Update, resolve_metric
 from gpmetric.pruning.prune import prune_weights
-from gpmetric.pruning.target import parse_target
+from gpmetric.pruning.target import Target, parse_target
 
 __all__ = ["Evaluator", "Workplace", "open_workplace"]
 
+_PRUNED_ENTRIES = 2**28  # of pruned weights held at once, 1 GiB in fp32, unless those of one target are more
 _TEACHER_BYTES = 2**30  # of the dense model's predictions that are kept; beyond, they are made again for every metric
 
 
@@ -120,21 +121,35 @@ class Evaluator:
         The model is pruned in one shot and reads the search windows from `first` up to `last`.
         """
         metric = self._metric(task["metric"])
+        found: dict[str, Tensor] = {}
+        for targets in self._together:
+            found |= zip((target.text for target in targets), self._compared(metric, targets, task), strict=True)
+        return {
+            kind: {text: float(means[column]) for text, means in found.items()}
+            for column, kind in enumerate(("loss", "kl"))
+        }
+
+    @cached_property
+    def _together(self) -> list[Sequence[Target]]:
+        """The targets whose pruned weights are in memory at once: what they share is computed once, if they fit."""
+        entries = sum(layer.weight.numel() for layer in self._model.layers)
+        if entries * len(self._targets) <= _PRUNED_ENTRIES:
+            return [self._targets]
+        return [[target] for target in self._targets]
+
+    def _compared(self, metric: Metric, targets: Sequence[Target], task: Mapping[str, Any]) -> Tensor:
+        """[targets, 2]: excess log-loss and divergence per token; infinite where they are not finite."""
         weights = [layer.weight for layer in self._model.layers]
         statistics = [self._statistics.layers[layer.name] for layer in self._model.layers]
-        by_target = prune_weights(weights, metric, self._targets, statistics, self._update)
-        totals = torch.zeros(len(self._targets), 2, dtype=torch.float64)
+        by_target = prune_weights(weights, metric, targets, statistics, self._update)
+        totals = torch.zeros(len(targets), 2, dtype=torch.float64)
         count = 0
         for teacher in self._taught(task["first"], task["last"]):
             for total, pruned in zip(totals, by_target, strict=True):
                 with self._model.holding(pruned):
                     total += teacher.compare(self._model)
             count += teacher.predictions
-        means = (totals / count).where(totals.isfinite(), math.inf)  # [targets, 2]
-        names = [target.text for target in self._targets]
-        return {
-            kind: dict(zip(names, means[:, column].tolist(), strict=True)) for column, kind in enumerate(("loss", "kl"))
-        }
+        return (totals / count).where(totals.isfinite(), math.inf)
 
     def _taught(self, first: int, last: int) -> Iterator[Teacher]:
         """The dense model's predictions on some search windows, batch by batch."""

@@ -325,7 +325,7 @@ def is_ledger(name: str) -> bool:
 
 
 def winner_of(path: Path) -> str:
-    """The winning metric of a finished campaign.
+    """The winning metric of a finished campaign, its comparison group before it unless that is the row.
 
     Raises:
         LedgerError: it is not finished, or the file is no ledger.
@@ -334,4 +334,4 @@ def winner_of(path: Path) -> str:
         result = ledger.result()
     if result is None:
         raise LedgerError(f"the campaign in {str(path)!r} is not finished; go on with gpmetric discover --resume")
-    return str(result["winner"]["formula"])
+    return str(result["winner"]["metric"])

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.collect import Statistics
 from gpmetric.errors import MaskError, SolverError
 from gpmetric.expression.tape import Tape
@@ -40,6 +39,7 @@ class Probe:
         self, layers: Sequence[Layer], statistics: Statistics, targets: Sequence[Target], update: Update
     ) -> None:
         places = np.linspace(0, len(layers) - 1, min(_LAYERS, len(layers))).round().astype(int)
+        self._names = [layers[place].name for place in places]
         self._weights = [layers[place].weight.float() for place in places]
         self._statistics = [statistics.layers[layers[place].name] for place in places]
         self._targets = targets
@@ -58,9 +58,9 @@ class Probe:
                 self._solve(metric, findings)
         else:
             tape = Tape([metric.expression for metric in metrics])
-            for weight, statistics in zip(self._weights, self._statistics, strict=True):
-                for index, score in tape.scores(layer_operands(weight, statistics)):
-                    self._mask(metrics[index], score, weight, statistics, found[index])
+            for place, weight in enumerate(self._weights):
+                for index, score in tape.scores(layer_operands(weight, self._statistics[place])):
+                    self._mask(metrics[index], score, place, found[index])
         return [findings.summary(self._targets) for findings in found]
 
     def _solve(self, metric: Metric, findings: _Findings) -> None:
@@ -74,17 +74,16 @@ class Probe:
         ):
             findings.add(weight, by_target, statistics.gram)
 
-    def _mask(
-        self, metric: Metric, score: Tensor, weight: Tensor, statistics: LayerStatistics, findings: _Findings
-    ) -> None:
+    def _mask(self, metric: Metric, score: Tensor, place: int, findings: _Findings) -> None:
         if findings.error is not None:
             return
+        weight, statistics = self._weights[place], self._statistics[place]
         try:
             if _is_tied(score):
                 raise MaskError("more than half of the scores of most rows are equal")
             pruned = prune_weights([weight], metric, self._targets, [statistics], "none", [score])
         except MaskError as error:
-            findings.error = str(error)
+            findings.error = f"{error} (layer {self._names[place]})"
         else:
             findings.add(weight, [weights[0] for weights in pruned], statistics.gram)
 

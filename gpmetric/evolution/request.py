@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from gpmetric.errors import InputError
-from gpmetric.evolution.grammar import Nesting, foreign_to, nests
+from gpmetric.evolution.grammar import FORBIDDEN, Nesting, foreign_to, nests
 from gpmetric.evolution.objectives import SEARCHED, Searched
 from gpmetric.expression import PRIMITIVES
 from gpmetric.operands import OPERANDS
@@ -174,6 +174,6 @@ def _check_start(formula: str, request: Request) -> None:
         raise InputError(f"--start {formula!r} {reason}")
     if ":" in formula and request.group not in ("search", metric.granularity):
         raise InputError(f"--start {formula!r} names another comparison group than --group {request.group}")
-    for nesting in request.forbid:
-        if nests(metric.expression, *parse_nesting(nesting)):
-            raise InputError(f"--start {formula!r} has what --forbid {nesting!r} excludes")
+    for outer, inner in (*FORBIDDEN, *map(parse_nesting, request.forbid)):
+        if nests(metric.expression, outer, inner):
+            raise InputError(f"--start {formula!r} nests {inner} in {outer}, which no formula may")

@@ -75,7 +75,7 @@ def collect(request: Request, site: Site, update: Update, progress: Callable[[in
     """The file of the dense model's statistics, computed if the cache does not have it."""
     model, tokens = site.model, site.splits["calibration"].tokens
     gradients = needs_gradients(request)
-    gram = "D" in request.operands or update != "none"
+    gram = "D" in request.operands or update != "none" or _is_small(model)  # the probe's reconstruction error
     folder = request.cache or default_cache()
     _check_room(folder, estimate_bytes(model, gradients=gradients, gram=gram))
     key = cache_key(model, tokens, {"gradients": gradients, "gram": gram})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -68,7 +68,7 @@ class Judge:
             raise GpmetricError(f"the dense model's loss on the {split} text is {outcome.error or 'not finite'}")
         return {model: perplexity(loss) for model, loss in losses.items()}
 
-    def measure(self, metrics: Sequence[str], split: str, calibration: str = "calibration") -> dict[str, Verdict]:
+    def measure(self, metrics: Collection[str], split: str, calibration: str = "calibration") -> dict[str, Verdict]:
         """What each metric (or baseline name) costs; one that cannot be applied costs infinitely much.
 
         Args:

@@ -85,7 +85,8 @@ def prune_sequential(
                 gradients = dense.layers[layer.name]
                 statistics = replace(statistics, G=gradients.G, H=gradients.H)
             _prune_layer(layer, metric, target, statistics, update)
-        hidden = calls.replay(index, block, hidden)
+        if block is not model.blocks[-1]:  # nothing reads what leaves the last one
+            hidden = calls.replay(index, block, hidden)
 
 
 def score_weight(weight: Tensor, metric: Metric, statistics: LayerStatistics) -> Tensor:
