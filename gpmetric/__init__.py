@@ -1,7 +1,7 @@
 """Discovers pruning metrics for language models by genetic programming.
 
-`discover`, `bench` and `evaluate` are the commands of the command line; `Metric` and `select_mask` score and choose.
-Importing the package imports neither torch nor transformers; using a name does.
+`discover`, `bench`, `evaluate` and `analyse` are the commands of the command line; `Metric` and `select_mask` score and
+choose. Importing the package imports neither torch nor transformers; using a name does.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpmetric.analysis.analyse import analyse
     from gpmetric.errors import GpmetricError
     from gpmetric.evaluation.evaluate import evaluate_model as evaluate
     from gpmetric.evolution.discover import discover
@@ -23,6 +24,7 @@ _HOMES = {
     "BASELINES": ("pruning.metrics", "BASELINES"),
     "GpmetricError": ("errors", "GpmetricError"),
     "Metric": ("pruning.metrics", "Metric"),
+    "analyse": ("analysis.analyse", "analyse"),
     "bench": ("pruning.bench", "bench"),
     "discover": ("evolution.discover", "discover"),
     "evaluate": ("evaluation.evaluate", "evaluate_model"),
@@ -35,6 +37,7 @@ __all__ = [
     "BASELINES",
     "GpmetricError",
     "Metric",
+    "analyse",
     "bench",
     "discover",
     "evaluate",

@@ -35,6 +35,7 @@ from gpmetric.options import (
     LengthOption,
     ModelsOption,
     SamplesOption,
+    SearchTargetOption,
     SeedOption,
     ShuffleOption,
     TargetOption,
@@ -115,11 +116,15 @@ def discover(
     validation: Annotated[str | None, typer.Option(help="Text the winner is chosen on.")] = None,
     test: Annotated[str | None, typer.Option(help="Text read once, at the end.")] = None,
     text: Annotated[str | None, typer.Option(help="One text to cut into the four splits instead.")] = None,
-    target: TargetOption = None,
+    target: SearchTargetOption = None,
     operands: Annotated[str, typer.Option(help="What formulas may use; W,X needs no gradients.")] = ",".join(OPERANDS),
     primitives: Annotated[str, typer.Option(help="Operations formulas may use.")] = ",".join(PRIMITIVES),
     start: Annotated[
-        list[str] | None, typer.Option(metavar="FORMULA", help="Formula to start from; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="FORMULA",
+            help="Formula or baseline to start from, layer: or block: before it or not; may be repeated.",
+        ),
     ] = None,
     forbid: Annotated[
         list[str] | None, typer.Option(metavar="OUTER(INNER)", help="Nesting no formula may have; may be repeated.")
@@ -151,7 +156,12 @@ def discover(
     ] = None,
     samples: SamplesOption = 128,
     sequence_length: LengthOption = None,
-    search_windows: Annotated[int, typer.Option(help="Windows of the search text, all of them for the best.")] = 32,
+    search_windows: Annotated[
+        int,
+        typer.Option(
+            help="Windows of the search text: an eighth for every candidate, half and all for the better ones."
+        ),
+    ] = 32,
     windows: Annotated[int | None, typer.Option(min=1, help="Windows of validation and of test.")] = 128,
     calibration_seeds: Annotated[
         int, typer.Option(help="Draws of calibration windows for the confidence interval of the winner's gain.")
@@ -209,7 +219,7 @@ def discover(
     from gpmetric.evolution.discover import run_campaign
 
     try:
-        with terminal.DiscoverReport(Console(stderr=True), request.target) as listener:
+        with terminal.DiscoverReport(Console(stderr=True)) as listener:
             result = run_campaign(request, path, resume=resume, listener=listener, started=started)
     except KeyboardInterrupt:
         print(f"stopped; go on with: {_resume_command(path)}", file=sys.stderr)
@@ -295,10 +305,11 @@ def export(
     _check_outputs(json, "--output", output)
     # GBLM's balance depends on the sample; here that of its paper, 128 sequences of 2048 tokens
     named = winner_of(Path(formula)) if is_ledger(formula) else formula
-    expression = resolve_metric(named, 128, 2048).expression
+    metric = resolve_metric(named, 128, 2048)
     from gpmetric.export import export_expression
 
-    write_json(json, export_expression(expression, format, output, gpmetric_version()))
+    record = export_expression(metric.expression, format, output, gpmetric_version(), metric.granularity)
+    write_json(json, record)
 
 
 @app.command()

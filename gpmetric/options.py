@@ -10,6 +10,7 @@ import typer
 
 from gpmetric.config import load_config
 from gpmetric.errors import InputError
+from gpmetric.evolution.request import Request
 from gpmetric.pruning.metrics import UPDATES
 
 __all__ = [
@@ -21,9 +22,9 @@ __all__ = [
     "IncludeOption",
     "JsonOption",
     "LengthOption",
-    "ModelOption",
     "ModelsOption",
     "SamplesOption",
+    "SearchTargetOption",
     "SeedOption",
     "ShuffleOption",
     "TargetOption",
@@ -44,9 +45,6 @@ def _one_of(option: str, *accepted: str) -> Callable[[str | None], str | None]:
     return check
 
 
-ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Hugging Face directory or name; the embedded demo model by default.")
-]
 ModelsOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -57,9 +55,11 @@ CalibrationOption = Annotated[
     str | None, typer.Option(help="Text the statistics are measured on: a file, JSONL, Parquet or hf:dataset:split.")
 ]
 TextOption = Annotated[list[str] | None, typer.Option(help="Text to evaluate; may be repeated.")]
-TargetOption = Annotated[
+_TARGETS = "0.5 (within rows), layer:0.5, block:0.5 (128 columns) or 2:4; may be repeated."
+TargetOption = Annotated[list[str] | None, typer.Option(help=f"{_TARGETS} 0.5 by default.")]
+SearchTargetOption = Annotated[
     list[str] | None,
-    typer.Option(help="0.5 (within rows), layer:0.5, block:0.5 (128 columns) or 2:4; may be repeated."),
+    typer.Option(help=f"{_TARGETS} By default {', '.join(Request.target[:-1])} and {Request.target[-1]}."),
 ]
 UpdateOption = Annotated[str, typer.Option(help=f"Kept weights: {', '.join(UPDATES)}.")]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration windows.")]

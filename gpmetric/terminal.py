@@ -23,6 +23,7 @@ __all__ = ["BenchReport", "DiscoverReport", "print_analysis", "print_bench", "pr
 
 _SHOWN = 12  # rows of the live table
 _PARTS_SHOWN = 20  # rows of an analysis
+_FREE = "best without gradients"
 
 
 class _Bars:
@@ -71,9 +72,8 @@ class BenchReport(_Bars, BenchListener):
 class DiscoverReport(_Bars, DiscoverListener):
     """A live Pareto table on a terminal, a line per generation elsewhere."""
 
-    def __init__(self, console: Console, targets: Sequence[str]) -> None:
+    def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self._targets = targets
         self._live = Live(console=console, auto_refresh=False)
 
     def __exit__(
@@ -92,28 +92,49 @@ class DiscoverReport(_Bars, DiscoverListener):
             f"generation {number}: {counts['drawn']} drawn, {counts['unique_masks']} masks, {counts['paid']} evaluated"
         )
         if not self._console.is_terminal:
-            best = f", best mean excess {mean_excess(front[0].excess):.4f}: {front[0].text}" if front else ""
-            self._console.print(Text(line + best), soft_wrap=True)
+            self._console.print(Text(line + _best(front)), soft_wrap=True)
             return
         self._live.start()
         self._live.update(self._table(line, front), refresh=True)
 
     def _table(self, title: str, front: Sequence[Individual]) -> Table:
         table = Table(title=Text(title + "; excess log-loss on the search text"), title_justify="left")
-        for heading in ("mean", *self._targets, "nodes"):
+        for heading in ("mean", *(front[0].excess if front else ()), "nodes"):
             table.add_column(Text(heading), justify="right")
-        table.add_column("formula (the last needs no gradients)", overflow="fold")
-        free = [one for one in front if not one.metric.needs_gradients]
-        for one in [*front[: _SHOWN - 1], *(free[:1] if free else ())]:
-            figures = (mean_excess(one.excess), *(one.excess[target] for target in one.excess))
-            table.add_row(*(f"{value:.4f}" for value in figures), str(len(one.expression)), Text(one.text))
+        table.add_column("formula (bold: the best without gradients)", overflow="fold")
+        free = _without_gradients(front)
+        shown = list(front[:_SHOWN])
+        if free is not None and free not in shown:
+            shown[-1] = free
+        for one in shown:
+            figures = (f"{value:.4f}" for value in (mean_excess(one.excess), *one.excess.values()))
+            style = "bold" if one is free else ""
+            table.add_row(*figures, str(len(one.expression)), Text(one.text, style))
         return table
+
+
+def _without_gradients(front: Sequence[Individual]) -> Individual | None:
+    """The best that needs no gradients of a front with the best first."""
+    return next((one for one in front if not one.metric.needs_gradients), None)
+
+
+def _best(front: Sequence[Individual]) -> str:
+    """The best of a front and, where that is another, the best without gradients, to be put after a line."""
+    if not front:
+        return ""
+    told = f", mean excess of the best {mean_excess(front[0].excess):.4f}: {front[0].text}"
+    free = _without_gradients(front)
+    if free is None or free is front[0]:
+        return told
+    return f"{told}; without gradients {mean_excess(free.excess):.4f}: {free.text}"
 
 
 def print_discover(console: Console, result: Mapping[str, Any], ledger: Path) -> None:
     """The winner beside every baseline on the test text, and what the search did to find it."""
     _print_tested(console, result)
     console.print(Text(f"winner: {result['winner']['metric']}"), soft_wrap=True)
+    if (free := _other_without_gradients(result)) is not None:
+        console.print(Text(f"{_FREE}: {free['metric']}"), soft_wrap=True)
     confidence = result["confidence"]
     if confidence["interval"]:
         low, high = confidence["interval"]
@@ -124,6 +145,11 @@ def print_discover(console: Console, result: Mapping[str, Any], ledger: Path) ->
             ),
             soft_wrap=True,
         )
+    elif confidence["asked"]:
+        drawn = f"{confidence['draws']} of {confidence['asked']} draws fitted into the time"
+        all_drawn = confidence["draws"] == confidence["asked"]
+        reason = "it takes two draws with finite figures" if all_drawn else drawn
+        console.print(Text(f"no confidence interval: {reason}"), soft_wrap=True)
     _print_ladder(console, result)
     seconds = result["seconds"]["per_evaluation"]["per_candidate"]
     console.print(
@@ -132,15 +158,23 @@ def print_discover(console: Console, result: Mapping[str, Any], ledger: Path) ->
     )
 
 
+def _other_without_gradients(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The row of the best metric without gradients, unless it is the winner's or there is none."""
+    free: Mapping[str, Any] | None = result["best_gradient_free"]
+    return None if free is None or free["metric"] == result["winner"]["metric"] else free
+
+
 def _print_tested(console: Console, result: Mapping[str, Any]) -> None:
     """Perplexity by target and mean excess log-loss, the best first."""
-    dense = result["dense"]["test"]
-    known = f"{dense:.3f}" if isinstance(dense, float) else _figures(dense)
-    table = Table(title=Text(f"perplexity on test, {result['model']}, dense {known}"), title_justify="left")
+    model, dense = result["model"], result["dense"]["test"]
+    name = model if isinstance(model, str) else ", ".join(model)
+    table = Table(title=Text(f"perplexity on test, {name}, dense {_figure(dense)}"), title_justify="left")
     table.add_column("metric", overflow="fold")
     for heading in (*result["targets"], "mean excess"):
         table.add_column(Text(heading), justify="right")
     rows = {"winner": result["winner"], **result["baselines"]}
+    if (free := _other_without_gradients(result)) is not None:
+        rows[_FREE] = free
     for name, row in sorted(rows.items(), key=lambda item: _number(item[1]["mean_excess"])):
         figures = [f"{_number(row['ppl'][target]):.3f}" for target in result["targets"]]
         style = "bold" if name == "winner" else ""
@@ -242,8 +276,13 @@ def _where(places: Sequence[Mapping[str, Any]], models: Mapping[str, str]) -> st
     return "; ".join(f"{model} {', '.join(found)}" for model, found in targets.items())
 
 
-def _figures(ppl: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in ppl.items())
+def _figures(ppl: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_figure(value)}" for name, value in ppl.items())
+
+
+def _figure(ppl: float | Mapping[str, float]) -> str:
+    """A perplexity, or those of several models: `(llama 12.300, gpt2 20.100)`."""
+    return f"{ppl:.3f}" if isinstance(ppl, float) else f"({_figures(ppl)})"
 
 
 def print_analysis(console: Console, result: Mapping[str, Any]) -> None:

@@ -14,17 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+import gpmetric
 from gpmetric import cli
 from gpmetric.analysis.analyse import analyse
-from gpmetric.analysis.features import find_features, powers
+from gpmetric.analysis.features import find_features, find_groups, powers
 from gpmetric.analysis.masks import distances, read_sketches
 from gpmetric.analysis.plot import draw_page
 from gpmetric.analysis.principles import state_principles
 from gpmetric.analysis.statistics import add_q_values, compare, correlate, fitness_ranks, mantel
 from gpmetric.errors import GpmetricError, InputError, LedgerError
+from gpmetric.evolution.breeding import spelled
 from gpmetric.evolution.ledger import Candidate, Evaluation, Ledger
 from gpmetric.expression import Expression, parse
 from gpmetric.expression.canonical import canonical
+from gpmetric.pruning.metrics import resolve_metric
 
 TARGETS = ("0.5", "2:4")
 SCALES = ("abs(W)", "sqr(W)", "tanh(W)", "sqrt(W)")
@@ -48,8 +51,9 @@ def write_ledger(
     rng = random.Random(0)
     with Ledger.open(path, {"target": list(TARGETS)}, resume=False) as ledger:
         for position, text in enumerate(formulas):
-            form = str(canonical(parse(text)))
-            expression = parse(text)
+            metric = resolve_metric(text)
+            expression = metric.expression
+            form = spelled(canonical(expression), metric.granularity)
             row = Evaluation(
                 text, form, 0, "done", f"mask {position}", losses=losses(expression, rng), nodes=len(expression),
                 sketch=sketches[position] if sketches else None,
@@ -89,6 +93,19 @@ def test_a_part_recurs_from_two_per_cent_on() -> None:
     texts = ["abs(W)*X"] * 9 + ["sqr(W)*G"] * 10 + ["W"] * 481
     names = {feature.name for feature in find_features([parse(text) for text in texts])}
     assert names == {"W", "X", "G", "abs", "sqr", "mul", "sqr(W)", "sqr(W)*G"}
+
+
+def test_groups_by_hand() -> None:
+    """One says nothing; of two, one is what formulas without the other have."""
+    assert find_groups(["layer", "layer"]) == []
+    [layer] = find_groups(["layer", "row", "row", "layer"])
+    assert (layer.kind, layer.name, layer.members.tolist()) == ("group", "group layer", [True, False, False, True])
+    found = {feature.name: feature.members.tolist() for feature in find_groups(["block", "row", "layer", "row"])}
+    assert found == {
+        "group row": [False, True, False, True],
+        "group layer": [False, False, True, False],
+        "group block": [True, False, False, False],
+    }
 
 
 @pytest.mark.parametrize(
@@ -297,6 +314,24 @@ def test_without_sketches_and_references(truth: dict[str, Any], tmp_path: Path) 
     assert truth["masks"] is None
     document = analyse(write_ledger(tmp_path / "x.sqlite", known_truth, FORMULAS[5:]))
     assert document["references"] == {"magnitude": None, "wanda": None}
+
+
+def test_the_group_is_a_part(tmp_path: Path) -> None:
+    """Where the matrix is compared as a whole loses less; the published metrics are found within rows first."""
+    alternating = [f"layer:{text}" if index % 2 else text for index, text in enumerate(FORMULAS)]
+    losses = iter([2.0 - index % 2 + index / 100 for index in range(len(FORMULAS))])
+    mixed = analyse(write_ledger(tmp_path / "x.sqlite", lambda formula, rng: {"0.5": next(losses)}, alternating))
+    row = parts(mixed)["group layer"]
+    assert (row["kind"], row["with"], row["effect"] > 0.8, row["q"] < 0.01) == ("group", 32, True, True)
+    assert any(text.startswith("Formulas with group layer lose ") for text in mixed["principles"])
+    assert mixed["references"]["wanda"]["formula"] == "abs(W)*X"
+    draw_page(mixed, tmp_path / "x.png")
+
+    document = gpmetric.analyse(
+        write_ledger(tmp_path / "y.sqlite", known_truth, [f"layer:{text}" for text in FORMULAS])
+    )
+    assert "group" not in {part["kind"] for part in document["parts"]}
+    assert {row["formula"] for row in document["references"].values()} == {"layer:abs(W)*X", "layer:abs(W)"}
 
 
 def test_principles_need_significance() -> None:

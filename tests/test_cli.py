@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -10,12 +11,15 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
 
 from gpmetric import cli
 from gpmetric.errors import GpmetricError, LedgerError, MaskError
+from gpmetric.evolution.ledger import Ledger
 from gpmetric.pruning.metrics import BASELINES
 
 CONSOLE_SCRIPT = Path(sys.executable).with_name("gpmetric")
@@ -168,6 +172,15 @@ def test_every_baseline_can_be_exported(run: Run, tmp_path: Path, name: str) -> 
     assert "def score" in (tmp_path / "x.py").read_text()
 
 
+def test_the_winner_is_exported_with_its_group(run: Run, tmp_path: Path) -> None:
+    with Ledger.open(tmp_path / "x", {}, resume=False) as ledger:
+        ledger.save_result({"winner": {"formula": "abs(W)*X", "group": "layer", "metric": "layer:abs(W)*X"}})
+    outcome = run("export", tmp_path / "x", "-o", tmp_path / "x.py", "--json", "-")
+    record = json.loads(outcome.out)
+    assert (outcome.code, record["formula"], record["group"]) == (0, "abs(W)*X", "layer")
+    assert "Scores compete within the whole matrix." in (tmp_path / "x.py").read_text()
+
+
 def test_a_long_formula_is_no_file_name(run: Run, tmp_path: Path) -> None:
     """Longer than any file name may be."""
     formula = "+".join(["abs(W)*X"] * 40)
@@ -184,6 +197,89 @@ def test_names_are_printed_as_they_are(run: Run, quick: list[str], tiny_text: Pa
     assert outcome.code == 0
     assert f"{path} " in outcome.out
     assert f"{path} " in outcome.err
+
+
+# What a campaign shows
+
+ROW = {"ppl": {"a 0.5": 20.0, "b 0.5": 30.0}, "excess": {"a 0.5": 0.5, "b 0.5": 0.25}, "mean_excess": 0.375}
+
+
+@pytest.fixture
+def verdict() -> dict[str, Any]:
+    """What `print_discover` reads of a result of two models."""
+    counts = ("drawn", "unique_texts", "unique_opposites", "unique_canonical", "unique_ranked", "unique_masks")
+    return {
+        "winner": ROW | {"metric": "layer:abs(W)*G"},
+        "best_gradient_free": ROW | {"metric": "abs(W)*sqrt(X)", "mean_excess": 0.4321},
+        "baselines": {"wanda": ROW},
+        "confidence": {"draws": 1, "asked": 3, "interval": None, "difference": None, "rival": "wanda"},
+        "model": {"a": "/models/a", "b": "/models/b"},
+        "dense": {"test": {"a": 12.0, "b": 23.0}},
+        "targets": list(ROW["ppl"]),
+        "counts": dict.fromkeys(counts, 7),
+        "screening": [],
+        "seconds": {"per_evaluation": {"per_candidate": 0.5, "rungs": {}}},
+        "evaluations": 7,
+    }
+
+
+def shown(result: dict[str, Any]) -> str:
+    from gpmetric.terminal import print_discover
+
+    console = Console(file=io.StringIO(), width=200)
+    print_discover(console, result, Path("x"))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_verdict_is_shown(verdict: dict[str, Any]) -> None:
+    text = shown(verdict)
+    assert "perplexity on test, a, b, dense (a 12.000, b 23.000)" in text
+    assert "winner: layer:abs(W)*G\nbest without gradients: abs(W)*sqrt(X)\n" in text
+    [row] = [line for line in text.splitlines() if "0.4321" in line]
+    assert row.split("│")[1].strip() == "best without gradients"
+    assert "no confidence interval: 1 of 3 draws fitted into the time" in text
+
+
+def test_what_there_is_not_is_not_shown(verdict: dict[str, Any]) -> None:
+    """No draws asked for; the winner needs no gradients itself, or no metric does without."""
+    verdict["confidence"] |= {"draws": 0, "asked": 0}
+    for free in (verdict["winner"], None):
+        text = shown(verdict | {"best_gradient_free": free})
+        assert "without gradients" not in text
+        assert "confidence" not in text
+
+
+def test_generations_are_shown() -> None:
+    """Targets of several models head the table; the best without gradients is there once, whatever its place."""
+    from gpmetric.evolution.selection import Individual
+    from gpmetric.terminal import DiscoverReport
+
+    excess = {"a 0.5": 0.25, "b 0.5": 0.5}
+    greedy = [Individual(f"abs(W)*G*{number}", excess, excess) for number in range(2, 22)]
+    free = Individual("abs(W)*X", excess, excess)
+    counts = {"drawn": 3, "unique_masks": 2, "paid": 1}
+    for front in ([free, *greedy], [*greedy[:5], free], [*greedy, free]):
+        console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system="standard")
+        with DiscoverReport(console) as report:
+            report.dense({"search": {"a": 12.0, "b": 23.0}})
+            report.generation(0, front, counts)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "dense: search (a 12.000, b 23.000)" in text
+        assert "a 0.5" in text
+        rows = {line for line in text.splitlines() if line.startswith("│ 0.3750")}
+        assert len(rows) == min(len(front), 12)
+        assert sum("\x1b[1mabs(W)*X" in row for row in rows) == 1
+        assert sum("\x1b[1m" in row for row in rows) == 1
+
+    line = "generation 4: 3 drawn, 2 masks, 1 evaluated, mean excess of the best 0.3750: "
+    for front, told in (
+        ([*greedy, free], "abs(W)*G*2; without gradients 0.3750: abs(W)*X"),
+        ([free, *greedy], "abs(W)*X"),
+    ):
+        console = Console(file=io.StringIO(), width=200)
+        with DiscoverReport(console) as report:
+            report.generation(4, front, counts)
+        assert console.file.getvalue() == f"{line}{told}\n"  # type: ignore[attr-defined]
 
 
 # What is wrong on the face of it
@@ -274,7 +370,7 @@ def test_a_bad_formula_is_not_exported(run: Run, tmp_path: Path, formula: str) -
         (["discover", "--forbid", "exp(log)", "--forbid", "exp(lgo)"], "--forbid: unknown name 'lgo'"),
         (["discover", "--forbid", "abs(W)"], "--forbid: unknown name 'W'"),
         (["discover", "--start", "layer:abs(W)"], "names another comparison group than --group row"),
-        (["discover", "--start", "exp(log(W))*X", "--forbid", "exp(log)"], "has what --forbid 'exp(log)' excludes"),
+        (["discover", "--start", "exp(log(W))*X", "--forbid", "exp(log)"], "nests log in exp, which no formula may"),
         (["discover", "--calibration-seeds", "-1"], "--calibration-seeds must be at least 0"),
         (["export"], "FORMULA|LEDGER"),
         (["export", "wanda"], "--output (-o) FILE is needed"),

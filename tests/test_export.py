@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,13 @@ from gpmetric.errors import GpmetricError, InputError
 from gpmetric.export import FORMATS, export_expression, python
 from gpmetric.export.latex import to_latex
 from gpmetric.export.python import python_source, write_python
-from gpmetric.export.text import to_json, to_sympy_text
+from gpmetric.export.text import COMPARISON, to_json, to_sympy_text
 from gpmetric.expression import PRIMITIVES, Expression, parse
 from gpmetric.expression.canonical import canonical
 from gpmetric.expression.evaluate import evaluate
 from gpmetric.expression.tree import arity
 from gpmetric.operands import OPERANDS
+from gpmetric.pruning.target import GRANULARITIES
 
 RIA = "(abs(W)/rowsum(abs(W))+abs(W)/colsum(abs(W)))*sqrt(X)"
 
@@ -88,6 +90,38 @@ def test_python_usage_example_runs() -> None:
     assert (saliency[mask].view(3, 3).amin(dim=1) >= saliency[~mask].view(3, 3).amax(dim=1)).all()
 
 
+def test_python_usage_follows_the_group(tmp_path: Path) -> None:
+    """Sum of what is kept of a 2x130 weight, by hand: rows of 2 and 1 whose last 2 columns are 0.25 and 0.5.
+
+    Each row keeps 65; the matrix keeps the 2s and two 1s; the columns after the first 128 keep the 0.5s.
+    """
+    code = "import torch\n"
+    for group in COMPARISON:
+        write_python(parse("abs(W)"), tmp_path / f"{group}.py", "0", group)
+        usage = (tmp_path / f"{group}.py").read_text().split("torch.nn.Linear:")[1].split('"""')[0]
+        code += (
+            f"from {group} import score\nlinear = torch.nn.Linear(130, 2)\n"
+            "linear.weight.data = torch.tensor([[2.0] * 128 + [0.25] * 2, [1.0] * 128 + [0.5] * 2])\n"
+            f"{textwrap.dedent(usage)}\nprint(linear.weight.sum().item())\n"
+        )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    kept = dict(zip(COMPARISON, map(float, run.stdout.split()), strict=True))
+    assert kept == {"row": 65 * 2 + 65, "layer": 128 * 2 + 2, "block": 128 * 2 + 1}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_says_where_scores_compete(name: str, tmp_path: Path) -> None:
+    """Nothing where it is the row."""
+    assert set(COMPARISON) == set(GRANULARITIES) - {"n:m"}
+    for group, words in COMPARISON.items():
+        export_expression(parse("abs(W)*X"), name, tmp_path / "out", "0", group)
+        text = (tmp_path / "out").read_text()
+        if name == "json":
+            assert json.loads(text)["group"] == group
+        else:
+            assert (words in text) == (group != "row")
+
+
 def test_a_score_is_never_the_operand(tmp_path: Path) -> None:
     write_python(parse("W"), tmp_path / "metric.py", "0")
     module = python._load(tmp_path / "metric.py")
@@ -143,6 +177,7 @@ def test_json_record() -> None:
     record = to_json(parse("X*abs(W)"))
     assert record == {
         "formula": "X*abs(W)",
+        "group": "row",
         "canonical": "abs(W)*X",
         "latex": r"\lVert X\rVert \odot \lvert W\rvert",
         "sympy": "X*Abs(W)",

@@ -11,24 +11,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpmetric.analysis.features import Feature, find_features, powers
+from gpmetric.analysis.features import Feature, find_features, find_groups, powers
 from gpmetric.analysis.masks import compare_masks, read_sketches
 from gpmetric.analysis.principles import state_principles
 from gpmetric.analysis.statistics import add_q_values, compare, correlate, fitness_ranks
 from gpmetric.errors import GpmetricError
+from gpmetric.evolution.breeding import spelled
 from gpmetric.evolution.ledger import Evaluation, Ledger
 from gpmetric.evolution.objectives import mean_excess
 from gpmetric.expression import Expression, parse
 from gpmetric.expression.canonical import canonical
 from gpmetric.operands import OPERANDS
 from gpmetric.pareto import pareto_front
+from gpmetric.pruning.metrics import resolve_metric
+from gpmetric.pruning.target import GRANULARITIES
 
 __all__ = ["analyse"]
 
 _MIN_FORMULAS = 10  # for a rank test of two halves to reach p < 0.05
 _MIN_VARIED = 5  # formulas in which the power of an operand is not the commonest one
 _SAME = 0.9  # share of formulas in common at which two parts tell the same
-_KINDS = ("operand", "primitive", "sub-expression")
+_KINDS = ("group", "operand", "primitive", "sub-expression")
 _REFERENCES = {"magnitude": "abs(W)", "wanda": "abs(W)*X"}  # start formulas of every campaign that has their operands
 _NOTE = (
     "A search draws formulas with selection, so these are associations, not causes. Formulas that failed or were "
@@ -57,7 +60,7 @@ def analyse(ledger: str | os.PathLike[str], *, seed: int = 0) -> dict[str, Any]:
     """
     with Ledger.read(ledger) as book:
         rows = book.evaluations()
-        references = {name: book.find_canonical(str(canonical(parse(text)))) for name, text in _REFERENCES.items()}
+        references = {name: _find_reference(book, text) for name, text in _REFERENCES.items()}
     done = [row for row in rows if row.status == "done" and row.losses]
     if len(done) < _MIN_FORMULAS:
         raise GpmetricError(
@@ -65,7 +68,9 @@ def analyse(ledger: str | os.PathLike[str], *, seed: int = 0) -> dict[str, Any]:
             f"{_MIN_FORMULAS}: let the campaign go on"
         )
     targets = list(done[0].losses)
-    expressions = [parse(row.formula) for row in done]
+    metrics = [resolve_metric(row.formula) for row in done]
+    expressions = [metric.expression for metric in metrics]
+    features = [*find_groups([metric.granularity for metric in metrics]), *find_features(expressions)]
     excess = np.array([[row.losses[target] for target in targets] for row in done])  # [formulas, targets]
     means = np.array([mean_excess(row.losses) for row in done])
     nodes = np.array([len(expression) for expression in expressions], float)
@@ -76,7 +81,7 @@ def analyse(ledger: str | os.PathLike[str], *, seed: int = 0) -> dict[str, Any]:
         "evaluations": len(rows),
         "targets": targets,
         "note": _NOTE,
-        "parts": _parts(find_features(expressions), excess, means, targets),
+        "parts": _parts(features, excess, means, targets),
         "powers": {name: row for name in OPERANDS if (row := _powers(name, expressions, means))},
         "nodes": correlate(nodes, means),
         "target_pairs": [
@@ -94,8 +99,8 @@ def analyse(ledger: str | os.PathLike[str], *, seed: int = 0) -> dict[str, Any]:
 def _parts(features: Sequence[Feature], excess: Vector, means: Vector, targets: Sequence[str]) -> list[dict[str, Any]]:
     """A row per part, the strongest effect first.
 
-    `same_as` names a part in nearly the same formulas that is told instead: an operand before a primitive before a
-    sub-expression, of one kind the stronger.
+    `same_as` names a part in nearly the same formulas that is told instead: a group before an operand before a
+    primitive before a sub-expression, of one kind the stronger.
     """
     rows = [_part(feature, excess, means, targets) for feature in features]
     strength = [abs(row["effect"] or 0.0) for row in rows]
@@ -151,6 +156,13 @@ def _powers(operand: str, expressions: Sequence[Expression], means: Vector) -> d
         ],
         **correlate(values, means[single]),
     }
+
+
+def _find_reference(book: Ledger, formula: str) -> Evaluation | None:
+    """The evaluation of a published metric, compared within rows or, where the campaign did not, in another group."""
+    form = canonical(parse(formula))
+    rows = (book.find_canonical(spelled(form, group)) for group in GRANULARITIES)
+    return next((row for row in rows if row is not None), None)
 
 
 def _reference(row: Evaluation | None) -> dict[str, Any] | None:

@@ -1,4 +1,5 @@
-"""What formulas consist of: operands, primitives, recurring sub-expressions, and the powers of operands."""
+"""What formulas consist of: operands, primitives, recurring sub-expressions, the powers of operands, and the groups
+their scores compete in."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from gpmetric.expression import PRIMITIVES, Expression
 from gpmetric.expression.canonical import canonical
 from gpmetric.expression.tree import Tokens, subtree_end
 from gpmetric.operands import OPERANDS
+from gpmetric.pruning.target import GRANULARITIES, Granularity
 
-__all__ = ["Feature", "find_features", "powers"]
+__all__ = ["Feature", "find_features", "find_groups", "powers"]
 
 _MIN_FORMULAS = 5  # that hold a sub-expression for it to count as recurring, and
 _MIN_SHARE = 0.02  # the least share of all formulas that do
@@ -26,7 +28,7 @@ _FIXED_POWERS = {"abs": 1.0, "neg": 1.0, "sqr": 2.0, "sqrt": 0.5, "inv": -1.0}
 class Feature:
     """A part of formulas; `members` is boolean [formulas], True where the formula has it."""
 
-    kind: Literal["operand", "primitive", "sub-expression"]
+    kind: Literal["group", "operand", "primitive", "sub-expression"]
     name: str
     members: NDArray[np.bool_]
 
@@ -51,6 +53,16 @@ def find_features(expressions: Sequence[Expression]) -> list[Feature]:
         if len(indices) >= needed:
             found.append(Feature("sub-expression", name, np.isin(np.arange(len(expressions)), indices)))
     return found
+
+
+def find_groups(groups: Sequence[Granularity]) -> list[Feature]:
+    """The comparison groups that formulas have, `groups` [formulas]; none where all have the same.
+
+    Of two, the first in the order of GRANULARITIES is left out: it is what formulas without the other have.
+    """
+    found = [name for name in GRANULARITIES if name in groups]
+    told = found if len(found) > 2 else found[1:]
+    return [Feature("group", f"group {name}", np.array([name == one for one in groups])) for name in told]
 
 
 def _parts(expression: Expression) -> set[str]:

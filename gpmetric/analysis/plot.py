@@ -59,7 +59,7 @@ def draw_page(document: Mapping[str, Any], path: Path) -> None:
 
 
 def _symbols(axes: Axes, document: Mapping[str, Any]) -> None:
-    _head(axes, "operands (bold) and primitives", "rank-biserial effect, right is better (pale: q ≥ 0.05)")
+    _head(axes, "operands (bold), primitives and groups", "rank-biserial effect, right is better (pale: q ≥ 0.05)")
     _bars(axes, [row for row in document["parts"] if row["kind"] != "sub-expression" and row["effect"] is not None])
     for label in axes.get_yticklabels():
         label.set_fontweight("bold" if label.get_text().isupper() else "normal")

@@ -221,7 +221,8 @@ def _search(
     rivals = [name for name in names if masks_only(name) or update != "none"]
     winner = choose_winner(finalists, {name: baselines[name] for name in rivals})
     dense["test"] = judge.dense("test")
-    free = next((one.text for one in front if not one.metric.needs_gradients), None)
+    without = [metric for metric in finalists if not resolve_metric(metric).needs_gradients]
+    free = min(without, key=lambda metric: finalists[metric].mean, default=None)
     tested = judge.measure(dict.fromkeys([winner, *names, *([free] if free else [])]), "test")
     rival = min(rivals, key=lambda name: tested[name].mean)
     found = time.monotonic()

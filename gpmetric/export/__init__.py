@@ -1,4 +1,4 @@
-"""Formulas as files: one writer per format, `FORMATS[name](expression, path, version)`."""
+"""Formulas as files: one writer per format, `FORMATS[name](expression, path, version, group)`."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ from typing import Any
 from gpmetric.errors import InputError
 from gpmetric.export.latex import to_latex
 from gpmetric.export.python import write_python
-from gpmetric.export.text import to_json, to_sympy_text
+from gpmetric.export.text import COMPARISON, to_json, to_sympy_text
 from gpmetric.expression import Expression
 from gpmetric.provenance import write_text
 
 __all__ = ["FORMATS", "export_expression"]
 
 
-def _write_latex(expression: Expression, path: str | Path, version: str) -> None:
+def _write_latex(expression: Expression, path: str | Path, version: str, group: str = "row") -> None:
     """A comment with the plain formula, then displayed mathematics."""
     made = f"% gpmetric {ascii(version)[1:-1]}: {expression}"
     notes = "% Element by element over the weight, [out, in]; needs amsmath."
+    notes += f"\n% {COMPARISON[group]}" if group != "row" else ""
     write_text(Path(path), f"{made}\n{notes}\n\\[\n  {to_latex(expression)}\n\\]\n")
 
 
-def _write_sympy(expression: Expression, path: str | Path, version: str) -> None:
-    """One line, the formula without guards."""
-    write_text(Path(path), to_sympy_text(expression) + "\n")
+def _write_sympy(expression: Expression, path: str | Path, version: str, group: str = "row") -> None:
+    """One line, the formula without guards; before it a comment where scores do not compete within rows."""
+    notes = f"# {COMPARISON[group]}\n" if group != "row" else ""
+    write_text(Path(path), f"{notes}{to_sympy_text(expression)}\n")
 
 
-def _write_json(expression: Expression, path: str | Path, version: str) -> None:
+def _write_json(expression: Expression, path: str | Path, version: str, group: str = "row") -> None:
     """The record of `to_json` with the version."""
-    record = {"version": version, **to_json(expression)}
+    record = {"version": version, **to_json(expression, group)}
     write_text(Path(path), json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
-FORMATS: dict[str, Callable[[Expression, str | Path, str], None]] = {
+FORMATS: dict[str, Callable[[Expression, str | Path, str, str], None]] = {
     "python": write_python,
     "latex": _write_latex,
     "sympy": _write_sympy,
@@ -43,8 +45,12 @@ FORMATS: dict[str, Callable[[Expression, str | Path, str], None]] = {
 }
 
 
-def export_expression(expression: Expression, format: str, output: str | Path, version: str) -> dict[str, Any]:
+def export_expression(
+    expression: Expression, format: str, output: str | Path, version: str, group: str = "row"
+) -> dict[str, Any]:
     """Writes the formula in one of `FORMATS` and returns its record with the format and the place.
+
+    `group` is where scores compete: row, layer or block.
 
     Raises:
         InputError: an unknown format.
@@ -52,5 +58,5 @@ def export_expression(expression: Expression, format: str, output: str | Path, v
     """
     if format not in FORMATS:
         raise InputError(f"format must be one of {' '.join(FORMATS)}, but got {ascii(format)[:60]}")
-    FORMATS[format](expression, output, version)
-    return {"format": format, "output": str(output), **to_json(expression)}
+    FORMATS[format](expression, output, version, group)
+    return {"format": format, "output": str(output), **to_json(expression, group)}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gpmetric.errors import GpmetricError
+from gpmetric.export.text import COMPARISON
 from gpmetric.expression import primitives
 from gpmetric.expression.canonical import canonical
 from gpmetric.expression.evaluate import evaluate
@@ -36,17 +37,11 @@ _WIDTH = 72  # a part longer than this becomes a line of its own
 _MODULE = '''"""Pruning score: {formula}
 
 Every weight of a linear layer [out, in] gets one number; the lowest are removed. Made by gpmetric {version}.
-sha256 of the canonical form: {digest}
+{comparison}sha256 of the canonical form: {digest}
 
 Operands{operands}
 
-Usage, removing the lower half of every row of a torch.nn.Linear:
-
-    with torch.no_grad():
-        saliency = score({call})
-        removed = saliency.argsort(dim=1, stable=True)[:, : saliency.shape[1] // 2]
-        mask = torch.ones_like(saliency, dtype=torch.bool).scatter(1, removed, False)  # True = kept
-        linear.weight.mul_(mask)
+{usage}
 """
 
 from __future__ import annotations
@@ -72,7 +67,33 @@ def score(
 '''
 
 
-def python_source(expression: Expression, version: str) -> str:
+_USAGE_ROWS = """Usage, removing the lower half of every row of a torch.nn.Linear:
+
+    with torch.no_grad():
+        saliency = score({call})
+        removed = saliency.argsort(dim=1, stable=True)[:, : saliency.shape[1] // 2]
+        mask = torch.ones_like(saliency, dtype=torch.bool).scatter(1, removed, False)  # True = kept
+        linear.weight.mul_(mask)"""
+
+_USAGE_COLUMNS = """Usage, removing the lower half of {which} of a torch.nn.Linear:
+
+    with torch.no_grad():
+        saliency = score({call})
+        for weight, group in zip(linear.weight.split({width}, dim=1), saliency.split({width}, dim=1)):
+            removed = group.flatten().argsort(stable=True)[: group.numel() // 2]
+            mask = torch.ones(group.numel(), dtype=torch.bool, device=group.device)  # True = kept
+            mask[removed] = False
+            weight.mul_(mask.view_as(group))"""
+
+# comparison group -> usage example
+_USAGE = {
+    "row": _USAGE_ROWS,
+    "layer": _USAGE_COLUMNS.replace("{which}", "the weight").replace("{width}", "linear.in_features"),
+    "block": _USAGE_COLUMNS.replace("{which}", "every 128 columns").replace("{width}", "128"),
+}
+
+
+def python_source(expression: Expression, version: str, group: str = "row") -> str:
     """Text of the module, ASCII; see `write_python` for the checked file."""
     functions = list(_functions(expression))
     names = {name for function in functions for name in function.__code__.co_names}
@@ -83,20 +104,24 @@ def python_source(expression: Expression, version: str) -> str:
         version=_escaped(version),
         digest=hashlib.sha256(str(canonical(expression)).encode()).hexdigest(),
         operands="".join(f"\n    {row.name} [{row.axes.replace(',', ', ')}]: {_escaped(row.meaning)}" for row in rows),
-        call=", ".join(["linear.weight", *(f"{row.name}={row.name}" for row in rows if row.name != "W")]),
+        comparison=f"{COMPARISON[group]}\n" if group != "row" else "",
+        usage=_USAGE[group].format(
+            call=", ".join(["linear.weight", *(f"{row.name}={row.name}" for row in rows if row.name != "W")])
+        ),
         constants="".join(f"\n{line}" for line in ["", *constants]) + "\n" if constants else "",
         functions="".join(f"\n\n{inspect.getsource(function).rstrip()}\n" for function in functions),
         body="\n".join(f"    {line}" for line in _body(expression)),
     )
 
 
-def write_python(expression: Expression, path: str | Path, version: str) -> None:
+def write_python(expression: Expression, path: str | Path, version: str, group: str = "row") -> None:
     """Writes the module, having imported it and found its scores equal to `evaluate`, bit for bit.
 
     Raises:
         GpmetricError: the file cannot be written, or its scores differ; nothing is then left at `path`.
     """
-    write_text(Path(path), python_source(expression, version), lambda written: _verify(expression, written))
+    source = python_source(expression, version, group)
+    write_text(Path(path), source, lambda written: _verify(expression, written))
 
 
 def _escaped(text: str) -> str:

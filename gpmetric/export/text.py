@@ -9,7 +9,14 @@ from gpmetric.export.latex import to_latex
 from gpmetric.expression.canonical import canonical, to_sympy
 from gpmetric.expression.tree import Expression
 
-__all__ = ["to_json", "to_sympy_text"]
+__all__ = ["COMPARISON", "to_json", "to_sympy_text"]
+
+# comparison group -> what a file says of it
+COMPARISON = {
+    "row": "Scores compete within each row.",
+    "layer": "Scores compete within the whole matrix.",
+    "block": "Scores compete within each 128 consecutive columns, over all rows.",
+}
 
 
 def to_sympy_text(expression: Expression) -> str:
@@ -21,14 +28,15 @@ def to_sympy_text(expression: Expression) -> str:
     return str(to_sympy(expression))
 
 
-def to_json(expression: Expression) -> dict[str, Any]:
-    """Record of plain JSON values; `sympy` is None where the formula has no sympy form."""
+def to_json(expression: Expression, group: str = "row") -> dict[str, Any]:
+    """Record of plain JSON values, `group` of COMPARISON; `sympy` is None where the formula has no sympy form."""
     try:
         symbolic: str | None = to_sympy_text(expression)
     except ExpressionError:
         symbolic = None
     return {
         "formula": str(expression),
+        "group": group,
         "canonical": str(canonical(expression)),
         "latex": to_latex(expression),
         "sympy": symbolic,
