@@ -57,7 +57,18 @@ def without_seconds(result: dict[str, Any]) -> dict[str, Any]:
 
 
 KEYS = {
-    "winner": {"formula", "group", "metric", "nodes", "operands", "excess", "mean_excess", "ppl", "validation"},
+    "winner": {
+        "formula",
+        "group",
+        "metric",
+        "nodes",
+        "operands",
+        "excess",
+        "mean_excess",
+        "ppl",
+        "error",
+        "validation",
+    },
     "confidence": {"asked", "draws", "rival", "winner_mean_excess", "rival_mean_excess", "difference", "interval"},
     "counts": {
         "drawn",
@@ -79,7 +90,7 @@ KEYS = {
         "total",
     },
 }
-ROW = KEYS["winner"] - {"ppl"} | {"kl"}
+ROW = KEYS["winner"] - {"ppl", "error"} | {"kl"}
 
 
 def test_document_names_winner_front_baselines_splits(request_for: Any, tmp_path: Path) -> None:
@@ -122,7 +133,7 @@ def test_the_front_holds_the_winner_and_the_best_without_gradients(request_for: 
     best = result["best_gradient_free"]
     assert best["metric"] in [row.formula for row in free]
     assert best["metric"] in [row["metric"] for row in front]
-    assert set(best) == {"metric", "excess", "mean_excess", "ppl"}
+    assert set(best) == {"metric", "excess", "mean_excess", "ppl", "error"}
 
 
 def test_the_interval_is_that_of_the_draws(request_for: Any, tmp_path: Path) -> None:

@@ -654,7 +654,7 @@ def test_an_older_schema_is_upgraded_on_resume(path: Path, monkeypatch: pytest.M
     before = tables(path)
     upgrade = "CREATE TABLE notes (id INTEGER PRIMARY KEY); ALTER TABLE candidates ADD COLUMN parent INTEGER"
     monkeypatch.setattr(store, "MIGRATIONS", (*store.MIGRATIONS, upgrade, "CREATE TABLE worse (id)"))
-    with pytest.raises(LedgerError, match="older schema: discover --resume upgrades it"):
+    with pytest.raises(LedgerError, match="older schema: its campaign cannot be continued"):
         Ledger.read(path)
     Ledger.open(path, SETTINGS, resume=True).close()
     after = tables(path)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpmetric.errors import GpmetricError, SolverError
 from gpmetric.evolution.executors import Serial
+from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.selection import Individual
 from gpmetric.evolution.verdict import Judge, Verdict, choose_finalists, choose_winner, interval, masks_only
 
@@ -75,9 +77,8 @@ def test_a_verdict_tells_its_perplexities() -> None:
     assert told["ppl"] == {"0.5": pytest.approx(math.exp(4.2)), "2:4": pytest.approx(math.exp(4.6))}
 
 
-def test_the_judge_asks_for_baselines_as_published() -> None:
+def test_the_judge_asks_for_baselines_as_published(ledger: Ledger) -> None:
     asked: list[dict[str, Any]] = []
-    beats: list[int] = []
 
     def answer(task: Mapping[str, Any]) -> Any:
         asked.append(dict(task))
@@ -85,7 +86,7 @@ def test_the_judge_asks_for_baselines_as_published() -> None:
             raise SolverError("no")
         return {"excess": 0.25, "loss": 4.25}
 
-    judge = Judge(Serial(answer), ("0.5", "2:4"), "obs", lambda: beats.append(1))
+    judge = Judge(Serial(answer), ("0.5", "2:4"), "obs", ledger)
     found = judge.measure(["abs(W)*G", "wanda"], "test", "calibration-1")
     assert [(task["metric"], task["target"], task["update"]) for task in asked] == [
         ("abs(W)*G", "0.5", "obs"),
@@ -94,14 +95,24 @@ def test_the_judge_asks_for_baselines_as_published() -> None:
         ("wanda", "2:4", "none"),
     ]
     assert {(task["split"], task["calibration"]) for task in asked} == {("test", "calibration-1")}
-    assert found["abs(W)*G"] == Verdict({"0.5": 0.25, "2:4": math.inf}, {"0.5": 4.25, "2:4": math.inf})
+    infinite = {"0.5": 0.25, "2:4": math.inf}
+    assert found["abs(W)*G"] == Verdict(infinite, {"0.5": 4.25, "2:4": math.inf}, {"2:4": "no"})
+    assert found["abs(W)*G"].describe()["error"] == "no"
     assert found["wanda"].mean == 0.25
-    assert len(beats) == 4
+    again = Judge(Serial(answer), ("0.5", "2:4"), "obs", ledger).measure(["abs(W)*G", "wanda"], "test", "calibration-1")
+    assert again == found
+    assert len(asked) == 4  # the ledger has them
 
 
-def test_a_dense_model_without_a_loss_is_refused() -> None:
-    judge = Judge(Serial(lambda task: {"a": 1.0, "b": math.inf}), ("0.5",), "none")
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    with Ledger.open(tmp_path / "a", {}, resume=False) as opened:
+        yield opened
+
+
+def test_a_dense_model_without_a_loss_is_refused(ledger: Ledger) -> None:
+    judge = Judge(Serial(lambda task: {"a": 1.0, "b": math.inf}), ("0.5",), "none", ledger)
     with pytest.raises(GpmetricError, match="dense model's loss on the search text is not finite"):
         judge.dense("search")
-    judge = Judge(Serial(lambda task: {"a": 0.0, "b": math.log(7)}), ("0.5",), "none")
+    judge = Judge(Serial(lambda task: {"a": 0.0, "b": math.log(7)}), ("0.5",), "none", ledger)
     assert judge.dense("search") == {"a": 1.0, "b": pytest.approx(7)}

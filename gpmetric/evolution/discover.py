@@ -179,7 +179,7 @@ def _search(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Baselines on validation, the generation loop, the finalists, and the test: the verdict, and seconds by step."""
     targets = labels(request, sites)
-    judge = Judge(executor, targets, update, book.heartbeat)
+    judge = Judge(executor, targets, update, book)
     opening = time.monotonic()
     dense = {split: judge.dense(split) for split in ("search", "validation")}
     told.dense({split: _alone(ppl) for split, ppl in dense.items()})

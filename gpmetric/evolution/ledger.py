@@ -36,7 +36,17 @@ from gpmetric.evolution.store import (
     upgrade,
 )
 
-__all__ = ["BUDGET_KEYS", "Candidate", "Evaluation", "Generation", "Ledger", "Measurement", "is_ledger", "winner_of"]
+__all__ = [
+    "BUDGET_KEYS",
+    "Candidate",
+    "Evaluation",
+    "Generation",
+    "Judgement",
+    "Ledger",
+    "Measurement",
+    "is_ledger",
+    "winner_of",
+]
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,23 @@ class Generation:
         return self.rng[0], tuple(self.rng[1]), self.rng[2]
 
 
-Row = TypeVar("Row", Candidate, Evaluation, Generation, Measurement)
+@dataclass(frozen=True)
+class Judgement:
+    """What a finalist or baseline costs at one target under the sequential protocol, or the error that it makes.
+
+    `calibration` names the windows that statistics came from; excess and loss are None where they are not finite.
+    """
+
+    metric: str
+    target: str
+    split: str
+    calibration: str
+    excess: float | None
+    loss: float | None
+    error: str | None = None
+
+
+Row = TypeVar("Row", Candidate, Evaluation, Generation, Judgement, Measurement)
 
 
 class Ledger(AbstractContextManager["Ledger"]):
@@ -220,6 +246,15 @@ class Ledger(AbstractContextManager["Ledger"]):
         tail = "measurements WHERE ?1 IS NULL OR generation = ?1 ORDER BY rowid"
         return self._select(Measurement, tail, generation)
 
+    def judge(self, judgement: Judgement) -> None:
+        """Store one judgement; one already there is left unchanged."""
+        with self._write():
+            self._insert("judgements", asdict(judgement), "OR IGNORE")
+
+    def judgements(self) -> list[Judgement]:
+        """Every judgement in the order made."""
+        return self._select(Judgement, "judgements ORDER BY rowid")
+
     def commit_generation(self, number: int, population: Any, rng: Any, hypervolume: float | None = None) -> None:
         """Store a finished generation: JSON of its population, and `random.Random.getstate()` to breed the next."""
         row = {"number": number, "population": population, "rng": rng, "hypervolume": hypervolume}
@@ -280,7 +315,7 @@ class Ledger(AbstractContextManager["Ledger"]):
 
     def comparable_tables(self) -> dict[str, list[dict[str, Any]]]:
         """Every table without its volatile columns: equal for two equal campaigns."""
-        keys = {"measurements": "generation, position, rung"}
+        keys = {"measurements": "generation, position, rung", "judgements": "split, calibration, metric, target"}
         tables = {table: self._query(f"SELECT * FROM {table} ORDER BY {keys.get(table, '1')}") for table in TABLES}
         for row in chain(*tables.values()):
             for column in VOLATILE & row.keys():

@@ -41,7 +41,15 @@ VOLATILE = frozenset({"seconds", "seconds_score", "seconds_loss", "duration", "h
 _STALE_SECONDS = 60.0  # heartbeat age at which an owner on another host counts as dead
 _RECOVERY = "save what is readable with sqlite3 FILE .recover"
 _HINTS = {sqlite3.SQLITE_CORRUPT: _RECOVERY, sqlite3.SQLITE_CANTOPEN: "its folder must exist and be writable"}
-TABLES = ("meta", "generations", "evaluations", "candidates", "measurements", "results")  # all but `owner`
+TABLES = (
+    "meta",
+    "generations",
+    "evaluations",
+    "candidates",
+    "measurements",
+    "judgements",
+    "results",
+)  # all but `owner`
 # Script n upgrades schema version n to n + 1. Statements are split at ";", so none may contain one.
 MIGRATIONS: tuple[str, ...] = (
     f"""
@@ -71,7 +79,9 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE evaluations ADD COLUMN divergences TEXT NOT NULL DEFAULT '{}' CHECK (json_valid(divergences));
     CREATE TABLE measurements (generation INTEGER NOT NULL, position INTEGER NOT NULL, rung TEXT NOT NULL,
         value TEXT NOT NULL CHECK (json_valid(value)), error TEXT, duration REAL, process INTEGER, attempt INTEGER,
-        PRIMARY KEY (generation, position, rung))
+        PRIMARY KEY (generation, position, rung));
+    CREATE TABLE judgements (metric TEXT NOT NULL, target TEXT NOT NULL, split TEXT NOT NULL, calibration TEXT NOT NULL,
+        excess REAL, loss REAL, error TEXT, PRIMARY KEY (metric, target, split, calibration))
     """,
 )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
@@ -13,19 +13,27 @@ from scipy.stats import t
 from gpmetric.errors import GpmetricError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.evolution.executors import Executor
+from gpmetric.evolution.ledger import Judgement, Ledger
 from gpmetric.evolution.objectives import mean_excess
 from gpmetric.evolution.selection import Individual
 from gpmetric.pruning.metrics import BASELINES, Update
 
-__all__ = ["Judge", "Verdict", "choose_finalists", "choose_winner", "interval", "masks_only"]
+__all__ = ["Judge", "Place", "Verdict", "choose_finalists", "choose_winner", "interval", "masks_only"]
+
+
+Place = tuple[str, str, str, str]  # metric, target, split, calibration
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one metric costs on one split: excess log-loss and mean loss by target, in nats per token."""
+    """What one metric costs on one split: excess log-loss and mean loss by target, in nats per token.
+
+    `errors` says by target why a metric could not be applied; its figures are infinite then.
+    """
 
     excess: dict[str, float]
     losses: dict[str, float]
+    errors: dict[str, str] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -33,9 +41,10 @@ class Verdict:
         return mean_excess(self.excess)
 
     def describe(self) -> dict[str, Any]:
-        """Excess by target, its mean, and the perplexities."""
+        """Excess by target, its mean, the perplexities, and the first error or None."""
         ppl = {target: perplexity(loss) for target, loss in self.losses.items()}
-        return {"excess": self.excess, "mean_excess": self.mean, "ppl": ppl}
+        error = next(iter(self.errors.values()), None)
+        return {"excess": self.excess, "mean_excess": self.mean, "ppl": ppl, "error": error}
 
 
 class Judge:
@@ -45,16 +54,15 @@ class Judge:
         executor: applies an Evaluator to tasks.
         targets: what figures are keyed by.
         update: the campaign's, for discovered metrics; baselines are used as published.
-        heartbeat: called after every measurement, so that a ledger's owner is seen to live.
+        ledger: takes every judgement as soon as it is there; one it has is not made again.
     """
 
-    def __init__(
-        self, executor: Executor, targets: Sequence[str], update: Update, heartbeat: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, executor: Executor, targets: Sequence[str], update: Update, ledger: Ledger) -> None:
         self._executor = executor
-        self._heartbeat = heartbeat
         self._targets = targets
         self._update = update
+        self._ledger = ledger
+        self._known = {_place(row): row for row in ledger.judgements()}
 
     def dense(self, split: str) -> dict[str, float]:
         """Perplexity of the dense model on a split, by model.
@@ -76,24 +84,31 @@ class Judge:
             split: the windows losses are measured on.
             calibration: the windows statistics come from.
         """
-        tasks = [
-            {
-                "kind": "sequential",
-                "metric": metric,
-                "target": target,
-                "split": split,
-                "calibration": calibration,
-                "update": "none" if metric in BASELINES else self._update,
-            }
-            for metric in metrics
-            for target in self._targets
-        ]
+        wanted = [(metric, target, split, calibration) for metric in metrics for target in self._targets]
+        missing = [place for place in wanted if place not in self._known]
+        for place, outcome in zip(missing, self._executor.map_ordered(map(self._task, missing)), strict=True):
+            figures = outcome.value or {"excess": math.inf, "loss": math.inf}
+            known = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+            self._known[place] = Judgement(*place, known["excess"], known["loss"], outcome.error)
+            self._ledger.judge(self._known[place])
         found = {metric: Verdict({}, {}) for metric in metrics}
-        for task, outcome in zip(tasks, self._executor.map_ordered(tasks), strict=True):
-            self._heartbeat()
-            verdict, value = found[task["metric"]], outcome.value or {"excess": math.inf, "loss": math.inf}
-            verdict.excess[task["target"]], verdict.losses[task["target"]] = value["excess"], value["loss"]
+        for row in map(self._known.__getitem__, wanted):
+            verdict = found[row.metric]
+            verdict.excess[row.target] = math.inf if row.excess is None else row.excess
+            verdict.losses[row.target] = math.inf if row.loss is None else row.loss
+            if row.error is not None:
+                verdict.errors[row.target] = row.error
         return found
+
+    def _task(self, place: Place) -> dict[str, str]:
+        metric, target, split, calibration = place
+        update = "none" if metric in BASELINES else self._update
+        names = {"metric": metric, "target": target, "split": split, "calibration": calibration}
+        return {"kind": "sequential", **names, "update": update}
+
+
+def _place(row: Judgement) -> Place:
+    return row.metric, row.target, row.split, row.calibration
 
 
 def masks_only(name: str) -> bool:
