@@ -28,6 +28,8 @@ Place = tuple[str, str, str, str]  # metric, target, split, calibration
 class Verdict:
     """What one metric costs on one split: excess log-loss and mean loss by target, in nats per token.
 
+    With several models the excess is in units of Wanda's on the same model; see `Ensemble`.
+
     `errors` says by target why a metric could not be applied; its figures are infinite then.
     """
 
