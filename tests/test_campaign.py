@@ -544,10 +544,10 @@ def test_nothing_evaluable_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_merit_adds_what_is_above_the_bar() -> None:
-    """By hand: mean (0.5 + 0.3) / 2, and the second target 0.1 above its bar."""
-    figures = {"0.5": 0.5, "2:4": 0.3}
-    assert Individual("abs(W)", figures, figures, {"0.5": 0.6, "2:4": 0.2}).merit == pytest.approx(0.4 + 0.1 / 2)
-    assert Individual("abs(W)", figures, figures).merit == pytest.approx(0.4)
+    """By hand: mean (0.5 + 0.3) / 2 of the divergence, and the second target's excess 0.1 above its bar."""
+    divergence, excess = {"0.5": 0.5, "2:4": 0.3}, {"0.5": 0.55, "2:4": 0.35}
+    assert Individual("abs(W)", divergence, excess, {"0.5": 0.6, "2:4": 0.25}).merit == pytest.approx(0.4 + 0.1)
+    assert Individual("abs(W)", divergence, excess).merit == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("generations", [1, 3])
@@ -560,7 +560,7 @@ def test_the_bar_is_the_best_start_formula_at_each_target(tmp_path: Path, genera
             places = {row.evaluation for row in ledger.candidates() if (row.generation, row.position) < (0, len(START))}
             started = [row for row in ledger.evaluations("done") if row.id in places]
             for target in TARGETS:
-                lowest = min(row.divergences[target] for row in started)
+                lowest = min(row.losses[target] for row in started)
                 assert {one.bar[target] for one in campaign.individuals()} == {lowest}
 
 

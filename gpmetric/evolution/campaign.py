@@ -98,11 +98,11 @@ class Campaign:
         return Individual(row.formula, searched, excess, self._bar)
 
     def _raise_bar(self) -> None:
-        """Takes the best start formula's figure at each target, once the first generation is recorded."""
+        """Takes the lowest excess of a start formula at each target, once the first generation is recorded."""
         started = {row.evaluation for row in self._ledger.candidates() if self._is_start(row.generation, row.position)}
         found = [self._individual(row) for row in self._ledger.evaluations("done") if row.id in started]
         if found:
-            self._bar = {target: min(one.searched[target] for one in found) for target in self._plan.targets}
+            self._bar = {target: min(one.excess[target] for one in found) for target in self._plan.targets}
 
     def _is_start(self, generation: int, position: int) -> bool:
         return generation == 0 and position < len(self._plan.start)
