@@ -12,7 +12,11 @@ GpmetricError
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TypeVar
+
 __all__ = [
+    "Choice",
     "DataError",
     "ExpressionError",
     "GpmetricError",
@@ -21,6 +25,7 @@ __all__ = [
     "MaskError",
     "ModelError",
     "SolverError",
+    "one_of",
 ]
 
 
@@ -54,3 +59,19 @@ class MaskError(GpmetricError):
 
 class SolverError(GpmetricError):
     """A Gram matrix that is not positive definite even after stronger damping."""
+
+
+Choice = TypeVar("Choice", bound=str)
+
+
+def one_of(option: str, text: str, accepted: Iterable[Choice]) -> Choice:
+    """The accepted value that a text spells.
+
+    Raises:
+        InputError: naming option, text and what is accepted.
+    """
+    names = list(accepted)
+    for name in names:
+        if name == text:
+            return name
+    raise InputError(f"{option} must be one of {', '.join(names)}, but got {text!r}")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from gpmetric.config import load_config
-from gpmetric.errors import InputError
+from gpmetric.errors import one_of
 from gpmetric.evolution.request import Request
 from gpmetric.pruning.metrics import UPDATES
 
@@ -38,9 +38,7 @@ def _one_of(option: str, *accepted: str) -> Callable[[str | None], str | None]:
     """A check of an option's value that needs no torch."""
 
     def check(value: str | None) -> str | None:
-        if value is not None and value not in accepted:
-            raise InputError(f"{option} must be one of {', '.join(accepted)}, but got {value!r}")
-        return value
+        return None if value is None else one_of(option, value, accepted)
 
     return check
 

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from gpmetric.errors import InputError
+from gpmetric.errors import InputError, one_of
 from gpmetric.evolution.grammar import FORBIDDEN, Nesting, foreign_to, nests
 from gpmetric.evolution.objectives import SEARCHED, Searched
 from gpmetric.expression import PRIMITIVES
@@ -141,10 +141,7 @@ def check_objective(text: str) -> Searched:
     Raises:
         InputError: no such objective.
     """
-    for name in SEARCHED:
-        if name == text:
-            return name
-    raise InputError(f"--objective must be one of {', '.join(SEARCHED)}, but got {text!r}")
+    return one_of("--objective", text, SEARCHED)
 
 
 def check_group(text: str) -> Group:
@@ -153,10 +150,7 @@ def check_group(text: str) -> Group:
     Raises:
         InputError: no such group.
     """
-    for name in GROUPS:
-        if name == text:
-            return name
-    raise InputError(f"--group must be one of {', '.join(GROUPS)}, but got {text!r}")
+    return one_of("--group", text, GROUPS)
 
 
 def _check_names(option: str, names: Sequence[str], known: Sequence[str]) -> None:

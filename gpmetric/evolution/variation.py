@@ -118,7 +118,7 @@ class Variation:
         return found
 
     def vary(self, first: Expression, second: Expression) -> Expression:
-        """A child of one formula or two: crossover, a new or changed subtree, or a perturbed constant.
+        """A child of one formula or two: crossover, a factor, a new or changed subtree, or a perturbed constant.
 
         A formula that has no other sensible child within reach is its own.
         """

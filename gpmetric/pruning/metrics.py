@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from gpmetric.errors import ExpressionError, InputError
+from gpmetric.errors import ExpressionError, one_of
 from gpmetric.expression import Expression, parse
 from gpmetric.pruning.target import GRANULARITIES, Granularity
 
@@ -150,10 +150,7 @@ def check_update(text: str) -> Update:
     Raises:
         InputError: no such update.
     """
-    for update in UPDATES:
-        if update == text:
-            return update
-    raise InputError(f"--update must be one of {', '.join(UPDATES)}, but got {text!r}")
+    return one_of("--update", text, UPDATES)
 
 
 def _parse_formula(text: str) -> Expression:
