@@ -47,18 +47,16 @@ from gpmetric.calibration.cache import load_statistics
 from gpmetric.errors import GpmetricError
 from gpmetric.evolution import breeding, screening
 from gpmetric.evolution.campaign import Campaign
-from gpmetric.evolution.discover import _plan
 from gpmetric.evolution.evaluator import Evaluator
 from gpmetric.evolution.executors import Serial
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.objectives import mean_excess
-from gpmetric.evolution.plan import Plan
+from gpmetric.evolution.plan import Plan, make_plan
 from gpmetric.evolution.request import Request
 from gpmetric.evolution.screening import Rung
 from gpmetric.evolution.sites import collect, open_sites
-from gpmetric.evolution.verdict import masks_only
 from gpmetric.provenance import versions
-from gpmetric.pruning.metrics import BASELINES
+from gpmetric.pruning.metrics import BASELINES, masks_only
 
 TARGETS = ("0.5", "0.6", "2:4")  # the demo model is destroyed at 0.7, where metrics rank by chance
 POPULATION = 20  # of every search
@@ -69,22 +67,24 @@ HIGHEST = 1.4  # in the plot: a random formula's excess can be many times that o
 
 @dataclass(frozen=True)
 class Variant:
-    """A campaign that differs from ours in its plan or in constants of our modules."""
+    """A campaign that differs from ours in what it is asked for, in its plan or in constants of our modules."""
 
+    request: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
     constants: tuple[tuple[ModuleType, str, Any], ...] = ()
 
 
 _UNREFINED = ((breeding, "_REFINED", 0),)
-CAMPAIGNS = {"ours": Variant(), "random": Variant({"breeding": False, "start": ()}, _UNREFINED)}
+CAMPAIGNS = {"ours": Variant(), "random": Variant({}, {"breeding": False, "start": ()}, _UNREFINED)}
 ABLATIONS = {
-    "no_breeding": Variant({"breeding": False}, _UNREFINED),  # the baselines, then random formulas
-    "no_seeding": Variant({"start": ()}),
-    "no_fingerprints": Variant({"fingerprints": False}),
-    "no_screening": Variant({"rungs": ()}, ((screening, "_PROBE_KEEPS", 1.0),)),  # (): one rung, of all windows
-    "no_refinement": Variant({}, _UNREFINED),
-    "one_target": Variant({"targets": ("0.5",)}),
+    "no_breeding": Variant({}, {"breeding": False}, _UNREFINED),  # the baselines, then random formulas
+    "no_seeding": Variant({}, {"start": ()}),
+    "no_fingerprints": Variant({}, {"fingerprints": False}),
+    "no_screening": Variant({}, {"rungs": ()}, ((screening, "_PROBE_KEEPS", 1.0),)),  # (): one rung, of all windows
+    "no_refinement": Variant({}, {}, _UNREFINED),
+    "one_target": Variant({}, {"targets": ("0.5",)}),
     "loss": Variant({"objective": "loss"}),
+    "rows_only": Variant({"group": "row"}),
 }
 METHODS = (*CAMPAIGNS, "pruner_zero", *ABLATIONS)
 
@@ -157,7 +157,7 @@ class Lab:
 
     def plan(self, variant: Variant, seed: int) -> Plan:
         """The plan of `gpmetric discover`, changed as the variant says, without a budget."""
-        usual = _plan(self.request, self.sites, TARGETS)
+        usual = make_plan(replace(self.request, **variant.request), self.sites, TARGETS)
         changed = replace(usual, seed=seed, generations=None, evaluations=None, **variant.plan)
         return changed if changed.rungs else replace(changed, rungs=(Rung("all", 0, self.windows, 1.0),))
 

@@ -134,8 +134,8 @@ def discover(
         str, typer.Option(help="What candidates are compared by: kl (divergence from the dense model) or loss.")
     ] = "kl",
     group: Annotated[
-        str, typer.Option(help="Where plain-number targets compete: row, layer, block, or search to evolve it.")
-    ] = "row",
+        str, typer.Option(help="Where plain-number targets compete: row, layer, block, or search, which evolves it.")
+    ] = "search",
     population: Annotated[int, typer.Option(help="Formulas per generation.")] = 40,
     generations: Annotated[int | None, typer.Option(help="Generations at most.")] = None,
     evaluations: Annotated[int | None, typer.Option(help="Evaluations paid for at most; 300 if no budget.")] = None,

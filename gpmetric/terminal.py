@@ -132,9 +132,9 @@ def _best(front: Sequence[Individual]) -> str:
 def print_discover(console: Console, result: Mapping[str, Any], ledger: Path) -> None:
     """The winner beside every baseline on the test text, and what the search did to find it."""
     _print_tested(console, result)
-    console.print(Text(f"winner: {result['winner']['metric']}"), soft_wrap=True)
+    console.print(Text(f"winner: {result['winner']['formula']}"), soft_wrap=True)
     if (free := _other_without_gradients(result)) is not None:
-        console.print(Text(f"{_FREE}: {free['metric']}"), soft_wrap=True)
+        console.print(Text(f"{_FREE}: {free['formula']}"), soft_wrap=True)
     confidence = result["confidence"]
     if confidence["interval"]:
         low, high = confidence["interval"]
@@ -161,7 +161,7 @@ def print_discover(console: Console, result: Mapping[str, Any], ledger: Path) ->
 def _other_without_gradients(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The row of the best metric without gradients, unless it is the winner's or there is none."""
     free: Mapping[str, Any] | None = result["best_gradient_free"]
-    return None if free is None or free["metric"] == result["winner"]["metric"] else free
+    return None if free is None or free["formula"] == result["winner"]["formula"] else free
 
 
 def _print_tested(console: Console, result: Mapping[str, Any]) -> None:
@@ -175,6 +175,8 @@ def _print_tested(console: Console, result: Mapping[str, Any]) -> None:
     rows = {"winner": result["winner"], **result["baselines"]}
     if (free := _other_without_gradients(result)) is not None:
         rows[_FREE] = free
+    if (regrouped := result["regrouped"]) is not None:
+        rows[regrouped["formula"]] = regrouped
     for name, row in sorted(rows.items(), key=lambda item: _number(item[1]["mean_excess"])):
         figures = [f"{_number(row['ppl'][target]):.3f}" for target in result["targets"]]
         style = "bold" if name == "winner" else ""

@@ -23,11 +23,10 @@ from gpmetric.analysis.plot import draw_page
 from gpmetric.analysis.principles import state_principles
 from gpmetric.analysis.statistics import add_q_values, compare, correlate, fitness_ranks, mantel
 from gpmetric.errors import GpmetricError, InputError, LedgerError
-from gpmetric.evolution.breeding import spelled
 from gpmetric.evolution.ledger import Candidate, Evaluation, Ledger
 from gpmetric.expression import Expression, parse
 from gpmetric.expression.canonical import canonical
-from gpmetric.pruning.metrics import resolve_metric
+from gpmetric.pruning.metrics import resolve_metric, spelled
 
 TARGETS = ("0.5", "2:4")
 SCALES = ("abs(W)", "sqr(W)", "tanh(W)", "sqrt(W)")

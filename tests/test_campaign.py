@@ -24,7 +24,7 @@ from gpmetric.evolution.refinement import neighbours
 from gpmetric.evolution.screening import PROBE, Rung
 from gpmetric.evolution.selection import Individual, select_survivors
 from gpmetric.expression import PRIMITIVES, parse
-from gpmetric.pruning.metrics import resolve_metric
+from gpmetric.pruning.metrics import GROUPS, resolve_metric
 from tests import campaign_helpers as fake
 from tests.campaign_helpers import TARGETS
 
@@ -306,7 +306,7 @@ def test_the_front_holds_the_best_mean_and_nothing_dominated(tmp_path: Path) -> 
 
 def test_groups_are_searched_with_the_formulas(tmp_path: Path) -> None:
     executor = Mortal()
-    tables = run(tmp_path / "a", executor, group="search", generations=8, population=20)
+    tables = run(tmp_path / "a", executor, groups=GROUPS, generations=8, population=20)
     groups = {resolve_metric(text).granularity for text in paid(tables)}
     assert groups == {"row", "layer", "block"}
     for row in tables["candidates"]:
@@ -321,7 +321,7 @@ def test_groups_are_searched_with_the_formulas(tmp_path: Path) -> None:
 
 def test_in_a_layer_what_is_constant_in_a_row_only_counts(tmp_path: Path) -> None:
     start = tuple(f"{group}abs(W)*X{term}" for group in ("", "layer:") for term in ("", "/rowsum(abs(W))"))
-    rows = run(tmp_path / "a", start=start, group="search", generations=1)["candidates"][:4]
+    rows = run(tmp_path / "a", start=start, groups=GROUPS, generations=1)["candidates"][:4]
     forms = [row["ranked"] for row in rows]
     assert forms[0] == forms[1] == "abs(W)*X"
     assert forms[2] == "layer:abs(W)*X"
@@ -331,7 +331,7 @@ def test_in_a_layer_what_is_constant_in_a_row_only_counts(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("group", ["layer", "block"])
 def test_a_group_that_is_given_is_everyones(tmp_path: Path, group: str) -> None:
-    tables = run(tmp_path / "a", group=group, start=(f"{group}:abs(W)",))
+    tables = run(tmp_path / "a", groups=(group,), start=(f"{group}:abs(W)",))
     assert all(row["formula"].startswith(f"{group}:") for row in tables["candidates"])
 
 
@@ -433,7 +433,7 @@ def test_same_seed_same_ledger_another_seed_another(tmp_path: Path) -> None:
     assert run(tmp_path / "c", seed=2)["candidates"] != first["candidates"]
 
 
-@pytest.mark.parametrize(("step", "changes"), [(1, {}), (4, {"group": "search", "fingerprints": False})])
+@pytest.mark.parametrize(("step", "changes"), [(1, {}), (4, {"groups": GROUPS, "fingerprints": False})])
 def test_stopped_after_every_outcome_and_resumed_equals_uninterrupted(
     tmp_path: Path, step: int, changes: dict[str, Any]
 ) -> None:

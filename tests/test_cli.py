@@ -174,10 +174,10 @@ def test_every_baseline_can_be_exported(run: Run, tmp_path: Path, name: str) -> 
 
 def test_the_winner_is_exported_with_its_group(run: Run, tmp_path: Path) -> None:
     with Ledger.open(tmp_path / "x", {}, resume=False) as ledger:
-        ledger.save_result({"winner": {"formula": "abs(W)*X", "group": "layer", "metric": "layer:abs(W)*X"}})
+        ledger.save_result({"winner": {"formula": "layer:abs(W)*X", "group": "layer"}})
     outcome = run("export", tmp_path / "x", "-o", tmp_path / "x.py", "--json", "-")
     record = json.loads(outcome.out)
-    assert (outcome.code, record["formula"], record["group"]) == (0, "abs(W)*X", "layer")
+    assert (outcome.code, record["formula"], record["group"]) == (0, "layer:abs(W)*X", "layer")
     assert "Scores compete within the whole matrix." in (tmp_path / "x.py").read_text()
 
 
@@ -209,8 +209,9 @@ def verdict() -> dict[str, Any]:
     """What `print_discover` reads of a result of two models."""
     counts = ("drawn", "unique_texts", "unique_opposites", "unique_canonical", "unique_ranked", "unique_masks")
     return {
-        "winner": ROW | {"metric": "layer:abs(W)*G"},
-        "best_gradient_free": ROW | {"metric": "abs(W)*sqrt(X)", "mean_excess": 0.4321},
+        "winner": ROW | {"formula": "layer:abs(W)*G"},
+        "best_gradient_free": ROW | {"formula": "abs(W)*sqrt(X)", "mean_excess": 0.4321},
+        "regrouped": ROW | {"formula": "layer:wanda", "mean_excess": 0.4123},
         "baselines": {"wanda": ROW},
         "confidence": {"draws": 1, "asked": 3, "interval": None, "difference": None, "rival": "wanda"},
         "model": {"a": "/models/a", "b": "/models/b"},
@@ -237,6 +238,8 @@ def test_the_verdict_is_shown(verdict: dict[str, Any]) -> None:
     assert "winner: layer:abs(W)*G\nbest without gradients: abs(W)*sqrt(X)\n" in text
     [row] = [line for line in text.splitlines() if "0.4321" in line]
     assert row.split("│")[1].strip() == "best without gradients"
+    [row] = [line for line in text.splitlines() if "0.4123" in line]
+    assert row.split("│")[1].strip() == "layer:wanda"
     assert "no confidence interval: 1 of 3 draws fitted into the time" in text
 
 
@@ -369,7 +372,7 @@ def test_a_bad_formula_is_not_exported(run: Run, tmp_path: Path, formula: str) -
         (["discover", "--forbid", "exp"], "--forbid must be like exp(log), outer(inner), but got 'exp'"),
         (["discover", "--forbid", "exp(log)", "--forbid", "exp(lgo)"], "--forbid: unknown name 'lgo'"),
         (["discover", "--forbid", "abs(W)"], "--forbid: unknown name 'W'"),
-        (["discover", "--start", "layer:abs(W)"], "names another comparison group than --group row"),
+        (["discover", "--start", "layer:abs(W)", "--group", "row"], "names another comparison group than --group row"),
         (["discover", "--start", "exp(log(W))*X", "--forbid", "exp(log)"], "nests log in exp, which no formula may"),
         (["discover", "--calibration-seeds", "-1"], "--calibration-seeds must be at least 0"),
         (["export"], "FORMULA|LEDGER"),

@@ -21,7 +21,7 @@ from gpmetric.evolution.discover import discover, run_campaign
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.request import Request
 from gpmetric.evolution.sites import open_sites
-from gpmetric.pruning.metrics import BASELINES
+from gpmetric.pruning.metrics import BASELINES, resolve_metric
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,6 @@ KEYS = {
     "winner": {
         "formula",
         "group",
-        "metric",
         "nodes",
         "operands",
         "excess",
@@ -123,17 +122,16 @@ def test_the_front_holds_the_winner_and_the_best_without_gradients(request_for: 
     front = result["front"]
     for row in front:
         assert set(row) == ROW
-        assert row["kl"] == rows[row["metric"]].divergences
-        assert row["excess"] == rows[row["metric"]].losses
+        assert row["kl"] == rows[row["formula"]].divergences
+        assert row["excess"] == rows[row["formula"]].losses
         assert row["mean_excess"] == pytest.approx(sum(row["excess"].values()) / 2)
-        assert row["metric"] == row["formula"]  # rows are not spelled out
-        assert row["group"] == "row"
-    assert result["winner"]["metric"] in [row["metric"] for row in front if row["validation"] is not None]
+        assert row["group"] == resolve_metric(row["formula"]).granularity
+    assert result["winner"]["formula"] in [row["formula"] for row in front if row["validation"] is not None]
     free = [row for row in rows.values() if not {"G", "H"} & set(str(row.operands).split(","))]
     best = result["best_gradient_free"]
-    assert best["metric"] in [row.formula for row in free]
-    assert best["metric"] in [row["metric"] for row in front]
-    assert set(best) == {"metric", "excess", "mean_excess", "ppl", "error"}
+    assert best["formula"] in [row.formula for row in free]
+    assert best["formula"] in [row["formula"] for row in front]
+    assert set(best) == {"formula", "group", "nodes", "operands", "excess", "mean_excess", "ppl", "error"}
 
 
 def test_the_interval_is_that_of_the_draws(request_for: Any, tmp_path: Path) -> None:
@@ -183,7 +181,7 @@ def test_models_of_one_short_name_are_told_apart(
 
 
 def test_the_group_is_evolved(request_for: Any, tmp_path: Path) -> None:
-    request = request_for(group="search", evaluations=24, population=12, start=("block:abs(W)*X",))
+    request = request_for(evaluations=24, population=12, start=("block:abs(W)*X",))
     result = run_campaign(request, tmp_path / "a.sqlite")
     with Ledger.read(tmp_path / "a.sqlite") as ledger:
         texts = [row.formula for row in ledger.candidates()]
@@ -191,7 +189,7 @@ def test_the_group_is_evolved(request_for: Any, tmp_path: Path) -> None:
     assert "layer:abs(W)" in texts  # as published, beside magnitude_row
     assert {"abs(W)", "block:abs(W)*X"} <= set(texts)
     for row in (result["winner"], *result["front"]):
-        assert row["metric"] == ("" if row["group"] == "row" else f"{row['group']}:") + row["formula"]
+        assert row["formula"].rpartition(":")[0] == ("" if row["group"] == "row" else row["group"])
     assert rows["abs(W)"].losses["0.5"] != rows["layer:abs(W)"].losses["0.5"]
     # 2:4 knows no other group, but its figures are of one target among others
     assert rows["abs(W)"].losses["2:4"] == rows["layer:abs(W)"].losses["2:4"]
@@ -357,7 +355,7 @@ def test_the_same_text_for_two_splits_is_refused(request_for: Any, tiny_text: Pa
         ({"start": ("abs(W)*Y",)}, "Y"),
         ({"start": ("abs(W)*D",), "operands": ("W", "X")}, "leaves out"),
         ({"start": ("abs(W)*X*X*X*X",), "max_nodes": 5}, "--max-nodes"),
-        ({"start": ("layer:abs(W)",)}, "names another comparison group than --group row"),
+        ({"start": ("layer:abs(W)",), "group": "row"}, "names another comparison group than --group row"),
         ({"start": ("rows:abs(W)",)}, "unknown comparison group 'rows'"),
         ({"start": ("exp(log(W))*X",), "forbid": ("exp(log)",)}, "nests log in exp"),
         ({"start": ("tanh(tanh(abs(W)))*X",)}, "nests tanh in tanh, which no formula may"),

@@ -15,7 +15,7 @@ from torch import Tensor
 from gpmetric.evolution.variation import Variation
 from gpmetric.expression import PRIMITIVES, Expression, parse
 from gpmetric.expression.canonical import canonical
-from gpmetric.expression.rank import RankGroup, rank_form
+from gpmetric.expression.rank import RankGroup, factorised, product, rank_form
 from gpmetric.expression.tree import arity
 from gpmetric.operands import OPERANDS
 from gpmetric.pruning.mask import select_mask
@@ -240,3 +240,27 @@ def test_reading_formulas_stays_light() -> None:
     code = "import sys, gpmetric.expression.rank; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+# A formula as powers of factors
+
+
+@pytest.mark.parametrize(
+    ("text", "powers"),
+    [
+        ("sqr(W)*mms(G+0.001*X)/colnorm(W)**0.4", {"W": 2.0, "mms(G+0.001*X)": 1.0, "colnorm(W)": -0.4}),
+        ("-3*abs(W)**1.2*G*sqrt(H)/inv(G)", {"W": 1.2, "G": 2.0, "H": 0.5}),
+        ("abs(W)*X+100*abs(W)*G", {"W": 1.0, "G+0.01*X": 1.0}),
+        ("(W*sqrt(X))**3", {"W": 3.0, "X": 1.5}),
+        ("W-W", {}),
+    ],
+)
+def test_a_formula_is_powers_of_factors(text: str, powers: dict[str, float]) -> None:
+    found = factorised(parse(text))
+    assert {str(Expression(tokens)): power for tokens, power in found.items()} == pytest.approx(powers)
+    assert not powers or factorised(product(found)) == pytest.approx(found)
+
+
+def test_what_cannot_be_factorised_is_one_factor() -> None:
+    expression = parse("abs(W)/(X-X)")
+    assert factorised(expression) == {expression.tokens: 1.0}

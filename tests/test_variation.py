@@ -12,8 +12,9 @@ import pytest
 from gpmetric.errors import InputError
 from gpmetric.evolution.grammar import FORBIDDEN, foreign_to, is_sensible, nests
 from gpmetric.evolution.request import Request, parse_nesting
-from gpmetric.evolution.variation import Variation
-from gpmetric.expression import PRIMITIVES, parse
+from gpmetric.evolution.variation import Variation, _expression
+from gpmetric.expression import PRIMITIVES, Expression, parse
+from gpmetric.expression.rank import factorised
 from gpmetric.operands import OPERANDS
 from gpmetric.pruning.metrics import BASELINES, resolve_metric
 
@@ -185,3 +186,37 @@ def test_primitives_that_make_no_metric_are_refused() -> None:
 def test_a_formula_alone_in_its_space_is_its_own_child() -> None:
     alone = parse("abs(W)")
     assert Variation(("W",), ("abs",), 2, random.Random(0)).vary(alone, alone) == alone
+
+
+def powers(expression: Expression) -> dict[str, float]:
+    return {str(Expression(tokens)): power for tokens, power in factorised(expression).items()}
+
+
+def test_a_blend_is_on_the_line_through_the_powers_of_both() -> None:
+    """Scaled so that W has the power 1: G**a * D**b with a + 2 b = 1, to the three digits powers have."""
+    source = variation(4, max_nodes=30)
+    first, second = (source._tree(parse(text)) for text in ("sqr(W)*sqr(G)", "abs(W)*sqrt(D)"))
+    found = [powers(_expression(source._blend(first, second))) for _ in range(200)]
+    for one in found:
+        assert one.keys() <= {"W", "G", "D"}
+        assert one["W"] == 1
+        assert one.get("G", 0.0) + 2 * one.get("D", 0.0) == pytest.approx(1, abs=0.05)  # a small power is left out
+    shares = [one.get("G", 0.0) for one in found]
+    assert min(shares) < -0.3
+    assert max(shares) > 1.3
+
+
+def test_a_reweighed_formula_keeps_its_factors_and_may_get_two_more() -> None:
+    source = variation(5, max_nodes=30)
+    tree = source._tree(parse("abs(W)*mms(G)/colnorm(W)"))
+    found = [powers(_expression(source._reweigh(tree))) for _ in range(200)]
+    added = [one.keys() - {"W", "mms(G)", "colnorm(W)"} for one in found]
+    assert {len(one) for one in added} == {0, 1, 2}
+    assert frozenset().union(*added) >= {"X", "G", "H", "D", "rownorm(G)", "rownorm(W)"}
+
+
+def test_operations_left_out_stay_out_of_products() -> None:
+    source = Variation(("W", "X", "G"), ("abs", "mul", "add"), 30, random.Random(6))
+    first, second = parse("abs(W)*X"), parse("abs(W)*G")
+    used = {token for _ in range(200) for token in source.vary(first, second).tokens}
+    assert used & set(PRIMITIVES) <= {"abs", "mul", "add"}

@@ -13,7 +13,8 @@ from gpmetric.errors import GpmetricError, SolverError
 from gpmetric.evolution.executors import Serial
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.selection import Individual
-from gpmetric.evolution.verdict import Judge, Verdict, choose_finalists, choose_winner, interval, masks_only
+from gpmetric.evolution.verdict import Judge, Verdict, choose_finalists, choose_winner, interval
+from gpmetric.pruning.metrics import masks_only
 
 
 def verdict(half: float, pattern: float) -> Verdict:

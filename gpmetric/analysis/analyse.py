@@ -16,14 +16,13 @@ from gpmetric.analysis.masks import compare_masks, read_sketches
 from gpmetric.analysis.principles import state_principles
 from gpmetric.analysis.statistics import add_q_values, compare, correlate, fitness_ranks
 from gpmetric.errors import GpmetricError
-from gpmetric.evolution.breeding import spelled
 from gpmetric.evolution.ledger import Evaluation, Ledger
 from gpmetric.evolution.objectives import mean_excess
 from gpmetric.expression import Expression, parse
 from gpmetric.expression.canonical import canonical
 from gpmetric.operands import OPERANDS
 from gpmetric.pareto import pareto_front
-from gpmetric.pruning.metrics import resolve_metric
+from gpmetric.pruning.metrics import resolve_metric, spelled
 from gpmetric.pruning.target import GRANULARITIES
 
 __all__ = ["analyse"]

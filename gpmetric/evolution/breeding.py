@@ -15,16 +15,15 @@ from gpmetric.evolution.variation import Variation
 from gpmetric.expression import Expression
 from gpmetric.expression.canonical import cancel_opposites, canonical
 from gpmetric.expression.rank import rank_form
-from gpmetric.pruning.metrics import Metric, resolve_metric
+from gpmetric.pruning.metrics import Metric, resolve_metric, spelled
 from gpmetric.pruning.target import Granularity
 
-__all__ = ["Breeder", "Draw", "spelled"]
+__all__ = ["Breeder", "Draw"]
 
 _DRAWS_PER_PLACE = 20  # draws before a place in the generation stays empty: the neighbourhood is exhausted
 _REFINED = 3  # best individuals whose neighbours every _EVERY-th generation begins with
 _EVERY = 3
 _STEPS = (1.5, 1.2, 1.1)  # factors of the neighbours' constants, one after the other
-_GROUPS: tuple[Granularity, ...] = ("row", "layer", "block")
 _REGROUPED = 0.15  # chance of a child to compete in another group than its first parent
 
 
@@ -85,7 +84,7 @@ class Breeder:
             else:
                 first, second = (tournament(population, self._rng) for _ in range(2))
                 child = self._variation.vary(first.expression, second.expression)
-                regrouped = self._plan.group == "search" and self._rng.random() < _REGROUPED
+                regrouped = len(self._plan.groups) > 1 and self._rng.random() < _REGROUPED
                 yield Metric("", child, self._random_group() if regrouped else first.metric.granularity)
 
     def _neighbours(self, population: Sequence[Individual], factor: float) -> Iterator[Metric]:
@@ -96,7 +95,7 @@ class Breeder:
                     yield Metric("", expression, individual.metric.granularity)
 
     def _random_group(self) -> Granularity:
-        return self._rng.choice(_GROUPS) if self._plan.group == "search" else self._plan.group
+        return self._rng.choice(self._plan.groups)
 
     def _allows(self, expression: Expression) -> bool:
         """Whether a formula stays inside the space that is searched."""
@@ -112,8 +111,3 @@ class Breeder:
         usable = (one for one in (ranked, simple) if "W" in one.operands and self._allows(one))
         layers = (expression, cancel_opposites(expression), simple, ranked, next(usable, expression))
         return Draw(*(spelled(layer, group) for layer in layers))
-
-
-def spelled(expression: Expression, group: Granularity) -> str:
-    """A metric as text: rows are what scores compete in where nothing is said."""
-    return str(expression) if group == "row" else f"{group}:{expression}"

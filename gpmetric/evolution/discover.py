@@ -18,15 +18,13 @@ from typing import Any
 import torch
 
 from gpmetric.data import Windows, overlap
-from gpmetric.evolution.breeding import spelled
 from gpmetric.evolution.campaign import Campaign
 from gpmetric.evolution.executors import Executor
-from gpmetric.evolution.grammar import FORBIDDEN, foreign_to, nests
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.objectives import mean_excess
-from gpmetric.evolution.plan import Plan
-from gpmetric.evolution.request import Request, check_request, parse_nesting
-from gpmetric.evolution.screening import describe_ladder, ladder
+from gpmetric.evolution.plan import make_plan
+from gpmetric.evolution.request import Request, check_request
+from gpmetric.evolution.screening import describe_ladder
 from gpmetric.evolution.selection import Individual
 from gpmetric.evolution.sites import (
     Site,
@@ -38,15 +36,13 @@ from gpmetric.evolution.sites import (
     open_sites,
     threads,
 )
-from gpmetric.evolution.verdict import Judge, choose_finalists, choose_winner, interval, masks_only
+from gpmetric.evolution.verdict import Judge, choose_finalists, choose_winner, interval
 from gpmetric.provenance import finite, versions
-from gpmetric.pruning.metrics import BASELINES, Update, resolve_metric
-from gpmetric.pruning.target import parse_target
+from gpmetric.pruning.metrics import BASELINES, Update, masks_only, resolve_metric
 
 __all__ = ["DiscoverListener", "discover", "run_campaign"]
 
 _FINALISTS = 12  # front members compared on validation
-_DEFAULT_EVALUATIONS = 300
 _DETERMINING = (
     "target",
     "update",
@@ -189,14 +185,14 @@ def _search(
     told.baselines({name: verdict.excess for name, verdict in baselines.items()})
     per_formula = (time.monotonic() - start) / len(names)
 
-    plan = _plan(request, sites, targets)
+    plan = make_plan(request, sites, targets)
 
     # a draw of the calibration text takes gradients anew; all of them are not to cost more than a sixth of the time
     for_draws = min(4 * per_formula * request.calibration_seeds, 10 * (request.minutes or 0))
 
     def over(finalists: int) -> bool:
         """Whether what comes after the search would no longer fit: workers anew, finalists, winner and baselines."""
-        left = start - opening + 1.2 * per_formula * (finalists + 2 + len(names)) + for_draws
+        left = start - opening + 1.2 * per_formula * (finalists + 3 + len(names)) + for_draws
         return deadline is not None and time.monotonic() > deadline - left
 
     def out_of_time() -> bool:
@@ -225,11 +221,14 @@ def _search(
     free = min(without, key=lambda metric: finalists[metric].mean, default=None)
     tested = judge.measure(dict.fromkeys([winner, *names, *([free] if free else [])]), "test")
     rival = min(rivals, key=lambda name: tested[name].mean)
+    regrouped = [] if update == "obs-blockwise" else _regrouped(rival, winner)
+    tested |= judge.measure(regrouped, "test")
     found = time.monotonic()
     confidence = _confidence(judge, winner, rival, request.calibration_seeds, deadline, 4 * per_formula)
     verdict = {
         "winner": _row(winner) | tested[winner].describe() | {"validation": finalists[winner].excess},
-        "best_gradient_free": None if free is None else {"metric": free} | tested[free].describe(),
+        "best_gradient_free": None if free is None else _row(free) | tested[free].describe(),
+        "regrouped": next((_row(name) | tested[name].describe() for name in regrouped), None),
         "confidence": confidence,
         "screening": describe_ladder(book.measurements(), plan.rungs, plan.objective),
         "front": [
@@ -341,56 +340,24 @@ def _time_split(book: Ledger) -> dict[str, Any]:
 
 
 def _row(text: str) -> dict[str, Any]:
+    """A metric as every command reads it, comparison group included, and what is to be known of it."""
     metric = resolve_metric(text)
     expression = metric.expression
     return {
-        "formula": str(expression),
+        "formula": text,
         "group": metric.granularity,
-        "metric": text,
         "nodes": len(expression),
         "operands": list(expression.operands),
     }
+
+
+def _regrouped(rival: str, winner: str) -> list[str]:
+    """The best baseline in the winner's comparison group, where that is another: what of the gain is the group's."""
+    group = resolve_metric(winner).granularity
+    return [] if group == resolve_metric(rival).granularity else [f"{group}:{rival}"]
 
 
 def _baselines(request: Request) -> list[str]:
     """The baselines to compare with: all of them, but for those of gradients where none are collected."""
     gradients = needs_gradients(request)
     return [name for name in BASELINES if gradients or not resolve_metric(name).needs_gradients]
-
-
-def _plan(request: Request, sites: Mapping[str, Site], targets: tuple[str, ...]) -> Plan:
-    """The plan with its start formulas spelled out: mask-only baselines first, then the user's.
-
-    Inside SparseGPT's solver its own saliency is a formula like others, and stands among them.
-    """
-    samples = next(iter(sites.values())).splits["calibration"].tokens.shape
-    forbidden = (*FORBIDDEN, *map(parse_nesting, request.forbid))
-    names = [name for name in BASELINES if masks_only(name) or request.update == "obs-blockwise"]
-    metrics = [resolve_metric(name, *samples) for name in (*names, *request.start)]
-    within = [
-        metric
-        for metric in metrics
-        if not foreign_to(request, metric.expression) and not any(nests(metric.expression, *pair) for pair in forbidden)
-    ]
-    start = dict.fromkeys(
-        spelled(metric.expression, metric.granularity if request.group == "search" else request.group)
-        for metric in within
-    )
-    across_rows = any(parse_target(text).granularity in ("layer", "block") for text in request.target)
-    unlimited = request.generations is None and request.evaluations is None and request.minutes is None
-    return Plan(
-        targets=targets,
-        operands=request.operands,
-        primitives=request.primitives,
-        start=tuple(start),
-        population=request.population,
-        max_nodes=request.max_nodes,
-        seed=request.seed,
-        rungs=ladder(min(len(site.splits["search"].tokens) for site in sites.values())),
-        objective=request.objective,
-        group=request.group,
-        ranks="layer" if across_rows or request.update == "obs-blockwise" else "row",
-        forbidden=forbidden,
-        generations=request.generations,
-        evaluations=_DEFAULT_EVALUATIONS if unlimited else request.evaluations,
-    )

@@ -369,4 +369,4 @@ def winner_of(path: Path) -> str:
         result = ledger.result()
     if result is None:
         raise LedgerError(f"the campaign in {str(path)!r} is not finished; go on with gpmetric discover --resume")
-    return str(result["winner"]["metric"])
+    return str(result["winner"]["formula"])

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gpmetric.evolution.grammar import FORBIDDEN, Nesting
+from gpmetric.evolution.grammar import FORBIDDEN, Nesting, foreign_to, nests
 from gpmetric.evolution.objectives import Searched
-from gpmetric.evolution.request import Group
-from gpmetric.evolution.screening import Rung
+from gpmetric.evolution.request import Request, parse_nesting
+from gpmetric.evolution.screening import Rung, ladder
+from gpmetric.evolution.sites import Site
 from gpmetric.expression.rank import RankGroup
+from gpmetric.pruning.metrics import BASELINES, masks_only, resolve_metric, spelled
+from gpmetric.pruning.target import Granularity, parse_target
 
-__all__ = ["Plan"]
+__all__ = ["Plan", "make_plan"]
+
+_DEFAULT_EVALUATIONS = 300
 
 
 @dataclass(frozen=True)
@@ -23,9 +29,9 @@ class Plan:
         population: survivors of a generation, and new formulas drawn for one.
         rungs: the screening ladder.
         objective: what candidates are compared by.
-        group: comparison group of plain-number targets; "search" evolves it with the formula.
-        ranks: what rank equivalence takes for a group where `group` is row: whole layers under obs-blockwise, or
-            where a target itself is of a layer or block.
+        groups: comparison groups of plain-number targets; several are evolved with the formula.
+        ranks: what rank equivalence takes for a group where a formula's is the row: whole layers under obs-blockwise,
+            or where a target itself is of a layer or block.
         forbidden: (outer, inner) primitives that must not be nested.
         breeding: false draws every formula at random, as a yardstick.
         fingerprints: false pays for equal masks again, as a yardstick.
@@ -41,10 +47,58 @@ class Plan:
     seed: int
     rungs: tuple[Rung, ...]
     objective: Searched = "kl"
-    group: Group = "row"
+    groups: tuple[Granularity, ...] = ("row",)
     ranks: RankGroup = "row"
     forbidden: tuple[Nesting, ...] = FORBIDDEN
     breeding: bool = True
     fingerprints: bool = True
     generations: int | None = None
     evaluations: int | None = None
+
+
+def make_plan(request: Request, sites: Mapping[str, Site], targets: tuple[str, ...]) -> Plan:
+    """What a request asks for on these models.
+
+    Args:
+        request: checked by `check_request`.
+        sites: the models with their texts, by name.
+        targets: the labels of their figures.
+    """
+    across_rows = any(parse_target(text).granularity in ("layer", "block") for text in request.target)
+    unlimited = request.generations is None and request.evaluations is None and request.minutes is None
+    forbidden = (*FORBIDDEN, *map(parse_nesting, request.forbid))
+    return Plan(
+        targets=targets,
+        operands=request.operands,
+        primitives=request.primitives,
+        start=_start(request, sites, forbidden),
+        population=request.population,
+        max_nodes=request.max_nodes,
+        seed=request.seed,
+        rungs=ladder(min(len(site.splits["search"].tokens) for site in sites.values())),
+        objective=request.objective,
+        groups=request.groups,
+        ranks="layer" if across_rows or request.update == "obs-blockwise" else "row",
+        forbidden=forbidden,
+        generations=request.generations,
+        evaluations=_DEFAULT_EVALUATIONS if unlimited else request.evaluations,
+    )
+
+
+def _start(request: Request, sites: Mapping[str, Site], forbidden: tuple[Nesting, ...]) -> tuple[str, ...]:
+    """Start metrics spelled out: the baselines that only mask, then the user's; once more over whole layers if allowed.
+
+    Inside SparseGPT's solver its own saliency is a formula like others, and stands among them.
+    """
+    sample = next(iter(sites.values())).splits["calibration"].tokens.shape
+    names = [name for name in BASELINES if masks_only(name) or request.update == "obs-blockwise"]
+    metrics = [resolve_metric(name, *sample) for name in (*names, *request.start)]
+    within = [
+        metric
+        for metric in metrics
+        if not foreign_to(request, metric.expression) and not any(nests(metric.expression, *pair) for pair in forbidden)
+    ]
+    groups = request.groups
+    published = (spelled(one.expression, one.granularity if len(groups) > 1 else groups[0]) for one in within)
+    across = (spelled(one.expression, "layer") for one in within if len(groups) > 1)
+    return tuple(dict.fromkeys([*published, *across]))

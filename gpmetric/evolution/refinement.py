@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from gpmetric.expression import Expression
+from gpmetric.expression.rank import factorised, product
 from gpmetric.expression.tree import MAX_CONSTANT, Tokens, arity, subtree_end
 from gpmetric.operands import OPERANDS
 
@@ -48,7 +49,7 @@ def factors(operands: Collection[str]) -> list[Tokens]:
     """The simplest things a saliency is multiplied by: operands, and the norms of a matrix's rows and columns."""
     found: list[Tokens] = []
     for name in operands:
-        found.append(("abs", name) if name == "W" else (name,))
+        found.append((name,))
         if OPERANDS[name].axes == "out,in":
             found += [("rownorm", name), ("colnorm", name)]
     return found
@@ -64,9 +65,11 @@ def weighted(expression: Expression, power: float, operands: Collection[str]) ->
         power: above 0.
         operands: names from OPERANDS.
     """
-    for tokens in factors(operands):
+    powers = factorised(expression)
+    for base in factors(operands):
         for size in (power, -power):
-            yield Expression(("mul", *expression.tokens, "pow", *tokens, float(f"{size:.3g}")))
+            raised = powers | {base: float(f"{powers.get(base, 0.0) + size:.3g}")}
+            yield product({one: exponent for one, exponent in raised.items() if exponent})
 
 
 def _replaced(tokens: Tokens, start: int, end: int, middle: Tokens) -> Expression:

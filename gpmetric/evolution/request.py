@@ -7,21 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from gpmetric.errors import InputError, one_of
 from gpmetric.evolution.grammar import FORBIDDEN, Nesting, foreign_to, nests
 from gpmetric.evolution.objectives import SEARCHED, Searched
 from gpmetric.expression import PRIMITIVES
 from gpmetric.operands import OPERANDS
-from gpmetric.pruning.metrics import Update, check_update, resolve_metric
-from gpmetric.pruning.target import parse_target
+from gpmetric.pruning.metrics import GROUPS, Update, check_update, resolve_metric
+from gpmetric.pruning.target import Granularity, parse_target
 
-__all__ = ["GROUPS", "Group", "Request", "check_group", "check_objective", "check_request", "parse_nesting"]
+__all__ = ["Group", "Request", "check_group", "check_objective", "check_request", "parse_nesting"]
 
 
 Group = Literal["row", "layer", "block", "search"]
-GROUPS: tuple[Group, ...] = ("row", "layer", "block", "search")
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,8 @@ class Request:
         target: sparsities, `layer:` sparsities or N:M; candidates are evaluated at all of them.
         operands, primitives: what formulas may be made of.
         objective: what candidates are compared by on the search text, "kl" or "loss".
-        group: where plain-number targets make scores compete: row, layer, block, or "search" to evolve it.
+        group: where plain-number targets make scores compete: row, layer, block, or "search" to evolve it. Of no effect
+            under obs-blockwise, which has its own.
         start: formulas or baseline names to start from, besides the baselines.
         forbid: nestings such as "exp(log)" that no formula may have, besides those of `grammar.FORBIDDEN`.
         generations, evaluations, minutes: budgets; the first one spent ends the search. `minutes` is wall time of the
@@ -56,7 +56,7 @@ class Request:
     target: tuple[str, ...] = ("0.5", "0.6", "0.7", "2:4")
     update: str = "none"
     objective: Searched = "kl"
-    group: Group = "row"
+    group: Group = "search"
     operands: tuple[str, ...] = tuple(OPERANDS)
     primitives: tuple[str, ...] = tuple(PRIMITIVES)
     start: tuple[str, ...] = ()
@@ -80,6 +80,14 @@ class Request:
     chunk_layers: int | None = None
     cache: Path | None = None
     workers: int | None = None
+
+    @property
+    def groups(self) -> tuple[Granularity, ...]:
+        """The comparison groups that formulas may have; one where nothing of the campaign would ask for it."""
+        asked = self.update != "obs-blockwise" and any(parse_target(text).granularity == "row" for text in self.target)
+        if self.group == "search":
+            return GROUPS if asked else ("row",)
+        return (self.group,)
 
     @property
     def models(self) -> tuple[str | None, ...]:
@@ -106,7 +114,7 @@ def check_request(request: Request) -> Update:
         _check_start(formula, request)
     check_objective(request.objective)
     check_group(request.group)
-    if request.group != "row" and request.update == "obs-blockwise":
+    if request.group in ("layer", "block") and request.update == "obs-blockwise":
         raise InputError(f"--group {request.group}: obs-blockwise has a threshold of its own per block of columns")
     for nesting in request.forbid:
         parse_nesting(nesting)
@@ -150,7 +158,7 @@ def check_group(text: str) -> Group:
     Raises:
         InputError: no such group.
     """
-    return one_of("--group", text, GROUPS)
+    return one_of("--group", text, get_args(Group))
 
 
 def _check_names(option: str, names: Sequence[str], known: Sequence[str]) -> None:

@@ -16,10 +16,13 @@ from gpmetric.errors import InputError
 from gpmetric.evolution.grammar import FORBIDDEN, Nesting, is_sensible
 from gpmetric.evolution.refinement import factors
 from gpmetric.expression import PRIMITIVES, Expression
+from gpmetric.expression.rank import factorised, product
+from gpmetric.expression.tree import Tokens
 from gpmetric.operands import OPERANDS
 
 __all__ = ["Constant", "InVector", "Matrix", "OutVector", "Variation"]
 
+_LEAST_POWER = 0.02  # a factor below it is left out
 _PATIENCE = 3000  # draws before giving up; with all primitives, one draw in six is sensible
 
 
@@ -127,19 +130,21 @@ class Variation:
     def _child(self, first: gp.PrimitiveTree, second: gp.PrimitiveTree) -> list[gp.Primitive]:
         """One operator drawn by its share; a joined pair, a product of two metrics say, is a crossover at the roots."""
         draw = random.random()
-        if draw < 0.35:
+        if draw < 0.25:
             return gp.cxOnePoint(first, second)[0]
-        if draw < 0.47:
+        if draw < 0.32:
             return self._join(first, second)
-        if draw < 0.57:
-            return self._weigh(first)
-        if draw < 0.68:
+        if draw < 0.47:
+            return self._blend(first, second)
+        if draw < 0.62:
+            return self._reweigh(first)
+        if draw < 0.70:
             return gp.mutUniform(first, lambda pset, type_: self._grow(0, 2, type_), self._set)[0]
         if draw < 0.78:
             return gp.mutNodeReplacement(first, self._set)[0]
-        if draw < 0.86:
+        if draw < 0.84:
             return gp.mutInsert(first, self._set)[0]
-        if draw < 0.90:
+        if draw < 0.88:
             return gp.mutShrink(first)[0]
         return self._perturb(first)
 
@@ -147,12 +152,29 @@ class Variation:
         binary = [nodes[-1] for nodes in self._variants.values() if nodes[-1].args == [Matrix, Matrix]]
         return [random.choice(binary), *first, *second] if binary else first
 
-    def _weigh(self, tree: gp.PrimitiveTree) -> list[gp.Primitive]:
-        """The formula times a simple factor to a small power: a step of its logarithm along one coordinate."""
-        tokens = random.choice(factors([name for name in OPERANDS if name in self._set.mapping]))
-        power = _round(random.choice((-1, 1)) * random.uniform(0.1, 1))
-        weighed = Expression(("mul", *_expression(tree).tokens, "pow", *tokens, power))
-        return self._tree(weighed) if self._knows(weighed) else tree
+    def _blend(self, first: gp.PrimitiveTree, second: gp.PrimitiveTree) -> list[gp.Primitive]:
+        """A point on the line through both formulas' logarithms, between them or a little beyond.
+
+        Source: extended line recombination, Muehlenbein and Schlierkamp-Voosen 1993, of the powers of their factors.
+        """
+        mine, other = _powers(first), _powers(second)
+        share = random.uniform(-0.5, 1.5)
+        blended = {base: (1 - share) * mine.get(base, 0.0) + share * other.get(base, 0.0) for base in mine | other}
+        return self._of_powers(blended, first)
+
+    def _reweigh(self, tree: gp.PrimitiveTree) -> list[gp.Primitive]:
+        """The powers of all factors, and of up to two of the simplest there are, moved by one normal step."""
+        step = 10 ** random.uniform(-1.5, -0.3)
+        powers = _powers(tree)
+        simplest = factors([name for name in OPERANDS if name in self._set.mapping])
+        for base in random.sample(simplest, random.randint(0, 2)):
+            powers.setdefault(base, 0.0)
+        return self._of_powers({base: power + random.gauss(0, step) for base, power in powers.items()}, tree)
+
+    def _of_powers(self, powers: dict[Tokens, float], otherwise: gp.PrimitiveTree) -> list[gp.Primitive]:
+        kept = {base: _round(power) for base, power in powers.items() if abs(power) >= _LEAST_POWER}
+        found = product(kept) if kept else Expression(("W",))
+        return self._tree(found) if self._knows(found) else otherwise
 
     def _grow(self, least: int, most: int, type_: type) -> list[gp.Primitive]:
         """A tree of that type in prefix order, full or ragged by a coin's throw, of a depth in [least, most].
@@ -240,6 +262,14 @@ class Variation:
             if all(issubclass(have, want) for have, want in zip(arguments, node.args, strict=True)):
                 return node
         raise KeyError(name)
+
+
+def _powers(tree: gp.PrimitiveTree) -> dict[Tokens, float]:
+    """Powers of the factors of a formula, scaled so that W has 1 or, where it is no factor, all have 1 together."""
+    powers = factorised(_expression(tree))
+    unit = powers.get(("W",), 0.0)
+    unit = unit if unit > 0 else sum(map(abs, powers.values())) or 1.0
+    return {base: power / unit for base, power in powers.items()}
 
 
 def _no_code(*arguments: object) -> None:

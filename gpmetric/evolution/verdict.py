@@ -18,7 +18,7 @@ from gpmetric.evolution.objectives import mean_excess
 from gpmetric.evolution.selection import Individual
 from gpmetric.pruning.metrics import BASELINES, Update
 
-__all__ = ["Judge", "Place", "Verdict", "choose_finalists", "choose_winner", "interval", "masks_only"]
+__all__ = ["Judge", "Place", "Verdict", "choose_finalists", "choose_winner", "interval"]
 
 
 Place = tuple[str, str, str, str]  # metric, target, split, calibration
@@ -55,7 +55,7 @@ class Judge:
     Args:
         executor: applies an Evaluator to tasks.
         targets: what figures are keyed by.
-        update: the campaign's, for discovered metrics; baselines are used as published.
+        update: the campaign's, for discovered metrics; baselines, in whatever group, are used as published.
         ledger: takes every judgement as soon as it is there; one it has is not made again.
     """
 
@@ -104,18 +104,13 @@ class Judge:
 
     def _task(self, place: Place) -> dict[str, str]:
         metric, target, split, calibration = place
-        update = "none" if metric in BASELINES else self._update
+        update = "none" if metric.rpartition(":")[2] in BASELINES else self._update
         names = {"metric": metric, "target": target, "split": split, "calibration": calibration}
         return {"kind": "sequential", **names, "update": update}
 
 
 def _place(row: Judgement) -> Place:
     return row.metric, row.target, row.split, row.calibration
-
-
-def masks_only(name: str) -> bool:
-    """Whether a baseline leaves the kept weights as they are."""
-    return BASELINES[name].update in (None, "none")
 
 
 def choose_finalists(front: Sequence[Individual], count: int) -> list[str]:

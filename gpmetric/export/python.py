@@ -28,6 +28,7 @@ from gpmetric.expression.primitives import ATOM, PRIMITIVES
 from gpmetric.expression.tree import Expression, Tokens, arity
 from gpmetric.operands import OPERANDS
 from gpmetric.provenance import write_text
+from gpmetric.pruning.target import Granularity
 
 __all__ = ["python_source", "write_python"]
 
@@ -93,7 +94,7 @@ _USAGE = {
 }
 
 
-def python_source(expression: Expression, version: str, group: str = "row") -> str:
+def python_source(expression: Expression, version: str, group: Granularity = "row") -> str:
     """Text of the module, ASCII; see `write_python` for the checked file."""
     functions = list(_functions(expression))
     names = {name for function in functions for name in function.__code__.co_names}
@@ -114,7 +115,7 @@ def python_source(expression: Expression, version: str, group: str = "row") -> s
     )
 
 
-def write_python(expression: Expression, path: str | Path, version: str, group: str = "row") -> None:
+def write_python(expression: Expression, path: str | Path, version: str, group: Granularity = "row") -> None:
     """Writes the module, having imported it and found its scores equal to `evaluate`, bit for bit.
 
     Raises:

@@ -8,7 +8,7 @@ common to all factors are removed. As in the canonical form, guards are taken no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce
@@ -23,7 +23,7 @@ from gpmetric.expression.sign import nonnegative
 from gpmetric.expression.tree import Expression, Token, Tokens, arity, subtree_end
 from gpmetric.operands import OPERANDS
 
-__all__ = ["RankGroup", "rank_form"]
+__all__ = ["RankGroup", "factorised", "product", "rank_form"]
 
 RankGroup = Literal["row", "layer"]
 
@@ -58,6 +58,23 @@ def rank_form(expression: Expression, group: RankGroup) -> Expression:
         form = _step(form, group)
     forms = list(seen)
     return min(forms[forms.index(form) :], key=lambda member: (len(member), order(member.tokens)))
+
+
+def factorised(expression: Expression) -> dict[Tokens, float]:
+    """The size of a formula as powers of factors, but for a number: `sqr(W)*G/colnorm(W)` is W 2, G 1, colnorm(W) -1.
+
+    What a sum's terms have in common is taken out of it; each factor stands for its absolute value.
+    """
+    try:
+        found = _Reducer("layer")._product(expression.tokens).size(1.0)
+    except (ExpressionError, ArithmeticError):  # a constant part is 0 under a bar, or not below 1e30
+        return {expression.tokens: 1.0}
+    return {tokens: power for (tokens, _), power in found.factors.items()}
+
+
+def product(powers: Mapping[Tokens, float]) -> Expression:
+    """The formula that `factorised` takes to these powers, none of them 0."""
+    return Expression(_product_tokens({(tokens, True): power for tokens, power in powers.items()}))
 
 
 def _step(form: Expression, group: RankGroup) -> Expression:

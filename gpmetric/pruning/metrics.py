@@ -15,7 +15,18 @@ from gpmetric.pruning.target import GRANULARITIES, Granularity
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BASELINES", "UPDATES", "Baseline", "Metric", "Update", "check_update", "resolve_metric"]
+__all__ = [
+    "BASELINES",
+    "GROUPS",
+    "UPDATES",
+    "Baseline",
+    "Metric",
+    "Update",
+    "check_update",
+    "masks_only",
+    "resolve_metric",
+    "spelled",
+]
 
 Update = Literal["none", "obs", "obs-blockwise"]
 
@@ -59,7 +70,8 @@ BASELINES: dict[str, Baseline] = {
     "sparsegpt": Baseline("W*W*D", "Frantar and Alistarh 2023, algorithm 1", "row", "obs-blockwise"),
 }
 
-_GROUPS: dict[str, Granularity] = {name: name for name in GRANULARITIES if name != "n:m"}  # of plain numbers
+# comparison groups that a plain-number target leaves open
+GROUPS: tuple[Granularity, ...] = tuple(name for name in GRANULARITIES if name != "n:m")
 
 
 @dataclass(frozen=True)
@@ -128,10 +140,21 @@ def resolve_metric(text: str, sequences: int = 1, length: int = 1) -> Metric:
     group, colon, rule = text.rpartition(":")
     if not colon:
         return _resolve_rule(rule, sequences, length)
-    if group not in _GROUPS:
-        accepted = ", ".join(f"{name}:" for name in _GROUPS)
+    granularity = next((name for name in GROUPS if name == group), None)
+    if granularity is None:
+        accepted = ", ".join(f"{name}:" for name in GROUPS)
         raise ExpressionError(f"unknown comparison group {group!r:.60} in {text!r:.60}: accepted are {accepted}")
-    return replace(_resolve_rule(rule, sequences, length), name=text, granularity=_GROUPS[group])
+    return replace(_resolve_rule(rule, sequences, length), name=text, granularity=granularity)
+
+
+def spelled(expression: Expression, group: Granularity) -> str:
+    """A metric as the text `resolve_metric` reads: rows are what scores compete in where nothing is said."""
+    return str(expression) if group == "row" else f"{group}:{expression}"
+
+
+def masks_only(name: str) -> bool:
+    """Whether a baseline leaves the kept weights as they are."""
+    return BASELINES[name].update in (None, "none")
 
 
 def _resolve_rule(text: str, sequences: int, length: int) -> Metric:
