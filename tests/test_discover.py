@@ -316,8 +316,8 @@ def test_the_function_takes_the_options_as_keywords(request_for: Any, tmp_path: 
 
 @pytest.mark.parametrize("update", ["obs", "obs-blockwise"])
 def test_search_in_the_use_a_metric_will_have(request_for: Any, tmp_path: Path, update: str) -> None:
-    result = run_campaign(request_for(update=update, evaluations=6), tmp_path / "a.sqlite")
-    plain = run_campaign(request_for(evaluations=6), tmp_path / "b.sqlite")
+    result = run_campaign(request_for(update=update, group="row", evaluations=6), tmp_path / "a.sqlite")
+    plain = run_campaign(request_for(group="row", evaluations=6), tmp_path / "b.sqlite")
     assert result["update"] == update
     shared = {row["formula"]: row["excess"] for row in plain["front"]}
     assert any(shared.get(row["formula"], row["excess"]) != row["excess"] for row in result["front"])

@@ -192,11 +192,11 @@ def powers(expression: Expression) -> dict[str, float]:
     return {str(Expression(tokens)): power for tokens, power in factorised(expression).items()}
 
 
-def test_a_blend_is_on_the_line_through_the_powers_of_both() -> None:
+def test_a_blend_of_two_is_on_the_line_through_the_powers_of_both() -> None:
     """Scaled so that W has the power 1: G**a * D**b with a + 2 b = 1, to the three digits powers have."""
     source = variation(4, max_nodes=30)
     first, second = (source._tree(parse(text)) for text in ("sqr(W)*sqr(G)", "abs(W)*sqrt(D)"))
-    found = [powers(_expression(source._blend(first, second))) for _ in range(200)]
+    found = [powers(_expression(source._blend([first, second]))) for _ in range(200)]
     for one in found:
         assert one.keys() <= {"W", "G", "D"}
         assert one["W"] == 1
@@ -206,12 +206,21 @@ def test_a_blend_is_on_the_line_through_the_powers_of_both() -> None:
     assert max(shares) > 1.3
 
 
-def test_a_reweighed_formula_keeps_its_factors_and_may_get_two_more() -> None:
+def test_a_blend_of_several_has_the_size_of_a_formula() -> None:
+    """The smallest powers go where there are more factors than nodes allowed."""
+    source = variation(4, max_nodes=12)
+    trees = [source._tree(parse(f"abs(W)*{one}")) for one in ("colnorm(G)**2", "X**3", "rownorm(G)", "D**4", "H**5")]
+    found = [powers(_expression(source._blend(trees))) for _ in range(50)]
+    assert {len(one) for one in found} <= {1, 2, 3}
+    assert any(len(one) == 3 for one in found)
+
+
+def test_a_reweighed_formula_keeps_its_factors_and_may_get_a_few_more() -> None:
     source = variation(5, max_nodes=30)
     tree = source._tree(parse("abs(W)*mms(G)/colnorm(W)"))
     found = [powers(_expression(source._reweigh(tree))) for _ in range(200)]
     added = [one.keys() - {"W", "mms(G)", "colnorm(W)"} for one in found]
-    assert {len(one) for one in added} == {0, 1, 2}
+    assert {len(one) for one in added} == {0, 1, 2, 3}
     assert frozenset().union(*added) >= {"X", "G", "H", "D", "rownorm(G)", "rownorm(W)"}
 
 

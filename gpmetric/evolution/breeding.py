@@ -24,6 +24,8 @@ _DRAWS_PER_PLACE = 20  # draws before a place in the generation stays empty: the
 _REFINED = 3  # best individuals whose neighbours every _EVERY-th generation begins with
 _EVERY = 3
 _STEPS = (1.5, 1.2, 1.1)  # factors of the neighbours' constants, one after the other
+_PARENTS = 4
+_DIGITS = 4  # of a constant
 _REGROUPED = 0.15  # chance of a child to compete in another group than its first parent
 
 
@@ -82,8 +84,9 @@ class Breeder:
             if number == 0 or not population or not self._plan.breeding:
                 yield Metric("", self._variation.random_expression(), self._random_group())
             else:
-                first, second = (tournament(population, self._rng) for _ in range(2))
-                child = self._variation.vary(first.expression, second.expression)
+                parents = [tournament(population, self._rng) for _ in range(_PARENTS)]
+                first = parents[0]
+                child = self._variation.vary(*(parent.expression for parent in parents))
                 regrouped = len(self._plan.groups) > 1 and self._rng.random() < _REGROUPED
                 yield Metric("", child, self._random_group() if regrouped else first.metric.granularity)
 
@@ -104,10 +107,19 @@ class Breeder:
         )
 
     def _simplified(self, metric: Metric) -> Draw:
-        """Simplification shortens what is bred from, unless it leaves the space that is searched."""
+        """Simplification shortens what is bred from, unless it leaves the space that is searched.
+
+        Constants are rounded, but for those of a start metric, which is measured as it is written.
+        """
         expression, group = metric.expression, metric.granularity
         simple = canonical(expression)
         ranked = rank_form(simple, self._plan.ranks if group == "row" else "layer")
+        ranked = ranked if metric.name else _rounded(ranked)
         usable = (one for one in (ranked, simple) if "W" in one.operands and self._allows(one))
         layers = (expression, cancel_opposites(expression), simple, ranked, next(usable, expression))
         return Draw(*(spelled(layer, group) for layer in layers))
+
+
+def _rounded(expression: Expression) -> Expression:
+    tokens = expression.tokens
+    return Expression(tuple(float(f"{one:.{_DIGITS}g}") if isinstance(one, float) else one for one in tokens))

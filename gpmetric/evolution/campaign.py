@@ -14,6 +14,7 @@ from gpmetric.errors import GpmetricError, LedgerError
 from gpmetric.evolution.breeding import Breeder, Draw
 from gpmetric.evolution.executors import Executor
 from gpmetric.evolution.ledger import Candidate, Evaluation, Ledger, Measurement
+from gpmetric.evolution.objectives import best_of
 from gpmetric.evolution.plan import Plan
 from gpmetric.evolution.screening import PROBE, Ladder, OutOfTime
 from gpmetric.evolution.selection import Individual, pareto_individuals, select_survivors
@@ -101,8 +102,7 @@ class Campaign:
         """Takes the lowest excess of a start formula at each target, once the first generation is recorded."""
         started = {row.evaluation for row in self._ledger.candidates() if self._is_start(row.generation, row.position)}
         found = [self._individual(row) for row in self._ledger.evaluations("done") if row.id in started]
-        if found:
-            self._bar = {target: min(one.excess[target] for one in found) for target in self._plan.targets}
+        self._bar = best_of(one.excess for one in found)
 
     def _is_start(self, generation: int, position: int) -> bool:
         return generation == 0 and position < len(self._plan.start)

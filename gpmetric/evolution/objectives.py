@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from gpmetric.expression import Expression
 from gpmetric.operands import OPERANDS
 
-__all__ = ["OBJECTIVES", "SEARCHED", "Objective", "Searched", "fitness_values", "mean_excess", "operand_cost"]
+__all__ = [
+    "OBJECTIVES",
+    "SEARCHED",
+    "Objective",
+    "Searched",
+    "best_of",
+    "fitness_values",
+    "mean_excess",
+    "operand_cost",
+    "surcharge",
+]
 
 Searched = Literal["kl", "loss"]
 
@@ -21,6 +32,9 @@ SEARCHED: dict[Searched, str] = {
     "loss": "excess log-loss ln(ppl / dense ppl)",
 }
 
+# of a bar: at 2:4 on llama-05m, a metric 0.4 % below every baseline on validation was 1.4 % above one on the test text
+_CLEARLY = 0.98
+
 # What collecting the dearest operand takes, in rough multiples of a forward pass over the calibration text.
 _COSTS = {"none": 0.0, "activations": 1.0, "curvature": 2.0, "gradients": 3.0}
 
@@ -28,6 +42,20 @@ _COSTS = {"none": 0.0, "activations": 1.0, "curvature": 2.0, "gradients": 3.0}
 def mean_excess(excess: Mapping[str, float]) -> float:
     """Mean over targets of ln(ppl / dense ppl), in nats per token."""
     return sum(excess.values()) / len(excess)
+
+
+def best_of(excesses: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The lowest excess at each target; nothing of nothing."""
+    bar: dict[str, float] = {}
+    for excess in excesses:
+        for target, value in excess.items():
+            bar[target] = min(value, bar.get(target, math.inf))
+    return bar
+
+
+def surcharge(excess: Mapping[str, float], bar: Mapping[str, float]) -> float:
+    """What a metric is above, or not clearly below, a bar: the sum of excess - _CLEARLY * bar over the targets."""
+    return sum(max(0.0, excess[target] - _CLEARLY * least) for target, least in bar.items())
 
 
 def operand_cost(expression: Expression) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 from deap import base, tools
 
-from gpmetric.evolution.objectives import fitness_values, mean_excess
+from gpmetric.evolution.objectives import fitness_values, mean_excess, surcharge
 from gpmetric.expression import Expression
 from gpmetric.pareto import pareto_front
 from gpmetric.pruning.metrics import Metric, resolve_metric
@@ -67,12 +67,12 @@ class Individual:
 
     @property
     def merit(self) -> float:
-        """What is bred for, to be small: the mean, and a surcharge of all excess above the bar.
+        """What is bred for, to be small: the mean, and a surcharge of all excess not clearly below the bar.
 
         The bar is in log-loss whatever is searched: on llama-05m, two winners by divergence alone stayed above the best
         baseline's loss at sparsity 0.5, and their loss on the search windows had said so.
         """
-        return self.mean + sum(max(0.0, self.excess[target] - bar) for target, bar in self.bar.items())
+        return self.mean + surcharge(self.excess, self.bar)
 
 
 def select_survivors(individuals: Sequence[Individual], count: int) -> list[Individual]:

@@ -6,6 +6,7 @@ is typed by the axes it varies along, so that no draw is spent on sums over an a
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from gpmetric.operands import OPERANDS
 
 __all__ = ["Constant", "InVector", "Matrix", "OutVector", "Variation"]
 
+_ADDED = 3  # factors a child's may be more than its parent's
 _LEAST_POWER = 0.02  # a factor below it is left out
 _PATIENCE = 3000  # draws before giving up; with all primitives, one draw in six is sensible
 
@@ -120,31 +122,32 @@ class Variation:
                              f"{self._max_nodes} nodes)")  # fmt: skip
         return found
 
-    def vary(self, first: Expression, second: Expression) -> Expression:
-        """A child of one formula or two: crossover, a factor, a new or changed subtree, or a perturbed constant.
+    def vary(self, first: Expression, *others: Expression) -> Expression:
+        """A child of several formulas: other powers of their factors, crossover, a changed subtree or constant.
 
         A formula that has no other sensible child within reach is its own.
         """
-        return self._until_usable(lambda: self._child(self._tree(first), self._tree(second)), unlike=first) or first
+        return self._until_usable(lambda: self._child(*map(self._tree, (first, *others))), unlike=first) or first
 
-    def _child(self, first: gp.PrimitiveTree, second: gp.PrimitiveTree) -> list[gp.Primitive]:
+    def _child(self, *parents: gp.PrimitiveTree) -> list[gp.Primitive]:
         """One operator drawn by its share; a joined pair, a product of two metrics say, is a crossover at the roots."""
+        first, second = parents[:2]
         draw = random.random()
-        if draw < 0.25:
+        if draw < 0.20:
             return gp.cxOnePoint(first, second)[0]
-        if draw < 0.32:
+        if draw < 0.25:
             return self._join(first, second)
-        if draw < 0.47:
-            return self._blend(first, second)
-        if draw < 0.62:
+        if draw < 0.50:
+            return self._blend(parents)
+        if draw < 0.75:
             return self._reweigh(first)
-        if draw < 0.70:
+        if draw < 0.80:
             return gp.mutUniform(first, lambda pset, type_: self._grow(0, 2, type_), self._set)[0]
-        if draw < 0.78:
+        if draw < 0.85:
             return gp.mutNodeReplacement(first, self._set)[0]
-        if draw < 0.84:
+        if draw < 0.90:
             return gp.mutInsert(first, self._set)[0]
-        if draw < 0.88:
+        if draw < 0.93:
             return gp.mutShrink(first)[0]
         return self._perturb(first)
 
@@ -152,29 +155,40 @@ class Variation:
         binary = [nodes[-1] for nodes in self._variants.values() if nodes[-1].args == [Matrix, Matrix]]
         return [random.choice(binary), *first, *second] if binary else first
 
-    def _blend(self, first: gp.PrimitiveTree, second: gp.PrimitiveTree) -> list[gp.Primitive]:
-        """A point on the line through both formulas' logarithms, between them or a little beyond.
+    def _blend(self, parents: Sequence[gp.PrimitiveTree]) -> list[gp.Primitive]:
+        """The parents' mean in the powers of their factors, moved by normal multiples of how each differs from it.
 
-        Source: extended line recombination, Muehlenbein and Schlierkamp-Voosen 1993, of the powers of their factors.
+        Source: the rank-mu sampling of evolution strategies, Hansen and Ostermeier 2001, without a covariance matrix.
         """
-        mine, other = _powers(first), _powers(second)
-        share = random.uniform(-0.5, 1.5)
-        blended = {base: (1 - share) * mine.get(base, 0.0) + share * other.get(base, 0.0) for base in mine | other}
-        return self._of_powers(blended, first)
+        points = [_powers(parent) for parent in parents]
+        bases = dict.fromkeys(base for point in points for base in point)
+        mean = {base: sum(point.get(base, 0.0) for point in points) / len(points) for base in bases}
+        moved = dict(mean)
+        for point in points:
+            share = random.gauss(0, 1) / math.sqrt(len(points) - 1)
+            for base in bases:
+                moved[base] += share * (point.get(base, 0.0) - mean[base])
+        return self._of_powers(moved, parents[0])
 
     def _reweigh(self, tree: gp.PrimitiveTree) -> list[gp.Primitive]:
-        """The powers of all factors, and of up to two of the simplest there are, moved by one normal step."""
+        """The powers of all factors, and of a few of the simplest there are, moved by a normal step."""
         step = 10 ** random.uniform(-1.5, -0.3)
         powers = _powers(tree)
         simplest = factors([name for name in OPERANDS if name in self._set.mapping])
-        for base in random.sample(simplest, random.randint(0, 2)):
+        for base in random.sample(simplest, random.randint(0, _ADDED)):
             powers.setdefault(base, 0.0)
         return self._of_powers({base: power + random.gauss(0, step) for base, power in powers.items()}, tree)
 
     def _of_powers(self, powers: dict[Tokens, float], otherwise: gp.PrimitiveTree) -> list[gp.Primitive]:
-        kept = {base: _round(power) for base, power in powers.items() if abs(power) >= _LEAST_POWER}
-        found = product(kept) if kept else Expression(("W",))
-        return self._tree(found) if self._knows(found) else otherwise
+        """The product, without its smallest powers where it would be too large."""
+        ranked = sorted(powers.items(), key=lambda item: -abs(item[1]))
+        kept = {base: _round(power) for base, power in ranked if abs(power) >= _LEAST_POWER}
+        while kept:
+            found = product(kept)
+            if len(found) <= self._max_nodes:
+                return self._tree(found) if self._knows(found) else otherwise
+            kept.popitem()
+        return otherwise
 
     def _grow(self, least: int, most: int, type_: type) -> list[gp.Primitive]:
         """A tree of that type in prefix order, full or ragged by a coin's throw, of a depth in [least, most].

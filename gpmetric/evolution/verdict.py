@@ -14,7 +14,7 @@ from gpmetric.errors import GpmetricError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.evolution.executors import Executor
 from gpmetric.evolution.ledger import Judgement, Ledger
-from gpmetric.evolution.objectives import mean_excess
+from gpmetric.evolution.objectives import best_of, mean_excess, surcharge
 from gpmetric.evolution.selection import Individual
 from gpmetric.pruning.metrics import BASELINES, Update
 
@@ -131,17 +131,21 @@ def choose_finalists(front: Sequence[Individual], count: int) -> list[str]:
 
 
 def choose_winner(finalists: Mapping[str, Verdict], rivals: Mapping[str, Verdict]) -> str:
-    """The finalist with the lowest mean excess, preferring those below every rival at every target.
+    """The finalist with the lowest mean excess, preferring those below every rival at every target, and clearly so.
 
     Args:
         finalists: on validation.
         rivals: baselines of the same kind, on validation: those that only mask, unless the campaign updates weights.
     """
 
-    def beats_all(excess: Mapping[str, float]) -> bool:
-        return all(excess[target] < value for rival in rivals.values() for target, value in rival.excess.items())
+    bar = best_of(rival.excess for rival in rivals.values())
 
-    return min(finalists, key=lambda metric: (not beats_all(finalists[metric].excess), finalists[metric].mean))
+    def rank(metric: str) -> tuple[bool, float]:
+        excess = finalists[metric].excess
+        beats_all = all(excess[target] < least for target, least in bar.items())
+        return not beats_all, mean_excess(excess) + surcharge(excess, bar)
+
+    return min(finalists, key=rank)
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float] | None:
