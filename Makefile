@@ -16,13 +16,13 @@ TARGETS := 0.5 0.6 2:4
 test: .venv/installed
 	$(BIN)/python -m pytest
 
-# A second `make demo` resumes the ledger of the first one. The metric holds * and ( ), hence the quoted variable.
+# A second `make demo` resumes the ledger of the first one. The formula holds * and ( ), hence the quoted variable.
 demo: .venv/installed
 	mkdir -p $(DEMO)
 	$(BIN)/gpmetric discover $(TARGETS:%=--target %) --samples 64 --seed 0 $(DEMO_OPTIONS) \
 		--ledger $(DEMO)/ledger.sqlite --resume --json $(DEMO)/discover.json
 	$(BIN)/gpmetric export $(DEMO)/ledger.sqlite --format python -o $(DEMO)/metric.py
-	metric=$$($(BIN)/python -c 'import json; print(json.load(open("$(DEMO)/discover.json"))["winner"]["metric"])') && \
+	metric=$$($(BIN)/python -c 'import json; print(json.load(open("$(DEMO)/discover.json"))["winner"]["formula"])') && \
 	$(BIN)/gpmetric bench --metric "$$metric" $(BASELINES:%=--metric %) $(TARGETS:%=--target %) \
 		--samples 64 --windows 128 --json $(DEMO)/bench.json
 

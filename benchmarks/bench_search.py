@@ -9,6 +9,7 @@ used these are wall seconds without the machine's other work. Every run goes to 
 ours         a campaign as `gpmetric discover` plans it. What is screened out after a few windows is paid for in seconds
              but is no full evaluation; `no_screening` has none of that.
 random       the same without start formulas, every formula drawn at random
+rows_only    scores compete within rows, as the baselines' do; `ours` evolves where they compete
 pruner_zero  Pruner-Zero's search as far as it is published (`pruner_zero.py`), charged for every candidate the seconds
              of the published procedure, measured in the same run
 

@@ -38,6 +38,7 @@ _ROWS = (
     Operand("G", "out,in", "mean over calibration sequences of the absolute gradient of the loss", "gradients", r"G"),
     Operand("H", "out,in", "Hessian diagonal, empirical Fisher: mean of the squared gradient", "gradients", r"H"),
     Operand("D", "in", "OBS curvature: 1 / diag((X^T X / n + damping)^-1)", "curvature", r"D"),
+    Operand("F", "out,in", "H token by token: mean of the sum of every token's squared gradient", "gradients", r"F"),
 )
 
 OPERANDS: dict[str, Operand] = {row.name: row for row in _ROWS}

@@ -21,6 +21,7 @@ from gpmetric.calibration.accumulators import (
     GradientMoments,
     InputMoments,
     LayerStatistics,
+    TokenMoments,
     curvature,
     inverse_factor,
 )
@@ -56,7 +57,7 @@ def tokens(model: Model, tiny_text: Path) -> Tensor:
 
 @pytest.fixture(scope="module")
 def statistics(model: Model, tokens: Tensor) -> Statistics:
-    return collect_statistics(model, tokens)
+    return collect_statistics(model, tokens, fisher=True)
 
 
 def assert_same_bits(left: Statistics, right: Statistics, names: list[str] = OPERANDS) -> None:
@@ -113,6 +114,46 @@ def test_gradients_against_a_plain_loop(model: Model, tokens: Tensor, statistics
         assert torch.equal(found.G, statistics.layers[name].G)  # type: ignore[arg-type]
 
 
+def test_token_gradients_against_every_token_alone(model: Model, tokens: Tensor, statistics: Statistics) -> None:
+    """A token's gradient is the outer product of the loss's gradient of its output and its input; they sum to G's."""
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str, x: Tensor, y: Tensor) -> None:
+        inputs[name], outputs[name] = x[0], y
+
+    squares = {layer.name: torch.zeros_like(layer.weight) for layer in model.layers}
+    whole = {layer.name: torch.zeros_like(layer.weight) for layer in model.layers}
+    hooks = [
+        layer.module.register_forward_hook(lambda _, args, y, name=layer.name: keep(name, args[0], y))
+        for layer in model.layers
+    ]
+    try:
+        for window in tokens:
+            for layer in model.layers:
+                layer.parameter.requires_grad_(True)
+            loss = model.module(input_ids=window[None], labels=window[None]).loss
+            slopes = torch.autograd.grad(loss, list(outputs.values()))
+            for name, slope in zip(outputs, slopes, strict=True):
+                by_token = slope[0][:, :, None] * inputs[name].detach()[:, None, :]  # [tokens, out, in]
+                squares[name] += by_token.square().sum(dim=0) / len(tokens)
+                whole[name] += by_token.sum(dim=0).abs() / len(tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in model.layers:
+            layer.parameter.requires_grad_(False)
+    for name, found in statistics.layers.items():
+        assert torch.allclose(found.F, squares[name], rtol=1e-3, atol=1e-9)  # type: ignore[arg-type]
+        assert torch.allclose(found.G, whole[name], rtol=1e-3, atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_token_gradients_are_collected_only_where_asked(model: Model, tokens: Tensor, statistics: Statistics) -> None:
+    without = collect_statistics(model, tokens)
+    assert all(layer.F is None for layer in without.layers.values())
+    assert_same_bits(without, statistics, [name for name in OPERANDS if name != "F"])
+
+
 def gradients_of_sequences(model: Model, tokens: Tensor) -> dict[str, Tensor]:
     """[sequences, out, in] by layer."""
     weights = [layer.parameter for layer in model.layers]
@@ -137,7 +178,7 @@ def test_shapes_and_sample(model: Model, tokens: Tensor, statistics: Statistics)
         found = statistics.layers[layer.name]
         assert found.gram is not None
         shapes = {"X": (in_features,), "D": (in_features,), "gram": (in_features, in_features)}
-        shapes |= dict.fromkeys("GH", (out_features, in_features))
+        shapes |= dict.fromkeys("GHF", (out_features, in_features))
         assert {name: tuple(getattr(found, name).shape) for name in OPERANDS} == shapes
         assert all(getattr(found, name).dtype == torch.float32 for name in OPERANDS)
         assert torch.equal(found.D, curvature(found.gram))  # type: ignore[arg-type]
@@ -147,7 +188,11 @@ def test_shapes_and_sample(model: Model, tokens: Tensor, statistics: Statistics)
 def test_chunks_change_no_bit(model: Model, tokens: Tensor, statistics: Statistics, chunk_layers: int) -> None:
     steps: list[tuple[int, int]] = []
     chunked = collect_statistics(
-        model, tokens, chunk_layers=chunk_layers, progress=lambda done, total: steps.append((done, total))
+        model,
+        tokens,
+        fisher=True,
+        chunk_layers=chunk_layers,
+        progress=lambda done, total: steps.append((done, total)),
     )
     assert_same_bits(chunked, statistics)
     total = -(-len(model.layers) // chunk_layers) * len(tokens)
@@ -160,7 +205,7 @@ def test_forward_only_agrees(model: Model, tokens: Tensor, statistics: Statistic
         forward = collect_statistics(model, tokens, gradients=False, gram=gram)
         for name, found in forward.layers.items():
             assert torch.allclose(found.X, statistics.layers[name].X, rtol=1e-5)
-            assert found.G is found.H is None
+            assert found.G is found.H is found.F is None
             assert (found.gram is None) == (found.D is None) == (not gram)
         assert_same_bits(forward, collect_statistics(model, tokens, gradients=False, gram=gram, chunk_layers=3))
 
@@ -362,6 +407,14 @@ def test_gradient_moments_by_hand() -> None:
         assert [value.item() for value in moments.result()] == [2.0, second]
 
 
+def test_token_moments_by_hand() -> None:
+    """Inputs 1, 2 and output gradients 3, -1: (3 * 1)^2 + (-1 * 2)^2 = 13; a sequence of zeros halves it."""
+    moments = TokenMoments(torch.Size((1, 1)), torch.device("cpu"))
+    moments.add(torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[3.0], [-1.0]]]))
+    moments.add(torch.zeros(1, 2, 1, dtype=torch.float16), torch.ones(1, 2, 1))
+    assert moments.result(2).item() == 6.5
+
+
 def damped(gram: Tensor) -> Tensor:
     """The definition, in double precision."""
     gram = gram.double()
@@ -491,9 +544,9 @@ def test_estimate_is_the_size_of_the_file(statistics: Statistics, model: Model, 
         with safe_open(path, framework="pt") as file:
             return sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
 
-    assert written(statistics, "all") == estimate_bytes(model, gradients=True, gram=True)
+    assert written(statistics, "all") == estimate_bytes(model, gradients=True, fisher=True, gram=True)
     plain = collect_statistics(model, tokens, gradients=False, gram=False)
-    assert written(plain, "plain") == estimate_bytes(model, gradients=False, gram=False)
+    assert written(plain, "plain") == estimate_bytes(model, gradients=False, fisher=False, gram=False)
 
 
 def cut_short(path: Path) -> None:

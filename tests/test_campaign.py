@@ -15,10 +15,12 @@ import pytest
 
 from gpmetric.errors import GpmetricError, LedgerError, MaskError
 from gpmetric.evolution import breeding, store
+from gpmetric.evolution.breeding import _rounded
 from gpmetric.evolution.campaign import Campaign
 from gpmetric.evolution.executors import Executor, LocalProcesses, Outcome, Serial
 from gpmetric.evolution.grammar import nests
 from gpmetric.evolution.ledger import Ledger
+from gpmetric.evolution.objectives import best_of, surcharge
 from gpmetric.evolution.plan import Plan
 from gpmetric.evolution.refinement import neighbours
 from gpmetric.evolution.screening import PROBE, Rung
@@ -79,7 +81,8 @@ def plan(**changes: Any) -> Plan:
         "rungs": RUNGS,
         "generations": 5,
     }
-    return Plan(**(values | changes))
+    values |= changes
+    return Plan(**({"rivals": values["start"]} | values))
 
 
 def run(path: Path, executor: Executor | None = None, *, resume: bool = False, **changes: Any) -> Tables:
@@ -200,7 +203,7 @@ def test_equal_masks_are_told_by_the_probe_alone(tmp_path: Path) -> None:
 
 
 def test_without_fingerprints_equal_masks_are_paid_for_again(tmp_path: Path) -> None:
-    forgetful = run(tmp_path / "a", fingerprints=False, generations=12)
+    forgetful = run(tmp_path / "a", fingerprints=False, generations=24)
     masks = [fake.mask(text) for text in paid(forgetful)]
     assert len(masks) > len(set(masks))
     forms = [row["ranked"] for row in forgetful["candidates"] if row["status"] == "evaluated"]
@@ -333,6 +336,19 @@ def test_in_a_layer_what_is_constant_in_a_row_only_counts(tmp_path: Path) -> Non
 def test_a_group_that_is_given_is_everyones(tmp_path: Path, group: str) -> None:
     tables = run(tmp_path / "a", groups=(group,), start=(f"{group}:abs(W)",))
     assert all(row["formula"].startswith(f"{group}:") for row in tables["candidates"])
+
+
+def test_constants_are_rounded_but_those_of_start_metrics(tmp_path: Path) -> None:
+    """To four digits, unless that made a number whole: W**1 has the sign that W**1.00004 does not have."""
+    start = ("abs(W)*min(X,0.123456)", "abs(W)*X")
+    tables = run(tmp_path / "a", start=start, generations=4)
+    assert any("0.123456" in text for text in paid(tables))
+    [first, *others] = tables["candidates"]
+    assert first["ranked"] == "abs(W)*min(X,0.1235)"
+    constants = [one for row in others if row["ranked"] for one in resolve_metric(row["ranked"]).expression.constants]
+    assert constants
+    assert all(float(f"{one:.4g}") in (one, round(one)) for one in constants)
+    assert str(_rounded(parse("W**1.00004*X*D**1.23456"))) == "W**1.00004*X*D**1.235"
 
 
 def test_every_third_generation_begins_with_neighbours_of_the_best(tmp_path: Path) -> None:
@@ -487,7 +503,7 @@ def test_stopped_again_and_again_equals_uninterrupted(tmp_path: Path) -> None:
 
 
 def test_a_ledger_with_other_draws_is_a_clear_error(tmp_path: Path) -> None:
-    tables = run(tmp_path / "a", generations=None, evaluations=10)
+    tables = run(tmp_path / "a", generations=None, evaluations=11)
     assert tables["candidates"][-1]["generation"] == len(tables["generations"])  # drawn in one that is not finished
     with closing(sqlite3.connect(tmp_path / "a")) as connection, connection:
         connection.execute("UPDATE candidates SET formula = 'abs(W)*X*X' WHERE id = (SELECT max(id) FROM candidates)")
@@ -544,9 +560,13 @@ def test_nothing_evaluable_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_merit_adds_what_is_above_the_bar() -> None:
-    """By hand: mean (0.5 + 0.3) / 2 of the divergence, and the second target's excess 0.1 above its bar."""
+    """By hand: mean (0.5 + 0.3) / 2 of the divergence, and the second target's excess 0.1 above its bar less 2 %."""
     divergence, excess = {"0.5": 0.5, "2:4": 0.3}, {"0.5": 0.55, "2:4": 0.35}
-    assert Individual("abs(W)", divergence, excess, {"0.5": 0.6, "2:4": 0.25}).merit == pytest.approx(0.4 + 0.1)
+    assert Individual("abs(W)", divergence, excess, {"0.5": 0.6, "2:4": 0.25}).merit == pytest.approx(0.4 + 0.105)
+    assert surcharge({"a": 0.5, "b": 0.495}, {"a": 0.52, "b": 0.5}) == pytest.approx(0.005)  # a is clearly below
+    assert surcharge({"a": -0.01}, {"a": -0.01}) == pytest.approx(0.0002)  # pruning may help a little
+    assert best_of([{"a": 1.0, "b": 3.0}, {"a": 2.0, "b": math.inf}]) == {"a": 1.0, "b": 3.0}
+    assert best_of([]) == {}
     assert Individual("abs(W)", divergence, excess).merit == pytest.approx(0.4)
 
 

@@ -177,7 +177,7 @@ def test_the_winner_is_exported_with_its_group(run: Run, tmp_path: Path) -> None
         ledger.save_result({"winner": {"formula": "layer:abs(W)*X", "group": "layer"}})
     outcome = run("export", tmp_path / "x", "-o", tmp_path / "x.py", "--json", "-")
     record = json.loads(outcome.out)
-    assert (outcome.code, record["formula"], record["group"]) == (0, "layer:abs(W)*X", "layer")
+    assert (outcome.code, record["formula"], record["group"]) == (0, "abs(W)*X", "layer")
     assert "Scores compete within the whole matrix." in (tmp_path / "x.py").read_text()
 
 

@@ -17,11 +17,11 @@ import pytest
 
 from gpmetric.errors import DataError, InputError, LedgerError
 from gpmetric.evolution import sites
-from gpmetric.evolution.discover import discover, run_campaign
+from gpmetric.evolution.discover import _regrouped, discover, run_campaign
 from gpmetric.evolution.ledger import Ledger
-from gpmetric.evolution.request import Request
+from gpmetric.evolution.request import Request, check_request
 from gpmetric.evolution.sites import open_sites
-from gpmetric.pruning.metrics import BASELINES, resolve_metric
+from gpmetric.pruning.metrics import BASELINES, masks_only, resolve_metric
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_the_group_is_evolved(request_for: Any, tmp_path: Path) -> None:
         texts = [row.formula for row in ledger.candidates()]
         rows = {row.formula: row for row in ledger.evaluations("done")}
     assert "layer:abs(W)" in texts  # as published, beside magnitude_row
-    assert {"abs(W)", "block:abs(W)*X"} <= set(texts)
+    assert {"abs(W)", "block:abs(W)*X", "layer:abs(W)*X"} <= set(texts)
     for row in (result["winner"], *result["front"]):
         assert row["formula"].rpartition(":")[0] == ("" if row["group"] == "row" else row["group"])
     assert rows["abs(W)"].losses["0.5"] != rows["layer:abs(W)"].losses["0.5"]
@@ -197,9 +197,45 @@ def test_the_group_is_evolved(request_for: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("group", ["layer", "block"])
 def test_a_group_for_all(request_for: Any, tmp_path: Path, group: str) -> None:
+    """The best baseline is shown in that group too, measured as `bench` would."""
     result = run_campaign(request_for(group=group, evaluations=6), tmp_path / "a.sqlite")
     assert {row["group"] for row in (result["winner"], *result["front"])} == {group}
     assert result["group"] == group
+    rival = result["confidence"]["rival"]
+    assert BASELINES[rival].granularity == "row"
+    regrouped = result["regrouped"]
+    assert (regrouped["formula"], regrouped["group"]) == (f"{group}:{rival}", group)
+    assert regrouped["excess"]["2:4"] == result["baselines"][rival]["excess"]["2:4"]
+    assert regrouped["excess"]["0.5"] != result["baselines"][rival]["excess"]["0.5"]
+
+
+@pytest.mark.parametrize("change", [{"update": "obs"}, {"update": "obs-blockwise"}, {"target": ("2:4",)}])
+def test_the_regrouped_baseline_only_masks(request_for: Any, tmp_path: Path, change: dict[str, Any]) -> None:
+    result = run_campaign(request_for(evaluations=10, **change), tmp_path / "a.sqlite")
+    if change != {"update": "obs"}:
+        assert result["regrouped"] is None
+        assert {row["group"] for row in result["front"]} == {"row"}
+    elif result["regrouped"] is not None:
+        group, _, name = result["regrouped"]["formula"].partition(":")
+        assert group == result["winner"]["group"]
+        assert masks_only(name)
+
+
+def test_the_best_baseline_moves_to_the_winners_group() -> None:
+    excess = {"magnitude": 0.9, "magnitude_row": 0.8, "wanda": 0.5, "ria": 0.6}
+    assert _regrouped(excess, "layer:abs(W)*G") == ["layer:wanda"]
+    assert _regrouped(excess, "abs(W)*G") == []
+    few = {"magnitude": 0.7, "magnitude_row": 0.8}
+    assert _regrouped(few, "abs(W)*G") == []  # magnitude_row stands beside it
+    assert _regrouped(few, "block:abs(W)*G") == ["block:magnitude"]
+
+
+def test_groups_are_searched_where_a_target_leaves_them_open(request_for: Any) -> None:
+    assert request_for().groups == ("row", "layer", "block")
+    assert request_for(target=("2:4", "layer:0.5")).groups == ("row",)
+    assert request_for(update="obs-blockwise").groups == ("row",)
+    assert request_for(group="block").groups == ("block",)
+    assert check_request(request_for(group="search", update="obs-blockwise")) == "obs-blockwise"
 
 
 def test_a_layer_target_tells_apart_what_rows_do_not(request_for: Any, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class Sample:
         gram = (rows.t() @ rows / len(rows)).float()
         X = rows.square().mean(dim=0).sqrt().float()
         return LayerStatistics(
-            X, curvature(gram), self.g.abs().mean(dim=0).float(), self.g.square().mean(dim=0).float(), gram
+            X, curvature(gram), self.g.abs().mean(dim=0).float(), self.g.square().mean(dim=0).float(), gram=gram
         )
 
 

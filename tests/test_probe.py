@@ -33,7 +33,7 @@ class Room:
             products = inputs.t() @ inputs / len(inputs)
             slope = torch.rand(rows, columns, generator=draw)
             found[f"layer{place}"] = LayerStatistics(
-                products.diagonal().sqrt(), curvature(products), slope, slope.square(), products if gram else None
+                products.diagonal().sqrt(), curvature(products), slope, slope.square(), gram=products if gram else None
             )
             self.layers.append(Layer(f"layer{place}", module))
             self.inputs.append(inputs)

@@ -116,7 +116,7 @@ def operands(seed: int) -> dict[str, Tensor]:
     def normal(rows: int) -> Tensor:
         return torch.randn(rows, 8, dtype=torch.float64, generator=generator)
 
-    return {"W": normal(6), **{name: normal(1 if name in "XD" else 6).exp() for name in ("X", "G", "H", "D")}}
+    return {"W": normal(6), **{name: normal(1 if name in "XD" else 6).exp() for name in ("X", "G", "H", "D", "F")}}
 
 
 def score(expression: Expression, values: dict[str, Tensor]) -> Tensor | None:

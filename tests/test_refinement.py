@@ -78,3 +78,8 @@ def test_a_power_of_every_simple_factor() -> None:
         "abs(W)*X",
         "abs(W)",
     ]
+
+
+def test_a_signed_formula_keeps_its_sign() -> None:
+    found = [str(one) for one in weighted(parse("abs(W)*X-G"), 0.5, ("X",))]
+    assert found == ["(abs(W)*X-G)*X**0.5", "(abs(W)*X-G)*X**-0.5"]

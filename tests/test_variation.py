@@ -6,6 +6,8 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -192,11 +194,17 @@ def powers(expression: Expression) -> dict[str, float]:
     return {str(Expression(tokens)): power for tokens, power in factorised(expression).items()}
 
 
+def drawn(source: Variation, draw: Callable[[], Any], count: int = 200) -> list[dict[str, float]]:
+    """Powers of what an operator makes of its parents, with the generator it has in a campaign."""
+    with source._own_generator():
+        return [powers(_expression(draw())) for _ in range(count)]
+
+
 def test_a_blend_of_two_is_on_the_line_through_the_powers_of_both() -> None:
     """Scaled so that W has the power 1: G**a * D**b with a + 2 b = 1, to the three digits powers have."""
     source = variation(4, max_nodes=30)
-    first, second = (source._tree(parse(text)) for text in ("sqr(W)*sqr(G)", "abs(W)*sqrt(D)"))
-    found = [powers(_expression(source._blend([first, second]))) for _ in range(200)]
+    parents = [source._tree(parse(text)) for text in ("sqr(W)*sqr(G)", "abs(W)*sqrt(D)")]
+    found = drawn(source, lambda: source._blend(parents))
     for one in found:
         assert one.keys() <= {"W", "G", "D"}
         assert one["W"] == 1
@@ -206,25 +214,39 @@ def test_a_blend_of_two_is_on_the_line_through_the_powers_of_both() -> None:
     assert max(shares) > 1.3
 
 
-def test_a_blend_of_several_has_the_size_of_a_formula() -> None:
-    """The smallest powers go where there are more factors than nodes allowed."""
+def test_the_smallest_powers_go_where_there_are_too_many() -> None:
+    """abs(W)*G**2*X**3 has 9 nodes, and colnorm(H)**0.5 takes another 5."""
     source = variation(4, max_nodes=12)
-    trees = [source._tree(parse(f"abs(W)*{one}")) for one in ("colnorm(G)**2", "X**3", "rownorm(G)", "D**4", "H**5")]
-    found = [powers(_expression(source._blend(trees))) for _ in range(50)]
-    assert {len(one) for one in found} <= {1, 2, 3}
-    assert any(len(one) == 3 for one in found)
+    wanted = {("W",): 1.0, ("colnorm", "H"): 0.5, ("G",): 2.0, ("X",): 3.0, ("D",): 0.01}
+    [kept] = drawn(source, lambda: source._of_powers(wanted, source._tree(parse("W*W*D"))), 1)
+    assert kept == {"W": 1.0, "G": 2.0, "X": 3.0}
 
 
 def test_a_reweighed_formula_keeps_its_factors_and_may_get_a_few_more() -> None:
     source = variation(5, max_nodes=30)
-    tree = source._tree(parse("abs(W)*mms(G)/colnorm(W)"))
-    found = [powers(_expression(source._reweigh(tree))) for _ in range(200)]
-    added = [one.keys() - {"W", "mms(G)", "colnorm(W)"} for one in found]
+    tree = source._tree(parse("abs(W)*mms(G)**3/colnorm(W)**3"))
+    found = drawn(source, lambda: source._reweigh(tree))
+    own = {"W", "mms(G)", "colnorm(W)"}
+    assert sum(own <= one.keys() for one in found) > 180  # a power of 1 may come near 0
+    assert all(one["mms(G)"] > 0 > one["colnorm(W)"] for one in found)
+    added = [one.keys() - own for one in found]
     assert {len(one) for one in added} == {0, 1, 2, 3}
-    assert frozenset().union(*added) >= {"X", "G", "H", "D", "rownorm(G)", "rownorm(W)"}
+    assert frozenset().union(*added) >= {"X", "G", "H", "D", "F", "rownorm(G)", "rownorm(W)"}
+
+
+@pytest.mark.parametrize("text", ["zsn(abs(W))+X", "abs(W)*X-G", "-(abs(W)*X)"])
+def test_what_may_be_negative_is_no_product_of_sizes(text: str) -> None:
+    source = variation(5, max_nodes=30)
+    tree, other = source._tree(parse(text)), source._tree(parse("abs(W)*G"))
+    assert source._reweigh(tree) == tree
+    assert source._blend([tree, other]) == tree
+    assert source._blend([tree, other, other]) != tree
 
 
 def test_operations_left_out_stay_out_of_products() -> None:
+    """Without powers there are no products of them to draw; without norms, products of operands alone."""
+    source = Variation(("W", "X", "G"), ("abs", "mul", "div", "pow"), 30, random.Random(6))
+    assert len({source.vary(parse("abs(W)*X"), parse("abs(W)*G")) for _ in range(50)}) > 30
     source = Variation(("W", "X", "G"), ("abs", "mul", "add"), 30, random.Random(6))
     first, second = parse("abs(W)*X"), parse("abs(W)*G")
     used = {token for _ in range(200) for token in source.vary(first, second).tokens}

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from gpmetric.errors import SolverError
 
-__all__ = ["DAMPING", "GradientMoments", "InputMoments", "LayerStatistics", "curvature", "inverse_factor"]
+__all__ = [
+    "DAMPING",
+    "GradientMoments",
+    "InputMoments",
+    "LayerStatistics",
+    "TokenMoments",
+    "curvature",
+    "inverse_factor",
+]
 
 DAMPING = 0.01  # of the mean diagonal, as SparseGPT
 
@@ -19,14 +27,15 @@ DAMPING = 0.01  # of the mean diagonal, as SparseGPT
 class LayerStatistics:
     """The operands of one layer that calibration measures; None where they were not asked for.
 
-    X [in], D [in], G [out, in], H [out, in], all fp32, as defined in `gpmetric.operands`; gram [in, in] is X^T X / n
-    over the n calibration tokens, which the OBS solver factorises.
+    X [in], D [in], and G, H, F [out, in], all fp32, as defined in `gpmetric.operands`; gram [in, in] is X^T X / n over
+    the n calibration tokens, which the OBS solver factorises.
     """
 
     X: Tensor
     D: Tensor | None = None
     G: Tensor | None = None
     H: Tensor | None = None
+    F: Tensor | None = None
     gram: Tensor | None = None
 
     @cached_property
@@ -92,6 +101,28 @@ class GradientMoments:
         count = max(1, self.sequences)
         second = self.second / count
         return self.absolute / count, second.square() if self.accumulated else second
+
+
+class TokenMoments:
+    """The empirical Fisher diagonal with every token an observation of its own, at the price of one more product.
+
+    A sequence's gradient is the sum of its tokens' gradients g_t x_t^T. Where these are independent, the square of the
+    sum and the sum of the squares have the same expectation, but the second has far less noise: H of N sequences of L
+    tokens rests on N observations, this on N * L.
+    """
+
+    def __init__(self, shape: torch.Size, device: torch.device) -> None:
+        self.squares = torch.zeros(shape, device=device)
+
+    def add(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Adds one sequence: a layer's inputs [..., in], and the loss's gradients of its outputs [..., out]."""
+        inputs = inputs.reshape(-1, inputs.shape[-1]).float().square()
+        gradients = gradients.reshape(-1, gradients.shape[-1]).float().square()
+        self.squares.addmm_(gradients.t(), inputs)
+
+    def result(self, sequences: int) -> Tensor:
+        """F [out, in]."""
+        return self.squares / max(1, sequences)
 
 
 def curvature(gram: Tensor) -> Tensor:

@@ -44,12 +44,13 @@ def cache_key(model: Model, tokens: Tensor, settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def estimate_bytes(model: Model, *, gradients: bool, gram: bool) -> int:
+def estimate_bytes(model: Model, *, gradients: bool, fisher: bool, gram: bool) -> int:
     """Size of the statistics in memory and on disk, in bytes (fp32)."""
     total = 0
     for layer in model.layers:
         out_features, in_features = layer.weight.shape
-        total += in_features + 2 * out_features * in_features * gradients + (in_features + in_features**2) * gram
+        matrices = 2 * gradients + fisher  # G and H, F
+        total += in_features + matrices * out_features * in_features + (in_features + in_features**2) * gram
     return 4 * total
 
 

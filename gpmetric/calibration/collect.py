@@ -1,16 +1,22 @@
-"""Collects the operands X, G, H and D of every prunable layer in one pass over the calibration windows."""
+"""Collects the operands X, G, H, D and F of every prunable layer in one pass over the calibration windows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from gpmetric.calibration.accumulators import GradientMoments, InputMoments, LayerStatistics, curvature
+from gpmetric.calibration.accumulators import (
+    GradientMoments,
+    InputMoments,
+    LayerStatistics,
+    TokenMoments,
+    curvature,
+)
 from gpmetric.calibration.replay import BlockCalls
 from gpmetric.errors import ModelError, SolverError
 from gpmetric.models import Block, Layer, Model
@@ -42,6 +48,7 @@ def collect_statistics(
     tokens: Tensor,
     *,
     gradients: bool = True,
+    fisher: bool = False,
     gram: bool = True,
     chunk_layers: int | None = None,
     accumulated: bool = False,
@@ -53,6 +60,7 @@ def collect_statistics(
         model: in evaluation mode; its weights are read, never changed.
         tokens: [sequences, length], int64.
         gradients: collect G and H, one sequence per backward pass; otherwise a forward pass is enough.
+        fisher: collect F with them, which takes as much memory as either.
         gram: keep the Gram matrices and derive D.
         chunk_layers: layers whose accumulators are held at once (all when None); each chunk is another pass over the
             text, and the result is the same.
@@ -73,7 +81,7 @@ def collect_statistics(
             progress(before + done, total)
 
         if gradients:
-            found |= _with_gradients(model, chunk, tokens, gram, accumulated, report)
+            found |= _with_gradients(model, chunk, tokens, fisher, gram, accumulated, report)
         else:
             found |= _forward_only(model, chunk, tokens, gram, report)
     return Statistics(found, sequences=len(tokens), length=tokens.shape[1])
@@ -105,11 +113,16 @@ def _with_gradients(
     model: Model,
     layers: Sequence[Layer],
     tokens: Tensor,
+    fisher: bool,
     gram: bool,
     accumulated: bool,
     progress: Callable[[int, int], None],
 ) -> dict[str, LayerStatistics]:
-    with _watch_inputs(layers, gram) as moments, _watch_gradients(layers, accumulated) as gradients:
+    with (
+        _watch_inputs(layers, gram) as moments,
+        _watch_gradients(layers, accumulated) as gradients,
+        _watch_tokens(layers if fisher else ()) as by_token,
+    ):
         for done, window in enumerate(tokens, start=1):
             batch = window[None].to(model.device)  # [1, length]
             with torch.enable_grad():
@@ -117,17 +130,21 @@ def _with_gradients(
             if loss.requires_grad:  # otherwise no layer was reached, which is refused below
                 loss.backward()
             progress(done, len(tokens))
-    return {layer.name: _statistics(layer, moments[layer.name], gradients[layer.name].result()) for layer in layers}
+    found = {}
+    for layer in layers:
+        G, H = gradients[layer.name].result()
+        F = by_token[layer.name].result(len(tokens)) if fisher else None
+        found[layer.name] = replace(_statistics(layer, moments[layer.name]), G=G, H=H, F=F)
+    return found
 
 
-def _statistics(
-    layer: Layer, moments: InputMoments, gradients: tuple[Tensor | None, Tensor | None] = (None, None)
-) -> LayerStatistics:
+def _statistics(layer: Layer, moments: InputMoments) -> LayerStatistics:
+    """X, D and the Gram matrix."""
     if not moments.tokens:
         raise ModelError(f"layer {layer.name} is not reached by a text, so it cannot be calibrated (--exclude)")
     gram = moments.gram()
     try:
-        return LayerStatistics(moments.rms(), None if gram is None else curvature(gram), *gradients, gram)
+        return LayerStatistics(moments.rms(), None if gram is None else curvature(gram), gram=gram)
     except SolverError as error:
         raise SolverError(f"layer {layer.name}: {error}") from error
 
@@ -171,3 +188,24 @@ def _watch_gradients(layers: Sequence[Layer], accumulated: bool) -> Iterator[dic
             hook.remove()
         for layer in layers:
             layer.parameter.requires_grad_(False)
+
+
+@contextmanager
+def _watch_tokens(layers: Sequence[Layer]) -> Iterator[dict[str, TokenMoments]]:
+    """Token moments by layer name, gathered as autograd reaches each layer's output while the context is open."""
+    moments = {layer.name: TokenMoments(layer.weight.shape, layer.weight.device) for layer in layers}
+
+    def watch(name: str, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            inputs = args[0].detach()
+            output.register_hook(lambda gradients: moments[name].add(inputs, gradients))
+
+    hooks = [
+        layer.module.register_forward_hook(lambda _, args, output, name=layer.name: watch(name, args, output))
+        for layer in layers
+    ]
+    try:
+        yield moments
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -65,7 +65,7 @@ class Breeder:
         least = len(self._plan.start) if number == 0 else 0
         new: set[str] = set()
         for metric in self._sources(number, population):
-            draw = self._simplified(metric)
+            draw = self._simplified(metric, exact=number == 0 and len(draws) < len(self._plan.start))
             draws.append(draw)
             if draw.ranked not in seen:
                 new.add(draw.ranked)
@@ -106,20 +106,22 @@ class Breeder:
             nests(expression, *pair) for pair in self._plan.forbidden
         )
 
-    def _simplified(self, metric: Metric) -> Draw:
+    def _simplified(self, metric: Metric, exact: bool) -> Draw:
         """Simplification shortens what is bred from, unless it leaves the space that is searched.
 
-        Constants are rounded, but for those of a start metric, which is measured as it is written.
+        Constants are rounded, but for those of a start metric, which is measured to the digit.
         """
         expression, group = metric.expression, metric.granularity
         simple = canonical(expression)
         ranked = rank_form(simple, self._plan.ranks if group == "row" else "layer")
-        ranked = ranked if metric.name else _rounded(ranked)
-        usable = (one for one in (ranked, simple) if "W" in one.operands and self._allows(one))
-        layers = (expression, cancel_opposites(expression), simple, ranked, next(usable, expression))
+        key = _rounded(ranked)
+        usable = (one for one in (ranked if exact else key, simple) if "W" in one.operands and self._allows(one))
+        layers = (expression, cancel_opposites(expression), simple, key, next(usable, expression))
         return Draw(*(spelled(layer, group) for layer in layers))
 
 
 def _rounded(expression: Expression) -> Expression:
-    tokens = expression.tokens
-    return Expression(tuple(float(f"{one:.{_DIGITS}g}") if isinstance(one, float) else one for one in tokens))
+    """Constants with few digits; but none becomes a whole number, since an odd power would give W back its sign."""
+    short = (float(f"{one:.{_DIGITS}g}") if isinstance(one, float) else one for one in expression.tokens)
+    pairs = zip(short, expression.tokens, strict=True)
+    return Expression(tuple(long if isinstance(one, float) and one.is_integer() else one for one, long in pairs))

@@ -99,9 +99,13 @@ class Campaign:
         return Individual(row.formula, searched, excess, self._bar)
 
     def _raise_bar(self) -> None:
-        """Takes the lowest excess of a start formula at each target, once the first generation is recorded."""
-        started = {row.evaluation for row in self._ledger.candidates() if self._is_start(row.generation, row.position)}
-        found = [self._individual(row) for row in self._ledger.evaluations("done") if row.id in started]
+        """Takes the lowest excess of a rival at each target, once the first generation is recorded."""
+        rivals = {
+            row.evaluation
+            for row in self._ledger.candidates()
+            if self._is_start(row.generation, row.position) and row.formula in self._plan.rivals
+        }
+        found = [self._individual(row) for row in self._ledger.evaluations("done") if row.id in rivals]
         self._bar = best_of(one.excess for one in found)
 
     def _is_start(self, generation: int, position: int) -> bool:

@@ -221,7 +221,8 @@ def _search(
     free = min(without, key=lambda metric: finalists[metric].mean, default=None)
     tested = judge.measure(dict.fromkeys([winner, *names, *([free] if free else [])]), "test")
     rival = min(rivals, key=lambda name: tested[name].mean)
-    regrouped = [] if update == "obs-blockwise" else _regrouped(rival, winner)
+    masking = {name: tested[name].mean for name in names if masks_only(name)}
+    regrouped = _regrouped(masking, winner) if request.groups_matter else []
     tested |= judge.measure(regrouped, "test")
     found = time.monotonic()
     confidence = _confidence(judge, winner, rival, request.calibration_seeds, deadline, 4 * per_formula)
@@ -351,10 +352,17 @@ def _row(text: str) -> dict[str, Any]:
     }
 
 
-def _regrouped(rival: str, winner: str) -> list[str]:
-    """The best baseline in the winner's comparison group, where that is another: what of the gain is the group's."""
+def _regrouped(excess: Mapping[str, float], winner: str) -> list[str]:
+    """The best baseline that only masks, moved to the winner's comparison group; nothing where it stands beside it.
+
+    Args:
+        excess: mean excess of these baselines.
+        winner: a metric as text.
+    """
     group = resolve_metric(winner).granularity
-    return [] if group == resolve_metric(rival).granularity else [f"{group}:{rival}"]
+    best = min(excess, key=lambda name: excess[name])
+    published = {(metric.expression, metric.granularity) for metric in map(resolve_metric, excess)}
+    return [] if (resolve_metric(best).expression, group) in published else [f"{group}:{best}"]
 
 
 def _baselines(request: Request) -> list[str]:

@@ -32,8 +32,9 @@ SEARCHED: dict[Searched, str] = {
     "loss": "excess log-loss ln(ppl / dense ppl)",
 }
 
-# of a bar: at 2:4 on llama-05m, a metric 0.4 % below every baseline on validation was 1.4 % above one on the test text
-_CLEARLY = 0.98
+# of a bar: what a metric is to be below it by. On llama-05m at 2:4, gblm_l1 was 1.7 % below pruner_zero on 32 windows
+# of the search text, and 0.1 % above on 128 of the validation text.
+_MARGIN = 0.02
 
 # What collecting the dearest operand takes, in rough multiples of a forward pass over the calibration text.
 _COSTS = {"none": 0.0, "activations": 1.0, "curvature": 2.0, "gradients": 3.0}
@@ -54,8 +55,8 @@ def best_of(excesses: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def surcharge(excess: Mapping[str, float], bar: Mapping[str, float]) -> float:
-    """What a metric is above, or not clearly below, a bar: the sum of excess - _CLEARLY * bar over the targets."""
-    return sum(max(0.0, excess[target] - _CLEARLY * least) for target, least in bar.items())
+    """What a metric is above, or not clearly below, a bar: the sum over targets of excess - (bar - 2 %)."""
+    return sum(max(0.0, excess[target] - least + _MARGIN * abs(least)) for target, least in bar.items())
 
 
 def operand_cost(expression: Expression) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from gpmetric.evolution.grammar import FORBIDDEN, Nesting, foreign_to, nests
 from gpmetric.evolution.objectives import Searched
@@ -11,12 +11,13 @@ from gpmetric.evolution.request import Request, parse_nesting
 from gpmetric.evolution.screening import Rung, ladder
 from gpmetric.evolution.sites import Site
 from gpmetric.expression.rank import RankGroup
-from gpmetric.pruning.metrics import BASELINES, masks_only, resolve_metric, spelled
+from gpmetric.pruning.metrics import BASELINES, Metric, masks_only, resolve_metric, spelled
 from gpmetric.pruning.target import Granularity, parse_target
 
 __all__ = ["Plan", "make_plan"]
 
 _DEFAULT_EVALUATIONS = 300
+_KNOWN = ("W*W*H", "W*W*F")  # no published metrics: Optimal Brain Damage (LeCun et al. 1990) by the empirical Fisher
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Plan:
     Attributes:
         targets: what an evaluation's figures are keyed by.
         start: metrics the first generation begins with.
+        rivals: those of them that the winner is to be below at every target: the baselines as they are published.
         population: survivors of a generation, and new formulas drawn for one.
         rungs: the screening ladder.
         objective: what candidates are compared by.
@@ -42,6 +44,7 @@ class Plan:
     operands: tuple[str, ...]
     primitives: tuple[str, ...]
     start: tuple[str, ...]
+    rivals: tuple[str, ...]
     population: int
     max_nodes: int
     seed: int
@@ -67,11 +70,13 @@ def make_plan(request: Request, sites: Mapping[str, Site], targets: tuple[str, .
     across_rows = any(parse_target(text).granularity in ("layer", "block") for text in request.target)
     unlimited = request.generations is None and request.evaluations is None and request.minutes is None
     forbidden = (*FORBIDDEN, *map(parse_nesting, request.forbid))
+    start, rivals = _start(request, sites, forbidden)
     return Plan(
         targets=targets,
         operands=request.operands,
         primitives=request.primitives,
-        start=_start(request, sites, forbidden),
+        start=start,
+        rivals=rivals,
         population=request.population,
         max_nodes=request.max_nodes,
         seed=request.seed,
@@ -85,20 +90,29 @@ def make_plan(request: Request, sites: Mapping[str, Site], targets: tuple[str, .
     )
 
 
-def _start(request: Request, sites: Mapping[str, Site], forbidden: tuple[Nesting, ...]) -> tuple[str, ...]:
-    """Start metrics spelled out: the baselines that only mask, then the user's; once more over whole layers if allowed.
+def _start(
+    request: Request, sites: Mapping[str, Site], forbidden: tuple[Nesting, ...]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Start metrics spelled out, and which of them are rivals.
 
-    Inside SparseGPT's solver its own saliency is a formula like others, and stands among them.
+    They are the baselines that only mask, what is known besides, and the user's; where groups are searched, all of them
+    once more over whole layers. Inside SparseGPT's solver its own saliency is a formula like others, and the rival.
     """
+    inside = request.update == "obs-blockwise"
     sample = next(iter(sites.values())).splits["calibration"].tokens.shape
-    names = [name for name in BASELINES if masks_only(name) or request.update == "obs-blockwise"]
-    metrics = [resolve_metric(name, *sample) for name in (*names, *request.start)]
-    within = [
-        metric
-        for metric in metrics
-        if not foreign_to(request, metric.expression) and not any(nests(metric.expression, *pair) for pair in forbidden)
-    ]
     groups = request.groups
-    published = (spelled(one.expression, one.granularity if len(groups) > 1 else groups[0]) for one in within)
-    across = (spelled(one.expression, "layer") for one in within if len(groups) > 1)
-    return tuple(dict.fromkeys([*published, *across]))
+
+    def written(names: Iterable[str]) -> list[Metric]:
+        metrics = (resolve_metric(name, *sample) for name in names)
+        return [
+            replace(one, granularity=one.granularity if len(groups) > 1 else groups[0])
+            for one in metrics
+            if not foreign_to(request, one.expression) and not any(nests(one.expression, *pair) for pair in forbidden)
+        ]
+
+    baselines = written(name for name in BASELINES if masks_only(name) or inside)
+    rivals = written(name for name in BASELINES if masks_only(name) != inside)
+    everything = [*baselines, *written((*_KNOWN, *request.start))]
+    across = [replace(one, granularity="layer") for one in everything if len(groups) > 1]
+    start = dict.fromkeys(spelled(one.expression, one.granularity) for one in (*everything, *across))
+    return tuple(start), tuple(dict.fromkeys(spelled(one.expression, one.granularity) for one in rivals))

@@ -1,4 +1,4 @@
-"""Neighbours of a good formula: constants a little larger and smaller, powers and factors where none are."""
+"""Neighbours of a good formula: constants a little larger and smaller, powers, coefficients and factors besides."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 
 from gpmetric.expression import Expression
 from gpmetric.expression.rank import factorised, product
+from gpmetric.expression.sign import nonnegative
 from gpmetric.expression.tree import MAX_CONSTANT, Tokens, arity, subtree_end
 from gpmetric.operands import OPERANDS
 
@@ -56,7 +57,7 @@ def factors(operands: Collection[str]) -> list[Tokens]:
 
 
 def weighted(expression: Expression, power: float, operands: Collection[str]) -> Iterator[Expression]:
-    """The formula times each of `factors` to that power, and to its negative.
+    """The formula times each of `factors` to that power, and to its negative, as one product of powers.
 
     In the logarithm of the score these are steps along every coordinate: most published metrics are such products.
 
@@ -68,6 +69,9 @@ def weighted(expression: Expression, power: float, operands: Collection[str]) ->
     powers = factorised(expression)
     for base in factors(operands):
         for size in (power, -power):
+            if not nonnegative(expression.tokens):  # its factors would lose their signs
+                yield Expression(("mul", *expression.tokens, "pow", *base, size))
+                continue
             raised = powers | {base: float(f"{powers.get(base, 0.0) + size:.3g}")}
             yield product({one: exponent for one, exponent in raised.items() if exponent})
 

@@ -82,11 +82,15 @@ class Request:
     workers: int | None = None
 
     @property
+    def groups_matter(self) -> bool:
+        """Whether a formula's comparison group makes a difference: a plain-number target leaves it open."""
+        return self.update != "obs-blockwise" and any(parse_target(text).granularity == "row" for text in self.target)
+
+    @property
     def groups(self) -> tuple[Granularity, ...]:
-        """The comparison groups that formulas may have; one where nothing of the campaign would ask for it."""
-        asked = self.update != "obs-blockwise" and any(parse_target(text).granularity == "row" for text in self.target)
+        """The comparison groups that formulas may have."""
         if self.group == "search":
-            return GROUPS if asked else ("row",)
+            return GROUPS if self.groups_matter else ("row",)
         return (self.group,)
 
     @property

@@ -31,7 +31,7 @@ class Individual:
         text: the formula, after the name of its comparison group unless that is the row.
         searched: the objective candidates are compared by: divergence from the dense model, or excess.
         excess: log-loss above the dense model's, ln(ppl / dense ppl).
-        bar: the lowest excess of a start formula at each target, which the winner is to be below everywhere.
+        bar: the lowest excess of a rival at each target, which the winner is to be below everywhere.
     """
 
     text: str

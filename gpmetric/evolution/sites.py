@@ -24,6 +24,7 @@ from gpmetric.evolution.executors import Executor, LocalProcesses, Serial
 from gpmetric.evolution.request import Request
 from gpmetric.evolution.splits import SPLITS, name_sources, read_splits
 from gpmetric.models import Model, load_model
+from gpmetric.operands import OPERANDS
 from gpmetric.pruning.bench import check_targets
 from gpmetric.pruning.metrics import Update
 from gpmetric.pruning.target import parse_target
@@ -74,11 +75,11 @@ def open_sites(request: Request) -> dict[str, Site]:
 def collect(request: Request, site: Site, update: Update, progress: Callable[[int, int], None]) -> Path:
     """The file of the dense model's statistics, computed if the cache does not have it."""
     model, tokens = site.model, site.splits["calibration"].tokens
-    gradients = needs_gradients(request)
+    gradients, fisher = needs_gradients(request), "F" in request.operands
     gram = "D" in request.operands or update != "none" or _is_small(model)  # the probe's reconstruction error
     folder = request.cache or default_cache()
-    _check_room(folder, estimate_bytes(model, gradients=gradients, gram=gram))
-    key = cache_key(model, tokens, {"gradients": gradients, "gram": gram})
+    _check_room(folder, estimate_bytes(model, gradients=gradients, fisher=fisher, gram=gram))
+    key = cache_key(model, tokens, {"gradients": gradients, "fisher": fisher, "gram": gram})
 
     def compute() -> Statistics:
         # One thread where a model is small: D differs in its last bits between thread counts
@@ -87,6 +88,7 @@ def collect(request: Request, site: Site, update: Update, progress: Callable[[in
                 model,
                 tokens,
                 gradients=gradients,
+                fisher=fisher,
                 gram=gram,
                 chunk_layers=request.chunk_layers,
                 progress=progress,
@@ -153,7 +155,8 @@ def threads(count: int) -> Iterator[None]:
 
 
 def needs_gradients(request: Request) -> bool:
-    return bool({"G", "H"} & set(request.operands))
+    """Whether the dense model's gradients must be collected."""
+    return any(OPERANDS[name].cost == "gradients" for name in request.operands)
 
 
 def labels(request: Request, sites: Mapping[str, Site]) -> tuple[str, ...]:

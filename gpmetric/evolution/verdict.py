@@ -14,7 +14,7 @@ from gpmetric.errors import GpmetricError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.evolution.executors import Executor
 from gpmetric.evolution.ledger import Judgement, Ledger
-from gpmetric.evolution.objectives import best_of, mean_excess, surcharge
+from gpmetric.evolution.objectives import best_of, mean_excess
 from gpmetric.evolution.selection import Individual
 from gpmetric.pruning.metrics import BASELINES, Update
 
@@ -131,7 +131,7 @@ def choose_finalists(front: Sequence[Individual], count: int) -> list[str]:
 
 
 def choose_winner(finalists: Mapping[str, Verdict], rivals: Mapping[str, Verdict]) -> str:
-    """The finalist with the lowest mean excess, preferring those below every rival at every target, and clearly so.
+    """The finalist with the lowest mean excess, preferring those below every rival at every target.
 
     Args:
         finalists: on validation.
@@ -143,7 +143,7 @@ def choose_winner(finalists: Mapping[str, Verdict], rivals: Mapping[str, Verdict
     def rank(metric: str) -> tuple[bool, float]:
         excess = finalists[metric].excess
         beats_all = all(excess[target] < least for target, least in bar.items())
-        return not beats_all, mean_excess(excess) + surcharge(excess, bar)
+        return not beats_all, mean_excess(excess)
 
     return min(finalists, key=rank)
 

@@ -13,12 +13,11 @@ from gpmetric.export.python import write_python
 from gpmetric.export.text import COMPARISON, to_json, to_sympy_text
 from gpmetric.expression import Expression
 from gpmetric.provenance import write_text
-from gpmetric.pruning.target import Granularity
 
 __all__ = ["FORMATS", "export_expression"]
 
 
-def _write_latex(expression: Expression, path: str | Path, version: str, group: Granularity = "row") -> None:
+def _write_latex(expression: Expression, path: str | Path, version: str, group: str = "row") -> None:
     """A comment with the plain formula, then displayed mathematics."""
     made = f"% gpmetric {ascii(version)[1:-1]}: {expression}"
     notes = "% Element by element over the weight, [out, in]; needs amsmath."
@@ -26,19 +25,19 @@ def _write_latex(expression: Expression, path: str | Path, version: str, group: 
     write_text(Path(path), f"{made}\n{notes}\n\\[\n  {to_latex(expression)}\n\\]\n")
 
 
-def _write_sympy(expression: Expression, path: str | Path, version: str, group: Granularity = "row") -> None:
+def _write_sympy(expression: Expression, path: str | Path, version: str, group: str = "row") -> None:
     """One line, the formula without guards; before it a comment where scores do not compete within rows."""
     notes = f"# {COMPARISON[group]}\n" if group != "row" else ""
     write_text(Path(path), f"{notes}{to_sympy_text(expression)}\n")
 
 
-def _write_json(expression: Expression, path: str | Path, version: str, group: Granularity = "row") -> None:
+def _write_json(expression: Expression, path: str | Path, version: str, group: str = "row") -> None:
     """The record of `to_json` with the version."""
     record = {"version": version, **to_json(expression, group)}
     write_text(Path(path), json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
-FORMATS: dict[str, Callable[[Expression, str | Path, str, Granularity], None]] = {
+FORMATS: dict[str, Callable[[Expression, str | Path, str, str], None]] = {
     "python": write_python,
     "latex": _write_latex,
     "sympy": _write_sympy,
@@ -47,7 +46,7 @@ FORMATS: dict[str, Callable[[Expression, str | Path, str, Granularity], None]] =
 
 
 def export_expression(
-    expression: Expression, format: str, output: str | Path, version: str, group: Granularity = "row"
+    expression: Expression, format: str, output: str | Path, version: str, group: str = "row"
 ) -> dict[str, Any]:
     """Writes the formula in one of `FORMATS` and returns its record with the format and the place.
 

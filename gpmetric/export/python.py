@@ -1,4 +1,4 @@
-"""A formula as one Python file that needs torch only and defines `score(W, X=None, G=None, H=None, D=None)`.
+"""A formula as one Python file that needs torch only and defines `score(W, X=None, G=None, H=None, D=None, F=None)`.
 
 The primitives are copied from the table with `inspect.getsource`, and the written file is imported and compared bit by
 bit with the evaluator before it takes its place.
@@ -28,7 +28,6 @@ from gpmetric.expression.primitives import ATOM, PRIMITIVES
 from gpmetric.expression.tree import Expression, Tokens, arity
 from gpmetric.operands import OPERANDS
 from gpmetric.provenance import write_text
-from gpmetric.pruning.target import Granularity
 
 __all__ = ["python_source", "write_python"]
 
@@ -58,8 +57,9 @@ def score(
     G: Tensor | None = None,
     H: Tensor | None = None,
     D: Tensor | None = None,
+    F: Tensor | None = None,
 ) -> Tensor:
-    """Score [out, in] in float32, larger means keep, of W, G, H [out, in] and X, D [in].
+    """Score [out, in] in float32, larger means keep, of W, G, H, F [out, in] and X, D [in].
 
     Raises:
         ValueError: an operand that the formula uses is None.
@@ -94,7 +94,7 @@ _USAGE = {
 }
 
 
-def python_source(expression: Expression, version: str, group: Granularity = "row") -> str:
+def python_source(expression: Expression, version: str, group: str = "row") -> str:
     """Text of the module, ASCII; see `write_python` for the checked file."""
     functions = list(_functions(expression))
     names = {name for function in functions for name in function.__code__.co_names}
@@ -115,7 +115,7 @@ def python_source(expression: Expression, version: str, group: Granularity = "ro
     )
 
 
-def write_python(expression: Expression, path: str | Path, version: str, group: Granularity = "row") -> None:
+def write_python(expression: Expression, path: str | Path, version: str, group: str = "row") -> None:
     """Writes the module, having imported it and found its scores equal to `evaluate`, bit for bit.
 
     Raises:

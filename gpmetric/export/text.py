@@ -8,8 +8,6 @@ from gpmetric.errors import ExpressionError
 from gpmetric.export.latex import to_latex
 from gpmetric.expression.canonical import canonical, to_sympy
 from gpmetric.expression.tree import Expression
-from gpmetric.pruning.metrics import spelled
-from gpmetric.pruning.target import Granularity
 
 __all__ = ["COMPARISON", "to_json", "to_sympy_text"]
 
@@ -30,14 +28,14 @@ def to_sympy_text(expression: Expression) -> str:
     return str(to_sympy(expression))
 
 
-def to_json(expression: Expression, group: Granularity = "row") -> dict[str, Any]:
+def to_json(expression: Expression, group: str = "row") -> dict[str, Any]:
     """Record of plain JSON values, `group` of COMPARISON; `sympy` is None where the formula has no sympy form."""
     try:
         symbolic: str | None = to_sympy_text(expression)
     except ExpressionError:
         symbolic = None
     return {
-        "formula": spelled(expression, group),
+        "formula": str(expression),
         "group": group,
         "canonical": str(canonical(expression)),
         "latex": to_latex(expression),

@@ -6,7 +6,7 @@ from gpmetric.expression.tree import Tokens, arity, subtree_end
 
 __all__ = ["nonnegative"]
 
-_ALWAYS = frozenset({"X", "G", "H", "D", "abs", "sqr", "sqrt", "exp", "mms", "rownorm", "colnorm"})
+_ALWAYS = frozenset({"X", "G", "H", "D", "F", "abs", "sqr", "sqrt", "exp", "mms", "rownorm", "colnorm"})
 _IF_ALL = frozenset({"tanh", "inv", "rowsum", "colsum", "add", "mul", "div", "min"})
 
 

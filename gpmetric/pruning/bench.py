@@ -92,18 +92,21 @@ class Bench:
     def prepare(self, metrics: Sequence[Metric], update: Update) -> None:
         """Collects what the metrics will share, so that the seconds of a row are its own; call it before measuring."""
         gradients = any(metric.needs_gradients for metric in metrics)
+        fisher = any(metric.needs_fisher for metric in metrics)
         gram = self.one_shot and any(metric.needs_gram or _update_of(metric, update) != "none" for metric in metrics)
         held = next(iter(self._dense.layers.values())) if self._dense else None
         if held is None:
             missing = self.one_shot or gradients
         else:
-            missing = (gradients and held.G is None) or (gram and held.gram is None)
-            gradients, gram = gradients or held.G is not None, gram or held.gram is not None
+            wanted = ((gradients, held.G), (fisher, held.F), (gram, held.gram))
+            missing = any(needed and found is None for needed, found in wanted)
+            gradients, fisher, gram = (needed or found is not None for needed, found in wanted)
         if missing:
             self._dense = collect_statistics(
                 self.model,
                 self.calibration,
                 gradients=gradients,
+                fisher=fisher,
                 gram=gram,
                 progress=lambda done, total: self._progress("calibration", done, total),
             )

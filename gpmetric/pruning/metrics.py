@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from gpmetric.errors import ExpressionError, one_of
 from gpmetric.expression import Expression, parse
+from gpmetric.operands import OPERANDS
 from gpmetric.pruning.target import GRANULARITIES, Granularity
 
 if TYPE_CHECKING:
@@ -99,11 +100,12 @@ class Metric:
         G: Tensor | None = None,
         H: Tensor | None = None,
         D: Tensor | None = None,
+        F: Tensor | None = None,
     ) -> Tensor:
         """Score [out, in], fp32, larger means keep, of a weight and the operands the formula uses.
 
         Args:
-            W, G, H: [out, in].
+            W, G, H, F: [out, in].
             X, D: [in].
 
         Raises:
@@ -111,13 +113,18 @@ class Metric:
         """
         from gpmetric.expression.evaluate import evaluate  # imports torch, which reading a formula must not
 
-        operands = {"W": W, "X": X, "G": G, "H": H, "D": D}
+        operands = {"W": W, "X": X, "G": G, "H": H, "D": D, "F": F}
         return evaluate(self.expression, {name: value for name, value in operands.items() if value is not None})
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether the dense model's gradients (G or H) must be collected."""
-        return bool({"G", "H"} & set(self.expression.operands))
+        """Whether the dense model's gradients (for G, H or F) must be collected."""
+        return any(OPERANDS[name].cost == "gradients" for name in self.expression.operands)
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether F must be collected with them."""
+        return "F" in self.expression.operands
 
     @property
     def needs_gram(self) -> bool:

@@ -70,7 +70,7 @@ def prune_sequential(
         model: the dense model.
         metric, target, update: as for `prune_one_shot`.
         calls: the dense model's calls of its blocks on the calibration windows.
-        dense: statistics of the dense model, for metrics that need G or H; its X and D are not used.
+        dense: statistics of the dense model, for metrics that need G, H or F; its X and D are not used.
 
     Raises:
         MaskError, SolverError: naming the layer.
@@ -83,7 +83,7 @@ def prune_sequential(
             statistics = collected[layer.name]
             if dense is not None:
                 gradients = dense.layers[layer.name]
-                statistics = replace(statistics, G=gradients.G, H=gradients.H)
+                statistics = replace(statistics, G=gradients.G, H=gradients.H, F=gradients.F)
             _prune_layer(layer, metric, target, statistics, update)
         if block is not model.blocks[-1]:  # nothing reads what leaves the last one
             hidden = calls.replay(index, block, hidden)
