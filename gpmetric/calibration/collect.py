@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from gpmetric.calibration.accumulators import (
     GradientMoments,
@@ -153,15 +154,14 @@ def _statistics(layer: Layer, moments: InputMoments) -> LayerStatistics:
 def _watch_inputs(layers: Sequence[Layer], gram: bool) -> Iterator[dict[str, InputMoments]]:
     """Input moments by layer name, gathered by forward pre-hooks while the context is open."""
     moments = {layer.name: InputMoments(layer.weight.shape[1], layer.weight.device, gram=gram) for layer in layers}
-    hooks = [
-        layer.module.register_forward_pre_hook(lambda _, args, name=layer.name: moments[name].add(args[0]))
-        for layer in layers
-    ]
-    try:
+
+    def watch(name: str, _: Module, args: tuple[Tensor, ...]) -> None:
+        moments[name].add(args[0])
+
+    with ExitStack() as hooks:  # a hook's handle removes it on exit
+        for layer in layers:
+            hooks.enter_context(layer.module.register_forward_pre_hook(partial(watch, layer.name)))
         yield moments
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -177,17 +177,12 @@ def _watch_gradients(layers: Sequence[Layer], accumulated: bool) -> Iterator[dic
         moments[layer.name].add(layer.oriented(parameter.grad))
         parameter.grad = None
 
-    hooks = []
-    try:
+    with ExitStack() as hooks:
         for layer in layers:
+            hooks.callback(layer.parameter.requires_grad_, False)
             layer.parameter.requires_grad_(True)
-            hooks.append(layer.parameter.register_post_accumulate_grad_hook(partial(take, layer)))
+            hooks.enter_context(layer.parameter.register_post_accumulate_grad_hook(partial(take, layer)))
         yield moments
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for layer in layers:
-            layer.parameter.requires_grad_(False)
 
 
 @contextmanager
@@ -195,17 +190,11 @@ def _watch_tokens(layers: Sequence[Layer]) -> Iterator[dict[str, TokenMoments]]:
     """Token moments by layer name, gathered as autograd reaches each layer's output while the context is open."""
     moments = {layer.name: TokenMoments(layer.weight.shape, layer.weight.device) for layer in layers}
 
-    def watch(name: str, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def watch(name: str, _: Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if output.requires_grad:
-            inputs = args[0].detach()
-            output.register_hook(lambda gradients: moments[name].add(inputs, gradients))
+            output.register_hook(partial(moments[name].add, args[0].detach()))
 
-    hooks = [
-        layer.module.register_forward_hook(lambda _, args, output, name=layer.name: watch(name, args, output))
-        for layer in layers
-    ]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.module.register_forward_hook(partial(watch, layer.name)))
         yield moments
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -24,7 +24,7 @@ _DRAWS_PER_PLACE = 20  # draws before a place in the generation stays empty: the
 _REFINED = 3  # best individuals whose neighbours every _EVERY-th generation begins with
 _EVERY = 3
 _STEPS = (1.5, 1.2, 1.1)  # factors of the neighbours' constants, one after the other
-_PARENTS = 4
+_PARENTS = 4  # of a child; the operators that take two use the first two
 _DIGITS = 4  # of a constant
 _REGROUPED = 0.15  # chance of a child to compete in another group than its first parent
 

@@ -109,6 +109,7 @@ class Variation:
         self._set.addEphemeralConstant("constant", _draw_constant, Constant)
         for name in primitives:
             self._add(name)
+        self._simplest = [base for base in factors(OPERANDS) if self._knows(Expression(base))]
 
     def random_expression(self) -> Expression:
         """A sensible formula grown to a depth of 2 to 4.
@@ -185,8 +186,7 @@ class Variation:
             return tree
         step = 10 ** random.uniform(-1.5, -0.3)
         powers = _powers(tree)
-        simplest = [base for base in factors(OPERANDS) if self._knows(Expression(base))]
-        for base in random.sample(simplest, min(len(simplest), random.randint(0, _ADDED))):
+        for base in random.sample(self._simplest, min(len(self._simplest), random.randint(0, _ADDED))):
             powers.setdefault(base, 0.0)
         return self._of_powers({base: power + random.gauss(0, step) for base, power in powers.items()}, tree)
 

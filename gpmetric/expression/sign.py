@@ -11,7 +11,7 @@ _IF_ALL = frozenset({"tanh", "inv", "rowsum", "colsum", "add", "mul", "div", "mi
 
 
 def nonnegative(tokens: Tokens) -> bool:
-    """Whether every value of the tree is >= 0 for any real W and non-negative X, G, H, D; False when unknown."""
+    """Whether every value of the tree is >= 0 for any real W and non-negative X, G, H, D, F; False when unknown."""
     stack: list[tuple[bool, int]] = []  # sign known, index of the root
     for index in reversed(range(len(tokens))):
         token = tokens[index]
