@@ -271,6 +271,17 @@ def test_start_formulas_are_evaluated_however_small_the_population(request_for: 
     assert [status[text] for text in start] == ["evaluated", "evaluated"]
 
 
+@pytest.mark.parametrize(("update", "known"), [("none", 2), ("obs-blockwise", 3)])
+def test_compensation_is_known_where_kept_weights_are_updated(
+    request_for: Any, tmp_path: Path, update: str, known: int
+) -> None:
+    few = {"update": update, "group": "row", "population": 4, "generations": 1, "evaluations": None}
+    run_campaign(request_for(**few), tmp_path / "a.sqlite")
+    with Ledger.read(tmp_path / "a.sqlite") as ledger:
+        drawn = {row.formula for row in ledger.candidates()}
+    assert len(drawn & {"W*W*H", "W*W*F", "W*W*F*D/sqr(X)"}) == known
+
+
 def test_without_gram_matrices_and_with_one_window(
     request_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

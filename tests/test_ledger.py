@@ -427,7 +427,7 @@ def test_an_owner_on_another_host_counts_by_its_heartbeat(path: Path, age: float
 
 def test_a_driver_that_lost_its_ledger_stops_writing(path: Path) -> None:
     with Ledger.open(path, SETTINGS, resume=False) as ledger:
-        ledger.heartbeat()
+        ledger.measure([])
         sql(path, "UPDATE owner SET token = 'another', host = 'elsewhere'")
         with pytest.raises(LedgerError, match="taken over by another driver"):
             ledger.record(EVALUATED, PAID)

@@ -201,11 +201,6 @@ class Ledger(AbstractContextManager["Ledger"]):
         """The settings the campaign runs under, budget included."""
         return {row["key"]: row["value"] for row in self._query("SELECT * FROM meta ORDER BY key")}
 
-    def heartbeat(self) -> None:
-        """Show other hosts that the driver lives; for times when nothing is written for long."""
-        with self._write():
-            pass
-
     def record(self, candidate: Candidate, evaluation: Evaluation | None = None) -> int | None:
         """Id of the candidate's evaluation after writing the candidate and, if new, its evaluation.
 
@@ -224,9 +219,7 @@ class Ledger(AbstractContextManager["Ledger"]):
     def _insert_candidate(self, candidate: Candidate, evaluation: Evaluation | None) -> int | None:
         if evaluation is not None:
             twin = self.find_fingerprint(evaluation.fingerprint) if evaluation.fingerprint else None
-            if evaluation.id is not None:
-                candidate = replace(candidate, evaluation=evaluation.id)
-            elif twin is not None:
+            if twin is not None:
                 candidate = replace(candidate, status="duplicate", evaluation=twin.id)
             else:
                 row = {"host": socket.gethostname(), "finished": time.time()}

@@ -17,7 +17,10 @@ from gpmetric.pruning.target import Granularity, parse_target
 __all__ = ["Plan", "make_plan"]
 
 _DEFAULT_EVALUATIONS = 300
-_KNOWN = ("W*W*H", "W*W*F")  # no published metrics: Optimal Brain Damage (LeCun et al. 1990) by the empirical Fisher
+# no published metrics: Optimal Brain Damage (LeCun et al. 1990) by the empirical Fisher
+_KNOWN = ("W*W*H", "W*W*F")
+# where kept weights are updated: the share of it that the other inputs cannot make up for, D / X^2
+_COMPENSATED = ("W*W*F*D/sqr(X)",)
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ def _start(
 
     baselines = written(name for name in BASELINES if masks_only(name) or inside)
     rivals = written(name for name in BASELINES if masks_only(name) != inside)
-    everything = [*baselines, *written((*_KNOWN, *request.start))]
+    known = _KNOWN if request.update == "none" else (*_KNOWN, *_COMPENSATED)
+    everything = [*baselines, *written((*known, *request.start))]
     across = [replace(one, granularity="layer") for one in everything if len(groups) > 1]
     start = dict.fromkeys(spelled(one.expression, one.granularity) for one in (*everything, *across))
     return tuple(start), tuple(dict.fromkeys(spelled(one.expression, one.granularity) for one in rivals))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from deap import base, tools
@@ -16,10 +17,10 @@ from gpmetric.expression import Expression
 from gpmetric.pareto import pareto_front
 from gpmetric.pruning.metrics import Metric, resolve_metric
 
-__all__ = ["Individual", "by_merit", "pareto_individuals", "select_survivors", "tournament"]
+__all__ = ["Individual", "by_merit", "few_alike", "pareto_individuals", "select_survivors", "tournament"]
 
 _ELITE_SHARE = 0.5  # of the survivors, taken by merit before NSGA-II fills the rest
-_ALIKE = 3  # of these that may differ in their constants only
+_ALIKE = 3  # of the best that may differ in their constants only
 _TOURNAMENT_SIZE = 3
 
 
@@ -82,16 +83,20 @@ def select_survivors(individuals: Sequence[Individual], count: int) -> list[Indi
 
     Source: Deb et al. 2002; elitism on the merit, since a front of many objectives holds nearly everyone.
     """
-    elite: list[Individual] = []
-    shapes: Counter[tuple[str, ...]] = Counter()
-    for individual in by_merit(individuals):
-        if len(elite) < max(1, int(count * _ELITE_SHARE)) and shapes[individual.shape] < _ALIKE:
-            shapes[individual.shape] += 1
-            elite.append(individual)
+    elite = list(islice(few_alike(by_merit(individuals)), max(1, int(count * _ELITE_SHARE))))
     others = [individual for individual in individuals if individual not in elite]
     if len(others) > count - len(elite):
         others = tools.selNSGA2(others, count - len(elite), nd="log")
     return [*elite, *others]
+
+
+def few_alike(individuals: Iterable[Individual]) -> Iterator[Individual]:
+    """Those of a list that no three before them differ from in their constants only."""
+    shapes: Counter[tuple[str, ...]] = Counter()
+    for individual in individuals:
+        shapes[individual.shape] += 1
+        if shapes[individual.shape] <= _ALIKE:
+            yield individual
 
 
 def by_merit(individuals: Iterable[Individual]) -> list[Individual]:

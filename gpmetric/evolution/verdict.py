@@ -15,7 +15,7 @@ from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.evolution.executors import Executor
 from gpmetric.evolution.ledger import Judgement, Ledger
 from gpmetric.evolution.objectives import best_of, mean_excess
-from gpmetric.evolution.selection import Individual
+from gpmetric.evolution.selection import Individual, few_alike
 from gpmetric.pruning.metrics import BASELINES, Update
 
 __all__ = ["Judge", "Place", "Verdict", "choose_finalists", "choose_winner", "interval"]
@@ -114,7 +114,7 @@ def _place(row: Judgement) -> Place:
 
 
 def choose_finalists(front: Sequence[Individual], count: int) -> list[str]:
-    """The first of the front that differ in more than their constants: near copies would all pass or fail together.
+    """The first of the front, but few that differ in their constants only.
 
     The best metric without gradients is among them, whatever its place.
 
@@ -122,11 +122,8 @@ def choose_finalists(front: Sequence[Individual], count: int) -> list[str]:
         front: the best first.
         count: metrics wanted at most.
     """
-    chosen: dict[tuple[str, ...], str] = {}
-    for individual in front:
-        chosen.setdefault(individual.shape, individual.text)
+    finalists = [individual.text for individual in few_alike(front)][:count]
     free = next((individual.text for individual in front if not individual.metric.needs_gradients), None)
-    finalists = list(chosen.values())[:count]
     return finalists if free is None or free in finalists else [*finalists[: count - 1], free]
 
 
