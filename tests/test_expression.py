@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gpmetric.errors import ExpressionError
 from gpmetric.expression import PRIMITIVES, Expression, parse
-from gpmetric.expression.evaluate import evaluate, needs_whole_matrix
+from gpmetric.expression.evaluate import evaluate
 from gpmetric.expression.parse import MAX_DEPTH, MAX_NODES
 from gpmetric.expression.primitives import EXP_LIMIT, TINY, Primitive
 from gpmetric.expression.tree import MAX_CONSTANT, arity
@@ -239,13 +239,6 @@ def test_missing_or_misshapen_operand() -> None:
         evaluate(parse("W*X"), {"W": W, "X": X[:3]})
     with pytest.raises(ExpressionError, match=r"W must be \[out, in\], but got shape \[4\]"):
         evaluate(parse("W*X"), {"W": X, "X": X})
-
-
-def test_needs_whole_matrix() -> None:
-    assert not needs_whole_matrix(parse("abs(W)*X**0.5+exp(G)"))
-    for name, row in PRIMITIVES.items():
-        if row.arity == 1:
-            assert needs_whole_matrix(parse(f"{name}(W)")) == (row.reduces is not None)
 
 
 # Trees

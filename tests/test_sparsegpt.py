@@ -242,8 +242,8 @@ def test_the_score_sees_the_updated_weights() -> None:
 
     (pruned,) = reconstruct_blockwise(weight[None], inverse_factor(gram)[None], [parse_target("0.5")], score)[0]
     assert [(start, end) for _, start, end in seen] == [(0, 128), (128, 256)]
-    assert torch.equal(seen[0][0][0], weight)
-    (updated,) = seen[1][0]
+    assert torch.equal(seen[0][0][0, 0], weight)
+    ((updated,),) = seen[1][0]
     assert torch.equal(updated[:, :128], pruned[:, :128])
     chosen = select_mask(updated[:, 128:].abs(), parse_target("layer:0.5"))
     assert torch.equal(pruned[:, 128:] != 0, chosen)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from gpmetric.errors import ExpressionError
 from gpmetric.expression.primitives import PRIMITIVES
-from gpmetric.expression.tree import Expression
+from gpmetric.expression.tree import Expression, Tokens
 from gpmetric.operands import OPERANDS
 
-__all__ = ["evaluate", "needs_whole_matrix", "prepare_operands"]
+__all__ = ["compute", "evaluate", "prepare_operands"]
 
 
 @torch.no_grad()
@@ -32,26 +32,32 @@ def evaluate(expression: Expression, operands: Mapping[str, Tensor]) -> Tensor:
         ExpressionError: a missing operand, or one of another shape.
     """
     values = prepare_operands(expression, operands)
-    shape = operands["W"].shape
+    weight = operands["W"]
+    score = compute(expression.tokens, values, weight).expand(weight.shape).contiguous()
+    return score.clone() if len(expression) == 1 else score
+
+
+def compute(tokens: Tokens, values: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+    """The value of a formula or of a part of one, in compact form: [out, in], or 1 along an axis it does not vary on.
+
+    Args:
+        tokens: a whole subtree.
+        values: what `prepare_operands` gives.
+        weight: [out, in], of which shape and device count.
+    """
     stack: list[Tensor] = []
-    for token in reversed(expression.tokens):
+    for token in reversed(tokens):
         if isinstance(token, float):
-            stack.append(torch.full((1, 1), token, dtype=torch.float32, device=operands["W"].device))
+            stack.append(torch.full((1, 1), token, dtype=torch.float32, device=weight.device))
         elif token in values:
             stack.append(values[token])
         else:
             row = PRIMITIVES[token]
             arguments = [stack.pop() for _ in range(row.arity)]
             if row.reduces in ("in", "out"):
-                arguments = [argument.expand(shape) for argument in arguments]  # [out, in]: sums count repeats
+                arguments = [argument.expand(weight.shape) for argument in arguments]  # [out, in]: sums count repeats
             stack.append(row.torch(*arguments))
-    score = stack.pop().expand(shape).contiguous()
-    return score.clone() if len(expression) == 1 else score
-
-
-def needs_whole_matrix(expression: Expression) -> bool:
-    """Whether a score depends on other weights of the layer, so that columns must not be scored in slices."""
-    return any(PRIMITIVES[token].reduces for token in expression.tokens if token in PRIMITIVES)
+    return stack.pop()
 
 
 def prepare_operands(expression: Expression, operands: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.collect import Statistics, collect_block
 from gpmetric.calibration.replay import BlockCalls
 from gpmetric.errors import MaskError, SolverError
-from gpmetric.expression.evaluate import evaluate, needs_whole_matrix
-from gpmetric.expression.tree import Expression
+from gpmetric.expression.columns import ColumnScores
+from gpmetric.expression.evaluate import evaluate
 from gpmetric.models import Layer, Model
 from gpmetric.operands import OPERANDS
 from gpmetric.pruning.mask import select_mask
@@ -166,38 +165,15 @@ def _prune_blockwise(
 ) -> Tensor:
     """`reconstruct_blockwise` of weights [n, out, in] scored by the metric: [n, targets, out, in]."""
     factors = torch.stack([one.factor for one in statistics])
-    measured = [layer_operands(weight, one) for weight, one in zip(weights, statistics, strict=True)]
-    names = [name for name in metric.expression.operands if name in measured[0]]
-    operands = {name: torch.stack([one[name] for one in measured]) for name in names}  # [n, in] | [n, out, in]
     # D on the updated weights is SparseGPT's 1 / d^2, d the diagonal of the factor (algorithm 1)
-    operands["D"] = 1 / factors.diagonal(dim1=1, dim2=2).square()
-    score = _score_layers if needs_whole_matrix(metric.expression) else _score_columns
+    layers = [
+        layer_operands(weight, one) | {"D": 1 / one.factor.diagonal().square()}
+        for weight, one in zip(weights, statistics, strict=True)
+    ]
     # an input that is always zero is pruned first, as in the published code
     dead = torch.stack([one.X == 0 for one in statistics])  # [n, in]
-    return reconstruct_blockwise(
-        weights.masked_fill(dead[:, None], 0), factors, targets, partial(score, metric.expression, operands)
-    )
-
-
-def _score_layers(
-    expression: Expression, operands: Mapping[str, Tensor], weights: Tensor, start: int, end: int
-) -> Tensor:
-    """Scores [n, out, end - start], reductions (mms, rowsum, ...) over each whole matrix as updated so far."""
-    layers = [{name: value[i] for name, value in operands.items()} | {"W": each} for i, each in enumerate(weights)]
-    return torch.stack([evaluate(expression, layer)[:, start:end] for layer in layers])
-
-
-def _score_columns(
-    expression: Expression, operands: Mapping[str, Tensor], weights: Tensor, start: int, end: int
-) -> Tensor:
-    """The same without reductions: a weight's score is its own affair, so that those of all layers pass as one row."""
-    shape = weights[..., start:end].shape
-    row = {}
-    for name, value in {**operands, "W": weights}.items():
-        columns = value[..., start:end]
-        by_input = columns.dim() == 2
-        row[name] = columns[:, None].expand(shape).reshape(-1) if by_input else columns.reshape(1, -1)
-    return evaluate(expression, row).view(shape)
+    score = ColumnScores(metric.expression, layers)
+    return reconstruct_blockwise(weights.masked_fill(dead[:, None], 0), factors, targets, score)
 
 
 def layer_operands(weight: Tensor, statistics: LayerStatistics) -> dict[str, Tensor]:

@@ -23,9 +23,9 @@ __all__ = ["ColumnScore", "block_columns", "reconstruct", "reconstruct_blockwise
 # (benchmarks/bench_solver.py).
 _STEP = 16
 
-# (weights as updated so far [n, out, in], first column, end column) -> score of those columns [n, out, end - first]
+# (copies of the weights as updated so far [n, copies, out, in], first column, end column) -> the scores or the masks of
+# those columns, [n, copies, out, end - first]
 ColumnScore = Callable[[Tensor, int, int], Tensor]
-# (copies of the weights as updated so far [n, copies, out, in], first, end) -> masks [n, copies, out, end - first]
 _Masks = Callable[[Tensor, int, int], Tensor]
 
 
@@ -51,7 +51,7 @@ def reconstruct_blockwise(weights: Tensor, factors: Tensor, targets: Sequence[Ta
     Args:
         weights, factors: as for `reconstruct`.
         targets: those that choose at the same columns, all plain numbers for one, are solved together.
-        score: called for one target after the other, with its weights.
+        score: called with a copy of each weight for every target that is solved together.
 
     Raises:
         MaskError: a score is not finite, or `in` is not divisible by M.
@@ -65,7 +65,7 @@ def reconstruct_blockwise(weights: Tensor, factors: Tensor, targets: Sequence[Ta
         alike = [target for target in targets if target.group == group]
 
         def choose(copies: Tensor, start: int, end: int, alike: Sequence[Target] = alike) -> Tensor:
-            scores = [score(copy, start, end) for copy in copies.unbind(1)]
+            scores = score(copies, start, end).unbind(1)
             return torch.stack([_select(one, target) for one, target in zip(scores, alike, strict=True)], dim=1)
 
         columns = block_columns(alike[0])
