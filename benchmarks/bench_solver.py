@@ -1,14 +1,15 @@
 """Seconds of SparseGPT's solver on one CPU thread; `python benchmarks/bench_solver.py` appends to results.csv.
 
 `prune_weights` under obs-blockwise, all targets of a search at once, against one plain column loop per weight and
-target; and the evidence for its constants: `_STEP` against 128, `_TOGETHER` against one weight at a time.
+target; an evolved metric against the same with every weight scored whenever some columns are; and the evidence for the
+constants: `_STEP` against 128, `_TOGETHER` against one weight at a time.
 """
 
 from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 
 import numpy as np
@@ -17,9 +18,11 @@ from bench_mask import COLUMNS, RESULTS, cpu_name
 from torch import Tensor
 
 from gpmetric.calibration.accumulators import LayerStatistics
+from gpmetric.expression import Expression
+from gpmetric.expression.evaluate import evaluate
 from gpmetric.pruning import prune, sparsegpt
 from gpmetric.pruning.mask import select_mask
-from gpmetric.pruning.metrics import resolve_metric
+from gpmetric.pruning.metrics import Metric, resolve_metric
 from gpmetric.pruning.prune import prune_weights
 from gpmetric.pruning.target import Target, parse_target
 
@@ -40,6 +43,7 @@ def main() -> None:
     rows += [blockwise("one 1024x1024, 0.5", [make_layer(1024, 1024)], 3, SEARCH[:1])]
     rows += [constant(sparsegpt, "_STEP", value, 128, "35 of 64x64 to 64x192", small, 21) for value in (4, 8, 16, 32)]
     rows += [constant(sparsegpt, "_STEP", value, 128, "8 of 512x192", large, 7) for value in (4, 8, 16, 32)]
+    rows += [evolved("35 of 64x64 to 64x192", small, 11), evolved("8 of 512x192", large, 5)]
     sizes = (2**15, 2**17, 2**19, 2**21)
     rows += [constant(prune, "_TOGETHER", value, 1, "35 of 64x64 to 64x192", small, 21) for value in sizes]
     rows += [constant(prune, "_TOGETHER", value, 1, "8 of 512x192", large, 7) for value in sizes]
@@ -54,6 +58,37 @@ def blockwise(case: str, layers: Layers, repeats: int, targets: Sequence[Target]
         lambda: [plain_solver(*layer, target) for target in targets for layer in layers],
         repeats,
     )
+
+
+def evolved(case: str, layers: Layers, repeats: int) -> dict[str, object]:
+    """A metric with powers, a reduction of what stays and one of what changes."""
+    metric = resolve_metric("W**2.3*F/rowsum(G)**0.47/rownorm(W)**0.1")
+
+    def ours() -> list[Tensor]:
+        return solve(layers, SEARCH, metric)
+
+    def theirs() -> list[Tensor]:
+        quick, prune.ColumnScores = prune.ColumnScores, WholeMatrix
+        try:
+            return solve(layers, SEARCH, metric)
+        finally:
+            prune.ColumnScores = quick
+
+    return compare(f"evolved: {case}", ours, theirs, repeats)
+
+
+class WholeMatrix:
+    """Scores of columns by way of those of the whole matrix."""
+
+    def __init__(self, expression: Expression, layers: Sequence[Mapping[str, Tensor]]) -> None:
+        self.expression, self.layers = expression, layers
+
+    def __call__(self, weights: Tensor, start: int, end: int) -> Tensor:
+        scores = [
+            torch.stack([evaluate(self.expression, {**layer, "W": one})[:, start:end] for one in copies])
+            for layer, copies in zip(self.layers, weights, strict=True)
+        ]
+        return torch.stack(scores)
 
 
 def constant(
@@ -71,9 +106,9 @@ def constant(
     return row
 
 
-def solve(layers: Layers, targets: Sequence[Target]) -> list[Tensor]:
+def solve(layers: Layers, targets: Sequence[Target], metric: Metric = WANDA) -> list[Tensor]:
     weights, statistics = zip(*layers, strict=True)
-    return [pruned for row in prune_weights(weights, WANDA, targets, statistics, "obs-blockwise") for pruned in row]
+    return [pruned for row in prune_weights(weights, metric, targets, statistics, "obs-blockwise") for pruned in row]
 
 
 def plain_solver(weight: Tensor, statistics: LayerStatistics, target: Target) -> Tensor:
@@ -102,7 +137,9 @@ def make_layer(rows: int, columns: int) -> tuple[Tensor, LayerStatistics]:
     mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
     inputs = torch.randn(4 * columns, columns, generator=generator) @ mixing
     gram = inputs.t() @ inputs / len(inputs)
-    return torch.randn(rows, columns, generator=generator), LayerStatistics(gram.diagonal().sqrt(), gram=gram)
+    weight = torch.randn(rows, columns, generator=generator)
+    G, F = torch.rand(2, rows, columns, generator=generator)
+    return weight, LayerStatistics(gram.diagonal().sqrt(), G=G, F=F, gram=gram)
 
 
 def compare(
