@@ -562,9 +562,11 @@ def test_nothing_evaluable_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_merit_adds_what_is_above_the_bar() -> None:
-    """By hand: mean (0.5 + 0.3) / 2 of the divergence, and the second target's excess 0.1 above its bar less 2 %."""
+    """By hand: mean (0.5 + 0.3) / 2 of the divergence; each second figure is 0.1 above its bar less 2 %."""
     divergence, excess = {"0.5": 0.5, "2:4": 0.3}, {"0.5": 0.55, "2:4": 0.35}
-    assert Individual("abs(W)", divergence, excess, {"0.5": 0.6, "2:4": 0.25}).merit == pytest.approx(0.4 + 0.105)
+    low, high = {"0.5": 0.6, "2:4": 0.2}, {"0.5": 0.6, "2:4": 0.25}
+    assert Individual("abs(W)", divergence, excess, low, high).merit == pytest.approx(0.4 + 0.104 + 0.105)
+    assert Individual("abs(W)", divergence, excess, {}, high).merit == pytest.approx(0.4 + 0.105)
     assert surcharge({"a": 0.5, "b": 0.495}, {"a": 0.52, "b": 0.5}) == pytest.approx(0.005)  # a is clearly below
     assert surcharge({"a": -0.01}, {"a": -0.01}) == pytest.approx(0.0002)  # pruning may help a little
     assert best_of([{"a": 1.0, "b": 3.0}, {"a": 2.0, "b": math.inf}]) == {"a": 1.0, "b": 3.0}
@@ -584,6 +586,8 @@ def test_the_bar_is_the_best_start_formula_at_each_target(tmp_path: Path, genera
             for target in TARGETS:
                 lowest = min(row.losses[target] for row in started)
                 assert {one.bar[target] for one in campaign.individuals()} == {lowest}
+                lowest = min(row.divergences[target] for row in started)
+                assert {one.searched_bar[target] for one in campaign.individuals()} == {lowest}
 
 
 def test_few_of_the_elite_differ_in_constants_only() -> None:

@@ -53,7 +53,7 @@ class Campaign:
         self._rng = random.Random(plan.seed)
         self._breeder = Breeder(plan, self._rng)
         self._population: list[Individual] = []
-        self._bar: dict[str, float] = {}
+        self._bars: tuple[dict[str, float], dict[str, float]] = {}, {}
         self._number = 0
         self._barren = 0  # generations in a row that found nothing worth evaluating
         # what was seen: ranked form -> evaluation, and masks -> evaluation; None where it did not come to one
@@ -96,17 +96,17 @@ class Campaign:
         excess, searched = (
             {target: found[target] for target in self._plan.targets} for found in (row.losses, searched)
         )
-        return Individual(row.formula, searched, excess, self._bar)
+        return Individual(row.formula, searched, excess, *self._bars)
 
-    def _raise_bar(self) -> None:
-        """Takes the lowest excess of a rival at each target, once the first generation is recorded."""
+    def _raise_bars(self) -> None:
+        """Takes the lowest of a rival's figures at each target, once the first generation is recorded."""
         rivals = {
             row.evaluation
             for row in self._ledger.candidates()
             if self._is_start(row.generation, row.position) and row.formula in self._plan.rivals
         }
         found = [self._individual(row) for row in self._ledger.evaluations("done") if row.id in rivals]
-        self._bar = best_of(one.excess for one in found)
+        self._bars = best_of(one.searched for one in found), best_of(one.excess for one in found)
 
     def _is_start(self, generation: int, position: int) -> bool:
         return generation == 0 and position < len(self._plan.start)
@@ -116,7 +116,7 @@ class Campaign:
         last = self._ledger.last_generation()
         if last is None:
             return
-        self._raise_bar()
+        self._raise_bars()
         self._number = last.number + 1
         self._rng.setstate(last.rng_state)
         for candidate in self._ledger.candidates():
@@ -252,7 +252,7 @@ class Campaign:
     def _survive(self, evaluated: Sequence[int | None]) -> None:
         """Survivors of parents and children, committed with the random state the next generation starts from."""
         if self._number == 0:
-            self._raise_bar()
+            self._raise_bars()
         rows = {row.id: row for row in self._ledger.evaluations("done")}
         children = [self._individual(rows[index]) for index in evaluated if index in rows]
         self._population = select_survivors([*self._population, *children], self._plan.population)

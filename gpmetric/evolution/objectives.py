@@ -54,9 +54,9 @@ def best_of(excesses: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return bar
 
 
-def surcharge(excess: Mapping[str, float], bar: Mapping[str, float]) -> float:
-    """What a metric is above, or not clearly below, a bar: the sum over targets of excess - (bar - 2 %)."""
-    return sum(max(0.0, excess[target] - least + _MARGIN * abs(least)) for target, least in bar.items())
+def surcharge(figures: Mapping[str, float], bar: Mapping[str, float]) -> float:
+    """What a metric is above, or not clearly below, a bar: the sum over targets of figure - (bar - 2 %)."""
+    return sum(max(0.0, figures[target] - least + _MARGIN * abs(least)) for target, least in bar.items())
 
 
 def operand_cost(expression: Expression) -> float:
