@@ -70,11 +70,11 @@ def test_python_file_needs_torch_only_and_carries_its_primitives(tmp_path: Path)
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == ["[[2.5, 5.25]]", "this score needs the operand X"]
     source = (tmp_path / "ria.py").read_text()
-    assert "def _rowsum" in source
+    assert "def torch_rowsum" in source
     assert "def _tanh" not in source
     assert "gpmetric 1.2.3" in source
     assert "import gpmetric" not in source
-    assert source.count("_abs(W)") == 1  # shared parts are computed once
+    assert source.count("torch_abs(W)") == 1  # shared parts are computed once
 
 
 def test_python_usage_example_runs() -> None:

@@ -16,7 +16,8 @@ from gpmetric.errors import ExpressionError
 from gpmetric.expression import PRIMITIVES, Expression, parse
 from gpmetric.expression.evaluate import evaluate
 from gpmetric.expression.parse import MAX_DEPTH, MAX_NODES
-from gpmetric.expression.primitives import EXP_LIMIT, TINY, Primitive
+from gpmetric.expression.primitives import Primitive
+from gpmetric.expression.torch_forms import EXP_LIMIT, TINY
 from gpmetric.expression.tree import MAX_CONSTANT, arity
 from gpmetric.operands import OPERANDS
 

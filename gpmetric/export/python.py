@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gpmetric.errors import GpmetricError
 from gpmetric.export.text import COMPARISON
-from gpmetric.expression import primitives
+from gpmetric.expression import torch_forms
 from gpmetric.expression.canonical import canonical
 from gpmetric.expression.evaluate import evaluate
 from gpmetric.expression.primitives import ATOM, PRIMITIVES
@@ -98,7 +98,7 @@ def python_source(expression: Expression, version: str, group: str = "row") -> s
     """Text of the module, ASCII; see `write_python` for the checked file."""
     functions = list(_functions(expression))
     names = {name for function in functions for name in function.__code__.co_names}
-    constants = [f"{name} = {getattr(primitives, name)!r}" for name in ("TINY", "EXP_LIMIT") if name in names]
+    constants = [f"{name} = {getattr(torch_forms, name)!r}" for name in ("TINY", "EXP_LIMIT") if name in names]
     rows = [OPERANDS[name] for name in expression.operands]
     return _MODULE.format(
         formula=_escaped(str(expression)),

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gpmetric.expression.parse import constant_value
-from gpmetric.expression.primitives import TINY
 from gpmetric.expression.sign import nonnegative
+from gpmetric.expression.torch_forms import TINY
 from gpmetric.expression.tree import MAX_CONSTANT, Expression, Token, Tokens, arity, subtree_end
 
 __all__ = ["RULES", "Rule", "cancel_opposites"]

@@ -14,14 +14,36 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from gpmetric.expression.sympy_forms import opaque, reduction, symbolic_abs, symbolic_pow
+from gpmetric.expression.torch_forms import (
+    EXP_LIMIT,
+    TINY,
+    torch_abs,
+    torch_add,
+    torch_colnorm,
+    torch_colsum,
+    torch_div,
+    torch_exp,
+    torch_inv,
+    torch_log,
+    torch_max,
+    torch_min,
+    torch_mms,
+    torch_mul,
+    torch_neg,
+    torch_pow,
+    torch_rownorm,
+    torch_rowsum,
+    torch_sqr,
+    torch_sqrt,
+    torch_sub,
+    torch_tanh,
+    torch_zsn,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ATOM", "EXP_LIMIT", "PRIMITIVES", "TINY", "Monotonicity", "Primitive", "Reduction"]
-
-TINY = 1e-30  # smallest size of a divisor; normal in fp32
-EXP_LIMIT = 80.0  # exp(80) = 5.5e34 stays below the fp32 maximum of 3.4e38
+__all__ = ["ATOM", "PRIMITIVES", "Monotonicity", "Primitive", "Reduction"]
 
 Monotonicity = Literal["increasing", "decreasing"] | None
 Reduction = Literal["in", "out", "all"] | None
@@ -38,6 +60,8 @@ class Primitive:
         torch: protected semantics on floating tensors that broadcast to [out, in].
         scalar: the same on floats; None when the result depends on the shape. May raise OverflowError.
         sympy: form without guards, called with the sympy module and the arguments.
+        triton: Triton text, {0} and {1} for the arguments, with functions of `gpmetric.kernels.ops`; of a reduction,
+            {0} is its vector, or {1} and on are the numbers it needs besides the argument.
         latex: TeX template with #1 and #2 for the arguments.
         latex_nonnegative: the template where every argument is known to be non-negative, "" for the same.
         opposite: the primitive that undoes this one up to sign and guards, or None.
@@ -53,6 +77,7 @@ class Primitive:
     torch: Callable[..., Tensor]
     scalar: Callable[..., float] | None
     sympy: Callable[..., Any]
+    triton: str
     latex: str
     latex_nonnegative: str = ""
     opposite: str | None = None
@@ -61,111 +86,6 @@ class Primitive:
     reduces: Reduction = None
     infix: str = ""
     precedence: int = ATOM
-
-
-# Torch semantics. The Python export copies these sources, so each uses only tensor methods, TINY, EXP_LIMIT and
-# other functions of this section.
-
-
-def _neg(x: Tensor) -> Tensor:
-    return -x
-
-
-def _abs(x: Tensor) -> Tensor:
-    return x.abs()
-
-
-def _sqr(x: Tensor) -> Tensor:
-    return x * x
-
-
-def _sqrt(x: Tensor) -> Tensor:
-    """Square root of |x|."""
-    return x.abs().sqrt()
-
-
-def _log(x: Tensor) -> Tensor:
-    """Natural logarithm of |x| + TINY."""
-    return (x.abs() + TINY).log()
-
-
-def _exp(x: Tensor) -> Tensor:
-    """Exponential of min(x, EXP_LIMIT)."""
-    return x.clamp(max=EXP_LIMIT).exp()
-
-
-def _tanh(x: Tensor) -> Tensor:
-    return x.tanh()
-
-
-def _inv(x: Tensor) -> Tensor:
-    """1 / x, with x replaced by TINY where |x| < TINY."""
-    return 1.0 / x.masked_fill(x.abs() < TINY, TINY)
-
-
-def _mms(x: Tensor) -> Tensor:
-    """Min-max scaling over the whole value to [0, 1]; 0 where the value is constant."""
-    span = x.amax() - x.amin()
-    return ((x - x.amin()) / span).where(span != 0, 0.0)
-
-
-def _zsn(x: Tensor) -> Tensor:
-    """Z-score over the whole value (population deviation); 0 where the value is constant."""
-    centred = x - x.mean()
-    unit = centred / centred.abs().amax()  # in [-1, 1]: squares of values near 1e-25 would vanish in fp32
-    return (unit / (unit * unit).mean().sqrt()).where(x.amax() - x.amin() != 0, 0.0)
-
-
-def _rowsum(x: Tensor) -> Tensor:
-    """Sum over the inputs of each row: [out, in] -> [out, 1]."""
-    return x.sum(dim=1, keepdim=True)
-
-
-def _colsum(x: Tensor) -> Tensor:
-    """Sum over the outputs of each column: [out, in] -> [1, in]."""
-    return x.sum(dim=0, keepdim=True)
-
-
-def _rownorm(x: Tensor) -> Tensor:
-    """Euclidean norm of each row: [out, in] -> [out, 1]."""
-    return (x * x).sum(dim=1, keepdim=True).sqrt()
-
-
-def _colnorm(x: Tensor) -> Tensor:
-    """Euclidean norm of each column: [out, in] -> [1, in]."""
-    return (x * x).sum(dim=0, keepdim=True).sqrt()
-
-
-def _add(a: Tensor, b: Tensor) -> Tensor:
-    return a + b
-
-
-def _sub(a: Tensor, b: Tensor) -> Tensor:
-    return a - b
-
-
-def _mul(a: Tensor, b: Tensor) -> Tensor:
-    return a * b
-
-
-def _div(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, with b replaced by TINY where |b| < TINY."""
-    return a / b.masked_fill(b.abs() < TINY, TINY)
-
-
-def _max(a: Tensor, b: Tensor) -> Tensor:
-    return a.maximum(b)
-
-
-def _min(a: Tensor, b: Tensor) -> Tensor:
-    return a.minimum(b)
-
-
-def _pow(a: Tensor, b: Tensor) -> Tensor:
-    """|a|**b, keeping the sign of a where b is an odd integer; |a| is at least TINY where b < 0."""
-    size = a.abs().where(b >= 0, a.abs().clamp(min=TINY)).pow(b)
-    signed = size.where((a >= 0) | (b % 2 != 1), -size)
-    return signed.masked_fill(a.isnan() | b.isnan(), float("nan"))  # C's pow hides NaN: 1**nan, nan**0
 
 
 # The same on floats, for folding constants.
@@ -191,9 +111,10 @@ _ROWS = (
     Primitive(
         "neg",
         1,
-        _neg,
+        torch_neg,
         operator.neg,
         lambda sp, x: -x,
+        triton="-{0}",
         latex="-#1",
         opposite="neg",
         monotonicity=("decreasing",),
@@ -201,14 +122,23 @@ _ROWS = (
         infix="-",
     ),
     Primitive(
-        "abs", 1, _abs, abs, symbolic_abs, latex=r"\lvert #1\rvert", monotonicity=_UP, monotone_where="nonnegative"
+        "abs",
+        1,
+        torch_abs,
+        abs,
+        symbolic_abs,
+        triton="tl.abs({0})",
+        latex=r"\lvert #1\rvert",
+        monotonicity=_UP,
+        monotone_where="nonnegative",
     ),
     Primitive(
         "sqr",
         1,
-        _sqr,
+        torch_sqr,
         lambda x: x * x,
         lambda sp, x: x**2,
+        triton="{0} * {0}",
         latex=r"{#1}^{\odot 2}",
         opposite="sqrt",
         monotonicity=_UP,
@@ -217,9 +147,10 @@ _ROWS = (
     Primitive(
         "sqrt",
         1,
-        _sqrt,
+        torch_sqrt,
         lambda x: math.sqrt(abs(x)),
         lambda sp, x: sp.sqrt(symbolic_abs(sp, x)),
+        triton="op_sqrt({0})",
         latex=r"\sqrt{\lvert #1\rvert}",
         latex_nonnegative=r"\sqrt{#1}",
         opposite="sqr",
@@ -229,9 +160,10 @@ _ROWS = (
     Primitive(
         "log",
         1,
-        _log,
+        torch_log,
         lambda x: math.log(abs(x) + TINY),
         lambda sp, x: sp.log(symbolic_abs(sp, x)),
+        triton="op_log({0})",
         latex=r"\log\lvert #1\rvert",
         latex_nonnegative=r"\log\left(#1\right)",
         opposite="exp",
@@ -241,20 +173,31 @@ _ROWS = (
     Primitive(
         "exp",
         1,
-        _exp,
+        torch_exp,
         lambda x: math.exp(min(x, EXP_LIMIT)),
         lambda sp, x: sp.exp(x),
+        triton="op_exp({0})",
         latex=r"\exp\left(#1\right)",
         opposite="log",
         monotonicity=_UP,
     ),
-    Primitive("tanh", 1, _tanh, math.tanh, lambda sp, x: sp.tanh(x), latex=r"\tanh\left(#1\right)", monotonicity=_UP),
+    Primitive(
+        "tanh",
+        1,
+        torch_tanh,
+        math.tanh,
+        lambda sp, x: sp.tanh(x),
+        triton="op_tanh({0})",
+        latex=r"\tanh\left(#1\right)",
+        monotonicity=_UP,
+    ),
     Primitive(
         "inv",
         1,
-        _inv,
+        torch_inv,
         lambda x: _scalar_div(1.0, x),
         lambda sp, x: 1 / x,
+        triton="op_inv({0})",
         latex=r"\frac{1}{#1}",
         opposite="inv",
         monotonicity=("decreasing",),
@@ -263,9 +206,10 @@ _ROWS = (
     Primitive(
         "mms",
         1,
-        _mms,
+        torch_mms,
         _zero,
         lambda sp, x: opaque(sp, "mms", True)(x),
+        triton="op_mms({0}, {1}, {2})",
         latex=r"\operatorname{mms}\left(#1\right)",
         monotonicity=_UP,
         reduces="all",
@@ -273,43 +217,61 @@ _ROWS = (
     Primitive(
         "zsn",
         1,
-        _zsn,
+        torch_zsn,
         _zero,
         lambda sp, x: opaque(sp, "zsn", False)(x),
+        triton="op_zsn({0}, {1}, {2}, {3}, {4}, {5})",
         latex=r"\operatorname{zsn}\left(#1\right)",
         monotonicity=_UP,
         reduces="all",
     ),
     Primitive(
-        "rowsum", 1, _rowsum, None, reduction("rowsum"), latex=r"\operatorname{rowsum}\left(#1\right)", reduces="in"
+        "rowsum",
+        1,
+        torch_rowsum,
+        None,
+        reduction("rowsum"),
+        triton="{0}",
+        latex=r"\operatorname{rowsum}\left(#1\right)",
+        reduces="in",
     ),
     Primitive(
-        "colsum", 1, _colsum, None, reduction("colsum"), latex=r"\operatorname{colsum}\left(#1\right)", reduces="out"
+        "colsum",
+        1,
+        torch_colsum,
+        None,
+        reduction("colsum"),
+        triton="{0}",
+        latex=r"\operatorname{colsum}\left(#1\right)",
+        reduces="out",
     ),
     Primitive(
         "rownorm",
         1,
-        _rownorm,
+        torch_rownorm,
         None,
         lambda sp, x: opaque(sp, "rownorm", True)(x),
+        triton="{0}",
         latex=r"\left\lVert #1\right\rVert_{\mathrm{row}}",
         reduces="in",
     ),
     Primitive(
         "colnorm",
         1,
-        _colnorm,
+        torch_colnorm,
         None,
         lambda sp, x: opaque(sp, "colnorm", True)(x),
+        triton="{0}",
         latex=r"\left\lVert #1\right\rVert_{\mathrm{col}}",
         reduces="out",
     ),
     Primitive(
         "add",
         2,
-        _add,
+        torch_add,
         operator.add,
         lambda sp, a, b: a + b,
+        triton="{0} + {1}",
         latex="#1 + #2",
         opposite="sub",
         monotonicity=_UP_UP,
@@ -319,9 +281,10 @@ _ROWS = (
     Primitive(
         "sub",
         2,
-        _sub,
+        torch_sub,
         operator.sub,
         lambda sp, a, b: a - b,
+        triton="{0} - {1}",
         latex="#1 - #2",
         opposite="add",
         monotonicity=("increasing", "decreasing"),
@@ -331,9 +294,10 @@ _ROWS = (
     Primitive(
         "mul",
         2,
-        _mul,
+        torch_mul,
         operator.mul,
         lambda sp, a, b: a * b,
+        triton="{0} * {1}",
         latex=r"#1 \odot #2",
         opposite="div",
         monotonicity=_UP_UP,
@@ -344,9 +308,10 @@ _ROWS = (
     Primitive(
         "div",
         2,
-        _div,
+        torch_div,
         _scalar_div,
         lambda sp, a, b: a / b,
+        triton="op_div({0}, {1})",
         latex=r"\frac{#1}{#2}",
         opposite="mul",
         monotonicity=("increasing", "decreasing"),
@@ -357,27 +322,30 @@ _ROWS = (
     Primitive(
         "max",
         2,
-        _max,
+        torch_max,
         max,
         lambda sp, a, b: sp.Max(a, b, evaluate=False),
+        triton="op_max({0}, {1})",
         latex=r"\max\left(#1, #2\right)",
         monotonicity=_UP_UP,
     ),
     Primitive(
         "min",
         2,
-        _min,
+        torch_min,
         min,
         lambda sp, a, b: sp.Min(a, b, evaluate=False),
+        triton="op_min({0}, {1})",
         latex=r"\min\left(#1, #2\right)",
         monotonicity=_UP_UP,
     ),
     Primitive(
         "pow",
         2,
-        _pow,
+        torch_pow,
         _scalar_pow,
         symbolic_pow,
+        triton="op_pow({0}, {1})",
         latex=r"\lvert #1\rvert^{\odot #2}",
         latex_nonnegative=r"{#1}^{\odot #2}",
         monotonicity=("increasing", None),

@@ -1,0 +1,142 @@
+"""Torch semantics of the primitives, protected so that every finite input has a value.
+
+The Python export copies these sources, so each uses only tensor methods, TINY, EXP_LIMIT and other functions of this
+file. Torch is not imported. NaN always propagates.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "EXP_LIMIT",
+    "TINY",
+    "torch_abs",
+    "torch_add",
+    "torch_colnorm",
+    "torch_colsum",
+    "torch_div",
+    "torch_exp",
+    "torch_inv",
+    "torch_log",
+    "torch_max",
+    "torch_min",
+    "torch_mms",
+    "torch_mul",
+    "torch_neg",
+    "torch_pow",
+    "torch_rownorm",
+    "torch_rowsum",
+    "torch_sqr",
+    "torch_sqrt",
+    "torch_sub",
+    "torch_tanh",
+    "torch_zsn",
+]
+
+TINY = 1e-30  # smallest size of a divisor; normal in fp32
+EXP_LIMIT = 80.0  # exp(80) = 5.5e34 stays below the fp32 maximum of 3.4e38
+
+
+def torch_neg(x: Tensor) -> Tensor:
+    return -x
+
+
+def torch_abs(x: Tensor) -> Tensor:
+    return x.abs()
+
+
+def torch_sqr(x: Tensor) -> Tensor:
+    return x * x
+
+
+def torch_sqrt(x: Tensor) -> Tensor:
+    """Square root of |x|."""
+    return x.abs().sqrt()
+
+
+def torch_log(x: Tensor) -> Tensor:
+    """Natural logarithm of |x| + TINY."""
+    return (x.abs() + TINY).log()
+
+
+def torch_exp(x: Tensor) -> Tensor:
+    """Exponential of min(x, EXP_LIMIT)."""
+    return x.clamp(max=EXP_LIMIT).exp()
+
+
+def torch_tanh(x: Tensor) -> Tensor:
+    return x.tanh()
+
+
+def torch_inv(x: Tensor) -> Tensor:
+    """1 / x, with x replaced by TINY where |x| < TINY."""
+    return 1.0 / x.masked_fill(x.abs() < TINY, TINY)
+
+
+def torch_mms(x: Tensor) -> Tensor:
+    """Min-max scaling over the whole value to [0, 1]; 0 where the value is constant."""
+    span = x.amax() - x.amin()
+    return ((x - x.amin()) / span).where(span != 0, 0.0)
+
+
+def torch_zsn(x: Tensor) -> Tensor:
+    """Z-score over the whole value (population deviation); 0 where the value is constant."""
+    centred = x - x.mean()
+    unit = centred / centred.abs().amax()  # in [-1, 1]: squares of values near 1e-25 would vanish in fp32
+    return (unit / (unit * unit).mean().sqrt()).where(x.amax() - x.amin() != 0, 0.0)
+
+
+def torch_rowsum(x: Tensor) -> Tensor:
+    """Sum over the inputs of each row: [out, in] -> [out, 1]."""
+    return x.sum(dim=1, keepdim=True)
+
+
+def torch_colsum(x: Tensor) -> Tensor:
+    """Sum over the outputs of each column: [out, in] -> [1, in]."""
+    return x.sum(dim=0, keepdim=True)
+
+
+def torch_rownorm(x: Tensor) -> Tensor:
+    """Euclidean norm of each row: [out, in] -> [out, 1]."""
+    return (x * x).sum(dim=1, keepdim=True).sqrt()
+
+
+def torch_colnorm(x: Tensor) -> Tensor:
+    """Euclidean norm of each column: [out, in] -> [1, in]."""
+    return (x * x).sum(dim=0, keepdim=True).sqrt()
+
+
+def torch_add(a: Tensor, b: Tensor) -> Tensor:
+    return a + b
+
+
+def torch_sub(a: Tensor, b: Tensor) -> Tensor:
+    return a - b
+
+
+def torch_mul(a: Tensor, b: Tensor) -> Tensor:
+    return a * b
+
+
+def torch_div(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, with b replaced by TINY where |b| < TINY."""
+    return a / b.masked_fill(b.abs() < TINY, TINY)
+
+
+def torch_max(a: Tensor, b: Tensor) -> Tensor:
+    return a.maximum(b)
+
+
+def torch_min(a: Tensor, b: Tensor) -> Tensor:
+    return a.minimum(b)
+
+
+def torch_pow(a: Tensor, b: Tensor) -> Tensor:
+    """|a|**b, keeping the sign of a where b is an odd integer; |a| is at least TINY where b < 0."""
+    size = a.abs().where(b >= 0, a.abs().clamp(min=TINY)).pow(b)
+    signed = size.where((a >= 0) | (b % 2 != 1), -size)
+    return signed.masked_fill(a.isnan() | b.isnan(), float("nan"))  # C's pow hides NaN: 1**nan, nan**0

@@ -1,0 +1,137 @@
+"""N of each M consecutive inputs, scored, ranked and masked in one pass, each group by the thread that read it.
+
+A tile is reshaped so that its last axes are the bits of a column's place in its group, and split along them into M
+tensors, one per place. A score's rank among its group's M is then a sum of M - 1 comparisons; of equal scores the lower
+column goes first. NaN ranks last.
+
+    pruned = prune_pattern(weight, 2, 4, wanda, Operands(columns=(X,)))
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpmetric.kernels.ops import LAST, Operands, key, loaded
+
+__all__ = ["prune_pattern", "reference"]
+
+_BLOCK = 2048  # columns of a tile at most
+
+
+@triton.jit
+def _places(tile, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile [BLOCK] as GROUP tensors [BLOCK / GROUP], by place in the group. Splitting off the lowest bit first, each
+    step's second halves come after its first halves, so that places are in order."""
+    if GROUP == 2:
+        parts = (tile.reshape(BLOCK // 2, 2),)
+    elif GROUP == 4:
+        parts = (tile.reshape(BLOCK // 4, 2, 2),)
+    elif GROUP == 8:
+        parts = (tile.reshape(BLOCK // 8, 2, 2, 2),)
+    else:
+        parts = (tile.reshape(BLOCK // 16, 2, 2, 2, 2),)
+    for level in tl.static_range(4):
+        if (1 << level) < GROUP:
+            first = ()
+            second = ()
+            for i in tl.static_range(1 << level):
+                low, high = tl.split(parts[i])
+                first = first + (low,)
+                second = second + (high,)
+            parts = first + second
+    return parts
+
+
+@triton.jit
+def _tile(parts, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """The tile [BLOCK] that `_places` takes apart."""
+    for level in tl.static_range(4):
+        if (1 << level) < GROUP:
+            joined = ()
+            for i in tl.static_range(GROUP >> (level + 1)):
+                joined = joined + (tl.join(parts[i], parts[i + (GROUP >> (level + 1))]),)
+            parts = joined
+    return parts[0].reshape(BLOCK)
+
+
+@triton.jit
+def _prune_pattern(
+    W, OUT, BAD, matrices, columns, rows, numbers, n_in,
+    SCORE: tl.constexpr, BITS: tl.constexpr, REMOVED: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < n_in
+    place = row * n_in + column
+    w = tl.load(W + place, mask=inside, other=0.0)
+    score = SCORE(
+        w.to(tl.float32), loaded(matrices, place, inside), loaded(columns, column, inside),
+        loaded(rows, row + column * 0, inside), loaded(numbers, column * 0, inside),
+    )  # fmt: skip
+    bad = tl.sum((inside & ((tl.abs(score) < float("inf")) == 0)).to(tl.int32), axis=0)
+    if bad > 0:
+        tl.atomic_add(BAD, bad.to(tl.int64))
+    keys = _places(tl.where(score == score, key(score), LAST), GROUP, BLOCK)
+    kept = ()
+    for i in tl.static_range(GROUP):
+        rank = tl.zeros_like(keys[0])
+        for j in tl.static_range(GROUP):
+            if j < i:
+                rank += (keys[j] <= keys[i]).to(tl.int32)
+            if j > i:
+                rank += (keys[j] < keys[i]).to(tl.int32)
+        kept = kept + ((rank >= REMOVED).to(tl.int32),)
+    keep = _tile(kept, GROUP, BLOCK)
+    if BITS:
+        packed = tl.sum(tl.where(inside, keep, 0).reshape(BLOCK // 8, 8) << tl.arange(0, 8)[None, :], axis=1)
+        byte = tl.program_id(1) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+        width = (n_in + 7) // 8
+        tl.store(OUT + row * width + byte, packed.to(tl.uint8), mask=byte < width)
+    else:
+        tl.store(OUT + place, tl.where(keep != 0, w, 0.0), mask=inside)
+
+
+def prune_pattern(
+    weight: Tensor,
+    keep: int,
+    group: int,
+    score: triton.JITFunction,
+    operands: Operands,
+    *,
+    out: Tensor | None = None,
+    bits: bool = False,
+    bad: Tensor | None = None,
+) -> Tensor:
+    """The weight with all but the `keep` highest scores of each `group` consecutive inputs set to zero.
+
+    Args:
+        weight: [out, in], contiguous, bf16, fp16 or fp32; `in` is divisible by `group`.
+        keep: at least 1 and below `group`.
+        group: 2, 4, 8 or 16.
+        score, operands, out, bits, bad: as for `rows.prune_rows`.
+
+    Returns:
+        `out`, or the mask.
+    """
+    height, width = weight.shape
+    if bits:
+        out = torch.empty(height, (width + 7) // 8, dtype=torch.uint8, device=weight.device)
+    elif out is None:
+        out = torch.empty_like(weight)
+    if bad is None:
+        bad = torch.zeros(1, dtype=torch.int64, device=weight.device)
+    block = min(_BLOCK, triton.next_power_of_2(max(width, 128)))
+    _prune_pattern[(height, triton.cdiv(width, block))](
+        weight, out, bad, *operands, width,
+        SCORE=score, BITS=bits, REMOVED=group - keep, GROUP=group, BLOCK=block, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def reference(weight: Tensor, keep: int, group: int, scores: Tensor) -> Tensor:
+    """The same in plain torch, of scores [out, in]."""
+    order = scores.reshape(-1, group).sort(dim=1, stable=True).indices[:, : group - keep]
+    return weight.reshape(-1, group).scatter(1, order, 0).view_as(weight)
