@@ -8,6 +8,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -588,6 +589,13 @@ def test_the_bar_is_the_best_start_formula_at_each_target(tmp_path: Path, genera
                 assert {one.bar[target] for one in campaign.individuals()} == {lowest}
                 lowest = min(row.divergences[target] for row in started)
                 assert {one.searched_bar[target] for one in campaign.individuals()} == {lowest}
+
+
+def test_the_loss_has_one_bar(tmp_path: Path) -> None:
+    with Ledger.open(tmp_path / "a", {}, resume=False) as ledger:
+        campaign = Campaign(replace(plan(generations=1), objective="loss"), ledger, Mortal())
+        campaign.run()
+        assert all(one.bar and not one.searched_bar for one in campaign.individuals())
 
 
 def test_few_of_the_elite_differ_in_constants_only() -> None:

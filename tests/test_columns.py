@@ -48,6 +48,17 @@ def test_columns_of_the_whole(formula: str, start: int, end: int) -> None:
         torch.testing.assert_close(score, expected, rtol=2e-6, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("formula", ["W*W/rownorm(W)", "abs(W)/rowsum(abs(W))", "zsn(W)*W"])
+def test_a_score_does_not_depend_on_what_is_scored_with_it(formula: str) -> None:
+    """To the bit, in the solver's layout of memory, where a column of all copies is contiguous."""
+    found = layers(3, seed=0)
+    weights = torch.randn(3, IN, 4, OUT, generator=torch.Generator().manual_seed(1)).permute(0, 2, 3, 1)
+    together = ColumnScores(parse(formula), found)(weights, 4, 8)
+    for layer, copies, scores in zip(found, weights, together, strict=True):
+        for weight, score in zip(copies, scores, strict=True):
+            assert torch.equal(ColumnScores(parse(formula), [layer])(weight[None, None], 4, 8)[0, 0], score)
+
+
 def test_what_does_not_contain_the_weight_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[object, ...]] = []
     compute = module.compute

@@ -42,10 +42,9 @@ from gpmetric.pruning.metrics import BASELINES, Update, masks_only, resolve_metr
 
 __all__ = ["DiscoverListener", "discover", "run_campaign"]
 
-# Front members compared on validation: as many as a share of the time allows. Under the sequential protocol, near
-# copies differ by about 1 % for good: other masks give the blocks after them other inputs.
-_FINALISTS = range(12, 49)
-_FINAL_SHARE = 0.15
+_FINALISTS = 12  # front members compared on validation
+_MORE = 36  # that may follow them within a share of --minutes
+_SHARE = 0.1
 _DETERMINING = (
     "target",
     "update",
@@ -189,23 +188,20 @@ def _search(
     per_formula = (time.monotonic() - start) / len(names)
 
     plan = make_plan(request, sites, targets)
-    affordable = int(_FINAL_SHARE * 60 * (request.minutes or 0) / per_formula)
-    finalists_wanted = min(max(affordable, _FINALISTS[0]), _FINALISTS[-1])
-
     # a draw of the calibration text takes gradients anew; all of them are not to cost more than a sixth of the time
     for_draws = min(4 * per_formula * request.calibration_seeds, 10 * (request.minutes or 0))
 
-    def over(finalists: int) -> bool:
+    def over(finalists: int, share: float = 0) -> bool:
         """Whether what comes after the search would no longer fit: workers anew, finalists, winner and baselines."""
         left = start - opening + 1.2 * per_formula * (finalists + 3 + len(names)) + for_draws
-        return deadline is not None and time.monotonic() > deadline - left
+        return deadline is not None and time.monotonic() > deadline - left - share * 60 * (request.minutes or 0)
 
     def out_of_time() -> bool:
-        if not over(finalists_wanted):
+        if not over(_FINALISTS, _SHARE):
             return False
         # measurements, since the evaluations of a generation are recorded when all of them are there
         measured = sum(row.rung == plan.rungs[-1].name and row.error is None for row in book.measurements())
-        return measured > 0 and over(min(finalists_wanted, measured))
+        return measured > 0 and over(min(_FINALISTS, measured), _SHARE)
 
     searching = time.monotonic()
     campaign = Campaign(
@@ -218,7 +214,13 @@ def _search(
     campaign.run()
     judging = time.monotonic()
     front = campaign.front()
-    finalists = judge.measure(choose_finalists(front, finalists_wanted), "validation")
+    first, others = choose_finalists(front, _FINALISTS)
+    finalists = judge.measure(first, "validation")
+    until = time.monotonic() + _SHARE * 60 * (request.minutes or 0)
+    for metric in others[:_MORE]:
+        if time.monotonic() > until or over(1):
+            break
+        finalists |= judge.measure([metric], "validation")
     rivals = [name for name in names if masks_only(name) or update != "none"]
     winner = choose_winner(finalists, {name: baselines[name] for name in rivals})
     dense["test"] = judge.dense("test")

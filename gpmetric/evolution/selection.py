@@ -17,10 +17,10 @@ from gpmetric.expression import Expression
 from gpmetric.pareto import pareto_front
 from gpmetric.pruning.metrics import Metric, resolve_metric
 
-__all__ = ["Individual", "by_merit", "few_alike", "pareto_individuals", "select_survivors", "tournament"]
+__all__ = ["ALIKE", "Individual", "by_merit", "few_alike", "pareto_individuals", "select_survivors", "tournament"]
 
 _ELITE_SHARE = 0.5  # of the survivors, taken by merit before NSGA-II fills the rest
-_ALIKE = 3  # of the best that may differ in their constants only
+ALIKE = 3  # of the best that may differ in their constants only
 _TOURNAMENT_SIZE = 3
 
 
@@ -86,19 +86,19 @@ def select_survivors(individuals: Sequence[Individual], count: int) -> list[Indi
 
     Source: Deb et al. 2002; elitism on the merit, since a front of many objectives holds nearly everyone.
     """
-    elite = list(islice(few_alike(by_merit(individuals)), max(1, int(count * _ELITE_SHARE))))
+    elite = list(islice(few_alike(by_merit(individuals), ALIKE), max(1, int(count * _ELITE_SHARE))))
     others = [individual for individual in individuals if individual not in elite]
     if len(others) > count - len(elite):
         others = tools.selNSGA2(others, count - len(elite), nd="log")
     return [*elite, *others]
 
 
-def few_alike(individuals: Iterable[Individual]) -> Iterator[Individual]:
-    """Those of a list that no three before them differ from in their constants only."""
+def few_alike(individuals: Iterable[Individual], count: int) -> Iterator[Individual]:
+    """Those of a list that fewer than `count` before them differ from in their constants only."""
     shapes: Counter[tuple[str, ...]] = Counter()
     for individual in individuals:
         shapes[individual.shape] += 1
-        if shapes[individual.shape] <= _ALIKE:
+        if shapes[individual.shape] <= count:
             yield individual
 
 

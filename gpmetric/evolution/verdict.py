@@ -15,7 +15,7 @@ from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.evolution.executors import Executor
 from gpmetric.evolution.ledger import Judgement, Ledger
 from gpmetric.evolution.objectives import best_of, mean_excess
-from gpmetric.evolution.selection import Individual, few_alike
+from gpmetric.evolution.selection import ALIKE, Individual, few_alike
 from gpmetric.pruning.metrics import BASELINES, Update
 
 __all__ = ["Judge", "Place", "Verdict", "choose_finalists", "choose_winner", "interval"]
@@ -113,18 +113,20 @@ def _place(row: Judgement) -> Place:
     return row.metric, row.target, row.split, row.calibration
 
 
-def choose_finalists(front: Sequence[Individual], count: int) -> list[str]:
-    """The first of the front, but few that differ in their constants only.
+def choose_finalists(front: Sequence[Individual], count: int) -> tuple[list[str], list[str]]:
+    """The first of the front that differ in more than their constants, and the next ones where there is time for more.
 
-    The best metric without gradients is among them, whatever its place.
+    The best metric without gradients is among the first, whatever its place. Under the sequential protocol near copies
+    differ by about 1 % for good, since other masks give the blocks after them other inputs: a few are among the others.
 
     Args:
         front: the best first.
-        count: metrics wanted at most.
+        count: metrics wanted at most, apart from the others.
     """
-    finalists = [individual.text for individual in few_alike(front)][:count]
+    distinct = [individual.text for individual in few_alike(front, 1)][:count]
     free = next((individual.text for individual in front if not individual.metric.needs_gradients), None)
-    return finalists if free is None or free in finalists else [*finalists[: count - 1], free]
+    finalists = distinct if free is None or free in distinct else [*distinct[: count - 1], free]
+    return finalists, [one.text for one in few_alike(front, ALIKE) if one.text not in finalists]
 
 
 def choose_winner(finalists: Mapping[str, Verdict], rivals: Mapping[str, Verdict]) -> str:

@@ -81,5 +81,5 @@ def _stacked(values: Sequence[Tensor]) -> Tensor:
 
 def _by_matrix(reduction: Callable[..., Tensor], values: Tensor) -> Tensor:
     """A reduction of each matrix of [n, copies, rows, columns], all alike in shape."""
-    found = torch.stack([reduction(matrix) for matrix in values.flatten(0, 1)])
-    return found.unflatten(0, values.shape[:2])
+    # each as it lies in memory: the order of a sum is not to depend on how many are scored together
+    return torch.stack([torch.stack([reduction(matrix) for matrix in copies]) for copies in values])
