@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpmetric.kernels.ops import LAST, Operands, key, loaded
+from gpmetric.kernels.ops import LAST, Operands, check, key, loaded
 
 __all__ = ["prune_layer", "reference"]
 
@@ -53,7 +53,7 @@ def _sample(
     tl.store(KEYS + index, keys, mask=index < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["low", "high", "room"])
 def _gather(
     W, FOUND, COUNTS, matrices, columns, rows, numbers, n_in, total, low, high, room,
     SCORE: tl.constexpr, TILE: tl.constexpr,
@@ -72,7 +72,7 @@ def _gather(
         tl.atomic_add(COUNTS + 2, wrong.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _count_ties(
     W, TIES, matrices, columns, rows, numbers, n_in, total, threshold, SCORE: tl.constexpr, TILE: tl.constexpr
 ):
@@ -81,7 +81,7 @@ def _count_ties(
     tl.store(TIES + tl.program_id(0), tl.sum(((place < total) & (keys == threshold)).to(tl.int32), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold", "ties"])
 def _apply(
     W, OUT, BEFORE, matrices, columns, rows, numbers, n_in, total, threshold, ties,
     SCORE: tl.constexpr, RANKED: tl.constexpr, TILE: tl.constexpr,
@@ -92,7 +92,7 @@ def _apply(
     gone = keys <= threshold
     if RANKED:
         equal = ((keys == threshold) & (place < total)).to(tl.int32)
-        rank = tl.load(BEFORE + tl.program_id(0)) + tl.cumsum(equal, axis=0)
+        rank = tl.load(BEFORE + tl.program_id(0)).to(tl.int64) + tl.cumsum(equal, axis=0)
         gone = (keys < threshold) | ((equal == 1) & (rank <= ties))
     w = tl.load(W + place, mask=place < total, other=0.0)
     tl.store(OUT + place, tl.where(gone, 0.0, w.to(tl.float32)), mask=place < total)
@@ -115,8 +115,14 @@ def prune_layer(
         weight: [out, in], contiguous, bf16, fp16 or fp32.
         removed: at least 1 and below the number of entries.
         score, operands, out, bad: as for `rows.prune_rows`.
+
+    Raises:
+        ValueError: a tensor or number that the kernels cannot take.
     """
+    check(weight, operands, out)
     total, width = weight.numel(), weight.shape[1]
+    if not 0 < removed < total:
+        raise ValueError(f"removed must be at least 1 and below {total}, but got {removed}")
     out = torch.empty_like(weight) if out is None else out
     given = (*operands, width, total)
     grid = (triton.cdiv(total, _TILE),)
@@ -153,7 +159,7 @@ def prune_layer(
     if ties < equal:
         counted = torch.empty(grid[0], dtype=torch.int32, device=weight.device)
         _count_ties[grid](weight, counted, *given, threshold, **options)
-        before = counted.cumsum(0, dtype=torch.int32) - counted
+        before = counted.cumsum(0, dtype=torch.int64) - counted
     _apply[grid](weight, out, before, *given, threshold, ties, RANKED=ties < equal, **options)
     return out
 

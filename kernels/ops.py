@@ -1,7 +1,7 @@
 """The primitives of the formula language in Triton, fp32 in and out, guarded as `gpmetric.expression.primitives` says.
 
 Square roots and quotients are rounded as IEEE 754 wants and no product is fused with a sum, so that formulas of these
-are bit-equal to torch's. `exp`, `log`, `tanh` and `pow` rest on the hardware's approximations, good to about 1e-6.
+are bit-equal to torch's. `exp`, `log`, `tanh` and `pow` rest on the hardware's approximations.
 
 A score is a jit function like `wanda`: of a tensor of weights, and for each field of `Operands` the values that go with
 them.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,6 +21,7 @@ __all__ = [
     "LAST",
     "TINY",
     "Operands",
+    "check",
     "key",
     "loaded",
     "number",
@@ -56,6 +58,29 @@ class Operands(NamedTuple):
     columns: tuple[Tensor, ...] = ()
     rows: tuple[Tensor, ...] = ()
     numbers: tuple[Tensor, ...] = ()
+
+
+def check(weight: Tensor, operands: Operands, out: Tensor | None = None) -> None:
+    """Refuses what the kernels, which go by bare pointers, would read or write wrongly.
+
+    Raises:
+        ValueError: naming the tensor and what it must be.
+    """
+    height, width = weight.shape
+    wanted = {"matrices": (height, width), "columns": (width,), "rows": (height,), "numbers": (1,)}
+    tensors = [("weight", weight, (height, width))]
+    tensors += [(field, one, wanted[field]) for field, found in operands._asdict().items() for one in found]
+    tensors += [] if out is None else [("out", out, (height, width))]
+    for name, tensor, shape in tensors:
+        if tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.device != weight.device:
+            raise ValueError(
+                f"{name} must be contiguous, {list(shape)}, on {weight.device}, but got {list(tensor.shape)} with "
+                f"strides {tensor.stride()} on {tensor.device}"
+            )
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{name} must be float32, bfloat16 or float16, but got {tensor.dtype}")
+    if out is not None and out.dtype != weight.dtype:
+        raise ValueError(f"out must be {weight.dtype} as the weight, but got {out.dtype}")
 
 
 @triton.jit

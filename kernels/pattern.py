@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpmetric.kernels.ops import LAST, Operands, key, loaded
+from gpmetric.kernels.ops import LAST, Operands, check, key, loaded
 
 __all__ = ["prune_pattern", "reference"]
 
@@ -115,8 +115,16 @@ def prune_pattern(
 
     Returns:
         `out`, or the mask.
+
+    Raises:
+        ValueError: a tensor or number that the kernel cannot take.
     """
+    check(weight, operands, out)
     height, width = weight.shape
+    if group not in (2, 4, 8, 16) or not 0 < keep < group or width % group:
+        raise ValueError(
+            f"{keep}:{group} of {width} inputs: group must be 2, 4, 8 or 16 and divide them, 0 < keep < group"
+        )
     if bits:
         out = torch.empty(height, (width + 7) // 8, dtype=torch.uint8, device=weight.device)
     elif out is None:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpmetric.kernels.ops import Operands, loaded
+from gpmetric.kernels.ops import Operands, check, loaded
 
 __all__ = ["column_sums", "extremes", "moments", "row_sums"]
 
@@ -79,8 +79,9 @@ def _by_row(
     reach: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums, lowest and highest values [out] of a part; of its squares where mean and reach are given."""
+    check(weight, operands)
     height, width = weight.shape
-    sums, low, high = torch.empty(3, height, device=weight.device).unbind()
+    sums, low, high = torch.empty(3, height, dtype=torch.float32, device=weight.device).unbind()
     _reduce_rows[(height,)](
         weight, sums, low, high, *operands, sums if mean is None else mean, sums if reach is None else reach, width,
         SCORE=part, SQUARES=mean is not None, BLOCK=min(_BLOCK, triton.next_power_of_2(width)),
@@ -96,11 +97,12 @@ def row_sums(weight: Tensor, part: triton.JITFunction, operands: Operands) -> Te
 
 def column_sums(weight: Tensor, part: triton.JITFunction, operands: Operands) -> Tensor:
     """[in], fp32: the sum of a part over the outputs of each column."""
+    check(weight, operands)
     height, width = weight.shape
     share = triton.cdiv(height, _SPLITS)
     splits = triton.cdiv(height, share)
     block = min(256, triton.next_power_of_2(width))
-    partial = torch.empty(splits, width, device=weight.device)
+    partial = torch.empty(splits, width, dtype=torch.float32, device=weight.device)
     _sum_columns[(triton.cdiv(width, block), splits)](
         weight, partial, *operands, height, width, share,
         SCORE=part, BLOCK=block, num_warps=4, enable_fp_fusion=False,

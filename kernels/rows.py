@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpmetric.kernels.ops import Operands, key, loaded, number
+from gpmetric.kernels.ops import Operands, check, key, loaded, number
 
 __all__ = ["prune_rows", "reference"]
 
@@ -115,7 +115,7 @@ def _write(OUT, W, row, n_in, column, dropped, BITS: tl.constexpr, BLOCK: tl.con
         tl.store(OUT + row * n_in + column, tl.where(dropped, 0.0, w.to(tl.float32)), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["removed"])
 def _prune_rows(
     W, OUT, BAD, matrices, columns, rows, numbers, n_in, removed,
     SCORE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
@@ -154,7 +154,7 @@ def _prune_rows(
 
 
 def _plan(width: int) -> tuple[int, int, int]:
-    """(columns of a chunk, chunks, warps) for rows of that width; chunks are halved until they waste an eighth at most.
+    """(columns of a chunk, chunks, warps) for rows of that width; above 256 columns, chunks waste an eighth at most.
 
     A power of two would waste 49 % of a row of 11,008, and its registers spill at 32,768.
     """
@@ -188,8 +188,14 @@ def prune_rows(
 
     Returns:
         `out`, or the mask.
+
+    Raises:
+        ValueError: a tensor or number that the kernel cannot take.
     """
+    check(weight, operands, out)
     height, width = weight.shape
+    if not 0 < removed < width:
+        raise ValueError(f"removed must be at least 1 and below {width}, but got {removed}")
     if bits:
         out = torch.empty(height, (width + 7) // 8, dtype=torch.uint8, device=weight.device)
     elif out is None:

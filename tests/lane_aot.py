@@ -124,7 +124,7 @@ def test_formulas_compile_into_every_kernel(formula: str, capability: int, tmp_p
     compiled(pattern._prune_pattern, types, constants, capability, 4, tmp_path)
     scalars = {"total": "i64", "threshold": "i32", "ties": "i32"}
     constants = {"SCORE": functions.score, "RANKED": True, "TILE": 2048}
-    compiled(layer._apply, types | scalars | {"BEFORE": "*i32"}, constants, capability, 4, tmp_path)
+    compiled(layer._apply, types | scalars | {"BEFORE": "*i64"}, constants, capability, 4, tmp_path)
 
 
 @pytest.mark.parametrize("capability", TARGETS)

@@ -104,6 +104,27 @@ def test_in_place(score: object) -> None:
     assert torch.equal(again, expected)
 
 
+def test_what_the_kernels_cannot_read_is_refused(score: object) -> None:
+    W, X, G = sample((4, 32), "normal", torch.float32)
+    good = Operands((G,), (X,))
+    for weight, operands, message in [
+        (W.t(), Operands(), "weight must be contiguous"),
+        (W.double(), good, "weight must be float32"),
+        (W, Operands((G[:3],), (X,)), "matrices must be contiguous"),
+        (W, Operands((G,), (X.double(),)), "columns must be float32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            rows.prune_rows(weight, 2, score, operands)
+    with pytest.raises(ValueError, match="removed must be at least 1 and below 32, but got 0"):
+        rows.prune_rows(W, 0, score, good)
+    with pytest.raises(ValueError, match="removed must be at least 1 and below 128, but got 128"):
+        layer.prune_layer(W, 128, score, good)
+    with pytest.raises(ValueError, match="2:3 of 32 inputs"):
+        pattern.prune_pattern(W, 2, 3, score, good)
+    with pytest.raises(ValueError, match="out must be torch"):
+        rows.prune_rows(W, 2, score, good, out=W.half())
+
+
 FORMULAS = [
     *(f"{name}(abs(W)*X+G)*abs(W)" for name, row in PRIMITIVES.items() if row.arity == 1),
     *(f"{name}(W, G+X)" for name in ("max", "min")),

@@ -71,7 +71,7 @@ def test_python_file_needs_torch_only_and_carries_its_primitives(tmp_path: Path)
     assert run.stdout.splitlines() == ["[[2.5, 5.25]]", "this score needs the operand X"]
     source = (tmp_path / "ria.py").read_text()
     assert "def torch_rowsum" in source
-    assert "def _tanh" not in source
+    assert "def torch_tanh" not in source
     assert "gpmetric 1.2.3" in source
     assert "import gpmetric" not in source
     assert source.count("torch_abs(W)") == 1  # shared parts are computed once
