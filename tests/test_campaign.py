@@ -587,15 +587,16 @@ def test_the_bar_is_the_best_start_formula_at_each_target(tmp_path: Path, genera
             for target in TARGETS:
                 lowest = min(row.losses[target] for row in started)
                 assert {one.bar[target] for one in campaign.individuals()} == {lowest}
-                lowest = min(row.divergences[target] for row in started)
-                assert {one.searched_bar[target] for one in campaign.individuals()} == {lowest}
 
 
-def test_the_loss_has_one_bar(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_divergence_has_a_bar_where_it_is_wanted(tmp_path: Path, wanted: bool) -> None:
     with Ledger.open(tmp_path / "a", {}, resume=False) as ledger:
-        campaign = Campaign(replace(plan(generations=1), objective="loss"), ledger, Mortal())
+        campaign = Campaign(replace(plan(generations=1), divergence_bar=wanted), ledger, Mortal())
         campaign.run()
-        assert all(one.bar and not one.searched_bar for one in campaign.individuals())
+        lowest = min(row.divergences[TARGETS[0]] for row in ledger.evaluations("done")[: len(START)])
+        assert all(one.bar and bool(one.searched_bar) == wanted for one in campaign.individuals())
+        assert not wanted or campaign.individuals()[0].searched_bar[TARGETS[0]] == lowest
 
 
 def test_few_of_the_elite_differ_in_constants_only() -> None:

@@ -106,8 +106,9 @@ class Campaign:
             if self._is_start(row.generation, row.position) and row.formula in self._plan.rivals
         }
         found = [self._individual(row) for row in self._ledger.evaluations("done") if row.id in rivals]
-        apart = self._plan.objective != "loss"  # otherwise the two are one
-        self._bars = best_of(one.searched for one in found if apart), best_of(one.excess for one in found)
+        self._bars = {}, best_of(one.excess for one in found)
+        if self._plan.divergence_bar:
+            self._bars = best_of(one.searched for one in found), self._bars[1]
 
     def _is_start(self, generation: int, position: int) -> bool:
         return generation == 0 and position < len(self._plan.start)

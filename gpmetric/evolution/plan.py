@@ -34,6 +34,7 @@ class Plan:
         population: survivors of a generation, and new formulas drawn for one.
         rungs: the screening ladder.
         objective: what candidates are compared by.
+        divergence_bar: whether a rival's divergence is a bar beside its loss, as it is where kept weights are updated.
         groups: comparison groups of plain-number targets; several are evolved with the formula.
         ranks: what rank equivalence takes for a group where a formula's is the row: whole layers under obs-blockwise,
             or where a target itself is of a layer or block.
@@ -53,6 +54,7 @@ class Plan:
     seed: int
     rungs: tuple[Rung, ...]
     objective: Searched = "kl"
+    divergence_bar: bool = False
     groups: tuple[Granularity, ...] = ("row",)
     ranks: RankGroup = "row"
     forbidden: tuple[Nesting, ...] = FORBIDDEN
@@ -85,6 +87,7 @@ def make_plan(request: Request, sites: Mapping[str, Site], targets: tuple[str, .
         seed=request.seed,
         rungs=ladder(min(len(site.splits["search"].tokens) for site in sites.values())),
         objective=request.objective,
+        divergence_bar=request.objective == "kl" and request.update != "none",
         groups=request.groups,
         ranks="layer" if across_rows or request.update == "obs-blockwise" else "row",
         forbidden=forbidden,
