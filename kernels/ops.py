@@ -36,6 +36,7 @@ __all__ = [
     "op_sqrt",
     "op_tanh",
     "op_zsn",
+    "outputs",
     "wanda",
 ]
 
@@ -58,6 +59,18 @@ class Operands(NamedTuple):
     columns: tuple[Tensor, ...] = ()
     rows: tuple[Tensor, ...] = ()
     numbers: tuple[Tensor, ...] = ()
+
+
+def outputs(
+    weight: Tensor, operands: Operands, out: Tensor | None, bits: bool, bad: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What a launcher writes to, (`out` or the mask, `bad`), made where it is not given; its arguments are checked."""
+    check(weight, operands, out)
+    if bits:
+        out = torch.empty(len(weight), (weight.shape[1] + 7) // 8, dtype=torch.uint8, device=weight.device)
+    elif out is None:
+        out = torch.empty_like(weight)
+    return out, torch.zeros(1, dtype=torch.int64, device=weight.device) if bad is None else bad
 
 
 def check(weight: Tensor, operands: Operands, out: Tensor | None = None) -> None:

@@ -9,12 +9,11 @@ column goes first. NaN ranks last.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpmetric.kernels.ops import LAST, Operands, check, key, loaded
+from gpmetric.kernels.ops import LAST, Operands, key, loaded, outputs
 
 __all__ = ["prune_pattern", "reference"]
 
@@ -119,18 +118,12 @@ def prune_pattern(
     Raises:
         ValueError: a tensor or number that the kernel cannot take.
     """
-    check(weight, operands, out)
+    out, bad = outputs(weight, operands, out, bits, bad)
     height, width = weight.shape
     if group not in (2, 4, 8, 16) or not 0 < keep < group or width % group:
         raise ValueError(
             f"{keep}:{group} of {width} inputs: group must be 2, 4, 8 or 16 and divide them, 0 < keep < group"
         )
-    if bits:
-        out = torch.empty(height, (width + 7) // 8, dtype=torch.uint8, device=weight.device)
-    elif out is None:
-        out = torch.empty_like(weight)
-    if bad is None:
-        bad = torch.zeros(1, dtype=torch.int64, device=weight.device)
     block = min(_BLOCK, triton.next_power_of_2(max(width, 128)))
     _prune_pattern[(height, triton.cdiv(width, block))](
         weight, out, bad, *operands, width,

@@ -10,12 +10,11 @@ comes last.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpmetric.kernels.ops import Operands, check, key, loaded, number
+from gpmetric.kernels.ops import Operands, key, loaded, number, outputs
 
 __all__ = ["prune_rows", "reference"]
 
@@ -192,16 +191,10 @@ def prune_rows(
     Raises:
         ValueError: a tensor or number that the kernel cannot take.
     """
-    check(weight, operands, out)
+    out, bad = outputs(weight, operands, out, bits, bad)
     height, width = weight.shape
     if not 0 < removed < width:
         raise ValueError(f"removed must be at least 1 and below {width}, but got {removed}")
-    if bits:
-        out = torch.empty(height, (width + 7) // 8, dtype=torch.uint8, device=weight.device)
-    elif out is None:
-        out = torch.empty_like(weight)
-    if bad is None:
-        bad = torch.zeros(1, dtype=torch.int64, device=weight.device)
     block, chunks, warps = _plan(width)
     _prune_rows[(height,)](
         weight, out, bad, *operands, width, removed,

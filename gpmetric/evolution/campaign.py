@@ -106,9 +106,8 @@ class Campaign:
             if self._is_start(row.generation, row.position) and row.formula in self._plan.rivals
         }
         found = [self._individual(row) for row in self._ledger.evaluations("done") if row.id in rivals]
-        self._bars = {}, best_of(one.excess for one in found)
-        if self._plan.divergence_bar:
-            self._bars = best_of(one.searched for one in found), self._bars[1]
+        divergence = [one.searched for one in found if self._plan.divergence_bar]
+        self._bars = best_of(divergence), best_of(one.excess for one in found)
 
     def _is_start(self, generation: int, position: int) -> bool:
         return generation == 0 and position < len(self._plan.start)

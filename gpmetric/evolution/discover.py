@@ -44,7 +44,7 @@ __all__ = ["DiscoverListener", "discover", "run_campaign"]
 
 _FINALISTS = 12  # front members compared on validation
 _MORE = 36  # that may follow them within a share of --minutes
-_SHARE = 0.1
+_SHARE = 0.1  # of it, for these
 _DETERMINING = (
     "target",
     "update",
@@ -191,17 +191,19 @@ def _search(
     # a draw of the calibration text takes gradients anew; all of them are not to cost more than a sixth of the time
     for_draws = min(4 * per_formula * request.calibration_seeds, 10 * (request.minutes or 0))
 
-    def over(finalists: int, share: float = 0) -> bool:
+    for_more = _SHARE * 60 * (request.minutes or 0)
+
+    def over(finalists: int, besides: float = 0) -> bool:
         """Whether what comes after the search would no longer fit: workers anew, finalists, winner and baselines."""
-        left = start - opening + 1.2 * per_formula * (finalists + 3 + len(names)) + for_draws
-        return deadline is not None and time.monotonic() > deadline - left - share * 60 * (request.minutes or 0)
+        left = start - opening + 1.2 * per_formula * (finalists + 3 + len(names)) + for_draws + besides
+        return deadline is not None and time.monotonic() > deadline - left
 
     def out_of_time() -> bool:
-        if not over(_FINALISTS, _SHARE):
+        if not over(_FINALISTS, for_more):
             return False
         # measurements, since the evaluations of a generation are recorded when all of them are there
         measured = sum(row.rung == plan.rungs[-1].name and row.error is None for row in book.measurements())
-        return measured > 0 and over(min(_FINALISTS, measured), _SHARE)
+        return measured > 0 and over(min(_FINALISTS, measured), for_more)
 
     searching = time.monotonic()
     campaign = Campaign(
@@ -216,7 +218,7 @@ def _search(
     front = campaign.front()
     first, others = choose_finalists(front, _FINALISTS)
     finalists = judge.measure(first, "validation")
-    until = time.monotonic() + _SHARE * 60 * (request.minutes or 0)
+    until = time.monotonic() + for_more
     for metric in others[:_MORE]:
         if time.monotonic() > until or over(1):
             break

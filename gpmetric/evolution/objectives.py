@@ -45,11 +45,11 @@ def mean_excess(excess: Mapping[str, float]) -> float:
     return sum(excess.values()) / len(excess)
 
 
-def best_of(excesses: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The lowest excess at each target; nothing of nothing."""
+def best_of(figures: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The lowest figure at each target; nothing of nothing."""
     bar: dict[str, float] = {}
-    for excess in excesses:
-        for target, value in excess.items():
+    for row in figures:
+        for target, value in row.items():
             bar[target] = min(value, bar.get(target, math.inf))
     return bar
 

@@ -31,6 +31,7 @@ _PROLOGUES = {
     "zsn": ("numbers", 5, "moments(W, {part}, operands)"),
 }
 _SQUARED = ("rownorm", "colnorm")
+_SCALINGS = ("mms", "zsn")  # what they are of is computed again in the score; of the others the result is enough
 _SIGNATURE = "(w, matrices, columns, rows, numbers)"
 
 _IMPORTS = '''"""Triton functions of a pruning metric, written by gpmetric."""
@@ -123,7 +124,7 @@ class _Writer:
         stack: list[str] = []
         skipped: set[int] = set()  # tokens inside a reduction whose results are vectors
         for start in range(len(tokens)):
-            if tokens[start] in _PROLOGUES and tokens[start] not in ("mms", "zsn"):
+            if tokens[start] in _PROLOGUES and tokens[start] not in _SCALINGS:
                 skipped.update(range(start + 1, subtree_end(tokens, start)))
         for index in reversed(range(len(tokens))):
             token = tokens[index]
@@ -135,7 +136,7 @@ class _Writer:
                 stack.append(variable(self._names[token]))
             else:
                 reduced = self._reduced.get(tokens[index : subtree_end(tokens, index)], [])
-                inputs = [] if reduced and token not in ("mms", "zsn") else [stack.pop() for _ in range(arity(token))]
+                inputs = [] if reduced and token not in _SCALINGS else [stack.pop() for _ in range(arity(token))]
                 stack.append(variable(PRIMITIVES[token].triton.format(*inputs, *reduced)))
         result = stack.pop()
         if squared:
