@@ -16,6 +16,7 @@ import torch
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.export import FORMATS, export_expression, python
 from gpmetric.export.latex import to_latex
+from gpmetric.export.loading import load_module
 from gpmetric.export.python import python_source, write_python
 from gpmetric.export.text import COMPARISON, to_json, to_sympy_text
 from gpmetric.expression import PRIMITIVES, Expression, parse
@@ -124,7 +125,7 @@ def test_every_format_says_where_scores_compete(name: str, tmp_path: Path) -> No
 
 def test_a_score_is_never_the_operand(tmp_path: Path) -> None:
     write_python(parse("W"), tmp_path / "metric.py", "0")
-    module = python._load(tmp_path / "metric.py")
+    module = load_module(tmp_path / "metric.py")
     weight = torch.ones(2, 3)
     assert module.score(weight).data_ptr() != weight.data_ptr()
 
@@ -132,7 +133,7 @@ def test_a_score_is_never_the_operand(tmp_path: Path) -> None:
 def test_docstring_cannot_be_escaped(tmp_path: Path) -> None:
     version = '1"""\nraise SystemExit\n\\'
     write_python(parse("W"), tmp_path / "metric.py", version)
-    assert "SystemExit" in (python._load(tmp_path / "metric.py").__doc__ or "")
+    assert "SystemExit" in (load_module(tmp_path / "metric.py").__doc__ or "")
 
 
 def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,16 +10,14 @@ import hashlib
 import inspect
 from collections import Counter
 from collections.abc import Iterator
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpmetric.errors import GpmetricError
+from gpmetric.export.loading import load_module
 from gpmetric.export.text import COMPARISON
 from gpmetric.expression import torch_forms
 from gpmetric.expression.canonical import canonical
@@ -229,24 +227,8 @@ def _is_matrix(tokens: Tokens) -> bool:
     return stack[0] == (True, True)
 
 
-class _UncachedLoader(SourceFileLoader):
-    """Imports a file without leaving bytecode beside it."""
-
-    def set_data(self, path: str, data: Any, *, _mode: int = 0o666) -> None:
-        """Writes nothing."""
-
-
-def _load(path: Path) -> ModuleType:
-    loader = _UncachedLoader("gpmetric_export", str(path))
-    spec = spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
 def _verify(expression: Expression, path: Path) -> None:
-    module = _load(path)
+    module = load_module(path)
     for seed, (shape, dtype) in enumerate(
         [((6, 42), torch.float32), ((5, 123), torch.bfloat16), ((1, 1), torch.float16)]
     ):

@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 
+from gpmetric.export.loading import load_module
 from gpmetric.expression.primitives import PRIMITIVES
 from gpmetric.expression.tree import Expression, Tokens, arity, subtree_end
 from gpmetric.operands import OPERANDS
@@ -72,12 +71,7 @@ def load_functions(expression: Expression, folder: Path | None = None) -> Module
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
-    loader = SourceFileLoader(path.stem, str(path))
-    spec = spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    return load_module(path)
 
 
 class _Writer:
