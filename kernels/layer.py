@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpmetric.kernels.ops import LAST, Operands, check, key, loaded
+from gpmetric.kernels.launch import Operands, on, outputs, scored
+from gpmetric.kernels.ops import LAST, key
 
 __all__ = ["prune_layer", "reference"]
 
@@ -30,39 +31,45 @@ _LEAST, _MOST = -(2**31), 2**31 - 1  # of all keys
 
 
 @triton.jit
-def _keys(W, matrices, columns, rows, numbers, place, n_in, total, SCORE: tl.constexpr):
-    """Keys of the scores at some places in row-major order; NaN has the highest."""
-    inside = place < total
-    row = place // n_in
-    column = place - row * n_in
-    w = tl.load(W + place, mask=inside, other=0.0).to(tl.float32)
-    score = SCORE(
-        w, loaded(matrices, place, inside), loaded(columns, column, inside), loaded(rows, row, inside),
-        loaded(numbers, column * 0, inside),
-    )  # fmt: skip
-    return tl.where(score == score, key(score), LAST), inside & ((tl.abs(score) < float("inf")) == 0)
+def _keys(W, matrices, columns, rows, numbers, which, row, column, n_in, inside, SCORE: tl.constexpr):
+    """(weights, keys of their scores, which of these are not finite) at some places; NaN has the highest key."""
+    w, score = scored(W, matrices, columns, rows, numbers, which, row, column, n_in, inside, SCORE)
+    return w, tl.where(score == score, key(score), LAST), inside & ((tl.abs(score) < float("inf")) == 0)
 
 
 @triton.jit
+def _tile(n_in, total, TILE: tl.constexpr):
+    """(places in row-major order, their rows, their columns, which exist) of this program's tile."""
+    first = tl.program_id(0).to(tl.int64) * TILE
+    index = tl.arange(0, TILE)
+    top = first // n_in
+    offset = (first - top * n_in).to(tl.int32) + index  # so that the division of many is one of 32 bits
+    down = offset // n_in
+    return first + index, top + down, offset - down * n_in, first + index < total
+
+
+@triton.jit(do_not_specialize=["which"])
 def _sample(
-    W, KEYS, PLACES, matrices, columns, rows, numbers, n_in, total, count, SCORE: tl.constexpr, TILE: tl.constexpr
+    W, KEYS, PLACES, matrices, columns, rows, numbers, which, n_in, count, SCORE: tl.constexpr, TILE: tl.constexpr
 ):
     index = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    place = tl.load(PLACES + index, mask=index < count, other=0)
-    keys, _ = _keys(W, matrices, columns, rows, numbers, place, n_in, total, SCORE)
-    tl.store(KEYS + index, keys, mask=index < count)
+    inside = index < count
+    place = tl.load(PLACES + index, mask=inside, other=0)
+    row = place // n_in
+    _, keys, _ = _keys(W, matrices, columns, rows, numbers, which, row, place - row * n_in, n_in, inside, SCORE)
+    tl.store(KEYS + index, keys, mask=inside)
 
 
-@triton.jit(do_not_specialize=["low", "high", "room"])
+@triton.jit(do_not_specialize=["which", "low", "high", "room"])
 def _gather(
-    W, FOUND, COUNTS, matrices, columns, rows, numbers, n_in, total, low, high, room,
+    W, FOUND, COUNTS, matrices, columns, rows, numbers, which, n_in, total, low, high, room,
     SCORE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """COUNTS: entries below `low`, entries from `low` to `high`, scores not finite. FOUND: keys of the second."""
-    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    keys, bad = _keys(W, matrices, columns, rows, numbers, place, n_in, total, SCORE)
-    below = (place < total) & (keys < low)
-    between = ((place < total) & (keys >= low) & (keys <= high)).to(tl.int32)
+    _, row, column, inside = _tile(n_in, total, TILE)
+    _, keys, bad = _keys(W, matrices, columns, rows, numbers, which, row, column, n_in, inside, SCORE)
+    below = inside & (keys < low)
+    between = (inside & (keys >= low) & (keys <= high)).to(tl.int32)
     tl.atomic_add(COUNTS, tl.sum(below.to(tl.int32), axis=0).to(tl.int64))
     first = tl.atomic_add(COUNTS + 1, tl.sum(between, axis=0).to(tl.int64))
     at = first + tl.cumsum(between, axis=0) - 1
@@ -72,30 +79,35 @@ def _gather(
         tl.atomic_add(COUNTS + 2, wrong.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["which", "threshold"])
 def _count_ties(
-    W, TIES, matrices, columns, rows, numbers, n_in, total, threshold, SCORE: tl.constexpr, TILE: tl.constexpr
+    W, TIES, matrices, columns, rows, numbers, which, n_in, total, threshold, SCORE: tl.constexpr, TILE: tl.constexpr
 ):
-    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    keys, _ = _keys(W, matrices, columns, rows, numbers, place, n_in, total, SCORE)
-    tl.store(TIES + tl.program_id(0), tl.sum(((place < total) & (keys == threshold)).to(tl.int32), axis=0))
+    _, row, column, inside = _tile(n_in, total, TILE)
+    _, keys, _ = _keys(W, matrices, columns, rows, numbers, which, row, column, n_in, inside, SCORE)
+    tl.store(TIES + tl.program_id(0), tl.sum((inside & (keys == threshold)).to(tl.int32), axis=0))
 
 
-@triton.jit(do_not_specialize=["threshold", "ties"])
+@triton.jit(do_not_specialize=["which", "threshold", "ties"])
 def _apply(
-    W, OUT, BEFORE, matrices, columns, rows, numbers, n_in, total, threshold, ties,
-    SCORE: tl.constexpr, RANKED: tl.constexpr, TILE: tl.constexpr,
+    W, OUT, BEFORE, matrices, columns, rows, numbers, which, n_in, total, threshold, ties,
+    SCORE: tl.constexpr, BITS: tl.constexpr, RANKED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """BEFORE: ties in the tiles before each, read where RANKED: otherwise all ties go."""
-    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    keys, _ = _keys(W, matrices, columns, rows, numbers, place, n_in, total, SCORE)
+    place, row, column, inside = _tile(n_in, total, TILE)
+    w, keys, _ = _keys(W, matrices, columns, rows, numbers, which, row, column, n_in, inside, SCORE)
     gone = keys <= threshold
     if RANKED:
-        equal = ((keys == threshold) & (place < total)).to(tl.int32)
+        equal = ((keys == threshold) & inside).to(tl.int32)
         rank = tl.load(BEFORE + tl.program_id(0)).to(tl.int64) + tl.cumsum(equal, axis=0)
         gone = (keys < threshold) | ((equal == 1) & (rank <= ties))
-    w = tl.load(W + place, mask=place < total, other=0.0)
-    tl.store(OUT + place, tl.where(gone, 0.0, w.to(tl.float32)), mask=place < total)
+    if BITS:
+        kept = tl.where(gone | (inside == 0), 0, 1).reshape(TILE // 8, 8)
+        packed = tl.sum(kept << tl.arange(0, 8)[None, :], axis=1)
+        byte = tl.program_id(0).to(tl.int64) * (TILE // 8) + tl.arange(0, TILE // 8)
+        tl.store(OUT + byte, packed.to(tl.uint8), mask=byte < (total + 7) // 8)
+    else:
+        tl.store(OUT + place, tl.where(gone, 0.0, w), mask=inside)
 
 
 def prune_layer(
@@ -105,6 +117,7 @@ def prune_layer(
     operands: Operands,
     *,
     out: Tensor | None = None,
+    bits: bool = False,
     bad: Tensor | None = None,
 ) -> Tensor:
     """The weight with its `removed` lowest scores set to zero, of equal ones the lower place in row-major order first.
@@ -115,25 +128,47 @@ def prune_layer(
         weight: [out, in], contiguous, bf16, fp16 or fp32.
         removed: at least 1 and below the number of entries.
         score, operands, out, bad: as for `rows.prune_rows`.
+        bits: return the mask instead, uint8 [(out * in + 7) // 8], of the entries in row-major order.
+
+    Returns:
+        `out`, or the mask.
 
     Raises:
         ValueError: a tensor or number that the kernels cannot take.
     """
-    check(weight, operands, out)
     total, width = weight.numel(), weight.shape[1]
+    out, bad = outputs(weight, operands, out, ((total + 7) // 8,) if bits else None, bad)
     if not 0 < removed < total:
         raise ValueError(f"removed must be at least 1 and below {total}, but got {removed}")
-    out = torch.empty_like(weight) if out is None else out
     given = (*operands, width, total)
     grid = (triton.cdiv(total, _TILE),)
     options = {"SCORE": score, "TILE": _TILE, "num_warps": 4, "enable_fp_fusion": False}
+    with on(weight):
+        threshold, ties, equal, wrong = _threshold(weight, removed, (*operands, width), options)
+        bad += wrong
+        before = bad  # not read
+        if ties < equal:
+            counted = torch.empty(grid[0], dtype=torch.int32, device=weight.device)
+            _count_ties[grid](weight, counted, *given, threshold, **options)
+            before = counted.cumsum(0, dtype=torch.int64) - counted
+        _apply[grid](weight, out, before, *given, threshold, ties, BITS=bits, RANKED=ties < equal, **options)
+    return out
 
+
+def _threshold(
+    weight: Tensor, removed: int, given: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[int, int, int, int]:
+    """(key, ties, equal, wrong): to go are scores below the key and the first `ties` of the `equal` ones at it; `wrong`
+    scores are not finite.
+    """
+    total = weight.numel()
     low, high = _first_bounds(weight, removed, given, options)
-    least, most = _LEAST, _MOST  # the k-th key lies between these for certain
+    least, most = _LEAST, _MOST  # the key lies between these for certain
     found = torch.empty(max(_SAMPLE, total // _ROOM), dtype=torch.int32, device=weight.device)
     while True:
         counts = torch.zeros(3, dtype=torch.int64, device=weight.device)
-        _gather[grid](weight, found, counts, *given, low, high, len(found), **options)
+        grid = (triton.cdiv(total, _TILE),)
+        _gather[grid](weight, found, counts, *given, total, low, high, len(found), **options)
         below, between, wrong = counts.tolist()
         if removed <= below:
             low, high, most = least, low - 1, low - 1
@@ -145,23 +180,12 @@ def prune_layer(
             low, high = nearer if nearer != (low, high) else (low, (low + high) // 2)
         else:
             break
-    if bad is not None:
-        bad += wrong
-
     if low == high:
-        threshold, ties, equal = low, removed - below, between
-    else:
-        order = found[:between].sort().values
-        threshold = int(order[removed - below - 1])
-        ties = removed - below - int((order < threshold).sum())
-        equal = int((order == threshold).sum())
-    before = found  # not read
-    if ties < equal:
-        counted = torch.empty(grid[0], dtype=torch.int32, device=weight.device)
-        _count_ties[grid](weight, counted, *given, threshold, **options)
-        before = counted.cumsum(0, dtype=torch.int64) - counted
-    _apply[grid](weight, out, before, *given, threshold, ties, RANKED=ties < equal, **options)
-    return out
+        return low, removed - below, between, wrong
+    order = found[:between].sort().values
+    threshold = int(order[removed - below - 1])
+    lower = int((order < threshold).sum())
+    return threshold, removed - below - lower, int((order == threshold).sum()), wrong
 
 
 def _first_bounds(weight: Tensor, removed: int, given: tuple[Any, ...], options: dict[str, Any]) -> tuple[int, int]:

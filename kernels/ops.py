@@ -2,28 +2,18 @@
 
 Square roots and quotients are rounded as IEEE 754 wants and no product is fused with a sum, so that formulas of these
 are bit-equal to torch's. `exp`, `log`, `tanh` and `pow` rest on the hardware's approximations.
-
-A score is a jit function like `wanda`: of a tensor of weights, and for each field of `Operands` the values that go with
-them.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 __all__ = [
     "EXP_LIMIT",
     "LAST",
     "TINY",
-    "Operands",
-    "check",
     "key",
-    "loaded",
     "number",
     "op_div",
     "op_exp",
@@ -36,70 +26,11 @@ __all__ = [
     "op_sqrt",
     "op_tanh",
     "op_zsn",
-    "outputs",
-    "wanda",
 ]
 
 TINY = tl.constexpr(1e-30)  # smallest size of a divisor
 EXP_LIMIT = tl.constexpr(80.0)  # beyond it exp stays what it is there
 LAST = tl.constexpr(0x7FFFFFFF)  # a key above all others, for NaN
-
-
-class Operands(NamedTuple):
-    """What a score reads besides the weight [out, in]; contiguous, of any float dtype, on the weight's device.
-
-    Attributes:
-        matrices: [out, in] each.
-        columns: [in] each.
-        rows: [out] each.
-        numbers: [1] each.
-    """
-
-    matrices: tuple[Tensor, ...] = ()
-    columns: tuple[Tensor, ...] = ()
-    rows: tuple[Tensor, ...] = ()
-    numbers: tuple[Tensor, ...] = ()
-
-
-def outputs(
-    weight: Tensor, operands: Operands, out: Tensor | None, bits: bool, bad: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """What a launcher writes to, (`out` or the mask, `bad`), made where it is not given; its arguments are checked."""
-    check(weight, operands, out)
-    if bits:
-        out = torch.empty(len(weight), (weight.shape[1] + 7) // 8, dtype=torch.uint8, device=weight.device)
-    elif out is None:
-        out = torch.empty_like(weight)
-    return out, torch.zeros(1, dtype=torch.int64, device=weight.device) if bad is None else bad
-
-
-def check(weight: Tensor, operands: Operands, out: Tensor | None = None) -> None:
-    """Refuses what the kernels, which go by bare pointers, would read or write wrongly.
-
-    Raises:
-        ValueError: naming the tensor and what it must be.
-    """
-    height, width = weight.shape
-    wanted = {"matrices": (height, width), "columns": (width,), "rows": (height,), "numbers": (1,)}
-    tensors = [("weight", weight, (height, width))]
-    tensors += [(field, one, wanted[field]) for field, found in operands._asdict().items() for one in found]
-    tensors += [] if out is None else [("out", out, (height, width))]
-    for name, tensor, shape in tensors:
-        if tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.device != weight.device:
-            raise ValueError(
-                f"{name} must be contiguous, {list(shape)}, on {weight.device}, but got {list(tensor.shape)} with "
-                f"strides {tensor.stride()} on {tensor.device}"
-            )
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"{name} must be float32, bfloat16 or float16, but got {tensor.dtype}")
-    if out is not None and out.dtype != weight.dtype:
-        raise ValueError(f"out must be {weight.dtype} as the weight, but got {out.dtype}")
-
-
-@triton.jit
-def wanda(w, matrices, columns, rows, numbers):
-    """abs(W)*X, where X is the first of `columns`."""
-    return tl.abs(w) * columns[0]
 
 
 @triton.jit
@@ -113,15 +44,6 @@ def key(x):
 def number(key):
     """The fp32 number of a key."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def loaded(pointers, place, inside):
-    """What each pointer has at a place, in fp32."""
-    values = ()
-    for i in tl.static_range(len(pointers)):
-        values = values + (tl.load(pointers[i] + place, mask=inside, other=0.0).to(tl.float32),)
-    return values
 
 
 @triton.jit

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpmetric.kernels.ops import LAST, Operands, key, loaded, outputs
+from gpmetric.kernels.launch import Operands, on, outputs, scored
+from gpmetric.kernels.ops import LAST, key
 
 __all__ = ["prune_pattern", "reference"]
 
@@ -56,20 +57,15 @@ def _tile(parts, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     return parts[0].reshape(BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["which"])
 def _prune_pattern(
-    W, OUT, BAD, matrices, columns, rows, numbers, n_in,
+    W, OUT, BAD, matrices, columns, rows, numbers, which, n_in,
     SCORE: tl.constexpr, BITS: tl.constexpr, REMOVED: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < n_in
-    place = row * n_in + column
-    w = tl.load(W + place, mask=inside, other=0.0)
-    score = SCORE(
-        w.to(tl.float32), loaded(matrices, place, inside), loaded(columns, column, inside),
-        loaded(rows, row + column * 0, inside), loaded(numbers, column * 0, inside),
-    )  # fmt: skip
+    w, score = scored(W, matrices, columns, rows, numbers, which, row, column, n_in, inside, SCORE)
     bad = tl.sum((inside & ((tl.abs(score) < float("inf")) == 0)).to(tl.int32), axis=0)
     if bad > 0:
         tl.atomic_add(BAD, bad.to(tl.int64))
@@ -90,7 +86,7 @@ def _prune_pattern(
         width = (n_in + 7) // 8
         tl.store(OUT + row * width + byte, packed.to(tl.uint8), mask=byte < width)
     else:
-        tl.store(OUT + place, tl.where(keep != 0, w, 0.0), mask=inside)
+        tl.store(OUT + row * n_in + column, tl.where(keep != 0, w, 0.0), mask=inside)
 
 
 def prune_pattern(
@@ -118,17 +114,18 @@ def prune_pattern(
     Raises:
         ValueError: a tensor or number that the kernel cannot take.
     """
-    out, bad = outputs(weight, operands, out, bits, bad)
     height, width = weight.shape
+    out, bad = outputs(weight, operands, out, (height, (width + 7) // 8) if bits else None, bad)
     if group not in (2, 4, 8, 16) or not 0 < keep < group or width % group:
         raise ValueError(
             f"{keep}:{group} of {width} inputs: group must be 2, 4, 8 or 16 and divide them, 0 < keep < group"
         )
     block = min(_BLOCK, triton.next_power_of_2(max(width, 128)))
-    _prune_pattern[(height, triton.cdiv(width, block))](
-        weight, out, bad, *operands, width,
-        SCORE=score, BITS=bits, REMOVED=group - keep, GROUP=group, BLOCK=block, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    with on(weight):
+        _prune_pattern[(height, triton.cdiv(width, block))](
+            weight, out, bad, *operands, width,
+            SCORE=score, BITS=bits, REMOVED=group - keep, GROUP=group, BLOCK=block, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
     return out
 
 

@@ -8,22 +8,25 @@ is taken in an order that depends on the shape only, so that a second run gives 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpmetric.kernels.ops import Operands, check, loaded
+from gpmetric.kernels.launch import Operands, check, on, scored
 
-__all__ = ["column_sums", "extremes", "moments", "row_sums"]
+__all__ = ["Layout", "column_sums", "extremes", "moments", "prepare", "row_sums"]
 
-_BLOCK = 1024
+_COLUMNS = 1024  # of a row at once
 _SPLITS = 64  # parts that the rows of a column sum are cut into
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["which"])
 def _reduce_rows(
-    W, SUM, LOW, HIGH, matrices, columns, rows, numbers, mean, reach, n_in,
+    W, SUM, LOW, HIGH, matrices, columns, rows, numbers, which, mean, reach, n_in,
     SCORE: tl.constexpr, SQUARES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum, lowest and highest value of a row; with SQUARES the sum of ((value - mean) / reach)**2."""
@@ -34,12 +37,7 @@ def _reduce_rows(
     for start in range(0, n_in, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < n_in
-        place = row * n_in + column
-        w = tl.load(W + place, mask=inside, other=0.0).to(tl.float32)
-        value = SCORE(
-            w, loaded(matrices, place, inside), loaded(columns, column, inside), loaded(rows, column * 0 + row, inside),
-            loaded(numbers, column * 0, inside),
-        )  # fmt: skip
+        _, value = scored(W, matrices, columns, rows, numbers, which, row, column, n_in, inside, SCORE)
         low = tl.minimum(low, tl.where(inside, value, float("inf")), propagate_nan=tl.PropagateNan.ALL)
         high = tl.maximum(high, tl.where(inside, value, float("-inf")), propagate_nan=tl.PropagateNan.ALL)
         if SQUARES:
@@ -52,22 +50,20 @@ def _reduce_rows(
     tl.store(HIGH + row, tl.where(lost, float("nan"), tl.max(high, axis=0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["which"])
 def _sum_columns(
-    W, PART, matrices, columns, rows, numbers, n_out, n_in, share, SCORE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+    W, PART, matrices, columns, rows, numbers, which, n_out, n_in, share, SCORE: tl.constexpr, BLOCK: tl.constexpr
+):
     """The sums of `share` rows of each column."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < n_in
-    along = loaded(columns, column, inside)
-    alone = loaded(numbers, column * 0, inside)
     first = tl.program_id(1) * share
     total = tl.zeros([BLOCK], tl.float32)
-    place = first.to(tl.int64) * n_in + column
-    for line in range(first, tl.minimum(first + share, n_out)):
-        w = tl.load(W + place, mask=inside, other=0.0).to(tl.float32)
-        total += SCORE(w, loaded(matrices, place, inside), along, loaded(rows, column * 0 + line, inside), alone)
-        place += n_in
+    row = first.to(tl.int64)
+    for _ in range(first, tl.minimum(first + share, n_out)):
+        _, value = scored(W, matrices, columns, rows, numbers, which, row, column, n_in, inside, SCORE)
+        total += value
+        row += 1
     tl.store(PART + tl.program_id(1).to(tl.int64) * n_in + column, total, mask=inside)
 
 
@@ -82,11 +78,12 @@ def _by_row(
     check(weight, operands)
     height, width = weight.shape
     sums, low, high = torch.empty(3, height, dtype=torch.float32, device=weight.device).unbind()
-    _reduce_rows[(height,)](
-        weight, sums, low, high, *operands, sums if mean is None else mean, sums if reach is None else reach, width,
-        SCORE=part, SQUARES=mean is not None, BLOCK=min(_BLOCK, triton.next_power_of_2(width)),
-        num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    with on(weight):
+        _reduce_rows[(height,)](
+            weight, sums, low, high, *operands, sums if mean is None else mean, sums if reach is None else reach, width,
+            SCORE=part, SQUARES=mean is not None, BLOCK=min(_COLUMNS, triton.next_power_of_2(width)),
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
     return sums, low, high
 
 
@@ -103,10 +100,11 @@ def column_sums(weight: Tensor, part: triton.JITFunction, operands: Operands) ->
     splits = triton.cdiv(height, share)
     block = min(256, triton.next_power_of_2(width))
     partial = torch.empty(splits, width, dtype=torch.float32, device=weight.device)
-    _sum_columns[(triton.cdiv(width, block), splits)](
-        weight, partial, *operands, height, width, share,
-        SCORE=part, BLOCK=block, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    with on(weight):
+        _sum_columns[(triton.cdiv(width, block), splits)](
+            weight, partial, *operands, height, width, share,
+            SCORE=part, BLOCK=block, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
     return partial.sum(dim=0)
 
 
@@ -128,3 +126,72 @@ def moments(
     reach = (high - mean).maximum(mean - low)
     squares, _, _ = _by_row(weight, part, operands, mean, reach)
     return low, high, mean, reach, (squares.double().sum() / weight.numel()).sqrt().float().view(1)
+
+
+class Layout(NamedTuple):
+    """Which operands some formulas need, and which reductions are computed before a score.
+
+    Attributes:
+        matrices, columns: names of those operands, in their order among `Operands`.
+        rows, sums, numbers: how many vectors [out] and [in] and numbers the reductions result in; the vectors [in]
+            follow the columns.
+        steps: for each formula, in order, (`which` of the part, reduction, place among the rows, the columns or the
+            numbers); the first place where a reduction has several results.
+    """
+
+    matrices: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    rows: int = 0
+    sums: int = 0
+    numbers: int = 0
+    steps: tuple[tuple[tuple[int, str, int], ...], ...] = ((),)
+
+
+def prepare(
+    weight: Tensor, named: Mapping[str, Tensor | None], layout: Layout, part: triton.JITFunction, which: int = 0
+) -> Operands:
+    """The operands of one formula's score, with the results of its reductions among them.
+
+    Args:
+        weight: [out, in].
+        named: operands by name, of any float dtype, those that the layout names at least.
+        layout: of the formulas.
+        part: a score whose formulas are what the reductions go over, squared already for a norm.
+        which: the number of the formula.
+
+    Raises:
+        ValueError: an operand is missing or has another shape.
+    """
+
+    def given(name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = named.get(name)
+        if tensor is None:
+            raise ValueError(f"this metric needs the operand {name}, {list(shape)}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"operand {name} must be {list(shape)} to go with W, but got {list(tensor.shape)}")
+        kept = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        return tensor.detach().to(weight.device, None if kept else torch.float32).contiguous()
+
+    def empty(count: int, size: int) -> tuple[Tensor, ...]:
+        return torch.empty(count, size, dtype=torch.float32, device=weight.device).unbind()
+
+    height, width = weight.shape
+    operands = Operands(
+        tuple(given(name, (height, width)) for name in layout.matrices),
+        tuple(given(name, (width,)) for name in layout.columns) + empty(layout.sums, width),
+        empty(layout.rows, height),
+        empty(layout.numbers, 1),
+    )
+    for number, reduction, place in layout.steps[which]:
+        one = operands._replace(which=number)
+        if reduction in ("rowsum", "rownorm"):
+            sums = row_sums(weight, part, one)
+            operands.rows[place].copy_(sums.sqrt() if reduction == "rownorm" else sums)
+        elif reduction in ("colsum", "colnorm"):
+            sums = column_sums(weight, part, one)
+            operands.columns[place].copy_(sums.sqrt() if reduction == "colnorm" else sums)
+        else:
+            results = extremes(weight, part, one) if reduction == "mms" else moments(weight, part, one)
+            for result, slot in zip(results, operands.numbers[place:], strict=False):
+                slot.copy_(result)
+    return operands._replace(which=which)

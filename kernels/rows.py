@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpmetric.kernels.ops import Operands, key, loaded, number, outputs
+from gpmetric.kernels.launch import Operands, on, outputs, scored
+from gpmetric.kernels.ops import key, number
 
 __all__ = ["prune_rows", "reference"]
 
@@ -25,19 +26,15 @@ _WARPS = {1024: 4, 8192: 8}  # widest row -> warps; 16 beyond
 
 @triton.jit
 def _scores(
-    W, matrices, columns, rows, numbers, row, n_in, SCORE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr
+    W, matrices, columns, rows, numbers, which, row, n_in,
+    SCORE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """The scores of one row, CHUNKS tensors [BLOCK]; NaN beyond its end."""
     scores = ()
     for chunk in tl.static_range(CHUNKS):
         column = chunk * BLOCK + tl.arange(0, BLOCK)
         inside = column < n_in
-        place = row * n_in + column
-        w = tl.load(W + place, mask=inside, other=0.0).to(tl.float32)
-        score = SCORE(
-            w, loaded(matrices, place, inside), loaded(columns, column, inside),
-            loaded(rows, row + column * 0, inside), loaded(numbers, column * 0, inside),
-        )  # fmt: skip
+        _, score = scored(W, matrices, columns, rows, numbers, which, row, column, n_in, inside, SCORE)
         scores = scores + (tl.where(inside, score, float("nan")),)
     return scores
 
@@ -114,13 +111,13 @@ def _write(OUT, W, row, n_in, column, dropped, BITS: tl.constexpr, BLOCK: tl.con
         tl.store(OUT + row * n_in + column, tl.where(dropped, 0.0, w.to(tl.float32)), mask=inside)
 
 
-@triton.jit(do_not_specialize=["removed"])
+@triton.jit(do_not_specialize=["which", "removed"])
 def _prune_rows(
-    W, OUT, BAD, matrices, columns, rows, numbers, n_in, removed,
+    W, OUT, BAD, matrices, columns, rows, numbers, which, n_in, removed,
     SCORE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    scores = _scores(W, matrices, columns, rows, numbers, row, n_in, SCORE, BLOCK, CHUNKS)
+    scores = _scores(W, matrices, columns, rows, numbers, which, row, n_in, SCORE, BLOCK, CHUNKS)
     finite = (tl.abs(scores[0]) < float("inf")).to(tl.int32)
     valid = (scores[0] == scores[0]).to(tl.int32)
     for chunk in tl.static_range(1, CHUNKS):
@@ -179,7 +176,7 @@ def prune_rows(
     Args:
         weight: [out, in], contiguous, bf16, fp16 or fp32.
         removed: at least 1 and below `in`.
-        score: a jit function with the signature of `wanda` in `ops`, called in fp32.
+        score: a jit function with the signature of `wanda` in `launch`, called in fp32.
         operands: what it reads besides the weight.
         out: where to write, of the weight's shape and dtype; the weight itself for in place. A new tensor by default.
         bits: return the mask instead, uint8 [out, (in + 7) // 8]: bit j % 8 of byte j // 8 is set where column j stays.
@@ -191,15 +188,16 @@ def prune_rows(
     Raises:
         ValueError: a tensor or number that the kernel cannot take.
     """
-    out, bad = outputs(weight, operands, out, bits, bad)
     height, width = weight.shape
+    out, bad = outputs(weight, operands, out, (height, (width + 7) // 8) if bits else None, bad)
     if not 0 < removed < width:
         raise ValueError(f"removed must be at least 1 and below {width}, but got {removed}")
     block, chunks, warps = _plan(width)
-    _prune_rows[(height,)](
-        weight, out, bad, *operands, width, removed,
-        SCORE=score, BITS=bits, BLOCK=block, CHUNKS=chunks, num_warps=warps, enable_fp_fusion=False,
-    )  # fmt: skip
+    with on(weight):
+        _prune_rows[(height,)](
+            weight, out, bad, *operands, width, removed,
+            SCORE=score, BITS=bits, BLOCK=block, CHUNKS=chunks, num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
     return out
 
 

@@ -9,7 +9,6 @@ import random
 import re
 import subprocess
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from triton.compiler import compile as compile_kernel
 from gpmetric.evolution.variation import Variation
 from gpmetric.export.triton import load_functions
 from gpmetric.expression import PRIMITIVES, parse
-from gpmetric.kernels import layer, ops, pattern, reduce, rows
+from gpmetric.kernels import launch, layer, pattern, reduce, rows
 from gpmetric.operands import OPERANDS
 from gpmetric.pruning.metrics import BASELINES, resolve_metric
 
@@ -53,23 +52,17 @@ def compiled(kernel: Any, types: dict[str, Any], constants: dict[str, Any], capa
     return found["REG"], found["STACK"], built.metadata.shared
 
 
-def types_of(functions: ModuleType, formula: str) -> dict[str, Any]:
+def types_of(layout: reduce.Layout) -> dict[str, Any]:
     """Signature of the operands of a formula: bf16 matrices, fp32 vectors."""
-    names = [name for name in parse(formula).operands if name != "W"]
-    matrices = tuple("*bf16" for name in names if OPERANDS[name].axes == "out,in")
-    columns = tuple("*fp32" for name in names if OPERANDS[name].axes == "in")
-    text = Path(functions.__file__).read_text(encoding="utf-8")
-    across = text.count("rows=operands.rows +")
-    columns += ("*fp32",) * text.count("columns=operands.columns +")
-    numbers = 2 * text.count("+ extremes(") + 5 * text.count("+ moments(")
     return {
         "W": "*bf16",
         "OUT": "*bf16",
         "BAD": "*i64",
-        "matrices": matrices,
-        "columns": columns,
-        "rows": ("*fp32",) * across,
-        "numbers": ("*fp32",) * numbers,
+        "matrices": ("*bf16",) * len(layout.matrices),
+        "columns": ("*fp32",) * (len(layout.columns) + layout.sums),
+        "rows": ("*fp32",) * layout.rows,
+        "numbers": ("*fp32",) * layout.numbers,
+        "which": "i32",
         "n_in": "i32",
     }
 
@@ -88,9 +81,9 @@ BASELINE_FORMULAS = [str(resolve_metric(name, 128, 2048).expression) for name in
 def test_rows_stay_in_registers(width: int, gradients: bool, capability: int, tmp_path: Path) -> None:
     """With and without gradients, at the widths of Llama-2-7B and 70B; 28,672 columns may spill a little."""
     formula = "W*W*G" if gradients else "abs(W)*X"
-    functions = load_functions(parse(formula), tmp_path)
+    functions = load_functions([parse(formula)], tmp_path)
     block, chunks, warps = rows._plan(width)
-    types = types_of(functions, formula) | {"removed": "i32"}
+    types = types_of(functions.LAYOUT) | {"removed": "i32"}
     constants = {"SCORE": functions.score, "BITS": False, "BLOCK": block, "CHUNKS": chunks}
     registers, stack, shared = compiled(rows._prune_rows, types, constants, capability, warps, tmp_path)
     assert registers * warps * 32 <= 65536
@@ -102,9 +95,9 @@ def test_rows_stay_in_registers(width: int, gradients: bool, capability: int, tm
 @pytest.mark.parametrize(("keep", "group"), [(2, 4), (4, 8), (8, 16)])
 @pytest.mark.parametrize("formula", ["abs(W)*X", "W*W*G"])
 def test_patterns_take_few_registers(formula: str, keep: int, group: int, capability: int, tmp_path: Path) -> None:
-    functions = load_functions(parse(formula), tmp_path)
+    functions = load_functions([parse(formula)], tmp_path)
     constants = {"SCORE": functions.score, "BITS": False, "REMOVED": group - keep, "GROUP": group, "BLOCK": 2048}
-    types = types_of(functions, formula)
+    types = types_of(functions.LAYOUT)
     registers, stack, shared = compiled(pattern._prune_pattern, types, constants, capability, 4, tmp_path)
     assert registers <= 64
     assert stack <= (32 if group == 16 else 0)
@@ -114,8 +107,8 @@ def test_patterns_take_few_registers(formula: str, keep: int, group: int, capabi
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("formula", [*BASELINE_FORMULAS, *random_formulas()])
 def test_formulas_compile_into_every_kernel(formula: str, capability: int, tmp_path: Path) -> None:
-    functions = load_functions(parse(formula), tmp_path)
-    types = types_of(functions, formula)
+    functions = load_functions([parse(formula)], tmp_path)
+    types = types_of(functions.LAYOUT)
     constants = {"SCORE": functions.score, "BITS": False, "BLOCK": 4096, "CHUNKS": 1}
     registers, stack, _ = compiled(rows._prune_rows, types | {"removed": "i32"}, constants, capability, 8, tmp_path)
     assert registers <= 255
@@ -123,20 +116,21 @@ def test_formulas_compile_into_every_kernel(formula: str, capability: int, tmp_p
     constants = {"SCORE": functions.score, "BITS": False, "REMOVED": 2, "GROUP": 4, "BLOCK": 2048}
     compiled(pattern._prune_pattern, types, constants, capability, 4, tmp_path)
     scalars = {"total": "i64", "threshold": "i32", "ties": "i32"}
-    constants = {"SCORE": functions.score, "RANKED": True, "TILE": 2048}
+    constants = {"SCORE": functions.score, "BITS": False, "RANKED": True, "TILE": 2048}
     compiled(layer._apply, types | scalars | {"BEFORE": "*i64"}, constants, capability, 4, tmp_path)
 
 
 @pytest.mark.parametrize("capability", TARGETS)
 def test_the_other_kernels_compile(capability: int, tmp_path: Path) -> None:
     types = {"W": "*bf16", "matrices": (), "columns": ("*fp32",), "rows": (), "numbers": (), "n_in": "i32"}
+    types |= {"which": "i32"}
     types |= {"total": "i64", "count": "i32", "room": "i32", "low": "i32", "high": "i32", "threshold": "i32"}
     types |= {"KEYS": "*i32", "PLACES": "*i64", "FOUND": "*i32", "COUNTS": "*i64", "TIES": "*i32"}
     types |= {"SUM": "*fp32", "LOW": "*fp32", "HIGH": "*fp32", "PART": "*fp32", "mean": "*fp32", "reach": "*fp32"}
     types |= {"n_out": "i32", "share": "i32"}
     for kernel in (layer._sample, layer._gather, layer._count_ties):
-        compiled(kernel, types, {"SCORE": ops.wanda, "TILE": 2048}, capability, 4, tmp_path)
+        compiled(kernel, types, {"SCORE": launch.wanda, "TILE": 2048}, capability, 4, tmp_path)
     for squares in (False, True):
-        constants = {"SCORE": ops.wanda, "SQUARES": squares, "BLOCK": 1024}
+        constants = {"SCORE": launch.wanda, "SQUARES": squares, "BLOCK": 1024}
         compiled(reduce._reduce_rows, types, constants, capability, 4, tmp_path)
-    compiled(reduce._sum_columns, types, {"SCORE": ops.wanda, "BLOCK": 256}, capability, 4, tmp_path)
+    compiled(reduce._sum_columns, types, {"SCORE": launch.wanda, "BLOCK": 256}, capability, 4, tmp_path)

@@ -16,7 +16,8 @@ from gpmetric.export.triton import load_functions
 from gpmetric.expression import PRIMITIVES, parse
 from gpmetric.expression.evaluate import evaluate
 from gpmetric.kernels import layer, pattern, rows
-from gpmetric.kernels.ops import Operands
+from gpmetric.kernels.launch import Operands
+from gpmetric.kernels.reduce import prepare
 from gpmetric.pruning.metrics import BASELINES, resolve_metric
 
 pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -47,7 +48,7 @@ def sample(shape: tuple[int, int], kind: str, dtype: torch.dtype) -> tuple[Tenso
 
 @pytest.fixture(scope="module")
 def score(tmp_path_factory: pytest.TempPathFactory) -> object:
-    return load_functions(parse("abs(W)*X + G"), tmp_path_factory.mktemp("kernels")).score
+    return load_functions([parse("abs(W)*X + G")], tmp_path_factory.mktemp("kernels")).score
 
 
 def mask_of(bits: Tensor, width: int) -> Tensor:
@@ -75,6 +76,9 @@ def test_every_kernel_chooses_as_a_stable_sort(
         bad = torch.zeros(1, dtype=torch.int64)
         assert torch.equal(layer.prune_layer(W, removed, score, operands, bad=bad), layer.reference(W, removed, scores))
         assert bad.item() == wrong
+    bits = layer.prune_layer(W, W.numel() // 3, score, operands, bits=True)
+    kept = layer.reference(torch.ones(shape), W.numel() // 3, scores) != 0
+    assert torch.equal(mask_of(bits[None], W.numel()).view(shape), kept)
     for keep, group in ((1, 2), (2, 4), (3, 4), (4, 8), (5, 16)):
         if shape[1] % group == 0:
             expected = pattern.reference(W, keep, group, scores)
@@ -97,11 +101,17 @@ def test_a_layer_of_few_samples_and_little_room(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_in_place(score: object) -> None:
-    W, X, G = sample((2, 300), "normal", torch.float32)
-    expected = rows.prune_rows(W, 150, score, Operands((G,), (X,)))
-    again = W.clone()
-    assert rows.prune_rows(again, 150, score, Operands((G,), (X,)), out=again) is again
-    assert torch.equal(again, expected)
+    W, X, G = sample((3, 304), "normal", torch.float32)
+    operands = Operands((G,), (X,))
+    for prune in (
+        lambda weight, **options: rows.prune_rows(weight, 150, score, operands, **options),
+        lambda weight, **options: pattern.prune_pattern(weight, 2, 8, score, operands, **options),
+        lambda weight, **options: layer.prune_layer(weight, 500, score, operands, **options),
+    ):
+        again = W.clone()
+        assert prune(again, out=again) is again
+        assert torch.equal(again, prune(W))
+        assert not torch.equal(again, W)
 
 
 def test_what_the_kernels_cannot_read_is_refused(score: object) -> None:
@@ -141,17 +151,61 @@ FORMULAS = [
 ]
 
 
-@pytest.mark.parametrize("formula", FORMULAS)
-def test_every_primitive_and_baseline(formula: str, tmp_path: Path) -> None:
-    """The masks of the evaluator's scores where rows compete, though exp, log, tanh and pow may differ by ulps."""
+def drawn() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     shape = (5, 70)
     operands = {name: torch.rand(shape, generator=generator) for name in "GHF"}
     operands |= {name: torch.rand(shape[1], generator=generator) for name in "XD"}
-    operands["W"] = torch.randn(shape, generator=generator)
+    return operands | {"W": torch.randn(shape, generator=generator)}
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_every_primitive_and_baseline(formula: str, tmp_path: Path) -> None:
+    """The masks of the evaluator's scores where rows compete, though exp, log, tanh and pow may differ by ulps."""
+    operands = drawn()
     expression = parse(formula)
-    functions = load_functions(expression, tmp_path)
-    prepared = functions.prepare(**{name: operands[name] for name in {"W", *expression.operands}})
+    functions = load_functions([expression], tmp_path)
+    prepared = prepare(operands["W"], operands, functions.LAYOUT, functions.part)
     pruned = rows.prune_rows(operands["W"], 35, functions.score, prepared)
     expected = rows.reference(operands["W"], 35, evaluate(expression, operands))
     assert torch.equal(pruned, expected)
+
+
+def test_several_formulas_in_one_score(tmp_path: Path) -> None:
+    """As each on its own, to the bit; reductions that they share are computed from one part."""
+    operands = drawn()
+    W = operands["W"]
+    group = [
+        parse(text) for text in ("abs(W)*X", "zsn(G)*W/rowsum(G)", "W*W*H/rownorm(G*X)", "mms(G)+rowsum(G)*W", "W")
+    ]
+    together = load_functions(group, tmp_path)
+    assert together.LAYOUT.matrices == ("G", "H")
+    assert together.LAYOUT.rows == 2
+    for which, expression in enumerate(group):
+        prepared = prepare(W, operands, together.LAYOUT, together.part, which)
+        alone = load_functions([expression], tmp_path)
+        expected = prepare(W, operands, alone.LAYOUT, alone.part)
+        assert torch.equal(
+            rows.prune_rows(W, 35, together.score, prepared), rows.prune_rows(W, 35, alone.score, expected)
+        )
+        assert torch.equal(
+            pattern.prune_pattern(W, 1, 2, together.score, prepared),
+            pattern.prune_pattern(W, 1, 2, alone.score, expected),
+        )
+        assert torch.equal(
+            layer.prune_layer(W, 99, together.score, prepared), layer.prune_layer(W, 99, alone.score, expected)
+        )
+
+
+def test_operands_are_converted_and_named(tmp_path: Path) -> None:
+    operands = drawn()
+    functions = load_functions([parse("abs(W)*X + G")], tmp_path)
+    layout, part = functions.LAYOUT, functions.part
+    named = {"X": operands["X"].double(), "G": operands["G"].t().contiguous().t()}
+    prepared = prepare(operands["W"], named, layout, part)
+    assert torch.equal(prepared.columns[0], operands["X"])
+    assert prepared.matrices[0].is_contiguous()
+    with pytest.raises(ValueError, match=r"needs the operand X, \[70\]"):
+        prepare(operands["W"], {"G": operands["G"]}, layout, part)
+    with pytest.raises(ValueError, match=r"operand X must be \[70\] to go with W, but got \[69\]"):
+        prepare(operands["W"], operands | {"X": operands["X"][1:]}, layout, part)

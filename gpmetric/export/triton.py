@@ -1,4 +1,4 @@
-"""A formula as Triton functions: its score, and what has to be summed up before that.
+"""Formulas as Triton functions: their score, and what has to be summed up before that.
 
 The text is written as a module into a cache folder and imported from there; text is never executed as text. The
 launchers of `gpmetric.kernels` take the functions it holds.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -20,96 +21,101 @@ from gpmetric.provenance import write_text
 
 __all__ = ["load_functions", "triton_functions"]
 
-# reduction -> the field of Operands that it adds to, how many tensors, and the call that computes them
-_PROLOGUES = {
-    "rowsum": ("rows", 1, "(row_sums(W, {part}, operands),)"),
-    "rownorm": ("rows", 1, "(row_sums(W, {part}, operands).sqrt(),)"),
-    "colsum": ("columns", 1, "(column_sums(W, {part}, operands),)"),
-    "colnorm": ("columns", 1, "(column_sums(W, {part}, operands).sqrt(),)"),
-    "mms": ("numbers", 2, "extremes(W, {part}, operands)"),
-    "zsn": ("numbers", 5, "moments(W, {part}, operands)"),
+# reduction -> the field of Operands that has its results, and how many
+_REDUCTIONS = {
+    "rowsum": ("rows", 1),
+    "rownorm": ("rows", 1),
+    "colsum": ("columns", 1),
+    "colnorm": ("columns", 1),
+    "mms": ("numbers", 2),
+    "zsn": ("numbers", 5),
 }
 _SQUARED = ("rownorm", "colnorm")
 _SCALINGS = ("mms", "zsn")  # what they are of is computed again in the score; of the others the result is enough
-_SIGNATURE = "(w, matrices, columns, rows, numbers)"
+# field of Operands -> the function that reads it
+_READERS = {"matrices": "from_matrix", "columns": "from_column", "rows": "from_row", "numbers": "from_number"}
+_SIGNATURE = "(w, matrices, columns, rows, numbers, place, which)"
 
-_IMPORTS = '''"""Triton functions of a pruning metric, written by gpmetric."""
+_IMPORTS = '''"""Triton functions of pruning metrics, written by gpmetric."""
 
 import triton
 import triton.language as tl
 
+from gpmetric.kernels.launch import from_column, from_matrix, from_number, from_row
 from gpmetric.kernels.ops import *
-from gpmetric.kernels.reduce import column_sums, extremes, moments, row_sums
+from gpmetric.kernels.reduce import Layout
 
 
 '''
 
 
-def triton_functions(expression: Expression) -> str:
-    """Python text of `score`, of the parts that its reductions go over, and of `prepare`.
+def triton_functions(expressions: Sequence[Expression]) -> str:
+    """Python text of `score`, of the `part` that reductions go over, and of `LAYOUT`, a `Layout` of `kernels.reduce`.
 
-    `prepare(W, X=None, G=None, H=None, D=None, F=None)` gives the `gpmetric.kernels.ops.Operands` that `score` is
-    called with, the results of its reductions among them.
+    Several formulas are one score, which computes the one that it is asked for: they share a kernel's compilation.
     """
-    return _Writer(expression).text
+    return _Writer(expressions).text
 
 
-def load_functions(expression: Expression, folder: Path | None = None) -> ModuleType:
+def load_functions(expressions: Sequence[Expression], folder: Path | None = None) -> ModuleType:
     """The module of `triton_functions`, imported from a file named after its content.
 
     Args:
-        expression: the formula.
+        expressions: the formulas.
         folder: where modules are kept; gpmetric's folder of the user's cache by default.
 
     Raises:
         ImportError: Triton is not installed.
+        GpmetricError: the folder cannot be written.
     """
-    text = _IMPORTS + triton_functions(expression)
+    text = _IMPORTS + triton_functions(expressions)
     if folder is None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpmetric" / "kernels"
     path = folder / f"metric_{hashlib.sha256(text.encode()).hexdigest()[:32]}.py"
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # told by the next line, with the path
+            folder.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
     return load_module(path)
 
 
 class _Writer:
-    """Writes the functions of one formula; those of its reductions before what contains them."""
+    """Writes the functions of some formulas; inner reductions before what contains them."""
 
-    def __init__(self, expression: Expression) -> None:
-        names = [name for name in expression.operands if name != "W"]
-        given = {
-            "matrices": [name for name in names if OPERANDS[name].axes == "out,in"],
-            "columns": [name for name in names if OPERANDS[name].axes == "in"],
+    def __init__(self, expressions: Sequence[Expression]) -> None:
+        names = [name for name in OPERANDS if any(name in expression.operands for expression in expressions)]
+        matrices = [name for name in names if OPERANDS[name].axes == "out,in" and name != "W"]
+        columns = [name for name in names if OPERANDS[name].axes == "in"]
+        self._names = {"W": "w"} | {
+            name: _read(field, index)
+            for field, found in (("matrices", matrices), ("columns", columns))
+            for index, name in enumerate(found)
         }
-        self._names = {"W": "w"}
-        for field, found in given.items():
-            self._names |= {name: f"{field}[{place}]" for place, name in enumerate(found)}
-        self._used = {"columns": len(given["columns"]), "rows": 0, "numbers": 0}
+        used = {"columns": len(columns), "rows": 0, "numbers": 0}
         self._reduced: dict[Tokens, list[str]] = {}  # a reduction with what it is of -> where its results are
-        functions: list[str] = []
+        found: dict[Tokens, tuple[int, str, int]] = {}  # the same -> its step
+        parts: list[list[str]] = []
         steps = []
-        for subtree in _reductions(expression.tokens):
-            field, count, call = _PROLOGUES[str(subtree[0])]
-            part = f"part{len(functions)}"
-            functions.append(self._function(part, subtree[1:], squared=subtree[0] in _SQUARED))
-            start = self._used[field]
-            self._reduced[subtree] = [f"{field}[{place}]" for place in range(start, start + count)]
-            self._used[field] += count
-            steps.append(f"    operands = operands._replace({field}=operands.{field} + {call.format(part=part)})\n")
-        functions.append(self._function("score", expression.tokens))
-        matrices = "".join(f"{name}.contiguous(), " for name in given["matrices"])
-        columns = "".join(f"{name}.contiguous(), " for name in given["columns"])
-        prepare = (
-            f"def prepare(W, {', '.join(f'{name}=None' for name in OPERANDS if name != 'W')}):\n"
-            f"    operands = Operands(matrices=({matrices.rstrip()}), columns=({columns.rstrip()}))\n"
-            f"{''.join(steps)}    return operands\n"
+        for expression in expressions:
+            needed = list(_reductions(expression.tokens))
+            for subtree in needed:
+                if subtree not in found:
+                    name = str(subtree[0])
+                    field, count = _REDUCTIONS[name]
+                    found[subtree] = (len(parts), name, used[field])
+                    parts.append(self._body(subtree[1:], squared=name in _SQUARED))
+                    self._reduced[subtree] = [_read(field, used[field] + index) for index in range(count)]
+                    used[field] += count
+            steps.append(tuple(found[subtree] for subtree in needed))
+        layout = (
+            f"LAYOUT = Layout({tuple(matrices)!r}, {tuple(columns)!r}, {used['rows']}, "
+            f"{used['columns'] - len(columns)}, {used['numbers']}, {tuple(steps)!r})\n"
         )
-        self.text = "\n\n".join([*functions, prepare])
+        scores = [self._body(expression.tokens) for expression in expressions]
+        self.text = f"{_function('score', scores)}\n\n{_function('part', parts or [['return w']])}\n\n{layout}"
 
-    def _function(self, name: str, tokens: Tokens, squared: bool = False) -> str:
-        """A jit function that computes a subtree, every shared sub-expression once."""
+    def _body(self, tokens: Tokens, squared: bool = False) -> list[str]:
+        """Lines that return a subtree, every shared sub-expression computed once."""
         lines: dict[str, str] = {}  # right side -> variable
 
         def variable(text: str) -> str:
@@ -118,7 +124,7 @@ class _Writer:
         stack: list[str] = []
         skipped: set[int] = set()  # tokens inside a reduction whose results are vectors
         for start in range(len(tokens)):
-            if tokens[start] in _PROLOGUES and tokens[start] not in _SCALINGS:
+            if tokens[start] in _REDUCTIONS and tokens[start] not in _SCALINGS:
                 skipped.update(range(start + 1, subtree_end(tokens, start)))
         for index in reversed(range(len(tokens))):
             token = tokens[index]
@@ -131,12 +137,32 @@ class _Writer:
             else:
                 reduced = self._reduced.get(tokens[index : subtree_end(tokens, index)], [])
                 inputs = [] if reduced and token not in _SCALINGS else [stack.pop() for _ in range(arity(token))]
-                stack.append(variable(PRIMITIVES[token].triton.format(*inputs, *reduced)))
+                results = [variable(text) for text in reduced]
+                stack.append(variable(PRIMITIVES[token].triton.format(*inputs, *results)))
         result = stack.pop()
         if squared:
             result = variable(f"{result} * {result}")
-        body = "".join(f"    {name} = {text}\n" for text, name in lines.items())
-        return f"@triton.jit\ndef {name}{_SIGNATURE}:\n{body}    return {result}\n"
+        return [*(f"{name} = {text}" for text, name in lines.items()), f"return {result}"]
+
+
+def _read(field: str, index: int) -> str:
+    return f"{_READERS[field]}({field}[{index}], place)"
+
+
+def _function(name: str, bodies: Sequence[Sequence[str]]) -> str:
+    """A jit function of some bodies that `which` chooses from; each but a single one is a function that it calls."""
+
+    def text(name: str, lines: Iterable[str]) -> str:
+        return f"@triton.jit\ndef {name}{_SIGNATURE}:\n" + "".join(f"    {line}\n" for line in lines)
+
+    if len(bodies) == 1:
+        return text(name, bodies[0])
+    choices = []
+    for number in range(len(bodies)):
+        condition = f"elif which == {number}:" if number else "if which == 0:"
+        choices += [condition if number < len(bodies) - 1 else "else:", f"    result = {name}{number}{_SIGNATURE}"]
+    functions = [text(f"{name}{number}", lines) for number, lines in enumerate(bodies)]
+    return "\n\n".join([*functions, text(name, [*choices, "return result"])])
 
 
 def _reductions(tokens: Tokens) -> Iterator[Tokens]:
@@ -144,6 +170,6 @@ def _reductions(tokens: Tokens) -> Iterator[Tokens]:
     seen = set()
     for index in reversed(range(len(tokens))):
         subtree = tokens[index : subtree_end(tokens, index)]
-        if tokens[index] in _PROLOGUES and subtree not in seen:
+        if tokens[index] in _REDUCTIONS and subtree not in seen:
             seen.add(subtree)
             yield subtree

@@ -1,0 +1,137 @@
+"""What every kernel here shares: how a score reads its operands, and what a launcher checks and makes before it starts.
+
+A score is a jit function like `wanda`: of weights in fp32, the pointers of each field of `Operands`, the place that it
+is to read them at, and the number of the formula where it holds several. It gives fp32.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = [
+    "Operands",
+    "check",
+    "from_column",
+    "from_matrix",
+    "from_number",
+    "from_row",
+    "on",
+    "outputs",
+    "scored",
+    "wanda",
+    "weight_itself",
+]
+
+
+class Operands(NamedTuple):
+    """What a score reads besides the weight [out, in]; contiguous, of any float dtype, on the weight's device.
+
+    Attributes:
+        matrices: [out, in] each.
+        columns: [in] each.
+        rows: [out] each.
+        numbers: [1] each.
+        which: the number of the formula, for a score that holds several.
+    """
+
+    matrices: tuple[Tensor, ...] = ()
+    columns: tuple[Tensor, ...] = ()
+    rows: tuple[Tensor, ...] = ()
+    numbers: tuple[Tensor, ...] = ()
+    which: int = 0
+
+
+def outputs(
+    weight: Tensor, operands: Operands, out: Tensor | None, bits: tuple[int, ...] | None, bad: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What a launcher writes to, (`out` or the mask of shape `bits`, `bad`), made where it is not given.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    check(weight, operands, out)
+    if bits is not None:
+        out = torch.empty(bits, dtype=torch.uint8, device=weight.device)
+    elif out is None:
+        out = torch.empty_like(weight)
+    return out, torch.zeros(1, dtype=torch.int64, device=weight.device) if bad is None else bad
+
+
+def check(weight: Tensor, operands: Operands, out: Tensor | None = None) -> None:
+    """Refuses what the kernels, which go by bare pointers, would read or write wrongly.
+
+    Raises:
+        ValueError: naming the tensor and what it must be.
+    """
+    if weight.device.type != "cuda" and isinstance(wanda, triton.JITFunction):
+        raise ValueError(f"weight must be on a CUDA device, but is on {weight.device} (TRITON_INTERPRET=1 runs there)")
+    height, width = weight.shape
+    wanted = {"matrices": (height, width), "columns": (width,), "rows": (height,), "numbers": (1,)}
+    tensors = [("weight", weight, (height, width))]
+    tensors += [(field, one, shape) for field, shape in wanted.items() for one in getattr(operands, field)]
+    tensors += [] if out is None else [("out", out, (height, width))]
+    for name, tensor, shape in tensors:
+        if tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.device != weight.device:
+            raise ValueError(
+                f"{name} must be contiguous, {list(shape)}, on {weight.device}, but got {list(tensor.shape)} with "
+                f"strides {tensor.stride()} on {tensor.device}"
+            )
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{name} must be float32, bfloat16 or float16, but got {tensor.dtype}")
+    if out is not None and out.dtype != weight.dtype:
+        raise ValueError(f"out must be {weight.dtype} as the weight, but got {out.dtype}")
+
+
+def on(weight: Tensor) -> AbstractContextManager[object]:
+    """The weight's device as the current one, which Triton launches on."""
+    return torch.cuda.device(weight.device) if weight.device.type == "cuda" else nullcontext()
+
+
+@triton.jit
+def from_matrix(pointer, place):
+    """What [out, in] has at a place (row, column, row * in + column, inside), in fp32."""
+    return tl.load(pointer + place[2], mask=place[3], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def from_column(pointer, place):
+    """The same of [in]."""
+    return tl.load(pointer + place[1], mask=place[3], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def from_row(pointer, place):
+    """The same of [out]."""
+    return tl.load(pointer + place[0] + place[1] * 0, mask=place[3], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def from_number(pointer, place):
+    """The same of [1]."""
+    return tl.load(pointer + place[1] * 0, mask=place[3], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def scored(W, matrices, columns, rows, numbers, which, row, column, n_in, inside, SCORE: tl.constexpr):
+    """(weights as they are stored, their scores) at some places; `row` may be one number or as many as `column`."""
+    place = (row, column, row * n_in + column, inside)
+    w = tl.load(W + place[2], mask=inside, other=0.0)
+    return w, SCORE(w.to(tl.float32), matrices, columns, rows, numbers, place, which)
+
+
+@triton.jit
+def wanda(w, matrices, columns, rows, numbers, place, which):
+    """abs(W)*X, where X is the first of `columns`."""
+    return tl.abs(w) * from_column(columns[0], place)
+
+
+@triton.jit
+def weight_itself(w, matrices, columns, rows, numbers, place, which):
+    """W, for weights that are scores already."""
+    return w
