@@ -23,9 +23,9 @@ __all__ = [
     "from_row",
     "on",
     "outputs",
+    "pieces",
     "scored",
     "wanda",
-    "weight_itself",
 ]
 
 
@@ -69,7 +69,7 @@ def check(weight: Tensor, operands: Operands, out: Tensor | None = None) -> None
     Raises:
         ValueError: naming the tensor and what it must be.
     """
-    if weight.device.type != "cuda" and isinstance(wanda, triton.JITFunction):
+    if weight.device.type != "cuda" and isinstance(scored, triton.JITFunction):
         raise ValueError(f"weight must be on a CUDA device, but is on {weight.device} (TRITON_INTERPRET=1 runs there)")
     height, width = weight.shape
     wanted = {"matrices": (height, width), "columns": (width,), "rows": (height,), "numbers": (1,)}
@@ -86,6 +86,17 @@ def check(weight: Tensor, operands: Operands, out: Tensor | None = None) -> None
             raise ValueError(f"{name} must be float32, bfloat16 or float16, but got {tensor.dtype}")
     if out is not None and out.dtype != weight.dtype:
         raise ValueError(f"out must be {weight.dtype} as the weight, but got {out.dtype}")
+
+
+def pieces(weight: Tensor, operands: Operands, width: int) -> list[tuple[Tensor, Operands]]:
+    """Copies of each `width` consecutive columns of a weight, the last of them maybe fewer, with their operands."""
+    cut = [tensor.split(width, dim=-1) for tensor in (weight, *operands.matrices, *operands.columns)]
+    count = len(operands.matrices)
+    found = []
+    for one, *others in zip(*cut, strict=True):
+        its = tuple(other.contiguous() for other in others)
+        found.append((one.contiguous(), operands._replace(matrices=its[:count], columns=its[count:])))
+    return found
 
 
 def on(weight: Tensor) -> AbstractContextManager[object]:
@@ -129,9 +140,3 @@ def scored(W, matrices, columns, rows, numbers, which, row, column, n_in, inside
 def wanda(w, matrices, columns, rows, numbers, place, which):
     """abs(W)*X, where X is the first of `columns`."""
     return tl.abs(w) * from_column(columns[0], place)
-
-
-@triton.jit
-def weight_itself(w, matrices, columns, rows, numbers, place, which):
-    """W, for weights that are scores already."""
-    return w

@@ -38,7 +38,7 @@ def _keys(W, matrices, columns, rows, numbers, which, row, column, n_in, inside,
 
 
 @triton.jit
-def _tile(n_in, total, TILE: tl.constexpr):
+def _here(n_in, total, TILE: tl.constexpr):
     """(places in row-major order, their rows, their columns, which exist) of this program's tile."""
     first = tl.program_id(0).to(tl.int64) * TILE
     index = tl.arange(0, TILE)
@@ -66,7 +66,7 @@ def _gather(
     SCORE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """COUNTS: entries below `low`, entries from `low` to `high`, scores not finite. FOUND: keys of the second."""
-    _, row, column, inside = _tile(n_in, total, TILE)
+    _, row, column, inside = _here(n_in, total, TILE)
     _, keys, bad = _keys(W, matrices, columns, rows, numbers, which, row, column, n_in, inside, SCORE)
     below = inside & (keys < low)
     between = (inside & (keys >= low) & (keys <= high)).to(tl.int32)
@@ -83,7 +83,7 @@ def _gather(
 def _count_ties(
     W, TIES, matrices, columns, rows, numbers, which, n_in, total, threshold, SCORE: tl.constexpr, TILE: tl.constexpr
 ):
-    _, row, column, inside = _tile(n_in, total, TILE)
+    _, row, column, inside = _here(n_in, total, TILE)
     _, keys, _ = _keys(W, matrices, columns, rows, numbers, which, row, column, n_in, inside, SCORE)
     tl.store(TIES + tl.program_id(0), tl.sum((inside & (keys == threshold)).to(tl.int32), axis=0))
 
@@ -94,7 +94,7 @@ def _apply(
     SCORE: tl.constexpr, BITS: tl.constexpr, RANKED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """BEFORE: ties in the tiles before each, read where RANKED: otherwise all ties go."""
-    place, row, column, inside = _tile(n_in, total, TILE)
+    place, row, column, inside = _here(n_in, total, TILE)
     w, keys, _ = _keys(W, matrices, columns, rows, numbers, which, row, column, n_in, inside, SCORE)
     gone = keys <= threshold
     if RANKED:
@@ -126,7 +126,7 @@ def prune_layer(
 
     Args:
         weight: [out, in], contiguous, bf16, fp16 or fp32.
-        removed: at least 1 and below the number of entries.
+        removed: from 0 to the number of entries.
         score, operands, out, bad: as for `rows.prune_rows`.
         bits: return the mask instead, uint8 [(out * in + 7) // 8], of the entries in row-major order.
 
@@ -138,13 +138,13 @@ def prune_layer(
     """
     total, width = weight.numel(), weight.shape[1]
     out, bad = outputs(weight, operands, out, ((total + 7) // 8,) if bits else None, bad)
-    if not 0 < removed < total:
-        raise ValueError(f"removed must be at least 1 and below {total}, but got {removed}")
+    if not 0 <= removed <= total:
+        raise ValueError(f"removed must be from 0 to {total}, but got {removed}")
     given = (*operands, width, total)
     grid = (triton.cdiv(total, _TILE),)
     options = {"SCORE": score, "TILE": _TILE, "num_warps": 4, "enable_fp_fusion": False}
     with on(weight):
-        threshold, ties, equal, wrong = _threshold(weight, removed, (*operands, width), options)
+        threshold, ties, equal, wrong = _search(weight, removed, (*operands, width), options)
         bad += wrong
         before = bad  # not read
         if ties < equal:
@@ -155,14 +155,12 @@ def prune_layer(
     return out
 
 
-def _threshold(
-    weight: Tensor, removed: int, given: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[int, int, int, int]:
+def _search(weight: Tensor, removed: int, given: tuple[Any, ...], options: dict[str, Any]) -> tuple[int, int, int, int]:
     """(key, ties, equal, wrong): to go are scores below the key and the first `ties` of the `equal` ones at it; `wrong`
     scores are not finite.
     """
     total = weight.numel()
-    low, high = _first_bounds(weight, removed, given, options)
+    low, high = _first_bounds(weight, removed, given, options) if removed else (_LEAST, _LEAST)
     least, most = _LEAST, _MOST  # the key lies between these for certain
     found = torch.empty(max(_SAMPLE, total // _ROOM), dtype=torch.int32, device=weight.device)
     while True:
@@ -170,6 +168,8 @@ def _threshold(
         grid = (triton.cdiv(total, _TILE),)
         _gather[grid](weight, found, counts, *given, total, low, high, len(found), **options)
         below, between, wrong = counts.tolist()
+        if not removed:
+            return _LEAST, 0, 0, wrong
         if removed <= below:
             low, high, most = least, low - 1, low - 1
         elif removed > below + between:

@@ -175,7 +175,7 @@ def prune_rows(
 
     Args:
         weight: [out, in], contiguous, bf16, fp16 or fp32.
-        removed: at least 1 and below `in`.
+        removed: from 0 to `in`.
         score: a jit function with the signature of `wanda` in `launch`, called in fp32.
         operands: what it reads besides the weight.
         out: where to write, of the weight's shape and dtype; the weight itself for in place. A new tensor by default.
@@ -190,8 +190,8 @@ def prune_rows(
     """
     height, width = weight.shape
     out, bad = outputs(weight, operands, out, (height, (width + 7) // 8) if bits else None, bad)
-    if not 0 < removed < width:
-        raise ValueError(f"removed must be at least 1 and below {width}, but got {removed}")
+    if not 0 <= removed <= width:
+        raise ValueError(f"removed must be from 0 to {width}, but got {removed}")
     block, chunks, warps = _plan(width)
     with on(weight):
         _prune_rows[(height,)](

@@ -22,9 +22,10 @@ from gpmetric.calibration.collect import Statistics
 from gpmetric.evaluation.perplexity import Teacher, batches, mean_loss
 from gpmetric.evolution.probe import Probe
 from gpmetric.models import Model, load_model
+from gpmetric.pruning import fused
 from gpmetric.pruning.bench import Bench
 from gpmetric.pruning.metrics import Metric, Update, resolve_metric
-from gpmetric.pruning.prune import prune_weights
+from gpmetric.pruning.prune import measured, prune_weights
 from gpmetric.pruning.target import Target, parse_target
 
 __all__ = ["Evaluator", "Workplace", "open_workplace"]
@@ -109,7 +110,17 @@ class Evaluator:
 
     def _probe(self, task: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Fingerprint, sketch and reconstruction error of several metrics; `error` for one that gives no masks."""
-        return self._prober.measure([self._metric(text) for text in task["metrics"]])
+        metrics = [self._metric(text) for text in task["metrics"]]
+        self._compile(metrics)
+        return self._prober.measure(metrics)
+
+    def _compile(self, metrics: Sequence[Metric]) -> None:
+        """Starts to compile the kernel that prunes by those of the metrics that climb on."""
+        if self._update != "obs-blockwise" and fused.usable(self._model.layers[0].weight, self._targets):
+            layers = {(layer.weight.shape[1], layer.weight.dtype): layer for layer in self._model.layers}.values()
+            found = [(layer.weight, measured(self._statistics.layers[layer.name])) for layer in layers]
+            expressions = [metric.expression for metric in metrics]
+            fused.compile_together(expressions, found, self._targets, bits=self._update == "obs")
 
     @cached_property
     def _prober(self) -> Probe:

@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 from gpmetric.errors import MaskError
+from gpmetric.expression import Expression
+from gpmetric.pruning import fused
 from gpmetric.pruning.target import BLOCK, Target
 
 __all__ = ["check_width", "select_mask"]
 
-# Partition against stable sort, 2**20 float32 scores, half removed, one AMD EPYC thread (benchmarks/bench_mask.py), in
-# times of the sort: 0.68 at 4 columns, 0.47 at 8, 0.24 at 16, 0.10 at 64, 0.12 at 4096; where all scores are equal,
+# Partition against stable sort, 2**20 float32 scores, half removed, one AMD EPYC thread (benchmarks/bench_kernels.py),
+# in times of the sort: 0.68 at 4 columns, 0.47 at 8, 0.24 at 16, 0.10 at 64, 0.12 at 4096; where all scores are equal,
 # which is rare, 2.5, 2.2, 1.2, 0.8 and 0.6.
 _PARTITION_FROM = 8
+
+_ITSELF = Expression(("W",))  # what the kernels score by, where the weight is scores already
 
 
 def select_mask(score: Tensor, target: Target) -> Tensor:
@@ -35,12 +39,14 @@ def select_mask(score: Tensor, target: Target) -> Tensor:
 
     Source: Sun et al. 2023 (Wanda), section 3, comparison per output.
     """
+    check_width(score.shape[1], target)
+    if fused.usable(score, [target]):
+        return fused.masks(score, _ITSELF, {}, [target])[0]
     # The sum first: 0.1 ms against 5 ms for every score at 512x4096 (AMD EPYC). It may overflow, hence the count.
     if not math.isfinite(score.sum().item()):
         bad = int((~torch.isfinite(score)).sum())
         if bad:
             raise MaskError(f"{bad} of {score.numel()} scores are NaN or infinite")
-    check_width(score.shape[1], target)
     if target.granularity == "block":
         whole = target.with_granularity("layer")
         return torch.cat([_select(part, whole) for part in score.split(BLOCK, dim=1)], dim=1)
@@ -50,13 +56,9 @@ def select_mask(score: Tensor, target: Target) -> Tensor:
 def _select(score: Tensor, target: Target) -> Tensor:
     """The mask of a checked score, blocks apart."""
     rows, columns = score.shape
-    if target.granularity == "layer":
-        groups, removed = score.reshape(1, -1), int(score.numel() * target.sparsity)
-    elif target.granularity == "row":
-        groups, removed = score, int(columns * target.sparsity)
-    else:
-        groups, removed = score.reshape(-1, target.group), target.group - target.keep  # [out * in / M, M]
-    return ~_lowest(groups.detach(), removed).reshape(rows, columns)
+    size = {"layer": score.numel(), "row": columns}.get(target.granularity, target.group)
+    groups = score.detach().reshape(score.numel() // max(size, 1), size)
+    return ~_lowest(groups, target.removed(size)).reshape(rows, columns)
 
 
 def check_width(columns: int, target: Target) -> None:

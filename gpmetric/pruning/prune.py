@@ -20,6 +20,7 @@ from gpmetric.expression.columns import ColumnScores
 from gpmetric.expression.evaluate import evaluate
 from gpmetric.models import Layer, Model
 from gpmetric.operands import OPERANDS
+from gpmetric.pruning import fused
 from gpmetric.pruning.mask import select_mask
 from gpmetric.pruning.metrics import Metric, Update
 from gpmetric.pruning.sparsegpt import reconstruct, reconstruct_blockwise
@@ -27,6 +28,7 @@ from gpmetric.pruning.target import Target
 
 __all__ = [
     "layer_operands",
+    "measured",
     "prune_one_shot",
     "prune_sequential",
     "prune_weight",
@@ -101,7 +103,7 @@ def prune_weight(
     update: Update = "none",
     score: Tensor | None = None,
 ) -> Tensor:
-    """The pruned copy of one weight [out, in], in fp32: `prune_weights` of one weight at one target."""
+    """The pruned copy of one weight [out, in]: `prune_weights` of one weight at one target."""
     return prune_weights([weight], metric, [target], [statistics], update, None if score is None else [score])[0][0]
 
 
@@ -113,7 +115,9 @@ def prune_weights(
     update: Update = "none",
     scores: Sequence[Tensor] | None = None,
 ) -> list[list[Tensor]]:
-    """The pruned copies of several weights, in fp32, by target and weight; small weights are solved together.
+    """The pruned copies of several weights by target and weight; small weights are solved together.
+
+    On CUDA devices masks come from the Triton kernels of `fused`, unless scores are given.
 
     Args:
         weights: [out, in] each, of any shapes.
@@ -122,19 +126,22 @@ def prune_weights(
         scores: what `score_weight` gives for each weight, when the caller has it already; not used by obs-blockwise,
             which scores the updated weights.
 
+    Returns:
+        Weights of the dtype given where kept weights stay as they are, in fp32 otherwise.
+
     Raises:
         MaskError: a score is not finite, or `in` is not divisible by M.
         SolverError: an update is asked for and the Gram matrix cannot be factorised.
     """
-    weights = [weight.float() for weight in weights]
-    masks: list[Tensor] = []  # [targets, out, in] each
-    if update != "obs-blockwise":
-        scores = scores or [score_weight(weight, metric, one) for weight, one in zip(weights, statistics, strict=True)]
-        rules = [t.with_granularity(metric.granularity) if t.granularity == "row" else t for t in targets]
-        masks = [torch.stack([select_mask(score, rule) for rule in rules]) for score in scores]
+    rules = [t.with_granularity(metric.granularity) if t.granularity == "row" else t for t in targets]
+    given: Sequence[Tensor | None] = scores or [None] * len(weights)
+    cases = list(zip(weights, statistics, given, strict=True))
     if update == "none":
-        pruned = [weight.masked_fill(~mask, 0) for weight, mask in zip(weights, masks, strict=True)]
-        return [list(target) for target in zip(*pruned, strict=True)]
+        return [list(row) for row in zip(*(_masked(w, metric, rules, s, score) for w, s, score in cases), strict=True)]
+    masks: list[Tensor] = []  # [targets, out, in] each
+    if update == "obs":
+        masks = [torch.stack(_masks(w, metric, rules, s, score)) for w, s, score in cases]
+    weights = [weight.float() for weight in weights]
     solved: dict[int, Tensor] = {}
     for batch in _batches(weights):
         alike = torch.stack([weights[index] for index in batch])  # [n, out, in]
@@ -146,6 +153,24 @@ def prune_weights(
             result = _prune_blockwise(alike, metric, targets, found)
         solved |= zip(batch, result, strict=True)
     return [list(target) for target in zip(*(solved[index] for index in range(len(weights))), strict=True)]
+
+
+def _masked(
+    weight: Tensor, metric: Metric, rules: Sequence[Target], statistics: LayerStatistics, score: Tensor | None
+) -> list[Tensor]:
+    """The masked copies of one weight."""
+    if score is None and fused.usable(weight, rules):
+        return fused.prune(weight, metric.expression, measured(statistics), rules)
+    return [weight.masked_fill(~mask, 0) for mask in _masks(weight, metric, rules, statistics, score)]
+
+
+def _masks(
+    weight: Tensor, metric: Metric, rules: Sequence[Target], statistics: LayerStatistics, score: Tensor | None
+) -> list[Tensor]:
+    if score is None and fused.usable(weight, rules):
+        return fused.masks(weight, metric.expression, measured(statistics), rules)
+    score = score_weight(weight, metric, statistics) if score is None else score
+    return [select_mask(score, rule) for rule in rules]
 
 
 def _batches(weights: Sequence[Tensor]) -> list[list[int]]:
@@ -178,8 +203,13 @@ def _prune_blockwise(
 
 def layer_operands(weight: Tensor, statistics: LayerStatistics) -> dict[str, Tensor]:
     """The operands of one layer by name, those that were measured."""
-    measured = {name: getattr(statistics, name) for name in OPERANDS if name != "W"}
-    return {"W": weight.float()} | {name: value for name, value in measured.items() if value is not None}
+    return {"W": weight.float()} | measured(statistics)
+
+
+def measured(statistics: LayerStatistics) -> dict[str, Tensor]:
+    """The same without the weight."""
+    found = {name: getattr(statistics, name) for name in OPERANDS if name != "W"}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def sparsity(model: Model) -> float:

@@ -46,6 +46,10 @@ class Target:
     keep: int = 0
     group: int = 0
 
+    def removed(self, size: int) -> int:
+        """How many entries of a comparison group of that size go."""
+        return self.group - self.keep if self.group else int(size * self.sparsity)
+
     def with_granularity(self, granularity: Granularity) -> Target:
         """This sparsity in another comparison group (the magnitude baseline competes within the layer)."""
         return Target(self.text, granularity, self.sparsity)

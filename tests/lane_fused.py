@@ -1,0 +1,150 @@
+"""The pipeline on the kernels, in Triton's interpreter, against the pipeline without them; run by `test_kernels.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gpmetric.calibration.accumulators import LayerStatistics
+from gpmetric.calibration.collect import collect_statistics
+from gpmetric.errors import ExpressionError, MaskError
+from gpmetric.evaluation.windows import read_windows
+from gpmetric.evolution.evaluator import Evaluator
+from gpmetric.expression import parse
+from gpmetric.models import load_model
+from gpmetric.pruning import fused
+from gpmetric.pruning.bench import bench
+from gpmetric.pruning.mask import select_mask
+from gpmetric.pruning.metrics import resolve_metric
+from gpmetric.pruning.prune import measured, prune_weights
+from gpmetric.pruning.target import parse_target
+
+pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+
+TARGETS = [parse_target(text) for text in ("0.5", "2:4", "layer:0.6", "block:0.3", "8:16", "0")]
+
+
+class Immediate:
+    """In place of a thread: the interpreter runs one kernel at a time."""
+
+    def submit(self, run: Callable[[], object]) -> Future[object]:
+        done: Future[object] = Future()
+        done.set_result(run())
+        return done
+
+
+@pytest.fixture(autouse=True)
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(fused, "_compiler", Immediate())
+    fused._functions.clear()
+
+
+def sample(dtype: torch.dtype = torch.float32) -> tuple[Tensor, LayerStatistics]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 160, generator=generator).to(dtype)
+    inputs = torch.randn(300, 160, generator=generator)
+    gradients = torch.rand(5, 160, generator=generator)
+    gram = inputs.t() @ inputs / 300
+    return weight, LayerStatistics(gram.diagonal().sqrt(), G=gradients, H=gradients**2, gram=gram)
+
+
+@pytest.mark.parametrize(
+    ("metric", "update"),
+    [
+        ("wanda", "none"),
+        ("wanda", "obs"),
+        ("wanda", "obs-blockwise"),
+        ("magnitude", "none"),
+        ("block:abs(W)*G", "none"),
+        ("ria", "obs"),
+    ],
+)
+def test_pruned_as_without_kernels(metric: str, update: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, statistics = sample()
+    rule = resolve_metric(metric)
+    targets = TARGETS[:2] if update == "obs-blockwise" else TARGETS
+    found = prune_weights([weight], rule, targets, [statistics], update)
+    monkeypatch.setenv("GPMETRIC_KERNELS", "0")
+    assert not fused.usable(weight, TARGETS[:1])
+    expected = prune_weights([weight], rule, targets, [statistics], update)
+    for (one,), (other,) in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, _ = sample()
+    assert all(fused.usable(weight, [target]) for target in TARGETS)
+    assert not any(fused.usable(weight, [parse_target(text)]) for text in ("1:3", "16:32", "3:5"))
+    assert not fused.usable(weight.double(), TARGETS)
+    assert not fused.usable(weight[:, :159], [parse_target("2:4")])
+    assert not fused.usable(weight[:0], TARGETS)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert not fused.usable(weight, TARGETS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_keep_their_dtype_and_views_are_read(dtype: torch.dtype) -> None:
+    weight, statistics = sample(dtype)
+    stored = weight.t().contiguous()
+    pruned = fused.prune(stored.t(), parse("abs(W)*X"), measured(statistics), TARGETS)
+    kept = fused.masks(stored.t(), parse("abs(W)*X"), measured(statistics), TARGETS)
+    for target, one, mask in zip(TARGETS, pruned, kept, strict=True):
+        assert one.dtype == dtype
+        assert torch.equal(mask, select_mask(weight.float().abs() * statistics.X, target))
+        assert torch.equal(one, weight.masked_fill(~mask, 0))
+
+
+def test_bad_scores_and_operands() -> None:
+    weight, statistics = sample()
+    weight[2, 7], weight[3, 1] = torch.nan, torch.inf
+    for target in TARGETS:
+        with pytest.raises(MaskError, match=r"^2 of 800 scores are NaN or infinite$"):
+            fused.prune(weight, parse("abs(W)*X"), measured(statistics), [TARGETS[0], target])
+    with pytest.raises(MaskError, match="2 of 800 scores"):
+        select_mask(weight, TARGETS[0])
+    with pytest.raises(ExpressionError, match="needs the operand D"):
+        fused.prune(weight, parse("abs(W)*D"), {}, TARGETS)
+
+
+def test_formulas_compiled_together_prune_as_alone() -> None:
+    weight, statistics = sample()
+    operands = measured(statistics)
+    formulas = [parse(text) for text in ("abs(W)*X", "W*W*G/rowsum(G)", "log(abs(W))*X")]
+    alone = [fused.prune(weight, formula, operands, TARGETS) for formula in formulas]
+    fused._functions.clear()
+    fused.compile_together(formulas, [(weight, operands)], TARGETS, bits=False)
+    assert [fused._find(formula)[1] for formula in formulas] == [0, 1, 2]
+    for formula, expected in zip(formulas, alone, strict=True):
+        found = fused.prune(weight, formula, operands, TARGETS)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_a_probe_compiles_what_the_next_rung_prunes_by(tiny_llama: Path, tiny_text: Path) -> None:
+    model = load_model(str(tiny_llama), device="cpu", include="layers.0.self_attn.(q|k)_proj")
+    tokens = read_windows(model, str(tiny_text), 32, 2).tokens
+    statistics = collect_statistics(model, tokens, gram=True)
+    evaluator = Evaluator(model, statistics, {"calibration": tokens, "search": tokens}, ["2:4"], "none")
+    metrics = ["abs(W)*X", "W*W*X", "W/X"]
+    (first, *_) = evaluator({"kind": "probe", "metrics": metrics})
+    assert first["error"] is None
+    assert [fused._functions[parse(metric)][1] for metric in metrics] == [0, 1, 2]
+    figures = evaluator({"kind": "excess", "metric": metrics[1], "first": 0, "last": 1})
+    fused._functions.clear()
+    again = evaluator({"kind": "excess", "metric": metrics[1], "first": 0, "last": 1})
+    assert figures == again
+
+
+def test_bench_on_the_kernels(tiny_gpt2: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"model": str(tiny_gpt2), "calibration": str(tiny_text), "text": [str(tiny_text)], "samples": 2}
+    options |= {"sequence_length": 16, "windows": 2, "target": ["2:4"], "metric": ["wanda"], "device": "cpu"}
+    options["include"] = "h.0.attn"
+    found = bench(**options)["results"][0]
+    monkeypatch.setenv("GPMETRIC_KERNELS", "0")
+    expected = bench(**options)["results"][0]
+    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
