@@ -292,7 +292,7 @@ def bench(
 @app.command()
 def export(
     formula: Annotated[str, typer.Argument(metavar="FORMULA|LEDGER", help="A formula, a metric's name, or a ledger.")],
-    format: Annotated[str, typer.Option("--format", help="python, latex, sympy or json.")] = "python",
+    format: Annotated[str, typer.Option("--format", help="python, triton, latex, sympy or json.")] = "python",
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="File to write.")] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",

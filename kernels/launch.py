@@ -106,25 +106,25 @@ def on(weight: Tensor) -> AbstractContextManager[object]:
 
 @triton.jit
 def from_matrix(pointer, place):
-    """What [out, in] has at a place (row, column, row * in + column, inside), in fp32."""
+    """What an operand [out, in] has at a place (row, column, row * in + column, inside), in fp32."""
     return tl.load(pointer + place[2], mask=place[3], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def from_column(pointer, place):
-    """The same of [in]."""
+    """What an operand [in] has at a place, in fp32."""
     return tl.load(pointer + place[1], mask=place[3], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def from_row(pointer, place):
-    """The same of [out]."""
+    """What an operand [out] has at a place, in fp32."""
     return tl.load(pointer + place[0] + place[1] * 0, mask=place[3], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def from_number(pointer, place):
-    """The same of [1]."""
+    """What an operand [1] has, in fp32."""
     return tl.load(pointer + place[1] * 0, mask=place[3], other=0.0).to(tl.float32)
 
 

@@ -10,9 +10,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "EXP_LIMIT",
     "LAST",
-    "TINY",
     "key",
     "number",
     "op_div",
@@ -28,8 +26,8 @@ __all__ = [
     "op_zsn",
 ]
 
-TINY = tl.constexpr(1e-30)  # smallest size of a divisor
-EXP_LIMIT = tl.constexpr(80.0)  # beyond it exp stays what it is there
+_TINY = tl.constexpr(1e-30)  # smallest size of a divisor
+_EXP_LIMIT = tl.constexpr(80.0)  # beyond it exp stays what it is there
 LAST = tl.constexpr(0x7FFFFFFF)  # a key above all others, for NaN
 
 
@@ -54,14 +52,14 @@ def op_sqrt(x):
 
 @triton.jit
 def op_log(x):
-    """Natural logarithm of |x| + TINY."""
-    return tl.log(tl.abs(x) + TINY)
+    """Natural logarithm of |x| + _TINY."""
+    return tl.log(tl.abs(x) + _TINY)
 
 
 @triton.jit
 def op_exp(x):
-    """Exponential of min(x, EXP_LIMIT); NaN stays NaN."""
-    return tl.exp(tl.where(x > EXP_LIMIT, EXP_LIMIT, x))
+    """Exponential of min(x, _EXP_LIMIT); NaN stays NaN."""
+    return tl.exp(tl.where(x > _EXP_LIMIT, _EXP_LIMIT, x))
 
 
 @triton.jit
@@ -77,8 +75,8 @@ def op_tanh(x):
 
 @triton.jit
 def op_div(a, b):
-    """a / b, with b replaced by TINY where |b| < TINY."""
-    return tl.div_rn(a, tl.where(tl.abs(b) < TINY, TINY, b))
+    """a / b, with b replaced by _TINY where |b| < _TINY."""
+    return tl.div_rn(a, tl.where(tl.abs(b) < _TINY, _TINY, b))
 
 
 @triton.jit
@@ -101,9 +99,9 @@ def op_min(a, b):
 
 @triton.jit
 def op_pow(a, b):
-    """|a|**b, keeping the sign of a where b is an odd integer; |a| is at least TINY where b < 0."""
+    """|a|**b, keeping the sign of a where b is an odd integer; |a| is at least _TINY where b < 0."""
     size = tl.abs(a)
-    size = tl.where((b < 0) & (size < TINY), TINY, size)
+    size = tl.where((b < 0) & (size < _TINY), _TINY, size)
     power = tl.exp2(b * tl.log2(size))
     power = tl.where((b == 0) | (size == 1), 1.0, power)
     odd = b - 2.0 * tl.floor(b * 0.5) == 1.0

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
 import random
 import subprocess
 import sys
 import textwrap
+from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sympy
 import torch
 
 from gpmetric.errors import GpmetricError, InputError
-from gpmetric.export import FORMATS, export_expression, python
+from gpmetric.export import FORMATS, export_expression, python, triton_file
 from gpmetric.export.latex import to_latex
 from gpmetric.export.loading import load_module
 from gpmetric.export.python import python_source, write_python
@@ -203,12 +208,12 @@ def test_sympy_text_is_a_sympy_expression() -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_replaces_its_file_and_leaves_nothing_else(name: str, tmp_path: Path) -> None:
     target = tmp_path / "out.txt"
-    target.write_text("before")
+    target.write_text("the old file")
     FORMATS[name](parse(RIA), target, "0.1")
     text = target.read_text()
     assert text.isascii()
     assert text.endswith("\n")
-    assert "before" not in text
+    assert "the old file" not in text
     assert [path.name for path in tmp_path.iterdir()] == ["out.txt"]
     if name == "json":
         assert json.loads(text)["canonical"] == str(canonical(parse(RIA)))
@@ -228,5 +233,88 @@ def test_export_expression_returns_the_record(tmp_path: Path) -> None:
     target = tmp_path / "metric.tex"
     record = export_expression(parse("abs(W)*X"), "latex", target, "0.1")
     assert (record["format"], record["output"], record["canonical"]) == ("latex", str(target), "abs(W)*X")
-    with pytest.raises(InputError, match="format must be one of python latex sympy json, but got 'pdf'"):
+    with pytest.raises(InputError, match="format must be one of python triton latex sympy json, but got 'pdf'"):
         export_expression(parse("W"), "pdf", target, "0.1")
+
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is for Linux")
+
+
+@pytest.mark.parametrize("formula", ["abs(W)*X", "zsn(W*G)*tanh(H)/rowsum(F)", "mms(colnorm(W))*W**D"])
+@pytest.mark.parametrize("group", COMPARISON)
+def test_a_triton_file_imports_torch_and_triton_only(formula: str, group: str) -> None:
+    source = triton_file.triton_source(parse(formula), "0.1", group)
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    roots = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+    roots |= {str(node.module) for node in imports if isinstance(node, ast.ImportFrom)}
+    roots = {name.partition(".")[0] for name in roots} - sys.stdlib_module_names
+    assert roots == {"torch", "triton"}
+
+
+@pytest.mark.parametrize("group", COMPARISON)
+def test_a_triton_file_is_well_formatted(group: str, tmp_path: Path) -> None:
+    """No name is missing or unused, and a linter finds nothing to do."""
+    path = tmp_path / "metric.py"
+    path.write_text(triton_file.triton_source(parse("W*W*G/rowsum(G)"), "0.1", group), encoding="utf-8")
+    options = ["--isolated", "--line-length", "120", "--no-cache"]
+    for command in (["check", "--select", "E,F,I,W"], ["format", "--check"]):
+        run = subprocess.run([sys.executable, "-m", "ruff", *command, *options, path], capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout
+
+
+def test_no_name_is_in_two_kernel_files() -> None:
+    """Their definitions come into one file; the plain references do not."""
+    seen: Counter[str] = Counter()
+    for path in (Path(__file__).parents[1] / "kernels").glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            seen.update(set(triton_file._defined(node)))
+    assert not [name for name, count in seen.items() if count > 1]
+
+
+@needs_triton
+def test_a_triton_file_checks_itself(tmp_path: Path) -> None:
+    export_expression(parse("W*W*G/rowsum(G)"), "triton", tmp_path / "metric.py", "0")
+    (tmp_path / "torch_only").mkdir()
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "../metric.py"],
+        cwd=tmp_path / "torch_only",
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout == "19584 weights compared\n"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("tl.abs(v1)", "v1"),
+        ("tl.minimum(removed, valid)", "tl.minimum(removed - 1, valid)"),
+        ("rank >= REMOVED", "rank > REMOVED"),
+    ],
+)
+def test_a_triton_file_that_differs_is_not_kept(
+    right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = triton_file.triton_source
+
+    def broken(*arguments: Any) -> str:
+        text = source(*arguments)
+        assert right in text
+        return text.replace(right, wrong)
+
+    monkeypatch.setattr(triton_file, "triton_source", broken)
+    (tmp_path / "metric.py").write_text("before")
+    with pytest.raises(GpmetricError, match="the exported kernels differ from the formula; nothing written: "):
+        export_expression(parse("abs(W)*X"), "triton", tmp_path / "metric.py", "0")
+    assert [path.name for path in tmp_path.iterdir()] == ["metric.py"]
+    assert (tmp_path / "metric.py").read_text() == "before"
+
+
+def test_a_triton_file_needs_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_file, "find_spec", lambda name: None)
+    with pytest.raises(GpmetricError, match="the format triton needs Triton"):
+        export_expression(parse("abs(W)*X"), "triton", tmp_path / "metric.py", "0")
+    assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ from gpmetric.errors import InputError
 from gpmetric.export.latex import to_latex
 from gpmetric.export.python import write_python
 from gpmetric.export.text import COMPARISON, to_json, to_sympy_text
+from gpmetric.export.triton_file import write_triton
 from gpmetric.expression import Expression
 from gpmetric.provenance import write_text
 
@@ -39,6 +40,7 @@ def _write_json(expression: Expression, path: str | Path, version: str, group: s
 
 FORMATS: dict[str, Callable[[Expression, str | Path, str, str], None]] = {
     "python": write_python,
+    "triton": write_triton,
     "latex": _write_latex,
     "sympy": _write_sympy,
     "json": _write_json,

@@ -27,7 +27,7 @@ from gpmetric.expression.tree import Expression, Tokens, arity
 from gpmetric.operands import OPERANDS
 from gpmetric.provenance import write_text
 
-__all__ = ["python_source", "write_python"]
+__all__ = ["escaped", "operand_lines", "python_source", "torch_functions", "write_python"]
 
 _INFIX = ("neg", "add", "sub", "mul")  # written with Python's operator, which is what their function does
 _WIDTH = 72  # a part longer than this becomes a line of its own
@@ -46,10 +46,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-{constants}{functions}
+{functions}'''
 
-@torch.no_grad()
-def score(
+_FUNCTION = '''@torch.no_grad()
+def {name}(
     W: Tensor,
     X: Tensor | None = None,
     G: Tensor | None = None,
@@ -64,7 +64,6 @@ def score(
     """
 {body}
 '''
-
 
 _USAGE_ROWS = """Usage, removing the lower half of every row of a torch.nn.Linear:
 
@@ -94,23 +93,34 @@ _USAGE = {
 
 def python_source(expression: Expression, version: str, group: str = "row") -> str:
     """Text of the module, ASCII; see `write_python` for the checked file."""
-    functions = list(_functions(expression))
-    names = {name for function in functions for name in function.__code__.co_names}
-    constants = [f"{name} = {getattr(torch_forms, name)!r}" for name in ("TINY", "EXP_LIMIT") if name in names]
-    rows = [OPERANDS[name] for name in expression.operands]
     return _MODULE.format(
-        formula=_escaped(str(expression)),
-        version=_escaped(version),
+        formula=escaped(str(expression)),
+        version=escaped(version),
         digest=hashlib.sha256(str(canonical(expression)).encode()).hexdigest(),
-        operands="".join(f"\n    {row.name} [{row.axes.replace(',', ', ')}]: {_escaped(row.meaning)}" for row in rows),
+        operands=operand_lines(expression),
         comparison=f"{COMPARISON[group]}\n" if group != "row" else "",
         usage=_USAGE[group].format(
-            call=", ".join(["linear.weight", *(f"{row.name}={row.name}" for row in rows if row.name != "W")])
+            call=", ".join(["linear.weight", *(f"{name}={name}" for name in expression.operands if name != "W")])
         ),
-        constants="".join(f"\n{line}" for line in ["", *constants]) + "\n" if constants else "",
-        functions="".join(f"\n\n{inspect.getsource(function).rstrip()}\n" for function in functions),
-        body="\n".join(f"    {line}" for line in _body(expression)),
+        functions=torch_functions(expression, "score"),
     )
+
+
+def torch_functions(expression: Expression, name: str) -> str:
+    """Text of a function of that name that gives the score, after the constants and functions that it uses."""
+    functions = list(_functions(expression))
+    names = {used for function in functions for used in function.__code__.co_names}
+    constants = [f"{used} = {getattr(torch_forms, used)!r}\n" for used in ("TINY", "EXP_LIMIT") if used in names]
+    body = "\n".join(f"    {line}" for line in _body(expression))
+    parts = ["\n" + "".join(constants)] if constants else [""]
+    parts += [f"{inspect.getsource(function).rstrip()}\n" for function in functions]
+    return "\n\n".join([*parts, _FUNCTION.format(name=name, body=body)])
+
+
+def operand_lines(expression: Expression) -> str:
+    """A docstring's lines on the operands of a formula."""
+    rows = [OPERANDS[name] for name in expression.operands]
+    return "".join(f"\n    {row.name} [{row.axes.replace(',', ', ')}]: {escaped(row.meaning)}" for row in rows)
 
 
 def write_python(expression: Expression, path: str | Path, version: str, group: str = "row") -> None:
@@ -123,7 +133,7 @@ def write_python(expression: Expression, path: str | Path, version: str, group: 
     write_text(Path(path), source, lambda written: _verify(expression, written))
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """ASCII that neither ends nor escapes out of a docstring."""
     return text.encode("unicode_escape").decode("ascii").replace("\\", "\\\\").replace('"', "'")
 

@@ -107,10 +107,9 @@ class _Writer:
                     self._reduced[subtree] = [_read(field, used[field] + index) for index in range(count)]
                     used[field] += count
             steps.append(tuple(found[subtree] for subtree in needed))
-        layout = (
-            f"LAYOUT = Layout({tuple(matrices)!r}, {tuple(columns)!r}, {used['rows']}, "
-            f"{used['columns'] - len(columns)}, {used['numbers']}, {tuple(steps)!r})\n"
-        )
+        sizes = (used["rows"], used["columns"] - len(columns), used["numbers"])
+        fields = ", ".join(map(repr, (tuple(matrices), tuple(columns), *sizes, tuple(steps))))
+        layout = f"LAYOUT = Layout({fields})\n".replace("'", '"')
         scores = [self._body(expression.tokens) for expression in expressions]
         self.text = f"{_function('score', scores)}\n\n{_function('part', parts or [['return w']])}\n\n{layout}"
 
