@@ -6,6 +6,7 @@ is to read them at, and the number of the formula where it holds several. It giv
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -15,12 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 __all__ = [
+    "Layout",
     "Operands",
     "check",
     "from_column",
     "from_matrix",
     "from_number",
     "from_row",
+    "gathered",
     "on",
     "outputs",
     "pieces",
@@ -45,6 +48,60 @@ class Operands(NamedTuple):
     rows: tuple[Tensor, ...] = ()
     numbers: tuple[Tensor, ...] = ()
     which: int = 0
+
+
+class Layout(NamedTuple):
+    """Which operands some formulas need, and which reductions are computed before a score (`reduce.prepare`).
+
+    Attributes:
+        matrices, columns: names of those operands, in their order among `Operands`.
+        rows, sums, numbers: how many vectors [out] and [in] and numbers the reductions result in; the vectors [in]
+            follow the columns.
+        part: a score whose formulas are what the reductions go over, squared already for a norm.
+        steps: for each formula, in order, (`which` of the part, reduction, place among the rows, the columns or the
+            numbers); the first place where a reduction has several results.
+    """
+
+    matrices: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    rows: int = 0
+    sums: int = 0
+    numbers: int = 0
+    part: triton.JITFunction | None = None
+    steps: tuple[tuple[tuple[int, str, int], ...], ...] = ()
+
+
+def gathered(weight: Tensor, named: Mapping[str, Tensor | None], layout: Layout) -> Operands:
+    """The operands of a score; what its reductions result in is made, but not computed.
+
+    Args:
+        weight: [out, in].
+        named: operands by name, of any float dtype, those that the layout names at least.
+        layout: of the formulas.
+
+    Raises:
+        ValueError: an operand is missing or has another shape.
+    """
+
+    def given(name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = named.get(name)
+        if tensor is None:
+            raise ValueError(f"this metric needs the operand {name}, {list(shape)}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"operand {name} must be {list(shape)} to go with W, but got {list(tensor.shape)}")
+        kept = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        return tensor.detach().to(weight.device, None if kept else torch.float32).contiguous()
+
+    def empty(count: int, size: int) -> tuple[Tensor, ...]:
+        return torch.empty(count, size, dtype=torch.float32, device=weight.device).unbind()
+
+    height, width = weight.shape
+    return Operands(
+        tuple(given(name, (height, width)) for name in layout.matrices),
+        tuple(given(name, (width,)) for name in layout.columns) + empty(layout.sums, width),
+        empty(layout.rows, height),
+        empty(layout.numbers, 1),
+    )
 
 
 def outputs(

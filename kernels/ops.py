@@ -1,7 +1,7 @@
 """The primitives of the formula language in Triton, fp32 in and out, guarded as `gpmetric.expression.primitives` says.
 
-Square roots and quotients are rounded as IEEE 754 wants and no product is fused with a sum, so that formulas of these
-are bit-equal to torch's. `exp`, `log`, `tanh` and `pow` rest on the hardware's approximations.
+Square roots and quotients are rounded as IEEE 754 wants, which torch's square root on a CPU is not always, and no
+product is fused with a sum. `exp`, `log`, `tanh` and `pow` rest on the hardware's approximations.
 """
 
 from __future__ import annotations

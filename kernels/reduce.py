@@ -9,16 +9,15 @@ is taken in an order that depends on the shape only, so that a second run gives 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpmetric.kernels.launch import Operands, check, on, scored
+from gpmetric.kernels.launch import Layout, Operands, check, gathered, on, scored
 
-__all__ = ["Layout", "column_sums", "extremes", "moments", "prepare", "row_sums"]
+__all__ = ["column_sums", "extremes", "moments", "prepare", "row_sums"]
 
 _COLUMNS = 1024  # of a row at once
 _SPLITS = 64  # parts that the rows of a column sum are cut into
@@ -128,61 +127,15 @@ def moments(
     return low, high, mean, reach, (squares.double().sum() / weight.numel()).sqrt().float().view(1)
 
 
-class Layout(NamedTuple):
-    """Which operands some formulas need, and which reductions are computed before a score.
-
-    Attributes:
-        matrices, columns: names of those operands, in their order among `Operands`.
-        rows, sums, numbers: how many vectors [out] and [in] and numbers the reductions result in; the vectors [in]
-            follow the columns.
-        steps: for each formula, in order, (`which` of the part, reduction, place among the rows, the columns or the
-            numbers); the first place where a reduction has several results.
-    """
-
-    matrices: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
-    rows: int = 0
-    sums: int = 0
-    numbers: int = 0
-    steps: tuple[tuple[tuple[int, str, int], ...], ...] = ((),)
-
-
-def prepare(
-    weight: Tensor, named: Mapping[str, Tensor | None], layout: Layout, part: triton.JITFunction, which: int = 0
-) -> Operands:
-    """The operands of one formula's score, with the results of its reductions among them.
-
-    Args:
-        weight: [out, in].
-        named: operands by name, of any float dtype, those that the layout names at least.
-        layout: of the formulas.
-        part: a score whose formulas are what the reductions go over, squared already for a norm.
-        which: the number of the formula.
+def prepare(weight: Tensor, named: Mapping[str, Tensor | None], layout: Layout, which: int = 0) -> Operands:
+    """`gathered` operands, with the results of the formula's reductions among them.
 
     Raises:
         ValueError: an operand is missing or has another shape.
     """
-
-    def given(name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = named.get(name)
-        if tensor is None:
-            raise ValueError(f"this metric needs the operand {name}, {list(shape)}")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"operand {name} must be {list(shape)} to go with W, but got {list(tensor.shape)}")
-        kept = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        return tensor.detach().to(weight.device, None if kept else torch.float32).contiguous()
-
-    def empty(count: int, size: int) -> tuple[Tensor, ...]:
-        return torch.empty(count, size, dtype=torch.float32, device=weight.device).unbind()
-
-    height, width = weight.shape
-    operands = Operands(
-        tuple(given(name, (height, width)) for name in layout.matrices),
-        tuple(given(name, (width,)) for name in layout.columns) + empty(layout.sums, width),
-        empty(layout.rows, height),
-        empty(layout.numbers, 1),
-    )
-    for number, reduction, place in layout.steps[which]:
+    operands = gathered(weight, named, layout)
+    part = layout.part
+    for number, reduction, place in layout.steps[which] if layout.steps else ():
         one = operands._replace(which=number)
         if reduction in ("rowsum", "rownorm"):
             sums = row_sums(weight, part, one)

@@ -1,6 +1,7 @@
 """Kernels compiled for sm_80 and sm_90 without a GPU, within budgets; `test_kernels.py` runs this file on its own.
 
-Registers and stack are read off the cubin by the cuobjdump that ships with Triton.
+Registers and stack are read off the cubin by the cuobjdump that ships with Triton; what spills is on the stack. Where
+formulas are compiled, the variants of a kernel (dtypes, mask bits, 32 or 64 bits, odd widths) take turns.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import random
 import re
 import subprocess
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import triton
@@ -28,109 +31,211 @@ pytestmark = pytest.mark.aot
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TARGETS = [80, 90]
-RANDOM = 20
+ALONE = 11  # random formulas on their own
+TOGETHER = 8  # random formulas of one score
+DTYPES = ["bf16", "fp16", "fp32"]
+WANDA = launch.Layout(columns=("X",))
+TYPES = {  # what is no operand, as the launchers give it
+    **dict.fromkeys(("which", "n_in", "n_out", "removed", "count", "room", "share", "low", "high"), "i32"),
+    **dict.fromkeys(("threshold", "ties"), "i32"),
+    "total": "i64",
+    **dict.fromkeys(("BAD", "PLACES", "COUNTS", "BEFORE"), "*i64"),
+    **dict.fromkeys(("KEYS", "FOUND", "TIES"), "*i32"),
+    **dict.fromkeys(("SUM", "LOW", "HIGH", "PART", "mean", "reach"), "*fp32"),
+}
+SIZES = ("n_in", "n_out", "total", "count", "share")  # compiled anew where 16 divides them, or where they are 1
+
+counted: Counter[tuple[str, int]] = Counter()  # (kernel, capability) -> compilations
+seen: set[str] = set()
 
 
-def compiled(kernel: Any, types: dict[str, Any], constants: dict[str, Any], capability: int, warps: int, path: Path):
-    """(registers, bytes of stack, bytes of shared memory) of a kernel."""
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+class Usage(NamedTuple):
+    """Registers of a thread, and bytes of stack of a thread and of shared memory of a program."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_compiled_before(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An empty cache: a kernel found in one would not be compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("TRITON_ALWAYS_COMPILE", raising=False)
+        yield
+
+
+def types_of(layout: launch.Layout, weight: str = "bf16", matrix: str = "bf16") -> dict[str, Any]:
+    """The signature of a kernel with the operands of some formulas; vectors are fp32."""
+    return TYPES | {
+        "W": f"*{weight}",
+        "OUT": f"*{weight}",
+        "matrices": (f"*{matrix}",) * len(layout.matrices),
+        "columns": ("*fp32",) * (len(layout.columns) + layout.sums),
+        "rows": ("*fp32",) * layout.rows,
+        "numbers": ("*fp32",) * layout.numbers,
+    }
+
+
+def compiled(
+    kernel: Any,
+    types: dict[str, Any],
+    constants: dict[str, Any],
+    warps: int,
+    capability: int,
+    path: Path,
+    odd: bool = False,
+) -> Usage:
+    """What a compiled kernel takes, its pointers divisible by 16, its sizes too unless `odd`."""
+    if constants.get("BITS"):
+        types = types | {"OUT": "*u8"}
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     aligned: dict[tuple[int, ...], list[list[object]]] = {}
-    for place, kind in enumerate(signature.values()):
-        inner = [(place, index) for index in range(len(kind))] if isinstance(kind, tuple) else []
-        whole = [(place,)] if not isinstance(kind, tuple) and kind.startswith("*") else []
-        aligned |= {spot: [["tt.divisibility", 16]] for spot in inner + whole}
-    if "n_in" in signature:
-        aligned[(list(signature).index("n_in"),)] = [["tt.divisibility", 16]]
+    for place, (name, kind) in enumerate(signature.items()):
+        if isinstance(kind, tuple):
+            spots = [(place, index) for index in range(len(kind)) if name != "numbers"]
+        else:
+            spots = [(place,)] if kind.startswith("*") or (kind != "constexpr" and name in SIZES and not odd) else []
+        aligned |= {spot: [["tt.divisibility", 16]] for spot in spots}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": warps, "enable_fp_fusion": False}
     built = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert f".target sm_{capability}" in built.asm["ptx"]
+    assert built.metadata.hash not in seen, "compiled before: what a test asks for twice tells nothing"
+    seen.add(built.metadata.hash)
+    counted[kernel.fn.__name__, capability] += 1
     cubin = path / "kernel.cubin"
     cubin.write_bytes(built.asm["cubin"])
     usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True)
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage.stdout + usage.stderr)}
-    return found["REG"], found["STACK"], built.metadata.shared
+    return Usage(found["REG"], found["STACK"], built.metadata.shared)
 
 
-def types_of(layout: reduce.Layout) -> dict[str, Any]:
-    """Signature of the operands of a formula: bf16 matrices, fp32 vectors."""
-    return {
-        "W": "*bf16",
-        "OUT": "*bf16",
-        "BAD": "*i64",
-        "matrices": ("*bf16",) * len(layout.matrices),
-        "columns": ("*fp32",) * (len(layout.columns) + layout.sums),
-        "rows": ("*fp32",) * layout.rows,
-        "numbers": ("*fp32",) * layout.numbers,
-        "which": "i32",
-        "n_in": "i32",
-    }
+def within(usage: Usage, registers: int = 168, stack: int = 32, shared: int = 16 * 1024) -> None:
+    """Every budget at once; by default what leaves room for three programs of four warps on a multiprocessor."""
+    budget = Usage(registers, stack, shared)
+    assert all(taken <= most for taken, most in zip(usage, budget, strict=True)), f"{usage} exceeds {budget}"
 
 
 def random_formulas() -> list[str]:
     variation = Variation(tuple(OPERANDS), tuple(PRIMITIVES), 20, random.Random(0))
-    return [str(variation.random_expression()) for _ in range(RANDOM)]
+    return [str(variation.random_expression()) for _ in range(ALONE + TOGETHER)]
 
 
 BASELINE_FORMULAS = [str(resolve_metric(name, 128, 2048).expression) for name in BASELINES]
+FORMULAS = [*BASELINE_FORMULAS, *random_formulas()[:ALONE]]
 
 
 @pytest.mark.parametrize("capability", TARGETS)
-@pytest.mark.parametrize("width", [1024, 4096, 8192, 11008, 28672])
-@pytest.mark.parametrize("gradients", [False, True])
-def test_rows_stay_in_registers(width: int, gradients: bool, capability: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("width", "formula", "bits"),
+    [(width, formula, False) for width in (1024, 4096, 8192, 11008) for formula in ("abs(W)*X", "W*W*G")]
+    + [(8192, "W*W*G", True), (11008, "abs(W)*X", True), (28672, "W*W*G", False)],
+)
+def test_rows_stay_in_registers(width: int, formula: str, bits: bool, capability: int, tmp_path: Path) -> None:
     """With and without gradients, at the widths of Llama-2-7B and 70B; 28,672 columns may spill a little."""
-    formula = "W*W*G" if gradients else "abs(W)*X"
     functions = load_functions([parse(formula)], tmp_path)
     block, chunks, warps = rows._plan(width)
-    types = types_of(functions.LAYOUT) | {"removed": "i32"}
-    constants = {"SCORE": functions.score, "BITS": False, "BLOCK": block, "CHUNKS": chunks}
-    registers, stack, shared = compiled(rows._prune_rows, types, constants, capability, warps, tmp_path)
-    assert registers * warps * 32 <= 65536
-    assert stack <= (128 if width > 16384 else 32)
-    assert shared <= 48 * 1024
+    constants = {"SCORE": functions.score, "BITS": bits, "BLOCK": block, "CHUNKS": chunks}
+    usage = compiled(rows._prune_rows, types_of(functions.LAYOUT), constants, warps, capability, tmp_path)
+    within(usage, 65536 // (32 * warps), 128 if width > 16384 else 0, 1024)
 
 
 @pytest.mark.parametrize("capability", TARGETS)
-@pytest.mark.parametrize(("keep", "group"), [(2, 4), (4, 8), (8, 16)])
-@pytest.mark.parametrize("formula", ["abs(W)*X", "W*W*G"])
-def test_patterns_take_few_registers(formula: str, keep: int, group: int, capability: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("keep", "group"), [(1, 2), (2, 4), (4, 8), (8, 16)])
+@pytest.mark.parametrize(("formula", "bits"), [("abs(W)*X", False), ("W*W*G", True)])
+def test_patterns_take_few_registers(
+    formula: str, bits: bool, keep: int, group: int, capability: int, tmp_path: Path
+) -> None:
     functions = load_functions([parse(formula)], tmp_path)
-    constants = {"SCORE": functions.score, "BITS": False, "REMOVED": group - keep, "GROUP": group, "BLOCK": 2048}
-    types = types_of(functions.LAYOUT)
-    registers, stack, shared = compiled(pattern._prune_pattern, types, constants, capability, 4, tmp_path)
-    assert registers <= 64
-    assert stack <= (32 if group == 16 else 0)
-    assert shared <= 2048
+    constants = {"SCORE": functions.score, "BITS": bits, "REMOVED": group - keep, "GROUP": group, "BLOCK": 2048}
+    usage = compiled(pattern._prune_pattern, types_of(functions.LAYOUT), constants, 4, capability, tmp_path)
+    within(usage, 64, 32 if group == 16 else 0, 4096)
 
 
 @pytest.mark.parametrize("capability", TARGETS)
-@pytest.mark.parametrize("formula", [*BASELINE_FORMULAS, *random_formulas()])
-def test_formulas_compile_into_every_kernel(formula: str, capability: int, tmp_path: Path) -> None:
-    functions = load_functions([parse(formula)], tmp_path)
-    types = types_of(functions.LAYOUT)
-    constants = {"SCORE": functions.score, "BITS": False, "BLOCK": 4096, "CHUNKS": 1}
-    registers, stack, _ = compiled(rows._prune_rows, types | {"removed": "i32"}, constants, capability, 8, tmp_path)
-    assert registers <= 255
-    assert stack <= 64
-    constants = {"SCORE": functions.score, "BITS": False, "REMOVED": 2, "GROUP": 4, "BLOCK": 2048}
-    compiled(pattern._prune_pattern, types, constants, capability, 4, tmp_path)
-    scalars = {"total": "i64", "threshold": "i32", "ties": "i32"}
-    constants = {"SCORE": functions.score, "BITS": False, "RANKED": True, "TILE": 2048}
-    compiled(layer._apply, types | scalars | {"BEFORE": "*i64"}, constants, capability, 4, tmp_path)
+@pytest.mark.parametrize("number", range(len(FORMULAS)), ids=FORMULAS)
+def test_formulas_compile_into_every_kernel(number: int, capability: int, tmp_path: Path) -> None:
+    functions = load_functions([parse(FORMULAS[number])], tmp_path)
+    types = types_of(functions.LAYOUT, DTYPES[number % 3], DTYPES[number % 2 * 2])
+    types["total"] = ("i64", "i32")[number // 4 % 2]
+    bits, odd, group = number % 4 == 1, number % 4 == 2, (4, 2, 8)[number % 3]
+
+    constants = {"SCORE": functions.score, "BITS": bits, "BLOCK": 4096, "CHUNKS": 1}
+    within(compiled(rows._prune_rows, types, constants, 8, capability, tmp_path, odd))
+    constants = {"SCORE": functions.score, "BITS": not bits, "REMOVED": group // 2, "GROUP": group, "BLOCK": 2048}
+    within(compiled(pattern._prune_pattern, types, constants, 4, capability, tmp_path, odd))
+    constants = {"SCORE": functions.score, "BITS": bits, "RANKED": number % 5 > 1, "TILE": 2048}
+    within(compiled(layer._apply, types, constants, 4, capability, tmp_path, odd))
 
 
 @pytest.mark.parametrize("capability", TARGETS)
-def test_the_other_kernels_compile(capability: int, tmp_path: Path) -> None:
-    types = {"W": "*bf16", "matrices": (), "columns": ("*fp32",), "rows": (), "numbers": (), "n_in": "i32"}
-    types |= {"which": "i32"}
-    types |= {"total": "i64", "count": "i32", "room": "i32", "low": "i32", "high": "i32", "threshold": "i32"}
-    types |= {"KEYS": "*i32", "PLACES": "*i64", "FOUND": "*i32", "COUNTS": "*i64", "TIES": "*i32"}
-    types |= {"SUM": "*fp32", "LOW": "*fp32", "HIGH": "*fp32", "PART": "*fp32", "mean": "*fp32", "reach": "*fp32"}
-    types |= {"n_out": "i32", "share": "i32"}
-    for kernel in (layer._sample, layer._gather, layer._count_ties):
-        compiled(kernel, types, {"SCORE": launch.wanda, "TILE": 2048}, capability, 4, tmp_path)
+def test_formulas_together(capability: int, tmp_path: Path) -> None:
+    """As many as share a compilation, in every kind of kernel that computes a score or a part of one; rows, which
+    stay in registers, spill nothing."""
+    functions = load_functions([parse(formula) for formula in random_formulas()[ALONE:]], tmp_path)
+    types, score, part = types_of(functions.LAYOUT), {"SCORE": functions.score}, {"SCORE": functions.part}
+    assert len({which for steps in functions.LAYOUT.steps for which, _, _ in steps}) > 1
+    for kernel, warps, constants in [
+        (rows._prune_rows, 8, score | {"BITS": True, "BLOCK": 4096, "CHUNKS": 1}),
+        (pattern._prune_pattern, 4, score | {"BITS": True, "REMOVED": 2, "GROUP": 4, "BLOCK": 2048}),
+        (layer._gather, 4, score | {"TILE": 2048}),
+        (layer._apply, 4, score | {"BITS": True, "RANKED": True, "TILE": 2048}),
+        (reduce._reduce_rows, 4, part | {"SQUARES": False, "BLOCK": 1024}),
+        (reduce._reduce_rows, 4, part | {"SQUARES": True, "BLOCK": 1024}),
+        (reduce._sum_columns, 4, part | {"BLOCK": 256}),
+    ]:
+        usage = compiled(kernel, types, constants, warps, capability, tmp_path)
+        within(usage, stack=0 if kernel is rows._prune_rows else 32)
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("total", ["i32", "i64"])
+def test_passes_over_a_layer(total: str, capability: int, tmp_path: Path) -> None:
+    types = types_of(WANDA, {"i32": "fp32", "i64": "bf16"}[total]) | {"total": total}
+    constants = {"SCORE": launch.wanda, "TILE": 2048}
+    kernels = [layer._gather, layer._count_ties] + ([layer._sample] if total == "i64" else [])
+    for kernel in kernels:
+        within(compiled(kernel, types, constants, 4, capability, tmp_path))
+    for ranked in (False, True):
+        usage = compiled(layer._apply, types, constants | {"BITS": False, "RANKED": ranked}, 4, capability, tmp_path)
+        within(usage)
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+def test_reductions(capability: int, tmp_path: Path) -> None:
     for squares in (False, True):
         constants = {"SCORE": launch.wanda, "SQUARES": squares, "BLOCK": 1024}
-        compiled(reduce._reduce_rows, types, constants, capability, 4, tmp_path)
-    compiled(reduce._sum_columns, types, {"SCORE": launch.wanda, "BLOCK": 256}, capability, 4, tmp_path)
+        within(compiled(reduce._reduce_rows, types_of(WANDA), constants, 4, capability, tmp_path))
+    constants = {"SCORE": launch.wanda, "BLOCK": 256}
+    within(compiled(reduce._sum_columns, types_of(WANDA), constants, 4, capability, tmp_path))
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+def test_small_matrices(capability: int, tmp_path: Path) -> None:
+    """Few columns, and sizes of 1, which Triton compiles in as constants."""
+    types, score = types_of(WANDA) | {"total": "i32"}, {"SCORE": launch.wanda}
+    one, whole = {"n_in": 1}, {"n_in": 1, "n_out": 1, "share": 1}
+    for kernel, constants in [
+        (rows._prune_rows, {"BITS": True, "BLOCK": 16, "CHUNKS": 1}),
+        (pattern._prune_pattern, {"BITS": True, "REMOVED": 1, "GROUP": 2, "BLOCK": 128}),
+        (layer._sample, one | {"TILE": 2048}),
+        (layer._gather, one | {"TILE": 2048}),
+        (layer._count_ties, one | {"TILE": 2048}),
+        (layer._apply, one | {"BITS": True, "RANKED": True, "TILE": 2048}),
+        (reduce._reduce_rows, one | {"SQUARES": True, "BLOCK": 1}),
+        (reduce._sum_columns, whole | {"BLOCK": 1}),
+    ]:
+        within(compiled(kernel, types, score | constants, 4, capability, tmp_path, odd=True))
+
+
+def test_enough_was_compiled() -> None:
+    """The last test: at least 200 different compilations, spread over the kernels and both architectures."""
+    print(*sorted(counted.items()), sep="\n")
+    assert sum(counted.values()) >= 200
+    for capability in TARGETS:
+        for kernel in ("_prune_rows", "_prune_pattern", "_apply"):
+            assert counted[kernel, capability] >= 24
+        for kernel in ("_sample", "_gather", "_count_ties", "_reduce_rows", "_sum_columns"):
+            assert counted[kernel, capability] >= 2

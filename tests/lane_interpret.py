@@ -1,12 +1,15 @@
 """Kernels in Triton's interpreter against plain torch; `test_kernels.py` runs this file in a process of its own.
 
-The interpreter must be chosen before Triton is imported, and cannot share a process with compilation. Rows are short:
-it takes milliseconds for what a GPU does in microseconds.
+The interpreter must be chosen before Triton is imported, and cannot share a process with compilation. Matrices are
+small: it takes milliseconds for what a GPU does in microseconds. What kernels choose by is compared in
+`lane_interpret_values.py`.
 """
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,12 +21,20 @@ from gpmetric.expression.evaluate import evaluate
 from gpmetric.kernels import layer, pattern, rows
 from gpmetric.kernels.launch import Operands
 from gpmetric.kernels.reduce import prepare
+from gpmetric.pruning.mask import select_mask
 from gpmetric.pruning.metrics import BASELINES, resolve_metric
+from gpmetric.pruning.target import parse_target
 
 pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
-SHAPES = [(3, 5), (2, 300), (2, 528)]
-KINDS = ["normal", "ties", "zeros", "nan", "infinite", "signed"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KINDS = ["normal", "ties", "zeros", "both zeros", "subnormal", "nan", "nan rows", "infinite", "signed"]
+# Every dtype where matrices are small; they take turns where a row is of several chunks, or cut short.
+CASES = [*product([(3, 5), (1, 2)], KINDS, DTYPES)]
+CASES += [(shape, kind, DTYPES[(turn + add) % 3]) for add, shape in enumerate([(2, 300), (2, 528)])
+          for turn, kind in enumerate(KINDS)]  # fmt: skip
+CASES += [((1, 4500), "normal", torch.bfloat16), ((2, 4500), "nan rows", torch.float32)]
+CASES += [((1, 4500), "ties", torch.float16)]
 
 
 def sample(shape: tuple[int, int], kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,8 +48,14 @@ def sample(shape: tuple[int, int], kind: str, dtype: torch.dtype) -> tuple[Tenso
         W, X = W.round(), torch.ones(shape[1])
     elif kind == "zeros":
         W = W.where(odd > 0.6, 0)
+    elif kind == "both zeros":  # -0 and G make G
+        X, G = torch.full((shape[1],), -0.0), W.round().where(odd > 0.6, G.copysign(W))
+    elif kind == "subnormal":  # of fp32; the interpreter reads those of bf16 wrongly
+        X, G = torch.full((shape[1],), -0.0), W * 1e-44
     elif kind == "nan":
         G[odd > 0.6] = torch.nan
+    elif kind == "nan rows":  # the first; the last but for one entry
+        G[0], G[-1, : shape[1] // 2], G[-1, shape[1] // 2 + 1 :] = torch.nan, torch.nan, torch.nan
     elif kind == "infinite":
         G[odd > 0.7], G[odd < 0.2] = torch.inf, -torch.inf
     elif kind == "signed":
@@ -55,44 +72,68 @@ def mask_of(bits: Tensor, width: int) -> Tensor:
     return ((bits[:, :, None].int() >> torch.arange(8)) & 1).flatten(1)[:, :width].bool()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "kind", "dtype"), CASES)
 def test_every_kernel_chooses_as_a_stable_sort(
     shape: tuple[int, int], kind: str, dtype: torch.dtype, score: object
 ) -> None:
     W, X, G = sample(shape, kind, dtype)
     operands, scores = Operands((G,), (X,)), W.float().abs() * X + G
+    total, ones = W.numel(), torch.ones(shape)
     wrong = int((~scores.isfinite()).sum())
-    for removed in {1, shape[1] // 2, shape[1] - 1}:
+    for removed in {0, 1, shape[1] // 2, shape[1] - 1, shape[1]}:
         bad = torch.zeros(1, dtype=torch.int64)
         expected = rows.reference(W, removed, scores)
         assert torch.equal(rows.prune_rows(W, removed, score, operands, bad=bad), expected)
         assert bad.item() == wrong
     bits = rows.prune_rows(W, shape[1] // 2, score, operands, bits=True)
-    kept = rows.reference(torch.ones(shape), shape[1] // 2, scores) != 0
-    assert torch.equal(mask_of(bits, shape[1]), kept)
-    for removed in {1, W.numel() // 3, W.numel() - 1}:
+    assert torch.equal(mask_of(bits, shape[1]), rows.reference(ones, shape[1] // 2, scores) != 0)
+    for removed in {0, 1, total // 3, total - 1, total}:
         bad = torch.zeros(1, dtype=torch.int64)
         assert torch.equal(layer.prune_layer(W, removed, score, operands, bad=bad), layer.reference(W, removed, scores))
         assert bad.item() == wrong
-    bits = layer.prune_layer(W, W.numel() // 3, score, operands, bits=True)
-    kept = layer.reference(torch.ones(shape), W.numel() // 3, scores) != 0
-    assert torch.equal(mask_of(bits[None], W.numel()).view(shape), kept)
-    for keep, group in ((1, 2), (2, 4), (3, 4), (4, 8), (5, 16)):
-        if shape[1] % group == 0:
+    bits = layer.prune_layer(W, (total + 1) // 2, score, operands, bits=True)
+    kept = layer.reference(ones, (total + 1) // 2, scores) != 0
+    assert torch.equal(mask_of(bits[None], total).view(shape), kept)
+    for keep, group in ((1, 2), (3, 4), (4, 8), (5, 16)):
+        if shape[1] % group == 0 and shape[1] < 1000:
+            bad = torch.zeros(1, dtype=torch.int64)
             expected = pattern.reference(W, keep, group, scores)
-            assert torch.equal(pattern.prune_pattern(W, keep, group, score, operands), expected)
-            bits = pattern.prune_pattern(W, keep, group, score, operands, bits=True)
-            kept = pattern.reference(torch.ones(shape), keep, group, scores) != 0
-            assert torch.equal(mask_of(bits, shape[1]), kept)
+            assert torch.equal(pattern.prune_pattern(W, keep, group, score, operands, bad=bad), expected)
+            assert bad.item() == wrong
+    if shape[1] % 4 == 0:
+        bits = pattern.prune_pattern(W, 2, 4, score, operands, bits=True)
+        assert torch.equal(mask_of(bits, shape[1]), pattern.reference(ones, 2, 4, scores) != 0)
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "both zeros", "subnormal"])
+def test_references_choose_as_select_mask(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that kernels and the CPU path, which is compared with a stable sort in `lane_cpu.py`, make the same masks."""
+    monkeypatch.setenv("GPMETRIC_KERNELS", "0")
+    W, X, G = sample((6, 48), kind, torch.float32)
+    scores, ones = W.abs() * X + G, torch.ones(6, 48)
+    assert torch.equal(rows.reference(ones, 16, scores) != 0, select_mask(scores, parse_target("0.34")))
+    assert torch.equal(layer.reference(ones, 144, scores) != 0, select_mask(scores, parse_target("layer:0.5")))
+    assert torch.equal(pattern.reference(ones, 3, 8, scores) != 0, select_mask(scores, parse_target("3:8")))
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (9, 1), (1, 1)])
+def test_one_row_or_one_column(shape: tuple[int, int], score: object) -> None:
+    """At every count."""
+    for kind in ("ties", "nan rows"):
+        W, X, G = sample(shape, kind, torch.float32)
+        scores, operands = W.abs() * X + G, Operands((G,), (X,))
+        for removed in range(W.numel() + 1):
+            pruned = layer.prune_layer(W, removed, score, operands)
+            assert torch.equal(pruned, layer.reference(W, removed, scores))
+        for removed in range(shape[1] + 1):
+            assert torch.equal(rows.prune_rows(W, removed, score, operands), rows.reference(W, removed, scores))
 
 
 def test_a_layer_of_few_samples_and_little_room(monkeypatch: pytest.MonkeyPatch, score: object) -> None:
     """Bounds that miss, and more between them than there is room for, are tried again."""
     monkeypatch.setattr(layer, "_SAMPLE", 4)
     monkeypatch.setattr(layer, "_ROOM", 1000)
-    for kind in KINDS:
+    for kind in ("normal", "ties", "both zeros", "nan", "infinite", "signed"):
         W, X, G = sample((7, 300), kind, torch.float32)
         scores = W.abs() * X + G
         for removed in (1, 700, 1050, 2099):
@@ -100,18 +141,33 @@ def test_a_layer_of_few_samples_and_little_room(monkeypatch: pytest.MonkeyPatch,
             assert torch.equal(pruned, layer.reference(W, removed, scores)), (kind, removed)
 
 
-def test_in_place(score: object) -> None:
-    W, X, G = sample((3, 304), "normal", torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_in_place_and_into_another_tensor(dtype: torch.dtype, score: object) -> None:
+    W, X, G = sample((3, 40), "normal", dtype)
     operands = Operands((G,), (X,))
     for prune in (
-        lambda weight, **options: rows.prune_rows(weight, 150, score, operands, **options),
+        lambda weight, **options: rows.prune_rows(weight, 19, score, operands, **options),
         lambda weight, **options: pattern.prune_pattern(weight, 2, 8, score, operands, **options),
-        lambda weight, **options: layer.prune_layer(weight, 500, score, operands, **options),
+        lambda weight, **options: layer.prune_layer(weight, 50, score, operands, **options),
     ):
-        again = W.clone()
+        before, again, other = W.clone(), W.clone(), torch.full_like(W, torch.nan)
+        expected = prune(W)
+        assert prune(W, out=other) is other
         assert prune(again, out=again) is again
-        assert torch.equal(again, prune(W))
+        assert torch.equal(W, before)
+        assert torch.equal(other, expected)
+        assert torch.equal(again, expected)
         assert not torch.equal(again, W)
+
+
+def test_bad_scores_are_added_up(score: object) -> None:
+    W, X, G = sample((3, 8), "nan", torch.float32)
+    bad = torch.full((1,), 100)
+    for _ in range(2):
+        rows.prune_rows(W, 2, score, Operands((G,), (X,)), bad=bad)
+        pattern.prune_pattern(W, 1, 2, score, Operands((G,), (X,)), bad=bad)
+        layer.prune_layer(W, 2, score, Operands((G,), (X,)), bad=bad)
+    assert bad.item() == 100 + 6 * int(G.isnan().sum())
 
 
 def test_what_the_kernels_cannot_read_is_refused(score: object) -> None:
@@ -125,12 +181,13 @@ def test_what_the_kernels_cannot_read_is_refused(score: object) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             rows.prune_rows(weight, 2, score, operands)
-    with pytest.raises(ValueError, match="removed must be at least 1 and below 32, but got 0"):
-        rows.prune_rows(W, 0, score, good)
-    with pytest.raises(ValueError, match="removed must be at least 1 and below 128, but got 128"):
-        layer.prune_layer(W, 128, score, good)
-    with pytest.raises(ValueError, match="2:3 of 32 inputs"):
-        pattern.prune_pattern(W, 2, 3, score, good)
+    with pytest.raises(ValueError, match="removed must be from 0 to 32, but got 33"):
+        rows.prune_rows(W, 33, score, good)
+    with pytest.raises(ValueError, match="removed must be from 0 to 128, but got -1"):
+        layer.prune_layer(W, -1, score, good)
+    for keep, group in ((2, 3), (0, 4), (4, 4), (1, 32)):
+        with pytest.raises(ValueError, match=f"{keep}:{group} of 32 inputs"):
+            pattern.prune_pattern(W, keep, group, score, good)
     with pytest.raises(ValueError, match="out must be torch"):
         rows.prune_rows(W, 2, score, good, out=W.half())
 
@@ -151,30 +208,44 @@ FORMULAS = [
 ]
 
 
-def drawn() -> dict[str, Tensor]:
+def drawn(matrices: torch.dtype = torch.float32, weight: torch.dtype = torch.float32) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shape = (5, 70)
-    operands = {name: torch.rand(shape, generator=generator) for name in "GHF"}
+    shape = (3, 70)
+    operands = {name: torch.rand(shape, generator=generator).to(matrices) for name in "GHF"}
     operands |= {name: torch.rand(shape[1], generator=generator) for name in "XD"}
-    return operands | {"W": torch.randn(shape, generator=generator)}
+    return operands | {"W": torch.randn(shape, generator=generator).to(weight)}
+
+
+def assert_pruned_alike(functions: ModuleType, operands: dict[str, Tensor], scores: Tensor, which: int = 0) -> None:
+    """Rows, pairs and the layer are pruned as by these scores."""
+    W = operands["W"]
+    prepared = prepare(W, operands, functions.LAYOUT, which)
+    assert torch.equal(rows.prune_rows(W, 35, functions.score, prepared), rows.reference(W, 35, scores))
+    pairs = pattern.prune_pattern(W, 1, 2, functions.score, prepared)
+    assert torch.equal(pairs, pattern.reference(W, 1, 2, scores))
+    assert torch.equal(layer.prune_layer(W, 99, functions.score, prepared), layer.reference(W, 99, scores))
 
 
 @pytest.mark.parametrize("formula", FORMULAS)
 def test_every_primitive_and_baseline(formula: str, tmp_path: Path) -> None:
-    """The masks of the evaluator's scores where rows compete, though exp, log, tanh and pow may differ by ulps."""
-    operands = drawn()
-    expression = parse(formula)
-    functions = load_functions([expression], tmp_path)
-    prepared = prepare(operands["W"], operands, functions.LAYOUT, functions.part)
-    pruned = rows.prune_rows(operands["W"], 35, functions.score, prepared)
-    expected = rows.reference(operands["W"], 35, evaluate(expression, operands))
-    assert torch.equal(pruned, expected)
+    """The masks of the evaluator's scores, though exp, log, tanh and pow may differ by ulps."""
+    operands, expression = drawn(), parse(formula)
+    assert_pruned_alike(load_functions([expression], tmp_path), operands, evaluate(expression, operands))
+
+
+@pytest.mark.parametrize("weight", DTYPES)
+@pytest.mark.parametrize("matrices", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("formula", ["W*W*G", "abs(W)*X+colsum(H)*F", "mms(abs(W)*H)+W*D"])
+def test_operands_of_half_precision(formula: str, matrices: torch.dtype, weight: torch.dtype, tmp_path: Path) -> None:
+    """They are computed with in fp32."""
+    operands, expression = drawn(matrices, weight), parse(formula)
+    in_single = {name: one.float() for name, one in operands.items()}
+    assert_pruned_alike(load_functions([expression], tmp_path), operands, evaluate(expression, in_single))
 
 
 def test_several_formulas_in_one_score(tmp_path: Path) -> None:
-    """As each on its own, to the bit; reductions that they share are computed from one part."""
+    """As each on its own; reductions that they share are computed from one part."""
     operands = drawn()
-    W = operands["W"]
     group = [
         parse(text) for text in ("abs(W)*X", "zsn(G)*W/rowsum(G)", "W*W*H/rownorm(G*X)", "mms(G)+rowsum(G)*W", "W")
     ]
@@ -182,30 +253,18 @@ def test_several_formulas_in_one_score(tmp_path: Path) -> None:
     assert together.LAYOUT.matrices == ("G", "H")
     assert together.LAYOUT.rows == 2
     for which, expression in enumerate(group):
-        prepared = prepare(W, operands, together.LAYOUT, together.part, which)
-        alone = load_functions([expression], tmp_path)
-        expected = prepare(W, operands, alone.LAYOUT, alone.part)
-        assert torch.equal(
-            rows.prune_rows(W, 35, together.score, prepared), rows.prune_rows(W, 35, alone.score, expected)
-        )
-        assert torch.equal(
-            pattern.prune_pattern(W, 1, 2, together.score, prepared),
-            pattern.prune_pattern(W, 1, 2, alone.score, expected),
-        )
-        assert torch.equal(
-            layer.prune_layer(W, 99, together.score, prepared), layer.prune_layer(W, 99, alone.score, expected)
-        )
+        assert_pruned_alike(together, operands, evaluate(expression, operands), which)
 
 
 def test_operands_are_converted_and_named(tmp_path: Path) -> None:
     operands = drawn()
     functions = load_functions([parse("abs(W)*X + G")], tmp_path)
-    layout, part = functions.LAYOUT, functions.part
+    layout = functions.LAYOUT
     named = {"X": operands["X"].double(), "G": operands["G"].t().contiguous().t()}
-    prepared = prepare(operands["W"], named, layout, part)
+    prepared = prepare(operands["W"], named, layout)
     assert torch.equal(prepared.columns[0], operands["X"])
     assert prepared.matrices[0].is_contiguous()
     with pytest.raises(ValueError, match=r"needs the operand X, \[70\]"):
-        prepare(operands["W"], {"G": operands["G"]}, layout, part)
+        prepare(operands["W"], {"G": operands["G"]}, layout)
     with pytest.raises(ValueError, match=r"operand X must be \[70\] to go with W, but got \[69\]"):
-        prepare(operands["W"], operands | {"X": operands["X"][1:]}, layout, part)
+        prepare(operands["W"], operands | {"X": operands["X"][1:]}, layout)

@@ -41,16 +41,15 @@ _IMPORTS = '''"""Triton functions of pruning metrics, written by gpmetric."""
 import triton
 import triton.language as tl
 
-from gpmetric.kernels.launch import from_column, from_matrix, from_number, from_row
+from gpmetric.kernels.launch import Layout, from_column, from_matrix, from_number, from_row
 from gpmetric.kernels.ops import *
-from gpmetric.kernels.reduce import Layout
 
 
 '''
 
 
 def triton_functions(expressions: Sequence[Expression]) -> str:
-    """Python text of `score`, of the `part` that reductions go over, and of `LAYOUT`, a `Layout` of `kernels.reduce`.
+    """Python text of `score`, of the `part` that reductions go over, if any, and of `LAYOUT`, a `launch.Layout`.
 
     Several formulas are one score, which computes the one that it is asked for: they share a kernel's compilation.
     """
@@ -107,11 +106,12 @@ class _Writer:
                     self._reduced[subtree] = [_read(field, used[field] + index) for index in range(count)]
                     used[field] += count
             steps.append(tuple(found[subtree] for subtree in needed))
-        sizes = (used["rows"], used["columns"] - len(columns), used["numbers"])
-        fields = ", ".join(map(repr, (tuple(matrices), tuple(columns), *sizes, tuple(steps))))
-        layout = f"LAYOUT = Layout({fields})\n".replace("'", '"')
-        scores = [self._body(expression.tokens) for expression in expressions]
-        self.text = f"{_function('score', scores)}\n\n{_function('part', parts or [['return w']])}\n\n{layout}"
+        layout = f"{tuple(matrices)}, {tuple(columns)}"
+        if parts:
+            layout += f", {used['rows']}, {used['columns'] - len(columns)}, {used['numbers']}, part, {tuple(steps)}"
+        functions = [_function("score", [self._body(expression.tokens) for expression in expressions])]
+        functions += [_function("part", parts)] if parts else []
+        self.text = "\n\n".join([*functions, f"LAYOUT = Layout({layout})\n"]).replace("'", '"')
 
     def _body(self, tokens: Tokens, squared: bool = False) -> list[str]:
         """Lines that return a subtree, every shared sub-expression computed once."""

@@ -136,7 +136,7 @@ def _launch(
     check(weight, Operands())
     bad = torch.zeros(1, dtype=torch.int64, device=W.device)
     direct = out is not None and out.is_contiguous()
-    pruned = run(weight, prepare(weight, named, LAYOUT, part), out.detach() if direct else None, bad)
+    pruned = run(weight, {operands}(weight, named, LAYOUT), out.detach() if direct else None, bad)
     if out is not None and not direct:
         out.detach().copy_(pruned)
     if bad:
@@ -205,18 +205,16 @@ def triton_source(expression: Expression, version: str, group: str = "row") -> s
         comparison=f"{COMPARISON[group]}\n" if group != "row" else "",
         arguments="".join(f", {operand}={operand}" for operand in used),
     )
-    tail = (
-        "\n\n"
-        + triton_functions([expression])
-        + "\n"
-        + _TAIL.format(
-            group=name,
-            prune=_PRUNE[group],
-            groups=cut,
-            named="{" + ", ".join(f'"{operand}": {operand}' for operand in "XGHDF") + "}",
-            plain=torch_functions(expression, "plain_score").strip("\n") + "\n",
-        )
+    functions = triton_functions([expression])
+    rest = _TAIL.format(
+        group=name,
+        prune=_PRUNE[group],
+        groups=cut,
+        operands="prepare" if "def part(" in functions else "gathered",
+        named="{" + ", ".join(f'"{operand}": {operand}' for operand in "XGHDF") + "}",
+        plain=torch_functions(expression, "plain_score").strip("\n") + "\n",
     )
+    tail = f"\n\n{functions}\n{rest}"
     imports, definitions = _needed(tail)
     return head + imports + definitions + tail
 

@@ -1,7 +1,7 @@
 """Pruning by the Triton kernels: on CUDA devices where Triton is installed, and in Triton's interpreter.
 
-The scores are the kernels' own. They differ from those of `evaluate` by the last bits of sums, `exp`, `log`, `tanh` and
-`pow` only; the choice among them is the same.
+The scores are the kernels' own. They differ from those of `evaluate` by the last bits of sums, roots, `exp`, `log`,
+`tanh` and `pow` only; the choice among them is the same.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _launch(
 
     weight = weight.detach().contiguous()
     try:
-        operands = prepare(weight, named, functions.LAYOUT, functions.part, which)
+        operands = prepare(weight, named, functions.LAYOUT, which)
     except ValueError as error:
         raise ExpressionError(str(error)) from error
     results = []

@@ -15,10 +15,10 @@ from gpmetric.pruning.target import BLOCK, Target
 
 __all__ = ["check_width", "select_mask"]
 
-# Partition against stable sort, 2**20 float32 scores, half removed, one AMD EPYC thread (benchmarks/bench_kernels.py),
-# in times of the sort: 0.68 at 4 columns, 0.47 at 8, 0.24 at 16, 0.10 at 64, 0.12 at 4096; where all scores are equal,
-# which is rare, 2.5, 2.2, 1.2, 0.8 and 0.6.
-_PARTITION_FROM = 8
+# Milliseconds for 2**21 float32 scores, half removed, by ranks, partition and stable sort, one AMD EPYC thread: groups
+# of 2 4.4, 48, 43; of 4 6.2, 27, 36; of 8 9.2, 15, 37; of 16 16, 8.9, 47; of 32 33, 7.6, 60. Where all scores are
+# equal, which is rare, a partition takes 2.8 times as long as the sort at 8, 0.6 at 4096 (benchmarks/bench_kernels.py).
+_RANKS_UP_TO = 8
 
 _ITSELF = Expression(("W",))  # what the kernels score by, where the weight is scores already
 
@@ -75,11 +75,25 @@ def _lowest(groups: Tensor, count: int) -> Tensor:
     """True at the `count` lowest entries of each row of [groups, size], in stable order."""
     if count == 0:
         return torch.zeros_like(groups, dtype=torch.bool)
-    if groups.device.type != "cpu" or groups.shape[1] < _PARTITION_FROM:
+    if groups.shape[1] <= _RANKS_UP_TO:
+        return _lowest_by_rank(groups, count)
+    if groups.device.type != "cpu":
         return _lowest_by_sort(groups, count)
     # numpy has no bf16; float64 stays as it is, since rounding makes ties
     values = groups if groups.dtype == torch.float64 else groups.float()
     return torch.from_numpy(_lowest_by_partition(values.numpy(), count))
+
+
+def _lowest_by_rank(groups: Tensor, count: int) -> Tensor:
+    """By how many of its group are lower, or equal and before it; each place in the group at once."""
+    places = [groups[:, place].contiguous() for place in range(groups.shape[1])]  # [groups] each
+    ranks = torch.zeros(len(places), len(groups), dtype=torch.int8, device=groups.device)
+    for second in range(len(places)):
+        for first in range(second):
+            before = places[first] <= places[second]
+            ranks[second] += before
+            ranks[first] += ~before
+    return (ranks < count).t()
 
 
 def _lowest_by_sort(groups: Tensor, count: int) -> Tensor:
@@ -88,7 +102,7 @@ def _lowest_by_sort(groups: Tensor, count: int) -> Tensor:
 
 
 def _lowest_by_partition(values: np.ndarray, count: int) -> np.ndarray:
-    """The same by a partition of each row: the count-th smallest value, then ties in column order."""
+    """By a partition of each row: the count-th smallest value, then ties in column order."""
     threshold = np.partition(values, count - 1, axis=1)[:, count - 1 : count]  # [groups, 1]
     lowest: np.ndarray = values <= threshold
     tied = np.flatnonzero(lowest.sum(axis=1) != count)
