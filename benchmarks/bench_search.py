@@ -39,9 +39,9 @@ from unittest.mock import patch
 import matplotlib
 import numpy as np
 import torch
-from bench_mask import COLUMNS, RESULTS, cpu_name
 from matplotlib import pyplot
 from pruner_zero import Tree, evolve, formula, published_procedure
+from results import COLUMNS, RESULTS, cpu_name
 from sympy.core.cache import clear_cache
 
 from gpmetric.calibration.cache import load_statistics

@@ -7,14 +7,12 @@ constants: `_STEP` against 128, `_TOGETHER` against one weight at a time.
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
 
 import numpy as np
 import torch
-from bench_mask import COLUMNS, RESULTS, cpu_name
+from results import append, in_turn, row
 from torch import Tensor
 
 from gpmetric.calibration.accumulators import LayerStatistics
@@ -47,11 +45,10 @@ def main() -> None:
     sizes = (2**15, 2**17, 2**19, 2**21)
     rows += [constant(prune, "_TOGETHER", value, 1, "35 of 64x64 to 64x192", small, 21) for value in sizes]
     rows += [constant(prune, "_TOGETHER", value, 1, "8 of 512x192", large, 7) for value in sizes]
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerows(rows)
+    append(rows)
 
 
-def blockwise(case: str, layers: Layers, repeats: int, targets: Sequence[Target] = SEARCH) -> dict[str, object]:
+def blockwise(case: str, layers: Layers, repeats: int, targets: Sequence[Target] = SEARCH) -> dict[str, str]:
     return compare(
         case,
         lambda: solve(layers, targets),
@@ -60,7 +57,7 @@ def blockwise(case: str, layers: Layers, repeats: int, targets: Sequence[Target]
     )
 
 
-def evolved(case: str, layers: Layers, repeats: int) -> dict[str, object]:
+def evolved(case: str, layers: Layers, repeats: int) -> dict[str, str]:
     """A metric with powers, a reduction of what stays and one of what changes."""
     metric = resolve_metric("W**2.3*F/rowsum(G)**0.47/rownorm(W)**0.1")
 
@@ -93,7 +90,7 @@ class WholeMatrix:
 
 def constant(
     module: object, name: str, value: int, other: int, case: str, layers: Layers, repeats: int
-) -> dict[str, object]:
+) -> dict[str, str]:
     """A constant at one value against another."""
 
     def at(number: int) -> list[Tensor]:
@@ -144,25 +141,17 @@ def make_layer(rows: int, columns: int) -> tuple[Tensor, LayerStatistics]:
 
 def compare(
     case: str, ours: Callable[[], list[Tensor]], theirs: Callable[[], list[Tensor]], repeats: int
-) -> dict[str, object]:
+) -> dict[str, str]:
     """One row; both are timed in turn. `baseline` is their median."""
     for one, other in zip(ours(), theirs(), strict=True):
         # of equal scores but for fp32 rounding, either may go
         assert ((one != 0) == (other != 0)).float().mean() > 0.999, f"{case}: the masks differ"
-    times = np.array([[seconds(ours), seconds(theirs)] for _ in range(repeats)])
-    low, median, high = np.percentile(times[:, 0], [20, 50, 80])
-    baseline = np.median(times[:, 1])
-    print(f"{case}: {1e3 * median:.2f} ms, {median / baseline:.3f} of {1e3 * baseline:.2f} ms", flush=True)
-    values = ("solver", case, "cpu s", *(f"{x:.3g}" for x in (median, low, high, baseline, median / baseline)))
-    where = (cpu_name(), torch.get_num_threads(), torch.__version__, np.__version__, date.today().isoformat())
-    return dict(zip(COLUMNS, (*values, *where), strict=True))
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Of this thread on the processor: a busy machine interrupts milliseconds of Python more than it slows them."""
-    start = time.thread_time()
-    run()
-    return time.thread_time() - start
+    # of this thread on the processor: a busy machine interrupts milliseconds of Python more than it slows them
+    times, others = in_turn([ours, theirs], repeats, time.thread_time)
+    baseline = float(np.median(others))
+    found = row("solver", case, times, baseline, "cpu s")
+    print(f"{case}: {1e3 * np.median(times):.2f} ms, {found['ratio']} of {1e3 * baseline:.2f} ms", flush=True)
+    return found
 
 
 if __name__ == "__main__":

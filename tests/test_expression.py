@@ -74,6 +74,21 @@ def test_nan_is_never_hidden(row: Primitive, place: int) -> None:
         assert row.torch(*poisoned).expand(1, 3)[0, column].isnan()
 
 
+def test_guards_select_as_they_say() -> None:
+    """The divisor and the power with masks in place of arithmetic, to the last bit, at and around every limit."""
+    limits = [TINY, torch.nextafter(torch.tensor(TINY), torch.tensor(0.0)).item(), 0.0, 1e-45, 0.5, 1, 2, 3, 3e38]
+    values = torch.tensor([*limits, *(-limit for limit in limits), torch.inf, -torch.inf, torch.nan])
+    a, b = values[:, None], values[None]
+    divisor = b.masked_fill(b.abs() < TINY, TINY)
+    size = a.abs().where(b >= 0, a.abs().clamp(min=TINY)).pow(b)
+    power = (-size).where((a < 0) & (b % 2 == 1), size).masked_fill(a.isnan() | b.isnan(), torch.nan)
+    for name, expected in (("div", a / divisor), ("pow", power)):
+        found = PRIMITIVES[name].torch(a, b)
+        assert ((found.view(torch.int32) == expected.view(torch.int32)) | (found.isnan() & expected.isnan())).all()
+    found = PRIMITIVES["inv"].torch(b).view(torch.int32)
+    assert (found == (1 / divisor).view(torch.int32))[~b.isnan()].all()
+
+
 @pytest.mark.parametrize("row", [row for row in PRIMITIVES.values() if row.scalar], ids=lambda row: row.name)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())

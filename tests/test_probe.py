@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gpmetric.calibration.accumulators import LayerStatistics, curvature
 from gpmetric.calibration.collect import Statistics
-from gpmetric.evolution.probe import Probe, reconstruction_error
+from gpmetric.evolution.probe import Probe, _is_tied, reconstruction_error
 from gpmetric.models import Layer
 from gpmetric.pruning.mask import select_mask
 from gpmetric.pruning.metrics import Metric, resolve_metric
@@ -179,6 +179,23 @@ def test_ties_are_counted_by_rows(equal: int, tied: bool) -> None:
     assert (answer["error"] is not None) == tied
     weight[1] = torch.arange(1.0, 13)  # one row of three is not most
     assert room.probe().measure([resolve_metric("abs(W)")])[0]["error"] is None
+
+
+@pytest.mark.parametrize("columns", [1, 2, 5, 8, 123])
+def test_ties_by_brute_force(columns: int) -> None:
+    """Counts of every value in every row, with NaN, which equals nothing, and with zeros of either sign."""
+    draw = torch.Generator().manual_seed(columns)
+    values = torch.tensor([0.0, -0.0, -1.5, 3.0, torch.inf, torch.nan])
+    answers = set()
+    for trial in range(200):
+        common = torch.rand(5, columns, generator=draw) < trial / 200
+        few = values[torch.randint(0, 6, (5, columns), generator=draw)]
+        score = few.where(common, torch.randn(5, columns, generator=draw))
+        score = few[:, :1].where(torch.rand(5, columns, generator=draw) < 0.4, score)
+        tied = sum(max(sum(x == y for y in row) for x in row) * 2 > columns for row in score.tolist())
+        assert _is_tied(score) == (tied * 2 > 5)
+        answers.add(_is_tied(score))
+    assert answers == {False, True} or columns == 1
 
 
 # With weight updates

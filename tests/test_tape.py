@@ -75,7 +75,7 @@ def assert_same_bits(formulas: Sequence[Expression], operands: dict[str, Tensor]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("block", [1, 500, 2**17])
+@pytest.mark.parametrize("block", [1, 500, 2**18])
 def test_scores_are_those_of_evaluate(shape: tuple[int, int], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole, and in the smallest blocks that are allowed; the last block is a ragged one at 70x33 and 42x123."""
     monkeypatch.setattr(module, "_BLOCK", block)
@@ -100,14 +100,46 @@ def test_every_layout_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same_bits(evolved(seed), operands | {"W": torch.nn.Parameter(operands["W"].bfloat16())})
 
 
+@pytest.mark.parametrize("block", [1, 2**18])
+@pytest.mark.parametrize("exponent", [0, 0.5, 1, 2, 3, -1, -2, -3, 2.3, -0.0115])
+def test_every_kind_of_power(exponent: float, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of zeros of either sign, of sizes around TINY and of values that are not finite."""
+    monkeypatch.setattr(module, "_BLOCK", block)
+    operands = make_operands(32, 10)
+    operands["W"][0] = torch.tensor([0, 0.0, -0.0, 1e-30, -1e-30, 9e-31, -9e-31, torch.inf, -torch.inf, torch.nan])
+    assert_same_bits([Expression(("pow", name, float(exponent))) for name in "WGX"], operands)
+
+
+@pytest.mark.parametrize("block", [1, 2**18])
+@pytest.mark.parametrize("value", [0.0, -0.1, 3e38, 1e-30, torch.inf, torch.nan])
+def test_parts_of_reductions(value: float, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Constant matrices, those constant up to the sign of 0, and ordinary ones with one such value."""
+    monkeypatch.setattr(module, "_BLOCK", block)
+    texts = [
+        "mms(W)",
+        "zsn(W)",
+        "zsn(mms(W))*zsn(W)",
+        "mms(zsn(W)*G)+zsn(W)",
+        "rownorm(colnorm(W)*W)",
+        "zsn(X)-mms(W*X)",
+    ]
+    for fill in (torch.full((33, 10), value), torch.full((33, 10), value).copysign(torch.randn(33, 10))):
+        assert_same_bits([parse(text) for text in texts], make_operands(33, 10) | {"W": fill})
+    operands = make_operands(33, 10)
+    operands["W"][20, 3] = value
+    assert_same_bits([parse(text) for text in texts], operands)
+
+
 def test_shared_steps_are_one() -> None:
     """W, X, abs(W), abs(W)*X and sqrt(...); the order of arguments is kept."""
     assert len(Tape([parse("abs(W)*X"), parse("sqrt(abs(W)*X)")])) == 5
     assert len(Tape([parse("W*X"), parse("X*W")])) == 4
+    assert len(Tape([parse("rownorm(W)"), parse("rowsum(sqr(W))")])) == 4
+    assert len(Tape([parse("zsn(W)")])) == 19
     assert len(Tape([])) == 0
 
 
-@pytest.mark.parametrize("block", [1, 2**17])
+@pytest.mark.parametrize("block", [1, 2**18])
 def test_values_go_after_their_last_use(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """abs(W)*X is needed by the first and the third formula, the matrices of the others by nobody else."""
     monkeypatch.setattr(module, "_BLOCK", block)
@@ -117,6 +149,34 @@ def test_values_go_after_their_last_use(block: int, monkeypatch: pytest.MonkeyPa
         sum(value.shape == (32, 10) for value in values.values()) for _ in tape._scores(values, torch.Size((32, 10)))
     ]
     assert held == [3, 3, 2, 2]  # W, H and, until it is scored, abs(W)*X
+
+
+def test_what_nothing_waits_for_does_not_leave_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """log(W) is computed after the sum it is multiplied by: one matrix holds what is summed, and then the score."""
+    monkeypatch.setattr(module, "_BLOCK", 1)
+    made: list[torch.Size] = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda shape, **options: made.append(shape) or empty(shape, **options))
+    list(Tape([parse("log(W)*rowsum(G)*colsum(exp(G)*0.5)")]).scores(make_operands(32, 10)))
+    assert made == [(32, 10)]
+
+
+def test_memory_of_a_score_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first, which the last contains, is kept; the others take turns."""
+    monkeypatch.setattr(module, "_BLOCK", 1)
+    formulas = [parse(text) for text in ("exp(W)", "tanh(W)", "log(W)", "sqrt(W)", "exp(W)*H")]
+    pointers = [score.data_ptr() for _, score in Tape(formulas).scores(make_operands(32, 10))]
+    assert pointers[1] == pointers[2] == pointers[3] == pointers[4] != pointers[0]
+
+
+def test_two_iterators_of_a_tape_do_not_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK", 1)
+    tape = Tape([parse(text) for text in ("exp(W)", "tanh(W)*G", "exp(W)*H")])
+    list(tape.scores(make_operands(32, 10)))
+    layers = [make_operands(32, 10, seed) for seed in range(2)]
+    for scores in zip(*map(tape.scores, layers), strict=True):
+        for layer, (index, score) in zip(layers, scores, strict=True):
+            assert torch.equal(score.nan_to_num(), evaluate(tape._expressions[index], layer).nan_to_num())
 
 
 def test_one_axis_values_stay_vectors(monkeypatch: pytest.MonkeyPatch) -> None:

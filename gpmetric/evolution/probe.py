@@ -132,7 +132,10 @@ def reconstruction_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 
 def _is_tied(score: Tensor) -> bool:
     """Whether in most rows [out, in] more than half of the scores are one value."""
-    ordered = score.sort(dim=1).values
+    # 1024x4096 on one AMD EPYC thread: torch 250 to 530 ms, np.sort 1 to 60. np.partition takes 30 ms where scores
+    # differ, but up to 290 ms where they are tied
+    on_cpu = score.device.type == "cpu"
+    ordered = torch.from_numpy(np.sort(score.numpy(), axis=1)) if on_cpu else score.sort(dim=1).values
     half = int(score.shape[1] * _TIED)
     same = ordered[:, : score.shape[1] - half] == ordered[:, half:]  # [out, in - half]
     return bool(torch.count_nonzero(same.any(dim=1)) * 2 > len(score))
