@@ -59,10 +59,8 @@ def draw(shape: tuple[int, int], dtype: torch.dtype, device: str, seed: int = 0,
 
 def group_size(weight: Tensor, target: Target) -> tuple[int, int]:
     """(entries that compete, how many of them go)."""
-    if target.group:
-        return target.group, target.group - target.keep
-    size = weight.shape[1] if target.granularity == "row" else weight.numel()
-    return size, int(size * target.sparsity)
+    size = {"row": weight.shape[1], "layer": weight.numel()}.get(target.granularity, target.group)
+    return size, target.removed(size)
 
 
 def on_cpu(expression: Expression) -> Prune:

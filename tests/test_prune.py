@@ -207,6 +207,24 @@ def test_given_scores_are_used_as_they_are(update: Update) -> None:
     assert torch.equal(pruned != 0, by_wanda != 0 if update == "obs-blockwise" else given)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("metric", ["wanda", "magnitude", "block:abs(W)*G"])
+def test_kernels_prune_as_the_cpu_does(metric: str, dtype: torch.dtype) -> None:
+    """To the bit: these scores are products of two numbers."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(300, 4128, generator=generator).to(dtype)
+    operands = {"X": torch.rand(4128, generator=generator), "G": torch.rand(weight.shape, generator=generator)}
+    targets = [parse_target(text) for text in ("0.5", "0.9", "layer:0.6", "block:0.3", "1:2", "2:4", "4:8", "8:16")]
+    found = LayerStatistics(**{name: value.cuda() for name, value in operands.items()})
+    pruned = prune_weights([weight.cuda()], resolve_metric(metric), targets, [found])
+    expected = prune_weights([weight], resolve_metric(metric), targets, [LayerStatistics(**operands)])
+    for target, (one,), (other,) in zip(targets, pruned, expected, strict=True):
+        assert one.dtype == dtype
+        assert torch.equal(one.cpu(), other), target.text
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_stored_dtype_is_kept(tiny_llama: Path, tiny_text: Path, dtype: str) -> None:
     """Masks leave kept weights as they were, bit for bit; an update writes them in the stored dtype."""
