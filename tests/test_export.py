@@ -31,6 +31,10 @@ from gpmetric.expression.tree import arity
 from gpmetric.operands import OPERANDS
 from gpmetric.pruning.target import GRANULARITIES
 
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is for Linux")
+each_format = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[needs_triton] if name == "triton" else []) for name in FORMATS]
+)
 RIA = "(abs(W)/rowsum(abs(W))+abs(W)/colsum(abs(W)))*sqrt(X)"
 
 
@@ -115,7 +119,7 @@ def test_python_usage_follows_the_group(tmp_path: Path) -> None:
     assert kept == {"row": 65 * 2 + 65, "layer": 128 * 2 + 2, "block": 128 * 2 + 1}
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@each_format
 def test_every_format_says_where_scores_compete(name: str, tmp_path: Path) -> None:
     """Nothing where it is the row."""
     assert set(COMPARISON) == set(GRANULARITIES) - {"n:m"}
@@ -205,7 +209,7 @@ def test_sympy_text_is_a_sympy_expression() -> None:
     assert float(form.subs(values)) == pytest.approx(float(score), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@each_format
 def test_every_format_replaces_its_file_and_leaves_nothing_else(name: str, tmp_path: Path) -> None:
     target = tmp_path / "out.txt"
     target.write_text("the old file")
@@ -219,7 +223,7 @@ def test_every_format_replaces_its_file_and_leaves_nothing_else(name: str, tmp_p
         assert json.loads(text)["canonical"] == str(canonical(parse(RIA)))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@each_format
 @pytest.mark.parametrize("place", ["missing/out.txt", ".", "nul\0.txt", "x" * 300])
 def test_unwritable_output_is_one_line(name: str, place: str, tmp_path: Path) -> None:
     with pytest.raises(GpmetricError) as caught:
@@ -235,9 +239,6 @@ def test_export_expression_returns_the_record(tmp_path: Path) -> None:
     assert (record["format"], record["output"], record["canonical"]) == ("latex", str(target), "abs(W)*X")
     with pytest.raises(InputError, match="format must be one of python triton latex sympy json, but got 'pdf'"):
         export_expression(parse("W"), "pdf", target, "0.1")
-
-
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is for Linux")
 
 
 @pytest.mark.parametrize("formula", ["abs(W)*X", "zsn(W*G)*tanh(H)/rowsum(F)", "mms(colnorm(W))*W**D"])
