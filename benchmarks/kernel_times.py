@@ -41,7 +41,8 @@ class Machine(Protocol):
     def seconds(
         self, runs: Sequence[Run], repeats: int, before: Run | None = None, *, queued: bool = True
     ) -> np.ndarray:
-        """Of all runs one after the other, [repeats]; `queued`: without the time that launches take the host."""
+        """Of all runs one after the other, [repeats]; `queued`: without the time that launches take the
+        host, save where a run waits for the device in between, as one over a whole layer does."""
 
     def peak(self, run: Run) -> int:
         """Bytes that a run allocates at most."""

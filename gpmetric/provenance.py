@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import stat
 import sys
 from collections.abc import Callable, Mapping
@@ -68,7 +69,7 @@ def write_text(path: Path, content: str, check: Callable[[Path], None] | None = 
     Raises:
         GpmetricError: the file cannot be written; also whatever `check` raises. `path` is then as it was before.
     """
-    partial = path.with_name(f".{path.stem[:40]}.{os.getpid()}.partial{path.suffix}")
+    partial = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(6)}.partial{path.suffix}")
     try:
         partial.write_text(content, encoding="utf-8", newline="\n")
         if check:

@@ -29,11 +29,12 @@ __all__ = [
     "pieces",
     "scored",
     "wanda",
+    "weight_itself",
 ]
 
 
 class Operands(NamedTuple):
-    """What a score reads besides the weight [out, in]; contiguous, of any float dtype, on the weight's device.
+    """What a score reads besides the weight [out, in]; contiguous, fp32, bf16 or fp16, on the weight's device.
 
     Attributes:
         matrices: [out, in] each.
@@ -197,3 +198,9 @@ def scored(W, matrices, columns, rows, numbers, which, row, column, n_in, inside
 def wanda(w, matrices, columns, rows, numbers, place, which):
     """abs(W)*X, where X is the first of `columns`."""
     return tl.abs(w) * from_column(columns[0], place)
+
+
+@triton.jit
+def weight_itself(w, matrices, columns, rows, numbers, place, which):
+    """W, for weights that are scores already."""
+    return w

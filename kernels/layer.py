@@ -70,8 +70,8 @@ def _gather(
     _, keys, bad = _keys(W, matrices, columns, rows, numbers, which, row, column, n_in, inside, SCORE)
     below = inside & (keys < low)
     between = (inside & (keys >= low) & (keys <= high)).to(tl.int32)
-    tl.atomic_add(COUNTS, tl.sum(below.to(tl.int32), axis=0).to(tl.int64))
-    first = tl.atomic_add(COUNTS + 1, tl.sum(between, axis=0).to(tl.int64))
+    tl.atomic_add(COUNTS, tl.sum(below.to(tl.int32), axis=0).to(tl.int64), sem="relaxed")
+    first = tl.atomic_add(COUNTS + 1, tl.sum(between, axis=0).to(tl.int64), sem="relaxed")
     at = first + tl.cumsum(between, axis=0) - 1
     tl.store(FOUND + at, keys, mask=(between == 1) & (at < room))
     wrong = tl.sum(bad.to(tl.int32), axis=0)

@@ -1,7 +1,8 @@
 """The primitives of the formula language in Triton, fp32 in and out, guarded as `gpmetric.expression.primitives` says.
 
 Square roots and quotients are rounded as IEEE 754 wants, which torch's square root on a CPU is not always, and no
-product is fused with a sum. `exp`, `log`, `tanh` and `pow` rest on the hardware's approximations.
+product is fused with a sum. `exp`, `log` and `tanh` rest on the hardware's
+approximations to the last bits; `pow` is 2**(b log2 a), off by as many bits as b log2 a has.
 """
 
 from __future__ import annotations

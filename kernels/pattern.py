@@ -116,7 +116,8 @@ def prune_pattern(
     """
     height, width = weight.shape
     out, bad = outputs(weight, operands, out, (height, (width + 7) // 8) if bits else None, bad)
-    if group not in (2, 4, 8, 16) or not 0 < keep < group or width % group:
+    whole = isinstance(keep, int) and isinstance(group, int)
+    if not whole or group not in (2, 4, 8, 16) or not 0 < keep < group or width % group:
         raise ValueError(
             f"{keep}:{group} of {width} inputs: group must be 2, 4, 8 or 16 and divide them, 0 < keep < group"
         )

@@ -43,13 +43,14 @@ def _reduce_rows(
             value = tl.div_rn(value - tl.load(mean), tl.load(reach))
             value = value * value
         total += tl.where(inside, value, 0.0)
-    tl.store(SUM + row, tl.sum(total, axis=0))
+    # in fp64: the order, which is Triton's and not the same in every kernel, does not show
+    tl.store(SUM + row, tl.sum(total.to(tl.float64), axis=0).to(tl.float32))
     lost = tl.sum((low != low).to(tl.int32), axis=0) > 0  # tl.min passes over a NaN
     tl.store(LOW + row, tl.where(lost, float("nan"), tl.min(low, axis=0)))
     tl.store(HIGH + row, tl.where(lost, float("nan"), tl.max(high, axis=0)))
 
 
-@triton.jit(do_not_specialize=["which"])
+@triton.jit(do_not_specialize=["which", "n_out", "share"])
 def _sum_columns(
     W, PART, matrices, columns, rows, numbers, which, n_out, n_in, share, SCORE: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -59,7 +60,7 @@ def _sum_columns(
     first = tl.program_id(1) * share
     total = tl.zeros([BLOCK], tl.float32)
     row = first.to(tl.int64)
-    for _ in range(first, tl.minimum(first + share, n_out)):
+    for _line in range(first, tl.minimum(first + share, n_out)):
         _, value = scored(W, matrices, columns, rows, numbers, which, row, column, n_in, inside, SCORE)
         total += value
         row += 1

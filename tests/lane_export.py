@@ -67,6 +67,17 @@ def test_out(formula: str, group: str, tmp_path: Path) -> None:
     for found in (other, view, W):
         assert torch.equal(found, expected)
     assert torch.equal(module.prune_nm(W, 2, 4, **operands, out=W), W)
+    X, G, H, D = (operands[name] for name in "XGHD")
+    assert module.prune(W, 0.5, X, G, H, D, W) is W  # out is the seventh
+    assert module.prune_nm(W, 2, 4, X, G, H, D, W) is W
+
+
+def test_nothing_to_prune(tmp_path: Path) -> None:
+    module = written("W*W*G/colsum(G)", "row", tmp_path)
+    for shape in ((0, 160), (6, 0)):
+        empty = torch.empty(shape)
+        assert module.prune(empty, 0.5, G=empty).shape == shape
+        assert module.prune(empty, 0.5, G=empty, out=empty) is empty
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
@@ -80,6 +91,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         (lambda: module.prune(W, 0.5, G=G, out=W.half()), r"out must be \[6, 160\], torch.float32"),
         (lambda: module.prune(W[0], 0.5, G=G), r"W must be \[out, in\], but got \[160\]"),
         (lambda: module.prune_nm(W, 4, 4, G=G), "4:4 of 160 inputs"),
+        (lambda: module.prune_nm(W, 2.0, 4.0, G=G), "2.0:4.0 of 160 inputs"),
         (lambda: module.prune(W, 0.5, G=G / 0), "960 of 960 scores are NaN or infinite"),
     ]:
         with pytest.raises(ValueError, match=message):

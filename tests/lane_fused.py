@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -29,20 +27,10 @@ pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("ignore::Runtime
 TARGETS = [parse_target(text) for text in ("0.5", "2:4", "layer:0.6", "block:0.3", "8:16", "0")]
 
 
-class Immediate:
-    """In place of a thread: the interpreter runs one kernel at a time."""
-
-    def submit(self, run: Callable[[], object]) -> Future[object]:
-        done: Future[object] = Future()
-        done.set_result(run())
-        return done
-
-
 @pytest.fixture(autouse=True)
 def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(fused, "_compiler", Immediate())
-    fused._functions.clear()
+    fused._groups.clear()
 
 
 def sample(dtype: torch.dtype = torch.float32) -> tuple[Tensor, LayerStatistics]:
@@ -117,12 +105,50 @@ def test_formulas_compiled_together_prune_as_alone() -> None:
     operands = measured(statistics)
     formulas = [parse(text) for text in ("abs(W)*X", "W*W*G/rowsum(G)", "log(abs(W))*X")]
     alone = [fused.prune(weight, formula, operands, TARGETS) for formula in formulas]
-    fused._functions.clear()
+    fused._groups.clear()
     fused.compile_together(formulas, [(weight, operands)], TARGETS, bits=False)
-    assert [fused._find(formula)[1] for formula in formulas] == [0, 1, 2]
+    assert [fused._find(formula, operands)[1] for formula in formulas] == [0, 1, 2]
     for formula, expected in zip(formulas, alone, strict=True):
         found = fused.prune(weight, formula, operands, TARGETS)
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_a_group_that_does_not_serve_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Because another of its formulas wants what this call does not have, or because it failed."""
+    weight, statistics = sample()
+    operands, formulas = measured(statistics), [parse("abs(W)*X"), parse("W*W*G")]
+    fused.compile_together(formulas, [(weight, operands)], TARGETS, bits=False)
+    few = {"X": operands["X"]}
+    assert fused._find(formulas[0], few)[0] is not fused._find(formulas[0], operands)[0]
+    pruned = [fused.prune(weight, formulas[0], named, TARGETS) for named in (few, operands)]
+    assert all(torch.equal(*pair) for pair in zip(*pruned, strict=True))
+
+    def broken(*arguments: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "load_functions", broken)
+        fused.compile_together(formulas, [(weight, operands)], TARGETS, bits=False)
+    assert [fused._find(formula, operands)[1] for formula in formulas] == [0, 0]
+
+
+def test_a_group_that_waits_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, statistics = sample()
+    formulas = [parse("abs(W)*X"), parse("W*W*G")]
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with fused._compiling:
+        fused.compile_together(formulas, [], TARGETS, bits=False)
+        assert fused._find(formulas[1], measured(statistics))[1] == 0
+    assert fused._groups[formulas[1]][0].result(timeout=60).LAYOUT.matrices == ("G",)
+    assert fused._find(formulas[1], measured(statistics))[1] == 1
+
+
+def test_no_cache_folder_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, statistics = sample()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    expected = weight.abs() * statistics.X
+    (pruned,) = fused.prune(weight, parse("X*abs(W)*1"), measured(statistics), TARGETS[:1])
+    assert torch.equal(pruned != 0, select_mask(expected, TARGETS[0]))
 
 
 def test_a_probe_compiles_what_the_next_rung_prunes_by(tiny_llama: Path, tiny_text: Path) -> None:
@@ -133,9 +159,9 @@ def test_a_probe_compiles_what_the_next_rung_prunes_by(tiny_llama: Path, tiny_te
     metrics = ["abs(W)*X", "W*W*X", "W/X"]
     (first, *_) = evaluator({"kind": "probe", "metrics": metrics})
     assert first["error"] is None
-    assert [fused._functions[parse(metric)][1] for metric in metrics] == [0, 1, 2]
+    assert [fused._groups[parse(metric)][1] for metric in metrics] == [0, 1, 2]
     figures = evaluator({"kind": "excess", "metric": metrics[1], "first": 0, "last": 1})
-    fused._functions.clear()
+    fused._groups.clear()
     again = evaluator({"kind": "excess", "metric": metrics[1], "first": 0, "last": 1})
     assert figures == again
 

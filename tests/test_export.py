@@ -308,7 +308,9 @@ def test_a_triton_file_that_differs_is_not_kept(
 
     monkeypatch.setattr(triton_file, "triton_source", broken)
     (tmp_path / "metric.py").write_text("before")
-    with pytest.raises(GpmetricError, match="the exported kernels differ from the formula; nothing written: "):
+    with pytest.raises(
+        GpmetricError, match="the check of the exported file failed; nothing written: RuntimeError: the masks"
+    ):
         export_expression(parse("abs(W)*X"), "triton", tmp_path / "metric.py", "0")
     assert [path.name for path in tmp_path.iterdir()] == ["metric.py"]
     assert (tmp_path / "metric.py").read_text() == "before"
@@ -319,3 +321,9 @@ def test_a_triton_file_needs_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(GpmetricError, match="the format triton needs Triton"):
         export_expression(parse("abs(W)*X"), "triton", tmp_path / "metric.py", "0")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["triton.py", "torch.py"])
+def test_a_triton_file_hides_no_module(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"a file called '{name}' hides the module"):
+        export_expression(parse("abs(W)*X"), "triton", tmp_path / name, "0")

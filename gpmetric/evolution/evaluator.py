@@ -25,7 +25,7 @@ from gpmetric.models import Model, load_model
 from gpmetric.pruning import fused
 from gpmetric.pruning.bench import Bench
 from gpmetric.pruning.metrics import Metric, Update, resolve_metric
-from gpmetric.pruning.prune import measured, prune_weights
+from gpmetric.pruning.prune import measured, prune_weights, rules_of
 from gpmetric.pruning.target import Target, parse_target
 
 __all__ = ["Evaluator", "Workplace", "open_workplace"]
@@ -116,11 +116,12 @@ class Evaluator:
 
     def _compile(self, metrics: Sequence[Metric]) -> None:
         """Starts to compile the kernel that prunes by those of the metrics that climb on."""
-        if self._update != "obs-blockwise" and fused.usable(self._model.layers[0].weight, self._targets):
+        rules = list(dict.fromkeys(rule for metric in metrics for rule in rules_of(metric, self._targets)))
+        if self._update != "obs-blockwise" and fused.usable(self._model.layers[0].weight, rules):
             layers = {(layer.weight.shape[1], layer.weight.dtype): layer for layer in self._model.layers}.values()
             found = [(layer.weight, measured(self._statistics.layers[layer.name])) for layer in layers]
             expressions = [metric.expression for metric in metrics]
-            fused.compile_together(expressions, found, self._targets, bits=self._update == "obs")
+            fused.compile_together(expressions, found, rules, bits=self._update == "obs")
 
     @cached_property
     def _prober(self) -> Probe:

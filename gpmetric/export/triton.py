@@ -6,13 +6,17 @@ launchers of `gpmetric.kernels` take the functions it holds.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+from gpmetric.errors import GpmetricError
 from gpmetric.export.loading import load_module
 from gpmetric.expression.primitives import PRIMITIVES
 from gpmetric.expression.tree import Expression, Tokens, arity, subtree_end
@@ -61,21 +65,42 @@ def load_functions(expressions: Sequence[Expression], folder: Path | None = None
 
     Args:
         expressions: the formulas.
-        folder: where modules are kept; gpmetric's folder of the user's cache by default.
+        folder: where modules are kept; gpmetric's folder of the user's cache by default, or where that cannot be
+            written a temporary one.
 
     Raises:
         ImportError: Triton is not installed.
         GpmetricError: the folder cannot be written.
     """
     text = _IMPORTS + triton_functions(expressions)
-    if folder is None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpmetric" / "kernels"
-    path = folder / f"metric_{hashlib.sha256(text.encode()).hexdigest()[:32]}.py"
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+    name = f"metric_{hashlib.sha256(text.encode()).hexdigest()[:32]}.py"
+    if folder is not None:
+        return load_module(_kept(folder / name, text))
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return load_module(_kept(root / "gpmetric" / "kernels" / name, text))
+    except (GpmetricError, RuntimeError):  # RuntimeError: there is no home
+        return load_module(_kept(_temporary_folder() / name, text))
+
+
+def _kept(path: Path, text: str) -> Path:
+    """The file, written unless it holds that text already."""
+    try:
+        written = path.read_bytes()
+    except OSError:
+        written = b""
+    if written != text.encode():
         with suppress(OSError):  # told by the next line, with the path
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
-    return load_module(path)
+    return path
+
+
+@cache
+def _temporary_folder() -> Path:
+    folder = tempfile.TemporaryDirectory(prefix="gpmetric-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 class _Writer:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from gpmetric.errors import GpmetricError
+from gpmetric.errors import GpmetricError, InputError
 from gpmetric.export.python import escaped, operand_lines, torch_functions
 from gpmetric.export.text import COMPARISON
 from gpmetric.export.triton import triton_functions
@@ -82,8 +82,8 @@ def prune(
     G: Tensor | None = None,
     H: Tensor | None = None,
     D: Tensor | None = None,
-    F: Tensor | None = None,
     out: Tensor | None = None,
+    F: Tensor | None = None,
 ) -> Tensor:
     """W with the int(size * sparsity) lowest scores of {group} set to zero, of equals the lower column first.
 
@@ -111,8 +111,8 @@ def prune_nm(
     G: Tensor | None = None,
     H: Tensor | None = None,
     D: Tensor | None = None,
-    F: Tensor | None = None,
     out: Tensor | None = None,
+    F: Tensor | None = None,
 ) -> Tensor:
     """The same with the n highest scores of each m consecutive inputs kept; m is 2, 4, 8 or 16 and divides `in`."""
 
@@ -132,6 +132,8 @@ def _launch(
         raise ValueError(f"W must be [out, in], but got {{list(W.shape)}}")
     if out is not None and (out.shape != W.shape or out.dtype != W.dtype or out.device != W.device):
         raise ValueError(f"out must be {{list(W.shape)}}, {{W.dtype}}, on {{W.device}} as W")
+    if not W.numel():
+        return W.detach().clone() if out is None else out
     weight = W.detach().contiguous()
     check(weight, Operands())
     bad = torch.zeros(1, dtype=torch.int64, device=W.device)
@@ -223,9 +225,12 @@ def write_triton(expression: Expression, path: str | Path, version: str, group: 
     """Writes the module, having run its comparison: on a CUDA device if there is one, else in Triton's interpreter.
 
     Raises:
+        InputError: Python would take a file of that name for a module that it imports.
         GpmetricError: Triton is not installed, the file cannot be written, or its masks differ from plain torch's;
             nothing is then left at `path`.
     """
+    if Path(path).stem in ("torch", "triton"):
+        raise InputError(f"a file called {Path(path).name!r} hides the module {Path(path).stem} that it needs")
     if find_spec("triton") is None:
         raise GpmetricError("the format triton needs Triton, which checks the written file; it is for Linux")
     write_text(Path(path), triton_source(expression, version, group), _verify)
@@ -235,11 +240,14 @@ def _verify(path: Path) -> None:
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-W", "ignore", str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_SECONDS)
+    command = [sys.executable, "-P", "-W", "ignore", str(path)]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise GpmetricError(f"the exported file was not checked within {_SECONDS} s; nothing written") from error
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise GpmetricError(f"the exported kernels differ from the formula; nothing written: {last[:200]}")
+        raise GpmetricError(f"the check of the exported file failed; nothing written: {last[:200]}")
 
 
 def _needed(text: str) -> tuple[str, str]:

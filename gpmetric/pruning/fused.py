@@ -7,11 +7,12 @@ The scores are the kernels' own. They differ from those of `evaluate` by the las
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -19,20 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpmetric.errors import ExpressionError, MaskError
+from gpmetric.errors import ExpressionError, GpmetricError, MaskError
 from gpmetric.export.triton import load_functions
 from gpmetric.expression import Expression
 from gpmetric.pruning.target import BLOCK, Target
 
-__all__ = ["compile_together", "masks", "prune", "usable"]
+__all__ = ["compile_together", "mask_of_scores", "masks", "prune", "usable"]
 
 _WIDEST = 2**16  # inputs of a row that is held in registers; beyond 2**15 some of it spills
 _GROUPS = (2, 4, 8, 16)  # M of N:M
 _KEPT = 512  # formulas whose functions are at hand
 _TRIED = 16  # rows of a weight that a kernel is tried on; 1 would be compiled for 1
 
-_compiler = ThreadPoolExecutor(1, "gpmetric-kernels")
-_functions: OrderedDict[Expression, tuple[Callable[[], ModuleType], int]] = OrderedDict()
+_compiling = threading.Lock()  # groups are compiled one at a time
+_groups: OrderedDict[Expression, tuple[Future[ModuleType], int]] = OrderedDict()  # a formula -> its group, its number
 
 
 def usable(weight: Tensor, targets: Sequence[Target]) -> bool:
@@ -62,14 +63,27 @@ def prune(
         MaskError: a score is NaN or infinite.
         ExpressionError: an operand is missing or has another shape.
     """
-    return _launch(weight, *_find(expression), operands, targets, bits=False)
+    functions, which = _find(expression, operands)
+    return _launch(weight, functions.score, functions.LAYOUT, which, operands, targets, bits=False)
 
 
 def masks(
     weight: Tensor, expression: Expression, operands: Mapping[str, Tensor], targets: Sequence[Target]
 ) -> list[Tensor]:
     """The same as boolean masks [out, in], True = kept."""
-    return _launch(weight, *_find(expression), operands, targets, bits=True)
+    functions, which = _find(expression, operands)
+    return _launch(weight, functions.score, functions.LAYOUT, which, operands, targets, bits=True)
+
+
+def mask_of_scores(score: Tensor, target: Target) -> Tensor:
+    """The mask of scores [out, in] that are there already, `usable` at the target.
+
+    Raises:
+        MaskError: a score is NaN or infinite.
+    """
+    from gpmetric.kernels import launch  # needs Triton
+
+    return _launch(score, launch.weight_itself, launch.Layout(), 0, {}, [target], bits=True)[0]
 
 
 def compile_together(
@@ -78,7 +92,7 @@ def compile_together(
     targets: Sequence[Target],
     bits: bool,
 ) -> None:
-    """Makes one kernel of several formulas, in the background; whoever prunes by one of them waits for it.
+    """Makes one kernel of several formulas, in the background, for whoever prunes by one of them in this process.
 
     Args:
         expressions: about eight: each adds a tenth to the compilation of one, and registers spill from 16 on.
@@ -88,22 +102,37 @@ def compile_together(
     """
 
     def build() -> ModuleType:
-        module = load_functions(expressions)
+        functions = load_functions(expressions)
         for weight, operands in layers:
-            if usable(weight, targets):
-                few = {name: one[:_TRIED] if one.dim() == 2 else one for name, one in operands.items()}
-                with suppress(MaskError):
-                    _launch(weight[:_TRIED], module, 0, few, targets, bits)
-        return module
+            few = {name: one[:_TRIED] if one.dim() == 2 else one for name, one in operands.items()}
+            for which in range(len(expressions)):  # their reductions differ
+                with suppress(Exception):  # a trial only: what fails here fails again where it is told
+                    _launch(weight[:_TRIED], functions.score, functions.LAYOUT, which, few, targets, bits)
+        return functions
 
-    module = _compiler.submit(build)
+    def run() -> None:
+        with _compiling:
+            functions.set_running_or_notify_cancel()
+            try:
+                functions.set_result(build())
+            except Exception as error:
+                functions.set_exception(error)
+
+    functions: Future[ModuleType] = Future()
     for which, expression in enumerate(expressions):
-        _hold(expression, module.result, which)
+        _groups[expression] = functions, which
+    while len(_groups) > _KEPT:
+        _groups.popitem(last=False)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        run()  # the interpreter runs one kernel at a time
+    else:
+        threading.Thread(target=run, name="gpmetric-kernels", daemon=True).start()
 
 
 @cache
 def _installed() -> bool:
-    return find_spec("triton") is not None
+    spec = find_spec("triton")
+    return spec is not None and spec.origin is not None  # None: a folder of that name
 
 
 def _fits(shape: torch.Size, target: Target) -> bool:
@@ -112,48 +141,56 @@ def _fits(shape: torch.Size, target: Target) -> bool:
     return target.granularity != "row" or shape[1] <= _WIDEST
 
 
-def _find(expression: Expression) -> tuple[ModuleType, int]:
-    """The functions that compute a formula, alone or among others, and its number there."""
-    if expression not in _functions:
-        module = load_functions([expression])
-        _hold(expression, lambda: module, 0)
-    module_of, which = _functions[expression]
-    return module_of(), which
+_alone = lru_cache(_KEPT)(lambda expression: load_functions([expression]))
 
 
-def _hold(expression: Expression, module_of: Callable[[], ModuleType], which: int) -> None:
-    _functions[expression] = module_of, which
-    while len(_functions) > _KEPT:
-        _functions.popitem(last=False)
+def _find(expression: Expression, named: Mapping[str, Tensor]) -> tuple[ModuleType, int]:
+    """The functions that compute a formula, alone or among others, and its number there.
+
+    A group is waited for while it is compiled, and left where it failed, others are before it, or an operand of
+    another formula is missing. The scores are the same.
+    """
+    if expression in _groups:
+        functions, which = _groups[expression]
+        if (functions.running() or functions.done()) and not functions.exception():
+            layout = functions.result().LAYOUT
+            if all(name in named for name in (*layout.matrices, *layout.columns)):
+                return functions.result(), which
+    return _alone(expression), 0
 
 
 def _launch(
     weight: Tensor,
-    functions: ModuleType,
+    score: Any,
+    layout: Any,
     which: int,
     named: Mapping[str, Tensor],
     targets: Sequence[Target],
     bits: bool,
 ) -> list[Tensor]:
     """The pruned weight or its mask by target."""
-    from gpmetric.kernels.launch import pieces  # needs Triton
+    from triton.errors import TritonError
+
+    from gpmetric.kernels.launch import pieces
     from gpmetric.kernels.reduce import prepare
 
     weight = weight.detach().contiguous()
+    bad = torch.zeros(1, dtype=torch.int64, device=weight.device)
+    results = []
     try:
-        operands = prepare(weight, named, functions.LAYOUT, which)
+        operands = prepare(weight, named, layout, which)
+        for target in targets:
+            bad.zero_()  # all targets have the same scores
+            whole = [(weight, operands)]
+            parts = []
+            for piece, its in pieces(weight, operands, BLOCK) if target.granularity == "block" else whole:
+                found = _prune(piece, score, its, target, bits, bad)
+                parts.append(_unpacked(found, piece.shape) if bits else found)
+            results.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
     except ValueError as error:
         raise ExpressionError(str(error)) from error
-    results = []
-    bad = torch.zeros(1, dtype=torch.int64, device=weight.device)
-    for target in targets:
-        bad.zero_()  # all targets have the same scores
-        parts = []
-        whole = [(weight, operands)]
-        for piece, its in pieces(weight, operands, BLOCK) if target.granularity == "block" else whole:
-            found = _prune(piece, functions.score, its, target, bits, bad)
-            parts.append(_unpacked(found, piece.shape) if bits else found)
-        results.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+    except TritonError as error:
+        raise GpmetricError(f"a Triton kernel failed; GPMETRIC_KERNELS=0 does without: {error}") from error
     if bad:
         raise MaskError(f"{int(bad)} of {weight.numel()} scores are NaN or infinite")
     return results

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gpmetric.errors import MaskError
-from gpmetric.expression import Expression
 from gpmetric.pruning import fused
 from gpmetric.pruning.target import BLOCK, Target
 
@@ -19,8 +18,6 @@ __all__ = ["check_width", "select_mask"]
 # of 2 4.4, 48, 43; of 4 6.2, 27, 36; of 8 9.2, 15, 37; of 16 16, 8.9, 47; of 32 33, 7.6, 60. Where all scores are
 # equal, which is rare, a partition takes 2.8 times as long as the sort at 8, 0.6 at 4096 (benchmarks/bench_kernels.py).
 _RANKS_UP_TO = 8
-
-_ITSELF = Expression(("W",))  # what the kernels score by, where the weight is scores already
 
 
 def select_mask(score: Tensor, target: Target) -> Tensor:
@@ -41,7 +38,7 @@ def select_mask(score: Tensor, target: Target) -> Tensor:
     """
     check_width(score.shape[1], target)
     if fused.usable(score, [target]):
-        return fused.masks(score, _ITSELF, {}, [target])[0]
+        return fused.mask_of_scores(score, target)
     # The sum first: 0.1 ms against 5 ms for every score at 512x4096 (AMD EPYC). It may overflow, hence the count.
     if not math.isfinite(score.sum().item()):
         bad = int((~torch.isfinite(score)).sum())

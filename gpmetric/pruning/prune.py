@@ -33,6 +33,7 @@ __all__ = [
     "prune_sequential",
     "prune_weight",
     "prune_weights",
+    "rules_of",
     "score_weight",
     "sparsity",
 ]
@@ -133,7 +134,7 @@ def prune_weights(
         MaskError: a score is not finite, or `in` is not divisible by M.
         SolverError: an update is asked for and the Gram matrix cannot be factorised.
     """
-    rules = [t.with_granularity(metric.granularity) if t.granularity == "row" else t for t in targets]
+    rules = rules_of(metric, targets)
     given: Sequence[Tensor | None] = scores or [None] * len(weights)
     cases = list(zip(weights, statistics, given, strict=True))
     if update == "none":
@@ -153,6 +154,13 @@ def prune_weights(
             result = _prune_blockwise(alike, metric, targets, found)
         solved |= zip(batch, result, strict=True)
     return [list(target) for target in zip(*(solved[index] for index in range(len(weights))), strict=True)]
+
+
+def rules_of(metric: Metric, targets: Sequence[Target]) -> list[Target]:
+    """The targets with the comparison group of the metric where they are plain numbers."""
+    return [
+        target.with_granularity(metric.granularity) if target.granularity == "row" else target for target in targets
+    ]
 
 
 def _masked(
