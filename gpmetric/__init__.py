@@ -1,7 +1,7 @@
 """Discovers pruning metrics for language models by genetic programming.
 
-`discover`, `bench`, `evaluate` and `analyse` are the commands of the command line; `Metric` and `select_mask` score and
-choose. Importing the package imports neither torch nor transformers; using a name does.
+`discover`, `bench`, `prune`, `verify`, `evaluate` and `analyse` are the commands of the command line; `Metric` and
+`select_mask` score and choose. Importing the package imports neither torch nor transformers; using a name does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from gpmetric.pruning.bench import bench
     from gpmetric.pruning.mask import select_mask
     from gpmetric.pruning.metrics import BASELINES, Metric
+    from gpmetric.pruning.prune_model import prune_model as prune
     from gpmetric.pruning.target import parse_target
+    from gpmetric.pruning.verify import verify
 
 _HOMES = {
     "BASELINES": ("pruning.metrics", "BASELINES"),
@@ -30,7 +32,9 @@ _HOMES = {
     "evaluate": ("evaluation.evaluate", "evaluate_model"),
     "load_model": ("models", "load_model"),
     "parse_target": ("pruning.target", "parse_target"),
+    "prune": ("pruning.prune_model", "prune_model"),
     "select_mask": ("pruning.mask", "select_mask"),
+    "verify": ("pruning.verify", "verify"),
 }
 
 __all__ = [
@@ -43,7 +47,9 @@ __all__ = [
     "evaluate",
     "load_model",
     "parse_target",
+    "prune",
     "select_mask",
+    "verify",
 ]
 
 

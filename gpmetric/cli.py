@@ -1,7 +1,6 @@
-"""The command line: `gpmetric discover | bench | export | evaluate | analyse`, each with complete `--help`.
+"""The command line: `gpmetric discover | bench | export | prune | verify | evaluate | analyse`, with complete `--help`.
 
-Options and formulas are checked here, before torch is imported; the work is in the functions of the same names that
-`import gpmetric` offers.
+Options and formulas are checked before torch is imported; the work is in the functions that `import gpmetric` offers.
 """
 
 from __future__ import annotations
@@ -14,11 +13,12 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from gpmetric.commands import prune, verify
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.evolution.ledger import is_ledger, winner_of
 from gpmetric.evolution.request import Request, check_group, check_objective, check_request
@@ -42,8 +42,9 @@ from gpmetric.options import (
     TextOption,
     UpdateOption,
     WindowsOption,
+    tables,
 )
-from gpmetric.provenance import STDOUT, check_output, gpmetric_version, write_json
+from gpmetric.provenance import check_output, gpmetric_version, write_json
 from gpmetric.pruning.metrics import BASELINES, check_update, resolve_metric
 from gpmetric.pruning.target import parse_target
 
@@ -51,7 +52,7 @@ __all__ = ["analyse", "app", "bench", "discover", "evaluate", "export", "main"]
 
 app = typer.Typer(
     name="gpmetric",
-    help="Discovers pruning metrics for language models by genetic programming, and benchmarks and exports them.",
+    help="Discovers pruning metrics for language models by genetic programming, benchmarks, exports and applies them.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -101,11 +102,11 @@ def evaluate(
         seed=seed,
         device=device,
         dtype=dtype,
-        on_text=lambda name, ppl: print(f"{name}: perplexity {ppl:.4f}", flush=True, file=_tables(json)),
+        on_text=lambda name, ppl: print(f"{name}: perplexity {ppl:.4f}", flush=True, file=tables(json)),
     )
     write_json(json, result)
     size = f"{result['windows']} windows of {result['sequence_length']} tokens"
-    print(f"{size}, {result['dtype']}, {result['device']}", file=_tables(json))
+    print(f"{size}, {result['dtype']}, {result['device']}", file=tables(json))
 
 
 @app.command()
@@ -225,7 +226,7 @@ def discover(
         print(f"stopped; go on with: {_resume_command(path)}", file=sys.stderr)
         raise
     write_json(json, result)
-    terminal.print_discover(Console(file=_tables(json)), result, path)
+    terminal.print_discover(Console(file=tables(json)), result, path)
 
 
 @app.command()
@@ -284,7 +285,7 @@ def bench(
             listener=listener,
         )
     write_json(json, result)
-    terminal.print_bench(Console(file=_tables(json)), result)
+    terminal.print_bench(Console(file=tables(json)), result)
     if failures := bench_failures(result):
         raise GpmetricError(failures[0])
 
@@ -310,6 +311,10 @@ def export(
 
     record = export_expression(metric.expression, format, output, gpmetric_version(), metric.granularity)
     write_json(json, record)
+
+
+app.command()(prune)
+app.command()(verify)
 
 
 @app.command()
@@ -338,7 +343,7 @@ def analyse(
     write_json(json, result)
     from gpmetric import terminal
 
-    terminal.print_analysis(Console(file=_tables(json)), result)
+    terminal.print_analysis(Console(file=tables(json)), result)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -369,11 +374,6 @@ def _check_outputs(json: Path | None, option: str, path: Path) -> None:
     check_output(option, path)
     if json is not None and json.absolute() == path.absolute():
         raise InputError(f"--json and {option} are the same file {str(path)!r}")
-
-
-def _tables(json: Path | None) -> TextIO:
-    """Where tables go: standard output, unless the JSON has it for itself."""
-    return sys.stderr if json == STDOUT else sys.stdout
 
 
 def main() -> None:

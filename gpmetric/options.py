@@ -1,16 +1,18 @@
-"""Options that several commands share, checked where that needs no torch."""
+"""Options that several commands share, checked where that needs no torch, and where commands print."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
 from gpmetric.config import load_config
 from gpmetric.errors import one_of
 from gpmetric.evolution.request import Request
+from gpmetric.provenance import STDOUT
 from gpmetric.pruning.metrics import UPDATES
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "TextOption",
     "UpdateOption",
     "WindowsOption",
+    "tables",
 ]
 
 
@@ -86,3 +89,8 @@ ConfigOption = Annotated[
         "--config", metavar="FILE.toml", is_eager=True, callback=load_config, help="Option values by long name."
     ),
 ]
+
+
+def tables(json: Path | None) -> TextIO:
+    """Where tables go: standard output, unless the JSON has it for itself."""
+    return sys.stderr if json == STDOUT else sys.stdout

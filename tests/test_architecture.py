@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"__init__", "__main__"},
     {"cli"},
+    {"commands"},
     {"options"},
     {"report", "analysis", "terminal", "config"},
     {"evolution", "allocation", "structured"},

@@ -143,11 +143,17 @@ class Bench:
         """Losses by text, seconds of pruning, sparsity reached; `prepare` has been called for this metric."""
         with self.model.restored():
             start = time.perf_counter()
-            self._prune(metric, target, _update_of(metric, update))
+            self.prune(metric, target, update)
             seconds = time.perf_counter() - start
             return [mean_loss(self.model, tokens) for tokens in texts], seconds, sparsity(self.model)
 
-    def _prune(self, metric: Metric, target: Target, update: Update) -> None:
+    def prune(self, metric: Metric, target: Target, update: Update) -> None:
+        """Prunes the model for good; `prepare` has been called for this metric.
+
+        Raises:
+            MaskError, SolverError: naming metric, target and layer; layers before it are already pruned.
+        """
+        update = _update_of(metric, update)
         if self.one_shot:
             assert self._dense is not None
             prune_one_shot(self.model, metric, target, self._dense.layers, update)

@@ -1,0 +1,124 @@
+"""`gpmetric prune`: a model pruned by one metric to one target, written as a checkpoint and read again."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from gpmetric.errors import GpmetricError
+from gpmetric.evaluation.perplexity import mean_loss, perplexity
+from gpmetric.evaluation.windows import check_length, default_text, open_text, read_windows
+from gpmetric.models import load_model
+from gpmetric.provenance import check_output, versions
+from gpmetric.pruning.bench import Bench, BenchListener, check_targets
+from gpmetric.pruning.checkpoint import check_folder, replacing, round_weights, write_checkpoint, write_masks
+from gpmetric.pruning.metrics import check_update, resolve_metric
+from gpmetric.pruning.prune import rules_of
+from gpmetric.pruning.target import parse_target
+from gpmetric.pruning.verify import verify
+
+__all__ = ["prune_model"]
+
+
+def prune_model(
+    model: str | None = None,
+    *,
+    output: str | Path,
+    calibration: str | None = None,
+    text: str | None = None,
+    metric: str = "wanda",
+    target: str = "0.5",
+    update: str = "none",
+    one_shot: bool = False,
+    samples: int = 128,
+    sequence_length: int | None = None,
+    windows: int | None = None,
+    shuffle: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    save_masks: str | Path | None = None,
+    force: bool = False,
+    listener: BenchListener | None = None,
+) -> dict[str, Any]:
+    """Prunes a model under the protocol of `bench`, writes it and verifies what was written.
+
+    Args:
+        model: a directory or Hub name; None is the demo model.
+        output: folder to write; its weights are in the dtype that the model is stored in.
+        calibration: text the statistics are measured on, `samples` windows of it.
+        text: text that the perplexity is measured on, `windows` windows of it (all by default); the calibration text by
+            default.
+        metric: a name of BASELINES or a formula.
+        target: a sparsity, `layer:` or `block:` sparsity, or N:M.
+        update, one_shot, sequence_length, shuffle, seed, device, dtype, include, exclude: as for `bench`.
+        save_masks: safetensors file to write, with what is kept, boolean [out, in] by layer name.
+        force: replace a checkpoint of gpmetric at `output`.
+        listener: told of calibration and of the dense perplexity.
+
+    Returns:
+        The manifest without its lists of files and tensors, with `output`, `dense` and `seconds`. `perplexity` is that
+        of the written checkpoint, loaded again.
+
+    Raises:
+        InputError: for anything that cannot be used, before the model runs.
+        GpmetricError: pruning failed, or the files cannot be written or do not verify; `output` is then as it was.
+    """
+    told = listener or BenchListener()
+    rule, chosen = resolve_metric(metric), check_update(update)
+    wanted, folder = parse_target(target), Path(output)
+    check_folder(folder, force)
+    check_output("--save-masks", None if save_masks is None else Path(save_masks))
+    calibration_text = open_text(default_text(model, calibration, "--calibration", "calibration"))
+    evaluated = calibration_text if text is None else open_text(text)
+
+    loaded = load_model(model, device=device, dtype=dtype, include=include, exclude=exclude)
+    check_targets(loaded, [wanted])
+    length = check_length(loaded, sequence_length)
+    shuffle_seed = seed if shuffle else None
+    sample = read_windows(loaded, calibration_text, length, samples, shuffle_seed)
+    read = read_windows(loaded, evaluated, length, windows, shuffle_seed)
+    rule = resolve_metric(metric, *sample.tokens.shape)
+
+    made: dict[str, Any] = {
+        "model": loaded.name,
+        "digest": loaded.digest,
+        "dtype": loaded.dtype,
+        "metric": metric,
+        "formula": str(rule.expression),
+        "target": target,
+        "update": rule.update or chosen,
+        "protocol": "one-shot" if one_shot else "sequential",
+        "seed": seed,
+        "shuffle": shuffle,
+        "calibration": sample.describe(),
+        "text": read.describe(),
+        "versions": versions(),
+    }
+    dense = perplexity(mean_loss(loaded, read.tokens))
+    told.dense({evaluated.name: dense})
+    zeros = {layer.name: int((layer.weight == 0).sum()) for layer in loaded.layers}
+    runner = Bench(loaded, sample.tokens, one_shot=one_shot, progress=told.progress)
+    runner.prepare([rule], chosen)
+    start = time.perf_counter()
+    runner.prune(rule, wanted, chosen)
+    seconds = time.perf_counter() - start
+    round_weights(loaded)
+    made |= {"perplexity": perplexity(mean_loss(loaded, read.tokens)), "dense": dense}
+
+    (used,) = rules_of(rule, [wanted])
+    if rule.update == "obs-blockwise" or chosen == "obs-blockwise":
+        used = used if used.group else wanted.with_granularity("block")
+    with replacing(folder) as partial:
+        if save_masks is not None:
+            write_masks(loaded, Path(save_masks))
+        manifest = write_checkpoint(loaded, partial, made, dict.fromkeys(zeros, used), zeros)
+        found = verify(partial, device=device)
+        if not found["ok"]:
+            raise GpmetricError(f"the written checkpoint does not verify: {found['problems'][0]}")
+    result = {key: value for key, value in manifest.items() if key not in ("files", "tensors")}
+    perplexity_read = found["perplexity"]
+    return result | {"output": str(folder), "perplexity": perplexity_read or made["perplexity"], "seconds": seconds}

@@ -1,0 +1,230 @@
+"""Pruned checkpoints: what is written, that stock transformers reads it, and every damage that `verify` must notice."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gpmetric.errors import GpmetricError, InputError
+from gpmetric.pruning import prune_model as module
+from gpmetric.pruning.bench import bench
+from gpmetric.pruning.checkpoint import MANIFEST
+from gpmetric.pruning.prune_model import prune_model
+from gpmetric.pruning.verify import verify
+
+QUICK = {"samples": 4, "windows": 4, "sequence_length": 32, "device": "cpu"}
+
+
+@pytest.fixture
+def pruned(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> Path:
+    """The tiny Llama at 2:4."""
+    folder = tmp_path / "pruned"
+    prune_model(str(tiny_llama), output=folder, calibration=str(tiny_text), target="2:4", **QUICK)
+    return folder
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any], sign: bool = True) -> None:
+    """Changes tensors, and the manifest's digest with them unless the file is to look damaged."""
+    from gpmetric.pruning.checkpoint import file_digest
+
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if sign:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["files"]["model.safetensors"] = file_digest(folder / "model.safetensors")
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2"])
+@pytest.mark.parametrize(
+    ("metric", "target", "update"),
+    [
+        ("wanda", "0.5", "none"),
+        ("abs(W)*X", "2:4", "obs"),
+        ("layer:abs(W)", "0.3", "none"),
+        ("block:abs(W)", "0.6", "none"),
+        ("magnitude", "layer:0.5", "none"),
+        ("sparsegpt", "0.5", "none"),
+        ("sparsegpt", "1:2", "none"),
+    ],
+)
+def test_stock_transformers_reads_what_bench_measured(
+    family: str, metric: str, target: str, update: str, tiny_text: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source = request.getfixturevalue(family)
+    options = QUICK | {"calibration": str(tiny_text), "update": update}
+    result = prune_model(str(source), output=tmp_path / "out", metric=metric, target=target, **options)
+    measured = bench(str(source), text=[str(tiny_text)], metric=[metric], target=[target], **options)
+    (row,) = measured["results"]
+    assert result["perplexity"] == pytest.approx(row["ppl"][str(tiny_text)], rel=1e-3)
+    assert result["sparsity"] == pytest.approx(row["sparsity"])
+    assert {layer["name"] for layer in result["layers"]} >= {"model.layers.0.mlp.up_proj"} or family == "tiny_gpt2"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert loaded.config.use_cache
+    zeros = sum(int((one == 0).sum()) for name, one in loaded.named_parameters() if name.endswith("proj.weight"))
+    assert family == "tiny_gpt2" or zeros == sum(layer["zeros"] for layer in result["layers"])
+    found = verify(tmp_path / "out", against=str(source), device="cpu")
+    assert found["problems"] == []
+    assert found["perplexity"] == pytest.approx(result["perplexity"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("update", ["none", "obs"])
+def test_the_stored_dtype_is_kept(
+    update: str, save_model: Callable[..., Path], tiny_llama: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(half)
+    options = QUICK | {"calibration": str(tiny_text), "update": update}
+    prune_model(str(half), output=tmp_path / "out", **options)
+    assert {one.dtype for one in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert verify(tmp_path / "out", against=str(half), device="cpu")["problems"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            lambda w: w[QUERY].view(-1)[:8].fill_(1.0),
+            "layer model.layers.0.self_attn.q_proj has .* zeros, the manifest",
+        ),
+        (lambda w: w[QUERY].view(-1)[:4].copy_(w[QUERY].view(-1)[:4] * 1.01), "were kept are not those of"),
+        (lambda w: w["model.norm.weight"].mul_(1.001), "tensor model.norm.weight is not that of"),
+        (lambda w: w["model.norm.weight"].view(-1)[:1].fill_(torch.nan), "tensor model.norm.weight holds NaN"),
+        (lambda w: w.pop("model.norm.weight"), "tensor model.norm.weight is missing"),
+        (lambda w: w.update({QUERY: w[QUERY][:-1].clone()}), "the manifest says"),
+    ],
+)
+def test_verify_notices(
+    change: Callable[[dict[str, Tensor]], Any], problem: str, pruned: Path, tiny_llama: Path
+) -> None:
+    edit(pruned, change)
+    found = verify(pruned, against=str(tiny_llama), device="cpu")
+    assert not found["ok"]
+    assert any(re.search(problem, one) for one in found["problems"]), found["problems"]
+
+
+def test_verify_notices_a_pattern_that_is_not_kept(pruned: Path) -> None:
+    """As many zeros as before, in other groups."""
+
+    def swap(weights: dict[str, Tensor]) -> None:
+        weight = weights[QUERY]
+        kept, gone = (weight[0, :4] != 0).nonzero()[0, 0], (weight[0, 4:8] == 0).nonzero()[0, 0] + 4
+        weight[0, gone], weight[0, kept] = weight[0, kept].item(), 0.0
+
+    edit(pruned, swap)
+    assert any("1 groups with more weights than 2:4 leaves" in one for one in verify(pruned)["problems"])
+
+
+def test_verify_notices_files(pruned: Path, tiny_llama: Path) -> None:
+    edit(pruned, lambda weights: weights[QUERY].mul_(2), sign=False)
+    assert "model.safetensors is not as it was written: its sha256 differs" in verify(pruned)["problems"]
+    (pruned / "extra.safetensors").write_bytes(b"")
+    assert "extra.safetensors was not written with the others" in verify(pruned)["problems"]
+    whole = (pruned / "model.safetensors").read_bytes()
+    (pruned / "model.safetensors").write_bytes(whole[:5000])
+    assert any("cannot be read" in one for one in verify(pruned, against=str(tiny_llama))["problems"])
+    (pruned / "model.safetensors").unlink()
+    assert "model.safetensors is missing" in verify(pruned)["problems"]
+
+
+def test_verify_measures_only_the_text_it_was_measured_on(pruned: Path, tiny_text: Path) -> None:
+    manifest = json.loads((pruned / MANIFEST).read_text())
+    assert manifest["text"]["text"] == str(tiny_text)
+    (pruned / MANIFEST).write_text(json.dumps(manifest | {"text": manifest["text"] | {"text": "gone.txt"}}))
+    found = verify(pruned)
+    assert (found["ok"], found["perplexity"]) == (True, None)
+    (pruned / MANIFEST).write_text(json.dumps(manifest | {"perplexity": manifest["perplexity"] * 1.01}))
+    assert any("perplexity of the reloaded model is" in one for one in verify(pruned)["problems"])
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"layers": []}', '{"layers": [{"name": 1}]}'])
+def test_what_is_no_checkpoint_is_refused(content: str, pruned: Path, tmp_path: Path) -> None:
+    (pruned / MANIFEST).write_text(content)
+    with pytest.raises(InputError, match="is no manifest"):
+        verify(pruned)
+    with pytest.raises(InputError, match="is no checkpoint of gpmetric"):
+        verify(tmp_path / "missing")
+
+
+def test_a_wrong_dense_model_is_not_the_checkpoints_fault(pruned: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        verify(pruned, against="./nowhere")
+
+
+def test_an_existing_folder_is_replaced_by_force_alone(
+    tiny_llama: Path, tiny_text: Path, pruned: Path, tmp_path: Path
+) -> None:
+    options = QUICK | {"calibration": str(tiny_text)}
+    with pytest.raises(InputError, match="exists already; --force"):
+        prune_model(str(tiny_llama), output=pruned, **options)
+    prune_model(str(tiny_llama), output=pruned, target="1:4", force=True, **options)
+    assert json.loads((pruned / MANIFEST).read_text())["target"] == "1:4"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned"]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("dear")
+    with pytest.raises(InputError, match="is no checkpoint of gpmetric, which alone --force replaces"):
+        prune_model(str(tiny_llama), output=mine, force=True, **options)
+    with pytest.raises(InputError, match="does not exist"):
+        prune_model(str(tiny_llama), output=tmp_path / "a" / "b", **options)
+    assert (mine / "thesis.tex").read_text() == "dear"
+
+
+def test_a_failure_leaves_nothing(
+    tiny_llama: Path, tiny_text: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a new folder nor a change of the old one."""
+    before = (pruned / MANIFEST).read_text()
+    monkeypatch.setattr(module, "verify", lambda *a, **k: {"ok": False, "problems": ["it rained"], "perplexity": 1.0})
+    for folder in (tmp_path / "new", pruned):
+        with pytest.raises(GpmetricError, match="does not verify: it rained"):
+            prune_model(str(tiny_llama), output=folder, calibration=str(tiny_text), force=True, **QUICK)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned"]
+    assert (pruned / MANIFEST).read_text() == before
+
+
+def test_masks_are_saved(tiny_gpt2: Path, tiny_text: Path, tmp_path: Path) -> None:
+    result = prune_model(
+        str(tiny_gpt2),
+        output=tmp_path / "out",
+        calibration=str(tiny_text),
+        target="2:4",
+        include="h.0.",
+        save_masks=tmp_path / "masks.safetensors",
+        **QUICK,
+    )
+    masks = load_file(tmp_path / "masks.safetensors")
+    assert {name: list(mask.shape) for name, mask in masks.items()} == {
+        layer["name"]: layer["shape"] for layer in result["layers"]
+    }
+    assert all(mask.dtype == torch.bool and mask.float().mean() == 0.5 for mask in masks.values())
+
+
+def test_a_sharded_checkpoint(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpmetric.pruning import checkpoint
+
+    monkeypatch.setattr(checkpoint, "_SHARD", "50KB")
+    prune_model(str(tiny_llama), output=tmp_path / "out", calibration=str(tiny_text), **QUICK)
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert verify(tmp_path / "out", against=str(tiny_llama), device="cpu")["problems"] == []
+    shards[0].unlink()
+    assert f"{shards[0].name} is missing" in verify(tmp_path / "out")["problems"]
