@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpmetric.errors import GpmetricError
+from gpmetric.errors import GpmetricError, InputError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.evaluation.windows import check_length, default_text, open_text, read_windows
 from gpmetric.models import load_model
@@ -72,6 +72,8 @@ def prune_model(
     wanted, folder = parse_target(target), Path(output)
     check_folder(folder, force)
     check_output("--save-masks", None if save_masks is None else Path(save_masks))
+    if save_masks is not None and Path(save_masks).absolute() == folder.absolute():
+        raise InputError(f"--save-masks and --output are the same place {str(folder)!r}")
     calibration_text = open_text(default_text(model, calibration, "--calibration", "calibration"))
     evaluated = calibration_text if text is None else open_text(text)
 
