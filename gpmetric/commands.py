@@ -67,6 +67,8 @@ def prune(
     check_output("--json", json)
     if output is None:
         raise InputError("--output (-o) DIR is needed")
+    if json is not None and json.absolute() in (output.absolute(), save_masks and save_masks.absolute()):
+        raise InputError(f"--json {str(json)!r} is also what --output or --save-masks names")
     resolve_metric(metric)
     parse_target(target)
     check_update(update)

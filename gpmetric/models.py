@@ -6,7 +6,6 @@ Linear and Conv1D modules inside them, and each block is replayed with the argum
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -25,6 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from gpmetric.errors import InputError, ModelError
@@ -78,7 +78,7 @@ class Model:
     module: Any  # transformers' PreTrainedModel, which is untyped
     tokenizer: Any
     blocks: tuple[Block, ...]
-    stored: Any = None  # the configuration as it is stored, its dtype among it
+    folder: Path | None = None  # where its files are
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -185,11 +185,11 @@ def load_model(
     wanted = _resolve_dtype(dtype, where)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    module, tokenizer, stored = _load(str(path), wanted)
+    module, tokenizer = _load(str(path), wanted)
     module.to(where).eval().requires_grad_(False)
     module.config.use_cache = False
     blocks = _find_blocks(module, _compile("--include", include), _compile("--exclude", exclude))
-    model = Model("demo" if name is None else str(name), module, tokenizer, blocks, stored)
+    model = Model("demo" if name is None else str(name), module, tokenizer, blocks, _folder(str(path)))
     _check(model)
     return model
 
@@ -220,7 +220,7 @@ def _resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str
     return choices[dtype]
 
 
-def _load(path: str, dtype: torch.dtype | str) -> tuple[Any, Any, Any]:
+def _load(path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
     # code that comes with a checkpoint is refused, which transformers would otherwise ask about on the terminal
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": not _is_reachable(path)}
     place = repr(path) if Path(path).is_dir() else f"{path!r} (no directory here)"
@@ -230,7 +230,6 @@ def _load(path: str, dtype: torch.dtype | str) -> tuple[Any, Any, Any]:
             raise ModelError(f"model {path!r} is quantised; prune the full-precision checkpoint it was made from")
         if config.is_encoder_decoder:
             raise ModelError(f"model {path!r} ({config.model_type}) is an encoder-decoder; a causal model is wanted")
-        stored = copy.deepcopy(config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -249,7 +248,16 @@ def _load(path: str, dtype: torch.dtype | str) -> tuple[Any, Any, Any]:
             raise ModelError(f"model {path!r} has {len(names)} {kind} weights, first {names[0]}")
         if names:
             _LOG.warning("model %r ignores %d weights that its files hold, first %s", path, len(names), names[0])
-    return module, tokenizer, stored
+    return module, tokenizer
+
+
+def _folder(path: str) -> Path:
+    """Where the files of a loaded model are."""
+    if Path(path).is_dir():
+        return Path(path)
+    found = cached_file(path, "config.json", local_files_only=True)
+    assert found is not None  # it was loaded
+    return Path(found).parent
 
 
 def _is_reachable(path: str) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,7 +181,7 @@ def test_an_existing_folder_is_replaced_by_force_alone(
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("dear")
-    with pytest.raises(InputError, match="is no checkpoint of gpmetric, which alone --force replaces"):
+    with pytest.raises(InputError, match=r"holds 'thesis\.tex', which gpmetric did not write"):
         prune_model(str(tiny_llama), output=mine, force=True, **options)
     with pytest.raises(InputError, match="does not exist"):
         prune_model(str(tiny_llama), output=tmp_path / "a" / "b", **options)
@@ -216,15 +218,132 @@ def test_masks_are_saved(tiny_gpt2: Path, tiny_text: Path, tmp_path: Path) -> No
     assert all(mask.dtype == torch.bool and mask.float().mean() == 0.5 for mask in masks.values())
 
 
-def test_a_sharded_checkpoint(
-    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from gpmetric.pruning import checkpoint
-
-    monkeypatch.setattr(checkpoint, "_SHARD", "50KB")
-    prune_model(str(tiny_llama), output=tmp_path / "out", calibration=str(tiny_text), **QUICK)
+def test_a_sharded_checkpoint(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(source, max_shard_size="50KB")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(source)
+    prune_model(str(source), output=tmp_path / "out", calibration=str(tiny_text), **QUICK)
     shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
     assert len(shards) > 1
     assert verify(tmp_path / "out", against=str(tiny_llama), device="cpu")["problems"] == []
     shards[0].unlink()
     assert f"{shards[0].name} is missing" in verify(tmp_path / "out")["problems"]
+
+
+def test_force_spares_what_is_not_ours(tiny_llama: Path, tiny_text: Path, pruned: Path, tmp_path: Path) -> None:
+    options = QUICK | {"calibration": str(tiny_text), "force": True}
+    (pruned / "notes.md").write_text("dear")
+    with pytest.raises(InputError, match=r"holds 'notes\.md', which gpmetric did not write"):
+        prune_model(str(tiny_llama), output=pruned, **options)
+    (pruned / "notes.md").unlink()
+    with pytest.raises(InputError, match="holds what is needed"):
+        prune_model(str(pruned), output=pruned, **options)
+    with pytest.raises(InputError, match="holds what is needed"):
+        prune_model(str(tiny_llama), output=pruned, save_masks=pruned / "masks.safetensors", **options)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / MANIFEST).write_text("")
+    with pytest.raises(InputError, match="which gpmetric did not write"):
+        prune_model(str(tiny_llama), output=empty, **options)
+
+
+def test_a_folder_that_appears_meanwhile_is_spared(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = module.write_checkpoint
+
+    def slow(*arguments: Any) -> Any:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("dear")
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "write_checkpoint", slow)
+    with pytest.raises(InputError, match="exists already"):
+        prune_model(str(tiny_llama), output=tmp_path / "out", calibration=str(tiny_text), **QUICK)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupt_between_the_renames_loses_nothing(
+    tiny_llama: Path, tiny_text: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (pruned / MANIFEST).read_text()
+    rename, calls = os.rename, []
+
+    def once(source: Any, target: Any) -> None:
+        calls.append(source)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", once)
+    with pytest.raises(KeyboardInterrupt):
+        prune_model(str(tiny_llama), output=pruned, calibration=str(tiny_text), force=True, **QUICK)
+    assert (pruned / MANIFEST).read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}])
+def test_every_tensor_keeps_its_dtype_and_every_file_its_place(
+    options: dict[str, str], tiny_llama: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    """A bf16 checkpoint with fp32 norms, another dtype in its configuration, chat templates, and a sparsity_config."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny_llama, source)
+    weights = load_file(source / "model.safetensors")
+    weights = {name: one if "norm" in name else one.bfloat16() for name, one in weights.items()}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "float16", "sparsity_config": {}}))
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    prune_model(str(source), output=tmp_path / "out", calibration=str(tiny_text), **QUICK | options)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: one.dtype for name, one in found.items()} == {name: one.dtype for name, one in weights.items()}
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").is_file()
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "sparsity_config" not in written
+    assert written["dtype"] == "float16"
+    assert verify(tmp_path / "out", against=str(source), device="cpu")["problems"] == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 2},
+        {"tensors": [[1]]},
+        {"files": {"x" * 5000: ""}},
+        {"text": {}},
+        {"seed": -1},
+        {"update": "magic"},
+        {"dtype": "float8"},
+        {"sparsity": "0.5"},
+        {"perplexity": "inf"},
+        {"layers": [{"name": "x"}]},
+    ],
+)
+def test_an_edited_manifest_is_told_in_one_line(change: dict[str, Any], pruned: Path) -> None:
+    manifest = json.loads((pruned / MANIFEST).read_text())
+    (pruned / MANIFEST).write_text(json.dumps(manifest | change))
+    if "files" in change:
+        assert f"{'x' * 5000} is missing" in verify(pruned)["problems"]
+    else:
+        with pytest.raises(InputError, match=f"is no manifest: {next(iter(change))}"):
+            verify(pruned)
+    (pruned / MANIFEST).write_text("[" * 200_000)
+    with pytest.raises(InputError, match="is no manifest"):
+        verify(pruned)
+
+
+def test_what_is_checked_is_what_is_loaded(pruned: Path, tmp_path: Path) -> None:
+    """Neither an index nor a link leads out of the folder unnoticed."""
+    shutil.copyfile(pruned / "model.safetensors", tmp_path / "outer.safetensors")
+    index = {"metadata": {}, "weight_map": {"x": "../outer.safetensors"}}
+    (pruned / "model.safetensors.index.json").write_text(json.dumps(index))
+    problems = verify(pruned)["problems"]
+    assert "model.safetensors.index.json was not written with the others" in problems
+    assert any("which is not in the folder" in one for one in problems)
+    (pruned / "model.safetensors.index.json").unlink()
+    (pruned / "model.safetensors").unlink()
+    (pruned / "model.safetensors").symlink_to(tmp_path / "outer.safetensors")
+    assert "model.safetensors is not as it was written: its sha256 differs" in verify(pruned)["problems"]

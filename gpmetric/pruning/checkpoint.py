@@ -1,7 +1,7 @@
-"""A pruned model as a standard Hugging Face checkpoint: dense safetensors in the stored dtype, with a manifest.
+"""A pruned model as a standard Hugging Face checkpoint: the files of the dense one, with other numbers in its layers.
 
-The manifest, `gpmetric_manifest.json`, says what was pruned, how, and from what, and has a sha256 of every file. No
-`quantization_config` or `sparsity_config` is written: serving engines refuse checkpoints that have one.
+Every tensor keeps its name, file and dtype. The manifest, `gpmetric_manifest.json`, says what was pruned, how, and from
+what, and has a sha256 of every file. `quantization_config` and its like are left out: serving engines refuse them.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from gpmetric.errors import GpmetricError, InputError
@@ -27,9 +27,11 @@ from gpmetric.provenance import finite, write_text
 from gpmetric.pruning.target import Target
 
 __all__ = [
+    "FOREIGN_KEYS",
     "MANIFEST",
     "check_folder",
     "file_digest",
+    "files_of",
     "replacing",
     "round_weights",
     "tensors",
@@ -38,8 +40,10 @@ __all__ = [
 ]
 
 MANIFEST = "gpmetric_manifest.json"
-_VERSION = 1
-_SHARD = "5GB"  # of one file at most
+FOREIGN_KEYS = ("quantization_config", "sparsity_config", "compression_config")  # of a config.json
+_INDEX = "model.safetensors.index.json"
+# What is taken over from the dense checkpoint beside its tensors: configurations, tokenizer, chat templates.
+_KEPT = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
 _CARD = """---
 library_name: transformers
@@ -54,121 +58,179 @@ tags: [sparsity, pruning, gpmetric]
 """
 
 
-def check_folder(folder: Path, force: bool) -> None:
-    """Refuses a folder that a checkpoint could not be written to at the end, before any work is done.
+def check_folder(folder: Path, force: bool, needed: Sequence[str | None] = ()) -> None:
+    """Refuses a folder that a checkpoint cannot be written to, or that `force` must not replace.
+
+    Args:
+        folder: to be written.
+        force: whether a checkpoint there may be replaced.
+        needed: paths that are read or written otherwise, which must not be in it.
 
     Raises:
-        InputError: it exists and `force` is not given, or it is not a checkpoint that may be replaced, or it cannot be
-            written.
+        InputError: naming the folder, and what is in the way.
     """
     where = f"--output {str(folder)!r}"
+    whole = folder.absolute()
+    inside = [Path.cwd(), *(Path(one) for one in needed if one is not None)]
+    if any(whole.resolve() in (path.resolve(), *path.resolve().parents) for path in inside):
+        raise InputError(f"{where} holds what is needed, or the working directory")
     if os.path.lexists(folder):
         if not force:
             raise InputError(f"{where} exists already; --force replaces a checkpoint")
-        if folder.is_symlink() or not folder.is_dir() or (any(folder.iterdir()) and not (folder / MANIFEST).is_file()):
-            raise InputError(f"{where} is no checkpoint of gpmetric, which alone --force replaces")
-    if not folder.absolute().parent.is_dir():
+        if folder.is_symlink() or not folder.is_dir():
+            raise InputError(f"{where} is no folder; --force replaces a checkpoint only")
+        if foreign := _foreign(folder):
+            raise InputError(f"{where} holds {foreign!r}, which gpmetric did not write; --force replaces its own only")
+    if not whole.parent.is_dir():
         raise InputError(f"{where}: the directory {str(folder.parent)!r} does not exist")
-    if not os.access(folder.absolute().parent, os.W_OK):
+    if not os.access(whole.parent, os.W_OK):
         raise InputError(f"{where}: {str(folder.parent)!r} is not writable")
+    if len(os.fsencode(whole.name)) > 255:
+        raise InputError(f"{where}: the name is too long")
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A folder beside it to write to, which takes its place when the block ends well and is removed otherwise."""
+def replacing(folder: Path, force: bool) -> Iterator[Path]:
+    """A folder beside it to write to, which takes its place when the block ends well and is removed otherwise.
+
+    Raises:
+        GpmetricError: something cannot be written; what was there before is there still.
+    """
     folder = folder.absolute()
-    partial = folder.with_name(f".{folder.name[:40]}.{secrets.token_hex(6)}.partial")
+    aside = [folder.with_name(f".{folder.name[:40]}.{secrets.token_hex(6)}.{kind}") for kind in ("partial", "old")]
+    partial, old = aside
     try:
         partial.mkdir()
         yield partial
+        check_folder(folder, force)  # it may have come to be meanwhile
         if folder.exists():
-            old = folder.with_name(f".{folder.name[:40]}.{secrets.token_hex(6)}.old")
-            os.replace(folder, old)
-            os.replace(partial, folder)
-            shutil.rmtree(old)
+            os.rename(folder, old)
+            try:
+                os.rename(partial, folder)
+            except BaseException:
+                os.rename(old, folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         else:
-            os.replace(partial, folder)
-    except OSError as error:
-        raise GpmetricError(f"{str(folder)!r} cannot be written: {error.strerror or error}") from error
+            os.rename(partial, folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise GpmetricError(f"{str(folder)!r} cannot be written: {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def round_weights(model: Model) -> None:
-    """Rounds the prunable weights to the dtype the model is stored in, so that it is measured as it will be read."""
+    """Rounds the prunable weights to the dtypes they are stored in, so that they are measured as they will be read.
+
+    Raises:
+        GpmetricError: the checkpoint stores a layer under another name.
+    """
+    places = tensors(_source(model))
     for layer in model.layers:
-        layer.weight.copy_(layer.weight.to(_stored_dtype(model)))
+        name = _stored_name(model, layer, places)
+        with safe_open(places[name], framework="pt") as file:
+            layer.weight.copy_(layer.weight.to(file.get_tensor(name).dtype))
 
 
 def write_checkpoint(
-    model: Model, folder: Path, made: dict[str, Any], rules: dict[str, Target], dense: dict[str, int]
+    model: Model, folder: Path, made: dict[str, Any], rule: Target, before: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Writes a pruned model, its tokenizer, a model card and the manifest, and returns the manifest.
-
-    The model is converted to the dtype it was stored in, and is not to be used afterwards.
+    """Writes a pruned model, the other files of the dense one, a model card and the manifest, and returns the manifest.
 
     Args:
         model: already pruned.
         folder: empty.
         made: what the manifest says of source, metric, target, calibration, perplexity and versions.
-        rules: by layer name, what each was pruned to.
-        dense: by layer name, how many weights were zero before.
+        rule: what each layer was pruned to.
+        before: by layer name, how many weights were zero in the dense model.
 
     Raises:
-        GpmetricError: the files cannot be written, or transformers stores a pruned weight under another name.
+        GpmetricError: the checkpoint stores a layer under another name.
+        OSError, SafetensorError: the files cannot be written.
     """
-    module = model.module
-    module.to(_stored_dtype(model))
-    module.config.use_cache = getattr(model.stored, "use_cache", True)
-    module.config.gpmetric = {name: made[name] for name in ("metric", "target", "update")}
-    module.save_pretrained(folder, max_shard_size=_SHARD)
-    model.tokenizer.save_pretrained(folder)
-    for path in folder.iterdir():
-        path.chmod((folder / "config.json").stat().st_mode)  # safetensors' files are their owner's alone
-    names = set(tensors(folder))
-    lost = [layer.name for layer in model.layers if f"{layer.name}.weight" not in names]
-    if lost:
-        raise GpmetricError(f"transformers stores layer {lost[0]} under another name; nothing written")
-    layers = [_describe(layer, rules[layer.name], dense[layer.name]) for layer in model.layers]
-    zeros, entries = (sum(layer[key] for layer in layers) for key in ("zeros", "entries"))
-    manifest: dict[str, Any] = {"version": _VERSION} | made | {"sparsity": zeros / entries, "layers": layers}
+    source = _source(model)
+    places = tensors(source)
+    layers = {_stored_name(model, layer, places): layer for layer in model.layers}
+    for path in sorted(set(places.values())):
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            stored = {name: file.get_tensor(name) for name in sorted(set(file.keys()))}
+        for name in stored.keys() & layers.keys():
+            stored[name] = _written(stored[name], layers[name], made["update"])
+        save_file(stored, folder / path.name, metadata=metadata)
+        (folder / path.name).chmod(0o644)  # safetensors' files are their owner's alone
+    for name in files_of(source):
+        if Path(name).suffix in _KEPT and name not in ("config.json", MANIFEST) and not name.startswith("."):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = {key: value for key, value in config.items() if key not in FOREIGN_KEYS}
+    config["gpmetric"] = {name: made[name] for name in ("metric", "target", "update")}
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+    described = [_describe(name, layer, rule, before[layer.name]) for name, layer in layers.items()]
+    zeros, entries = (sum(layer[key] for layer in described) for key in ("zeros", "entries"))
+    manifest: dict[str, Any] = {"version": 1} | made | {"sparsity": zeros / entries, "layers": described}
     base = f"base_model: {json.dumps(model.name)}\n" if "/" in model.name and not Path(model.name).exists() else ""
-    card = {name: _plain(str(made[name])) for name in ("formula", "target")}
-    sparsity, version = manifest["sparsity"], made["versions"]["gpmetric"]
-    name = _plain(Path(model.name).name)
-    text = _CARD.format(
-        base=base, name=name, sparsity=sparsity, layers=len(layers), version=version, manifest=MANIFEST, **card
+    card = _CARD.format(
+        base=base,
+        name=_plain(Path(model.name).name),
+        formula=_plain(made["formula"]),
+        target=_plain(made["target"]),
+        sparsity=manifest["sparsity"],
+        layers=len(described),
+        version=made["versions"]["gpmetric"],
+        manifest=MANIFEST,
     )
-    write_text(folder / "README.md", text)
-    manifest["tensors"] = sorted(names)
-    manifest["files"] = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
+    write_text(folder / "README.md", card)
+    manifest["tensors"] = sorted(places)
+    manifest["files"] = {name: file_digest(folder / name) for name in files_of(folder)}
     write_text(folder / MANIFEST, json.dumps(finite(manifest), indent=1, allow_nan=False) + "\n")
     return manifest
 
 
 def write_masks(model: Model, path: Path) -> None:
-    """Writes what is kept, boolean [out, in] by layer name, as one safetensors file.
+    """Writes which weights are not zero, boolean [out, in] by layer name, as one safetensors file.
 
     Raises:
         GpmetricError: it cannot be written.
     """
     partial = path.with_name(f".{path.name[:40]}.{secrets.token_hex(6)}.partial")
     try:
-        save_file({layer.name: (layer.weight != 0).contiguous() for layer in model.layers}, partial)
+        save_file({layer.name: (layer.weight != 0).cpu().contiguous() for layer in model.layers}, partial)
+        partial.chmod(0o644)
         os.replace(partial, path)
-    except OSError as error:
-        raise GpmetricError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise GpmetricError(f"{str(path)!r} cannot be written: {reason}") from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 def tensors(folder: Path) -> dict[str, Path]:
-    """Every tensor of a checkpoint's safetensors files, and which file holds it."""
+    """Every tensor that transformers reads of a checkpoint, and the file that holds it.
+
+    Raises:
+        OSError, SafetensorError: a file is missing or damaged.
+        GpmetricError: the index names a file elsewhere.
+    """
+    names = ["model.safetensors"]
+    if (folder / _INDEX).is_file():
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        names = sorted(set(map(str, index["weight_map"].values())))
     found: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
+    for name in names:
+        if Path(name).name != name:
+            raise GpmetricError(f"{_INDEX} names {name!r}, which is not in the folder")
+        with safe_open(folder / name, framework="pt") as file:
+            found |= dict.fromkeys(file.keys(), folder / name)
     return found
+
+
+def files_of(folder: Path) -> list[str]:
+    """Every file in a folder and its folders, as paths within it."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
 
 
 def file_digest(path: Path) -> str:
@@ -177,25 +239,52 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _describe(layer: Layer, rule: Target, dense: int) -> dict[str, Any]:
-    """What the manifest says of a layer: `removed` of each `group` entries go, within rows, the layer or N:M."""
+def _foreign(folder: Path) -> str | None:
+    """The first file of a folder that its manifest does not list; None where all are its own, or there are none."""
+    found = files_of(folder)
+    try:
+        listed = set(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]) | {MANIFEST}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        listed = set()
+    return next((name for name in found if name not in listed), None)
+
+
+def _source(model: Model) -> Path:
+    assert model.folder is not None  # load_model knows it
+    return model.folder
+
+
+def _stored_name(model: Model, layer: Layer, places: Mapping[str, Path]) -> str:
+    """What the files call a layer's weight: some leave out the prefix of the base model."""
+    name = f"{layer.name}.weight"
+    for found in (name, name.removeprefix(f"{model.module.base_model_prefix}.")):
+        if found in places:
+            return found
+    raise GpmetricError(f"the checkpoint of {model.name!r} stores layer {layer.name} under another name")
+
+
+def _written(stored: Tensor, layer: Layer, update: str) -> Tensor:
+    """A layer's weight as its file holds it: the dense numbers masked, or the updated ones, rounded."""
+    weight = layer.oriented(layer.weight).cpu()  # as stored
+    return stored.where(weight != 0, 0) if update == "none" else weight.to(stored.dtype).contiguous()
+
+
+def _describe(name: str, layer: Layer, rule: Target, before: int) -> dict[str, Any]:
+    """What the manifest says of a layer."""
     weight = layer.weight
     zeros = int((weight == 0).sum())
     return {
         "name": layer.name,
+        "tensor": name,
         "shape": list(weight.shape),
         "transposed": isinstance(layer.module, Conv1D),
         "granularity": rule.granularity,
         "target": rule.text,
         "entries": weight.numel(),
         "zeros": zeros,
-        "zeros_before": dense,
+        "zeros_before": before,
         "sparsity": zeros / weight.numel(),
     }
-
-
-def _stored_dtype(model: Model) -> torch.dtype:
-    return getattr(model.stored, "dtype", None) or torch.float32
 
 
 def _plain(text: str) -> str:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpmetric.errors import GpmetricError, InputError
+from gpmetric.errors import GpmetricError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.evaluation.windows import check_length, default_text, open_text, read_windows
 from gpmetric.models import load_model
@@ -70,10 +70,9 @@ def prune_model(
     told = listener or BenchListener()
     rule, chosen = resolve_metric(metric), check_update(update)
     wanted, folder = parse_target(target), Path(output)
-    check_folder(folder, force)
-    check_output("--save-masks", None if save_masks is None else Path(save_masks))
-    if save_masks is not None and Path(save_masks).absolute() == folder.absolute():
-        raise InputError(f"--save-masks and --output are the same place {str(folder)!r}")
+    masks = None if save_masks is None else Path(save_masks)
+    check_folder(folder, force, [model, calibration, text, None if masks is None else str(masks)])
+    check_output("--save-masks", masks)
     calibration_text = open_text(default_text(model, calibration, "--calibration", "calibration"))
     evaluated = calibration_text if text is None else open_text(text)
 
@@ -114,13 +113,14 @@ def prune_model(
     (used,) = rules_of(rule, [wanted])
     if rule.update == "obs-blockwise" or chosen == "obs-blockwise":
         used = used if used.group else wanted.with_granularity("block")
-    with replacing(folder) as partial:
-        if save_masks is not None:
-            write_masks(loaded, Path(save_masks))
-        manifest = write_checkpoint(loaded, partial, made, dict.fromkeys(zeros, used), zeros)
-        found = verify(partial, device=device)
+    del runner  # with what it holds of the model's activations
+    with replacing(folder, force) as partial:
+        manifest = write_checkpoint(loaded, partial, made, used, zeros)
+        found = verify(partial, against=None if loaded.folder is None else str(loaded.folder), device=device)
         if not found["ok"]:
             raise GpmetricError(f"the written checkpoint does not verify: {found['problems'][0]}")
+    if masks is not None:
+        write_masks(loaded, masks)
     result = {key: value for key, value in manifest.items() if key not in ("files", "tensors")}
     perplexity_read = found["perplexity"]
     return result | {"output": str(folder), "perplexity": perplexity_read or made["perplexity"], "seconds": seconds}

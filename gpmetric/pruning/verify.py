@@ -3,24 +3,62 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpmetric.errors import DataError, GpmetricError, InputError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.evaluation.windows import open_text, read_windows
-from gpmetric.models import Model, load_model
-from gpmetric.pruning.checkpoint import MANIFEST, file_digest, tensors
-from gpmetric.pruning.target import BLOCK, GRANULARITIES, Target, parse_target
+from gpmetric.models import Model, load_model, pick_device
+from gpmetric.pruning.checkpoint import FOREIGN_KEYS, MANIFEST, file_digest, files_of, tensors
+from gpmetric.pruning.metrics import Update
+from gpmetric.pruning.target import BLOCK, Granularity, Target, parse_target
 
-__all__ = ["read_manifest", "verify"]
+__all__ = ["verify"]
 
 _CLOSE = 1e-3  # of a perplexity: what other versions and devices may change
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Layer(BaseModel):
+    name: str
+    tensor: str
+    shape: tuple[Count, Count]
+    transposed: bool
+    granularity: Granularity
+    target: str
+    zeros: Count
+
+
+class _Text(BaseModel):
+    text: str
+    sha256: str
+    windows: Annotated[int, Field(ge=1)]
+    sequence_length: Annotated[int, Field(ge=2)]
+
+
+class _Manifest(BaseModel):
+    """What is read of a manifest."""
+
+    version: Literal[1]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    update: Update
+    perplexity: Number | None
+    sparsity: Number
+    seed: Count
+    shuffle: bool
+    text: _Text
+    layers: Annotated[list[_Layer], Field(min_length=1)]
+    tensors: list[str]
+    files: dict[str, str]
 
 
 def verify(folder: str | Path, *, against: str | None = None, device: str = "auto", seed: int = 0) -> dict[str, Any]:
@@ -28,8 +66,8 @@ def verify(folder: str | Path, *, against: str | None = None, device: str = "aut
 
     Args:
         folder: the checkpoint.
-        against: the dense model it was made from, whose other tensors, and kept weights, must be the same bit for bit
-            (kept weights not where they were updated).
+        against: the dense model it was made from, whose other tensors, and kept weights, must be the same (kept weights
+            not where they were updated).
         device: auto, cpu or cuda, where the reloaded model is measured.
         seed: not used; every command takes one.
 
@@ -38,92 +76,91 @@ def verify(folder: str | Path, *, against: str | None = None, device: str = "aut
         text that it was measured on is not at hand.
 
     Raises:
-        InputError: no such folder, no manifest in it that can be read, or no dense model.
+        InputError: no such folder, no manifest in it that can be read, no dense model, or no such device.
     """
     path = Path(folder)
-    manifest = read_manifest(path)
+    pick_device(device)
+    manifest = _read_manifest(path)
     dense = None if against is None else load_model(against, device="cpu")
-    problems = list(_file_problems(path, manifest))
+    problems: list[str] = []
     found: float | None = None
     try:
+        problems += _file_problems(path, manifest)
         problems += _tensor_problems(path, manifest)
         if dense is not None:
             problems += _differences(path, manifest, dense)
-        found = _perplexity(load_model(str(path), device=device, dtype=manifest["dtype"]), manifest)
-    except (GpmetricError, SafetensorError, OSError) as error:
+        found = _perplexity(load_model(str(path), device=device, dtype=manifest.dtype), manifest)
+    except (GpmetricError, SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         problems.append(f"the checkpoint cannot be read: {error}")
-    said = manifest["perplexity"]
+    said = manifest.perplexity
     if found is not None and said is not None and not abs(found - said) <= _CLOSE * said:
         problems.append(f"perplexity of the reloaded model is {found:.4f}, the manifest says {said:.4f}")
     return {
         "checkpoint": str(folder),
         "against": against,
         "ok": not problems,
-        "problems": problems,
-        "layers": len(manifest["layers"]),
-        "sparsity": manifest["sparsity"],
+        "problems": ["".join(letter if letter.isprintable() else "?" for letter in line) for line in problems],
+        "layers": len(manifest.layers),
+        "sparsity": manifest.sparsity,
         "perplexity": found,
     }
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
-
-    Raises:
-        InputError: there is none, or it is not one.
-    """
+def _read_manifest(folder: Path) -> _Manifest:
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        layers = [(one["name"], one["shape"], one["zeros"], one["transposed"]) for one in manifest["layers"]]
-        known = all(parse_target(one["target"]) and one["granularity"] in GRANULARITIES for one in manifest["layers"])
-        wanted = {"files": dict, "tensors": list, "text": dict, "update": str, "dtype": str, "sparsity": float}
-        wrong = [name for name, kind in wanted.items() if not isinstance(manifest[name], kind)]
-        if wrong or not layers or not known or not isinstance(manifest["perplexity"], float | None):
-            raise ValueError(", ".join(wrong) or "layers or perplexity")
+        return _Manifest.model_validate_json(path.read_text(encoding="utf-8"), strict=True)
     except OSError as error:
         raise InputError(f"{str(folder)!r} is no checkpoint of gpmetric: {MANIFEST}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, InputError) as error:
-        raise InputError(f"{str(path)!r} is no manifest: {type(error).__name__} {error}") from error
-    return dict(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"{str(path)!r} is no manifest: {place}: {first['msg']}") from error
+    except ValueError as error:
+        raise InputError(f"{str(path)!r} is no manifest: {error}") from error
 
 
-def _file_problems(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
-    for name, digest in manifest["files"].items():
-        path = folder / name
-        if path.parent != folder or not path.is_file():
+def _file_problems(folder: Path, manifest: _Manifest) -> Iterator[str]:
+    present = set(files_of(folder))
+    for name, digest in manifest.files.items():
+        if name not in present:
             yield f"{name} is missing"
-        elif file_digest(path) != digest:
+        elif (folder / name).is_symlink() or file_digest(folder / name) != digest:
             yield f"{name} is not as it was written: its sha256 differs"
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name not in manifest["files"]:
-            yield f"{path.name} was not written with the others"
+    for name in sorted(present - manifest.files.keys() - {MANIFEST}):
+        yield f"{name} was not written with the others"
 
 
-def _tensor_problems(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Tensors that are missing, damaged or not finite, and layers less sparse than they should be."""
+def _tensor_problems(folder: Path, manifest: _Manifest) -> Iterator[str]:
+    """Tensors that are missing or not finite, and layers that are not what they should be."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    yield from (f"config.json has a {key}" for key in FOREIGN_KEYS if key in config)
     places = tensors(folder)
-    for name in manifest["tensors"]:
-        if name not in places:
-            yield f"tensor {name} is missing"
+    yield from (f"tensor {name} is missing" for name in manifest.tensors if name not in places)
+    yield from (f"tensor {name} is not in the manifest" for name in places if name not in manifest.tensors)
     for name, path in places.items():
-        if not _read(path, name).isfinite().all():
+        if not _read(path, name).float().isfinite().all():
             yield f"tensor {name} holds NaN or infinity"
-    for layer in manifest["layers"]:
-        name = f"{layer['name']}.weight"
-        if name not in places:
-            continue
-        weight = _oriented(_read(places[name], name), layer)
-        if list(weight.shape) != layer["shape"]:
-            yield f"layer {layer['name']} is {list(weight.shape)}, the manifest says {layer['shape']}"
-            continue
-        zeros = int((weight == 0).sum())
-        if zeros != layer["zeros"]:
-            yield f"layer {layer['name']} has {zeros} zeros, the manifest says {layer['zeros']}"
-        rule = parse_target(layer["target"])
-        rule = rule if rule.group else rule.with_granularity(layer["granularity"])
-        if short := _too_full(weight, rule):
-            yield f"layer {layer['name']} has {short} groups with more weights than {rule.text} leaves"
+    for layer in manifest.layers:
+        if layer.tensor in places:
+            yield from _layer_problems(_read(places[layer.tensor], layer.tensor), layer)
+        else:
+            yield f"layer {layer.name} has no tensor"
+
+
+def _layer_problems(stored: Tensor, layer: _Layer) -> Iterator[str]:
+    weight = stored.t() if layer.transposed and stored.dim() == 2 else stored
+    if tuple(weight.shape) != layer.shape or not weight.numel():
+        yield f"layer {layer.name} is {list(weight.shape)}, the manifest says {list(layer.shape)}"
+        return
+    zeros = int((weight == 0).sum())
+    if zeros != layer.zeros:
+        yield f"layer {layer.name} has {zeros} zeros, the manifest says {layer.zeros}"
+    rule = parse_target(layer.target)
+    if not rule.group and layer.granularity != "n:m":
+        rule = rule.with_granularity(layer.granularity)
+    if short := _too_full(weight, rule):
+        yield f"layer {layer.name} has {short} groups with more weights than {rule.text} leaves"
 
 
 def _too_full(weight: Tensor, rule: Target) -> int:
@@ -137,34 +174,36 @@ def _too_full(weight: Tensor, rule: Target) -> int:
     return int(((weight == 0).reshape(-1, size).sum(dim=1) < rule.removed(size)).sum())
 
 
-def _differences(folder: Path, manifest: Mapping[str, Any], dense: Model) -> Iterator[str]:
-    """Tensors that pruning should have left alone; fp32 holds every value of the stored dtypes."""
-    layers = {f"{layer['name']}.weight": layer for layer in manifest["layers"]}
-    state = dense.module.state_dict()
+def _differences(folder: Path, manifest: _Manifest, dense: Model) -> Iterator[str]:
+    """Tensors that pruning should have left alone, dtype included."""
+    assert dense.folder is not None
+    layers = {layer.tensor: layer for layer in manifest.layers}
+    there = tensors(dense.folder)
     for name, path in tensors(folder).items():
-        if name not in state:
+        if name not in there:
             yield f"tensor {name} is not in {dense.name!r}"
             continue
-        here, there = _read(path, name).float(), state[name].float()
-        if here.shape != there.shape:
-            yield f"tensor {name} is {list(here.shape)}, in {dense.name!r} {list(there.shape)}"
-        elif name not in layers and not torch.equal(here, there):
+        mine, other = _read(path, name), _read(there[name], name)
+        if mine.shape != other.shape or mine.dtype != other.dtype:
+            kinds = [f"{one.dtype} {list(one.shape)}" for one in (mine, other)]
+            yield f"tensor {name} is {kinds[0]}, in {dense.name!r} {kinds[1]}"
+        elif name not in layers and not torch.equal(mine, other):
             yield f"tensor {name} is not that of {dense.name!r}, though it was not pruned"
-        elif name in layers and manifest["update"] == "none" and not torch.equal(here, there.where(here != 0, 0)):
-            yield f"weights of layer {layers[name]['name']} that were kept are not those of {dense.name!r}"
+        elif name in layers and manifest.update == "none" and not torch.equal(mine, other.where(mine != 0, 0)):
+            yield f"weights of layer {layers[name].name} that were kept are not those of {dense.name!r}"
 
 
-def _perplexity(model: Model, manifest: Mapping[str, Any]) -> float | None:
+def _perplexity(model: Model, manifest: _Manifest) -> float | None:
     """Of the reloaded model, on the windows of the manifest; None where there is no such text here."""
-    said = manifest["text"]
+    said = manifest.text
     try:
-        text = open_text(said["text"])
+        text = None if said.text.startswith("hf:") else open_text(said.text)
     except DataError:
         return None
-    if text.digest != said["sha256"]:
+    if text is None or text.digest != said.sha256:
         return None
-    seed = manifest["seed"] if manifest["shuffle"] else None
-    windows = read_windows(model, text, said["sequence_length"], said["windows"], seed)
+    seed = manifest.seed if manifest.shuffle else None
+    windows = read_windows(model, text, said.sequence_length, said.windows, seed)
     return perplexity(mean_loss(model, windows.tokens))
 
 
@@ -172,7 +211,3 @@ def _read(path: Path, name: str) -> Tensor:
     with safe_open(path, framework="pt") as file:
         found: Tensor = file.get_tensor(name)
     return found
-
-
-def _oriented(weight: Tensor, layer: Mapping[str, Any]) -> Tensor:
-    return weight.t() if layer["transposed"] else weight
