@@ -18,6 +18,7 @@ from gpmetric.export.triton import load_functions
 from gpmetric.expression import Expression, parse
 from gpmetric.expression.evaluate import evaluate
 from gpmetric.operands import OPERANDS
+from gpmetric.pruning.fused import _prune, _unpacked
 from gpmetric.pruning.mask import select_mask
 from gpmetric.pruning.metrics import BASELINES, resolve_metric
 from gpmetric.pruning.target import Target, parse_target
@@ -57,12 +58,6 @@ def draw(shape: tuple[int, int], dtype: torch.dtype, device: str, seed: int = 0,
     return {name: matrix[name]() for name in names}
 
 
-def group_size(weight: Tensor, target: Target) -> tuple[int, int]:
-    """(entries that compete, how many of them go)."""
-    size = {"row": weight.shape[1], "layer": weight.numel()}.get(target.granularity, target.group)
-    return size, target.removed(size)
-
-
 def on_cpu(expression: Expression) -> Prune:
     """Prunes by `select_mask` of the evaluator's scores."""
     return lambda named, target: named["W"].where(select_mask(evaluate(expression, named), target), 0)
@@ -78,11 +73,12 @@ def fused(functions: ModuleType, which: int = 0, form: str = "new") -> Prune:
         bad = torch.zeros(1, dtype=torch.int64, device=weight.device)
         if form == "in place":
             weight = weight.clone()
-            pruned = launch(functions.score, weight, target, operands, out=weight, bad=bad)
+            pruned = _prune(weight, functions.score, operands, target, out=weight, bad=bad)
         elif form == "bits":
-            pruned = weight.where(_unpacked(launch(functions.score, weight, target, operands, bits=True), weight), 0)
+            bits = _prune(weight, functions.score, operands, target, bits=True)
+            pruned = weight.where(_unpacked(bits, weight.shape), 0)
         else:
-            pruned = launch(functions.score, weight, target, operands, bad=bad)
+            pruned = _prune(weight, functions.score, operands, target, bad=bad)
         if bad:
             raise CheckError(f"{int(bad)} scores of {tuple(weight.shape)} are not finite")
         return pruned
@@ -90,27 +86,10 @@ def fused(functions: ModuleType, which: int = 0, form: str = "new") -> Prune:
     return prune
 
 
-def launch(score: Any, weight: Tensor, target: Target, operands: Any, **to: Any) -> Tensor:
-    """The weight pruned by a kernel; `to` are the launchers' `out`, `bits` and `bad`."""
-    from gpmetric.kernels.layer import prune_layer
-    from gpmetric.kernels.pattern import prune_pattern
-    from gpmetric.kernels.rows import prune_rows
-
-    if target.group:
-        return prune_pattern(weight, target.keep, target.group, score, operands, **to)
-    prune = prune_rows if target.granularity == "row" else prune_layer
-    return prune(weight, group_size(weight, target)[1], score, operands, **to)
-
-
-def _unpacked(bits: Tensor, weight: Tensor) -> Tensor:
-    """Boolean [out, in] of the bits of rows, or of a whole layer."""
-    kept = ((bits[..., None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1).bool().flatten(-2)
-    return kept[:, : weight.shape[1]] if bits.dim() == 2 else kept[: weight.numel()].view_as(weight)
-
-
 def stable_mask(scores: Tensor, target: Target) -> Tensor:
     """True = kept, by a stable sort of every group."""
-    size, removed = group_size(scores, target)
+    size = target.group_size(scores.shape)
+    removed = target.removed(size)
     groups = scores.reshape(-1, size)
     order = groups.sort(dim=1, stable=True).indices[:, :removed]
     return torch.ones_like(groups, dtype=torch.bool).scatter_(1, order, False).view_as(scores)
@@ -127,7 +106,8 @@ def check(case: str, prune: Prune, expression: Expression, named: Named, target:
     pruned = prune(named, target)
     if pruned.shape != weight.shape or pruned.dtype != weight.dtype:
         raise CheckError(f"{case}: {pruned.dtype} {list(pruned.shape)} instead of {weight.dtype} {list(weight.shape)}")
-    size, removed = group_size(weight, target)
+    size = target.group_size(weight.shape)
+    removed = target.removed(size)
     wrong = (pruned != weight.where(stable_mask(scores, target), 0)).reshape(-1, size)  # NaN is wrong too
     differing = wrong.any(dim=1)
     if not differing.any():

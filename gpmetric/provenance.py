@@ -34,6 +34,8 @@ def versions() -> dict[str, str]:
     """Versions of what can change a figure."""
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "deap", "sympy")
     found = {"gpmetric": gpmetric_version(), "python": platform.python_version()}
+    with suppress(PackageNotFoundError):  # it is for Linux
+        found["triton"] = version("triton")
     return found | {name: version(name) for name in packages}
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.pruning import prune_model as module
 from gpmetric.pruning.bench import bench
-from gpmetric.pruning.checkpoint import MANIFEST
+from gpmetric.pruning.checkpoint import MANIFEST, check_folder
 from gpmetric.pruning.prune_model import prune_model
 from gpmetric.pruning.verify import verify
 
@@ -245,6 +245,15 @@ def test_force_spares_what_is_not_ours(tiny_llama: Path, tiny_text: Path, pruned
     (empty / MANIFEST).write_text("")
     with pytest.raises(InputError, match="which gpmetric did not write"):
         prune_model(str(tiny_llama), output=empty, **options)
+
+
+def test_a_name_of_the_hub_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`prune gpt2 -o gpt2` writes beside nothing."""
+    monkeypatch.chdir(tmp_path)
+    check_folder(Path("gpt2"), force=False, needed=[Path("gpt2")])
+    (tmp_path / "gpt2").mkdir()
+    with pytest.raises(InputError, match="holds what is needed"):
+        check_folder(Path("gpt2"), force=True, needed=[Path("gpt2")])
 
 
 def test_a_folder_that_appears_meanwhile_is_spared(

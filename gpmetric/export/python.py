@@ -27,7 +27,7 @@ from gpmetric.expression.tree import Expression, Tokens, arity
 from gpmetric.operands import OPERANDS
 from gpmetric.provenance import write_text
 
-__all__ = ["escaped", "operand_lines", "python_source", "torch_functions", "write_python"]
+__all__ = ["header", "python_source", "torch_functions", "write_python"]
 
 _INFIX = ("neg", "add", "sub", "mul")  # written with Python's operator, which is what their function does
 _WIDTH = 72  # a part longer than this becomes a line of its own
@@ -93,17 +93,9 @@ _USAGE = {
 
 def python_source(expression: Expression, version: str, group: str = "row") -> str:
     """Text of the module, ASCII; see `write_python` for the checked file."""
-    return _MODULE.format(
-        formula=escaped(str(expression)),
-        version=escaped(version),
-        digest=hashlib.sha256(str(canonical(expression)).encode()).hexdigest(),
-        operands=operand_lines(expression),
-        comparison=f"{COMPARISON[group]}\n" if group != "row" else "",
-        usage=_USAGE[group].format(
-            call=", ".join(["linear.weight", *(f"{name}={name}" for name in expression.operands if name != "W")])
-        ),
-        functions=torch_functions(expression, "score"),
-    )
+    fields = header(expression, version, group)
+    usage = _USAGE[group].format(call=f"linear.weight{fields['arguments']}")
+    return _MODULE.format(**fields, usage=usage, functions=torch_functions(expression, "score"))
 
 
 def torch_functions(expression: Expression, name: str) -> str:
@@ -117,10 +109,19 @@ def torch_functions(expression: Expression, name: str) -> str:
     return "\n\n".join([*parts, _FUNCTION.format(name=name, body=body)])
 
 
-def operand_lines(expression: Expression) -> str:
-    """A docstring's lines on the operands of a formula."""
+def header(expression: Expression, version: str, group: str) -> dict[str, str]:
+    """What an exported file's docstring says of a formula: the fields of a template."""
     rows = [OPERANDS[name] for name in expression.operands]
-    return "".join(f"\n    {row.name} [{row.axes.replace(',', ', ')}]: {escaped(row.meaning)}" for row in rows)
+    return {
+        "formula": _escaped(str(expression)),
+        "version": _escaped(version),
+        "digest": hashlib.sha256(str(canonical(expression)).encode()).hexdigest(),
+        "operands": "".join(
+            f"\n    {row.name} [{row.axes.replace(',', ', ')}]: {_escaped(row.meaning)}" for row in rows
+        ),
+        "comparison": f"{COMPARISON[group]}\n" if group != "row" else "",
+        "arguments": "".join(f", {row.name}={row.name}" for row in rows if row.name != "W"),
+    }
 
 
 def write_python(expression: Expression, path: str | Path, version: str, group: str = "row") -> None:
@@ -133,7 +134,7 @@ def write_python(expression: Expression, path: str | Path, version: str, group: 
     write_text(Path(path), source, lambda written: _verify(expression, written))
 
 
-def escaped(text: str) -> str:
+def _escaped(text: str) -> str:
     """ASCII that neither ends nor escapes out of a docstring."""
     return text.encode("unicode_escape").decode("ascii").replace("\\", "\\\\").replace('"', "'")
 

@@ -7,7 +7,6 @@ in plain torch too, and compares the two when it is run: it is run once before i
 from __future__ import annotations
 
 import ast
-import hashlib
 import os
 import subprocess
 import sys
@@ -18,10 +17,8 @@ from pathlib import Path
 import torch
 
 from gpmetric.errors import GpmetricError, InputError
-from gpmetric.export.python import escaped, operand_lines, torch_functions
-from gpmetric.export.text import COMPARISON
+from gpmetric.export.python import header, torch_functions
 from gpmetric.export.triton import triton_functions
-from gpmetric.expression.canonical import canonical
 from gpmetric.expression.tree import Expression
 from gpmetric.provenance import write_text
 
@@ -198,15 +195,7 @@ if __name__ == "__main__":
 def triton_source(expression: Expression, version: str, group: str = "row") -> str:
     """Text of the module, ASCII; see `write_triton` for the checked file."""
     name, cut = _GROUP[group]
-    used = [operand for operand in expression.operands if operand != "W"]
-    head = _HEAD.format(
-        formula=escaped(str(expression)),
-        version=escaped(version),
-        digest=hashlib.sha256(str(canonical(expression)).encode()).hexdigest(),
-        operands=operand_lines(expression),
-        comparison=f"{COMPARISON[group]}\n" if group != "row" else "",
-        arguments="".join(f", {operand}={operand}" for operand in used),
-    )
+    head = _HEAD.format(**header(expression, version, group))
     functions = triton_functions([expression])
     rest = _TAIL.format(
         group=name,

@@ -43,7 +43,7 @@ MANIFEST = "gpmetric_manifest.json"
 FOREIGN_KEYS = ("quantization_config", "sparsity_config", "compression_config")  # of a config.json
 _INDEX = "model.safetensors.index.json"
 # What is taken over from the dense checkpoint beside its tensors: configurations, tokenizer, chat templates.
-_KEPT = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+_KEPT = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "additional_chat_templates/*.jinja")
 
 _CARD = """---
 library_name: transformers
@@ -58,21 +58,21 @@ tags: [sparsity, pruning, gpmetric]
 """
 
 
-def check_folder(folder: Path, force: bool, needed: Sequence[str | None] = ()) -> None:
+def check_folder(folder: Path, force: bool, needed: Sequence[Path] = ()) -> None:
     """Refuses a folder that a checkpoint cannot be written to, or that `force` must not replace.
 
     Args:
         folder: to be written.
         force: whether a checkpoint there may be replaced.
-        needed: paths that are read or written otherwise, which must not be in it.
+        needed: what is read or written otherwise, which must not be in it where it exists.
 
     Raises:
         InputError: naming the folder, and what is in the way.
     """
     where = f"--output {str(folder)!r}"
     whole = folder.absolute()
-    inside = [Path.cwd(), *(Path(one) for one in needed if one is not None)]
-    if any(whole.resolve() in (path.resolve(), *path.resolve().parents) for path in inside):
+    places = [path.resolve() for path in (Path.cwd(), *needed) if path.exists()]
+    if any(whole.resolve() in (place, *place.parents) for place in places):
         raise InputError(f"{where} holds what is needed, or the working directory")
     if os.path.lexists(folder):
         if not force:
@@ -160,10 +160,11 @@ def write_checkpoint(
             stored[name] = _written(stored[name], layers[name], made["update"])
         save_file(stored, folder / path.name, metadata=metadata)
         (folder / path.name).chmod(0o644)  # safetensors' files are their owner's alone
-    for name in files_of(source):
-        if Path(name).suffix in _KEPT and name not in ("config.json", MANIFEST) and not name.startswith("."):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, folder / name)
+    for path in (path for pattern in _KEPT for path in source.glob(pattern)):
+        if path.name != MANIFEST and not path.name.endswith(".bin.index.json"):
+            copy = folder / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config = {key: value for key, value in config.items() if key not in FOREIGN_KEYS}
     config["gpmetric"] = {name: made[name] for name in ("metric", "target", "update")}

@@ -184,7 +184,7 @@ def _launch(
             whole = [(weight, operands)]
             parts = []
             for piece, its in pieces(weight, operands, BLOCK) if target.granularity == "block" else whole:
-                found = _prune(piece, score, its, target, bits, bad)
+                found = _prune(piece, score, its, target, bits=bits, bad=bad)
                 parts.append(_unpacked(found, piece.shape) if bits else found)
             results.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
     except ValueError as error:
@@ -196,16 +196,16 @@ def _launch(
     return results
 
 
-def _prune(piece: Tensor, score: Any, operands: Any, target: Target, bits: bool, bad: Tensor) -> Tensor:
+def _prune(weight: Tensor, score: Any, operands: Any, target: Target, **to: Any) -> Tensor:
+    """The weight pruned by the kernel of a target, or mask bits; `to` are the launchers' `out`, `bits` and `bad`."""
     from gpmetric.kernels.layer import prune_layer
     from gpmetric.kernels.pattern import prune_pattern
     from gpmetric.kernels.rows import prune_rows
 
-    if target.granularity == "n:m":
-        return prune_pattern(piece, target.keep, target.group, score, operands, bits=bits, bad=bad)
-    if target.granularity == "row":
-        return prune_rows(piece, target.removed(piece.shape[1]), score, operands, bits=bits, bad=bad)
-    return prune_layer(piece, target.removed(piece.numel()), score, operands, bits=bits, bad=bad)
+    if target.group:
+        return prune_pattern(weight, target.keep, target.group, score, operands, **to)
+    prune = prune_rows if target.granularity == "row" else prune_layer
+    return prune(weight, target.removed(target.group_size(weight.shape)), score, operands, **to)
 
 
 def _unpacked(bits: Tensor, shape: torch.Size) -> Tensor:

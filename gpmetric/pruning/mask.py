@@ -53,7 +53,7 @@ def select_mask(score: Tensor, target: Target) -> Tensor:
 def _select(score: Tensor, target: Target) -> Tensor:
     """The mask of a checked score, blocks apart."""
     rows, columns = score.shape
-    size = {"layer": score.numel(), "row": columns}.get(target.granularity, target.group)
+    size = target.group_size(score.shape)
     groups = score.detach().reshape(score.numel() // max(size, 1), size)
     return ~_lowest(groups, target.removed(size)).reshape(rows, columns)
 

@@ -68,10 +68,11 @@ def prune_model(
         GpmetricError: pruning failed, or the files cannot be written or do not verify; `output` is then as it was.
     """
     told = listener or BenchListener()
-    rule, chosen = resolve_metric(metric), check_update(update)
-    wanted, folder = parse_target(target), Path(output)
+    resolve_metric(metric)
+    chosen, wanted, folder = check_update(update), parse_target(target), Path(output)
     masks = None if save_masks is None else Path(save_masks)
-    check_folder(folder, force, [model, calibration, text, None if masks is None else str(masks)])
+    named = [Path(name) for name in (model, calibration, text) if name is not None]
+    check_folder(folder, force, named if masks is None else [*named, masks.parent])
     check_output("--save-masks", masks)
     calibration_text = open_text(default_text(model, calibration, "--calibration", "calibration"))
     evaluated = calibration_text if text is None else open_text(text)
@@ -107,20 +108,19 @@ def prune_model(
     start = time.perf_counter()
     runner.prune(rule, wanted, chosen)
     seconds = time.perf_counter() - start
+    del runner  # with what it holds of the model's activations
     round_weights(loaded)
     made |= {"perplexity": perplexity(mean_loss(loaded, read.tokens)), "dense": dense}
 
     (used,) = rules_of(rule, [wanted])
-    if rule.update == "obs-blockwise" or chosen == "obs-blockwise":
-        used = used if used.group else wanted.with_granularity("block")
-    del runner  # with what it holds of the model's activations
+    if made["update"] == "obs-blockwise" and not used.group:  # its solver goes by blocks whatever was asked for
+        used = used.with_granularity("block")
     with replacing(folder, force) as partial:
         manifest = write_checkpoint(loaded, partial, made, used, zeros)
-        found = verify(partial, against=None if loaded.folder is None else str(loaded.folder), device=device)
+        found = verify(partial, against=str(loaded.folder), device=device, windows=read.tokens)
         if not found["ok"]:
             raise GpmetricError(f"the written checkpoint does not verify: {found['problems'][0]}")
     if masks is not None:
         write_masks(loaded, masks)
     result = {key: value for key, value in manifest.items() if key not in ("files", "tensors")}
-    perplexity_read = found["perplexity"]
-    return result | {"output": str(folder), "perplexity": perplexity_read or made["perplexity"], "seconds": seconds}
+    return result | {"output": str(folder), "perplexity": found["perplexity"], "seconds": seconds}

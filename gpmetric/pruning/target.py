@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,6 +46,10 @@ class Target:
     sparsity: float
     keep: int = 0
     group: int = 0
+
+    def group_size(self, shape: Sequence[int]) -> int:
+        """Entries of a comparison group of a weight [out, in]; of a block target's, of one block taken as a layer."""
+        return {"row": shape[1], "n:m": self.group}.get(self.granularity, shape[0] * shape[1])
 
     def removed(self, size: int) -> int:
         """How many entries of a comparison group of that size go."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from gpmetric.errors import DataError, GpmetricError, InputError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.evaluation.windows import open_text, read_windows
-from gpmetric.models import Model, load_model, pick_device
+from gpmetric.models import Model, check_path, load_model, pick_device
 from gpmetric.pruning.checkpoint import FOREIGN_KEYS, MANIFEST, file_digest, files_of, tensors
 from gpmetric.pruning.metrics import Update
 from gpmetric.pruning.target import BLOCK, Granularity, Target, parse_target
@@ -61,7 +61,14 @@ class _Manifest(BaseModel):
     files: dict[str, str]
 
 
-def verify(folder: str | Path, *, against: str | None = None, device: str = "auto", seed: int = 0) -> dict[str, Any]:
+def verify(
+    folder: str | Path,
+    *,
+    against: str | None = None,
+    device: str = "auto",
+    windows: Tensor | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Re-reads a checkpoint that `prune` wrote.
 
     Args:
@@ -69,6 +76,7 @@ def verify(folder: str | Path, *, against: str | None = None, device: str = "aut
         against: the dense model it was made from, whose other tensors, and kept weights, must be the same (kept weights
             not where they were updated).
         device: auto, cpu or cuda, where the reloaded model is measured.
+        windows: [n, length], to measure it on; by default those of the manifest, where their text is at hand.
         seed: not used; every command takes one.
 
     Returns:
@@ -81,7 +89,7 @@ def verify(folder: str | Path, *, against: str | None = None, device: str = "aut
     path = Path(folder)
     pick_device(device)
     manifest = _read_manifest(path)
-    dense = None if against is None else load_model(against, device="cpu")
+    dense = None if against is None else _dense_folder(against)
     problems: list[str] = []
     found: float | None = None
     try:
@@ -89,7 +97,9 @@ def verify(folder: str | Path, *, against: str | None = None, device: str = "aut
         problems += _tensor_problems(path, manifest)
         if dense is not None:
             problems += _differences(path, manifest, dense)
-        found = _perplexity(load_model(str(path), device=device, dtype=manifest.dtype), manifest)
+        model = load_model(str(path), device=device, dtype=manifest.dtype)
+        windows = _windows(model, manifest) if windows is None else windows
+        found = None if windows is None else perplexity(mean_loss(model, windows))
     except (GpmetricError, SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         problems.append(f"the checkpoint cannot be read: {error}")
     said = manifest.perplexity
@@ -104,6 +114,18 @@ def verify(folder: str | Path, *, against: str | None = None, device: str = "aut
         "sparsity": manifest.sparsity,
         "perplexity": found,
     }
+
+
+def _dense_folder(name: str) -> Path:
+    """Where the files of the dense model are; a name of the Hub's has to be loaded for that.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    check_path(name)
+    folder = Path(name) if Path(name).is_dir() else load_model(name, device="cpu").folder
+    assert folder is not None
+    return folder
 
 
 def _read_manifest(folder: Path) -> _Manifest:
@@ -168,33 +190,32 @@ def _too_full(weight: Tensor, rule: Target) -> int:
     if rule.granularity == "block":
         whole = rule.with_granularity("layer")
         return sum(_too_full(part, whole) for part in weight.split(BLOCK, dim=1))
-    size = {"row": weight.shape[1], "layer": weight.numel()}.get(rule.granularity, rule.group)
+    size = rule.group_size(weight.shape)
     if weight.numel() % size:
         return 1
     return int(((weight == 0).reshape(-1, size).sum(dim=1) < rule.removed(size)).sum())
 
 
-def _differences(folder: Path, manifest: _Manifest, dense: Model) -> Iterator[str]:
+def _differences(folder: Path, manifest: _Manifest, dense: Path) -> Iterator[str]:
     """Tensors that pruning should have left alone, dtype included."""
-    assert dense.folder is not None
     layers = {layer.tensor: layer for layer in manifest.layers}
-    there = tensors(dense.folder)
+    there = tensors(dense)
     for name, path in tensors(folder).items():
         if name not in there:
-            yield f"tensor {name} is not in {dense.name!r}"
+            yield f"tensor {name} is not in {str(dense)!r}"
             continue
         mine, other = _read(path, name), _read(there[name], name)
         if mine.shape != other.shape or mine.dtype != other.dtype:
             kinds = [f"{one.dtype} {list(one.shape)}" for one in (mine, other)]
-            yield f"tensor {name} is {kinds[0]}, in {dense.name!r} {kinds[1]}"
+            yield f"tensor {name} is {kinds[0]}, in {str(dense)!r} {kinds[1]}"
         elif name not in layers and not torch.equal(mine, other):
-            yield f"tensor {name} is not that of {dense.name!r}, though it was not pruned"
+            yield f"tensor {name} is not that of {str(dense)!r}, though it was not pruned"
         elif name in layers and manifest.update == "none" and not torch.equal(mine, other.where(mine != 0, 0)):
-            yield f"weights of layer {layers[name].name} that were kept are not those of {dense.name!r}"
+            yield f"weights of layer {layers[name].name} that were kept are not those of {str(dense)!r}"
 
 
-def _perplexity(model: Model, manifest: _Manifest) -> float | None:
-    """Of the reloaded model, on the windows of the manifest; None where there is no such text here."""
+def _windows(model: Model, manifest: _Manifest) -> Tensor | None:
+    """[n, length], those of the manifest; None where there is no such text here."""
     said = manifest.text
     try:
         text = None if said.text.startswith("hf:") else open_text(said.text)
@@ -203,8 +224,7 @@ def _perplexity(model: Model, manifest: _Manifest) -> float | None:
     if text is None or text.digest != said.sha256:
         return None
     seed = manifest.seed if manifest.shuffle else None
-    windows = read_windows(model, text, said.sequence_length, said.windows, seed)
-    return perplexity(mean_loss(model, windows.tokens))
+    return read_windows(model, text, said.sequence_length, said.windows, seed).tokens
 
 
 def _read(path: Path, name: str) -> Tensor:
