@@ -42,7 +42,15 @@ def prune(
         str | None, typer.Option(help="Text the perplexity is measured on; the calibration text by default.")
     ] = None,
     metric: Annotated[str, typer.Option(help=f"{', '.join(BASELINES)}, or a formula.")] = "wanda",
-    target: Annotated[str, typer.Option(help="0.5 (within rows), layer:0.5, block:0.5 or 2:4.")] = "0.5",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="0.5 (within rows), layer:0.5, block:0.5 or 2:4; 0.5 by default. --allocation must meet it if given."
+        ),
+    ] = None,
+    allocation: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON with the sparsity of each layer; see gpmetric allocate.")
+    ] = None,
     update: UpdateOption = "none",
     one_shot: Annotated[
         bool, typer.Option("--one-shot/--sequential", help="Dense statistics everywhere, or block after pruned block.")
@@ -70,7 +78,8 @@ def prune(
     if json is not None and json.absolute() in (output.absolute(), save_masks and save_masks.absolute()):
         raise InputError(f"--json {str(json)!r} is also what --output or --save-masks names")
     resolve_metric(metric)
-    parse_target(target)
+    if target is not None:
+        parse_target(target)
     check_update(update)
     from gpmetric import terminal
     from gpmetric.pruning.prune_model import prune_model
@@ -83,6 +92,7 @@ def prune(
             text=text,
             metric=metric,
             target=target,
+            allocation=allocation,
             update=update,
             one_shot=one_shot,
             samples=samples,
@@ -101,6 +111,8 @@ def prune(
     write_json(json, result)
     perplexities = f"perplexity {result['perplexity']:.4f}, dense {result['dense']:.4f}, on {result['text']['text']}"
     sparsity = f"{result['sparsity']:.4f} of {len(result['layers'])} layers zero"
+    if result["allocation"]:
+        sparsity += f", allocated by {result['allocation']['file']}"
     print(f"{output}: {sparsity}; {perplexities}; verified", file=tables(json))
 
 

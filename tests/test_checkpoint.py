@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpmetric.errors import GpmetricError, InputError
+from gpmetric.models import load_model
 from gpmetric.pruning import prune_model as module
 from gpmetric.pruning.bench import bench
 from gpmetric.pruning.checkpoint import MANIFEST, check_folder
@@ -356,3 +357,46 @@ def test_what_is_checked_is_what_is_loaded(pruned: Path, tmp_path: Path) -> None
     (pruned / "model.safetensors").unlink()
     (pruned / "model.safetensors").symlink_to(tmp_path / "outer.safetensors")
     assert "model.safetensors is not as it was written: its sha256 differs" in verify(pruned)["problems"]
+
+
+@pytest.fixture
+def allocated(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> Path:
+    """The tiny Llama with 10 of each 32 inputs removed in the first layer, half in the others, the last one dense."""
+    names = [layer.name for layer in load_model(str(tiny_llama), device="cpu").layers]
+    sparsity = dict.fromkeys(names, 0.5) | {names[0]: 10 / 32, names[-1]: 0.0}
+    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "granularity": "row", "sparsity": sparsity}))
+    options = QUICK | {"calibration": str(tiny_text), "allocation": tmp_path / "a.json", "update": "obs"}
+    prune_model(str(tiny_llama), output=tmp_path / "allocated", **options)
+    return tmp_path / "allocated"
+
+
+@pytest.mark.parametrize("zeros", [9, 11])
+@pytest.mark.parametrize("counted", [False, True])
+def test_verify_notices_one_zero_of_an_allocated_layer(zeros: int, counted: bool, allocated: Path) -> None:
+    """One too few also where the manifest counts it: the layer has a target of its own. One more is no harm then."""
+
+    def change(weights: dict[str, Tensor]) -> None:
+        row = weights[QUERY][0]
+        assert int((row == 0).sum()) == 10
+        place = (row == 0).nonzero()[0] if zeros < 10 else row.nonzero()[0]
+        row[place] = 0.5 if zeros < 10 else 0.0
+
+    assert verify(allocated)["ok"]
+    edit(allocated, change)
+    manifest = json.loads((allocated / MANIFEST).read_text())
+    said = manifest["layers"][0]["zeros"]
+    if counted:
+        manifest["layers"][0]["zeros"] += zeros - 10
+        (allocated / MANIFEST).write_text(json.dumps(manifest))
+    problems = [one for one in verify(allocated)["problems"] if "perplexity" not in one]
+    where = "layer model.layers.0.self_attn.q_proj has"
+    full = [f"{where} 1 groups with more weights than 0.3125 leaves"] if zeros < 10 else []
+    count = [] if counted else [f"{where} {said + zeros - 10} zeros, the manifest says {said}"]
+    assert problems == count + full
+
+
+def test_verify_compares_a_dense_layer_whatever_the_update(allocated: Path, tiny_llama: Path) -> None:
+    assert verify(allocated, against=str(tiny_llama), device="cpu")["ok"]
+    edit(allocated, lambda weights: weights["model.layers.2.mlp.down_proj.weight"].mul_(1.001))
+    told = "weights of layer model.layers.2.mlp.down_proj that were kept are not those of"
+    assert any(told in one for one in verify(allocated, against=str(tiny_llama), device="cpu")["problems"])

@@ -19,6 +19,7 @@ from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.evaluation.windows import check_length, default_text, open_text, read_windows
 from gpmetric.models import Model, check_path, load_model
 from gpmetric.provenance import versions
+from gpmetric.pruning.allocation import Allocation
 from gpmetric.pruning.metrics import BASELINES, Metric, Update, check_update, resolve_metric
 from gpmetric.pruning.prune import prune_one_shot, prune_sequential, sparsity
 from gpmetric.pruning.target import Target, parse_target
@@ -113,8 +114,12 @@ class Bench:
         if not self.one_shot and self._calls is None:
             self._calls = record_calls(self.model, token_batches(self.calibration))
 
-    def losses(self, metric: Metric, target: Target, update: Update, texts: Sequence[Tensor]) -> list[float]:
-        """Mean loss on each text [windows, length] of the model pruned by one metric to one target.
+    def losses(
+        self, metric: Metric, target: Target | Allocation, update: Update, texts: Sequence[Tensor]
+    ) -> list[float]:
+        """Mean loss on each text [windows, length] of the model pruned by one metric to one target or allocation.
+
+        An allocation is one that `check_allocation` lets pass; `prepare` has been called for this metric.
 
         Raises:
             MaskError, SolverError: naming metric, target and layer.
@@ -138,7 +143,7 @@ class Bench:
             yield BenchRow(metric.name, target.text, used, formula, ppl, seconds, reached, error)
 
     def _measure(
-        self, metric: Metric, target: Target, update: Update, texts: Sequence[Tensor]
+        self, metric: Metric, target: Target | Allocation, update: Update, texts: Sequence[Tensor]
     ) -> tuple[list[float], float, float]:
         """Losses by text, seconds of pruning, sparsity reached; `prepare` has been called for this metric."""
         with self.model.restored():
@@ -147,8 +152,8 @@ class Bench:
             seconds = time.perf_counter() - start
             return [mean_loss(self.model, tokens) for tokens in texts], seconds, sparsity(self.model)
 
-    def prune(self, metric: Metric, target: Target, update: Update) -> None:
-        """Prunes the model for good; `prepare` has been called for this metric.
+    def prune(self, metric: Metric, target: Target | Allocation, update: Update) -> None:
+        """Prunes the model for good, to one target or by an allocation; `prepare` has been called for this metric.
 
         Raises:
             MaskError, SolverError: naming metric, target and layer; layers before it are already pruned.

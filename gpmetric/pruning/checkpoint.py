@@ -53,8 +53,8 @@ tags: [sparsity, pruning, gpmetric]
 
 # {name}, pruned
 
-`{formula}` at `{target}`: {sparsity:.4f} of the weights of {layers} linear layers are zero. Made by gpmetric {version};
-`{manifest}` says how, and `gpmetric verify` reads it all again.
+`{formula}` at `{target}`{allocated}: {sparsity:.4f} of the weights of {layers} linear layers are zero.
+Made by gpmetric {version}; `{manifest}` says how, and `gpmetric verify` reads it all again.
 """
 
 
@@ -134,15 +134,15 @@ def round_weights(model: Model) -> None:
 
 
 def write_checkpoint(
-    model: Model, folder: Path, made: dict[str, Any], rule: Target, before: Mapping[str, int]
+    model: Model, folder: Path, made: dict[str, Any], rules: Mapping[str, Target], before: Mapping[str, int]
 ) -> dict[str, Any]:
     """Writes a pruned model, the other files of the dense one, a model card and the manifest, and returns the manifest.
 
     Args:
         model: already pruned.
         folder: empty.
-        made: what the manifest says of source, metric, target, calibration, perplexity and versions.
-        rule: what each layer was pruned to.
+        made: what the manifest says of source, metric, target, allocation, calibration, perplexity and versions.
+        rules: by layer name, what it was pruned to.
         before: by layer name, how many weights were zero in the dense model.
 
     Raises:
@@ -157,7 +157,8 @@ def write_checkpoint(
             metadata = file.metadata()
             stored = {name: file.get_tensor(name) for name in sorted(set(file.keys()))}
         for name in stored.keys() & layers.keys():
-            stored[name] = _written(stored[name], layers[name], made["update"])
+            updated = made["update"] != "none" and rules[layers[name].name].sparsity > 0
+            stored[name] = _written(stored[name], layers[name], updated)
         save_file(stored, folder / path.name, metadata=metadata)
         (folder / path.name).chmod(0o644)  # safetensors' files are their owner's alone
     for path in (path for pattern in _KEPT for path in source.glob(pattern)):
@@ -170,15 +171,17 @@ def write_checkpoint(
     config["gpmetric"] = {name: made[name] for name in ("metric", "target", "update")}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
-    described = [_describe(name, layer, rule, before[layer.name]) for name, layer in layers.items()]
+    described = [_describe(name, layer, rules[layer.name], before[layer.name]) for name, layer in layers.items()]
     zeros, entries = (sum(layer[key] for layer in described) for key in ("zeros", "entries"))
     manifest: dict[str, Any] = {"version": 1} | made | {"sparsity": zeros / entries, "layers": described}
     base = f"base_model: {json.dumps(model.name)}\n" if "/" in model.name and not Path(model.name).exists() else ""
+    allocation = made.get("allocation")
     card = _CARD.format(
         base=base,
         name=_plain(Path(model.name).name),
         formula=_plain(made["formula"]),
         target=_plain(made["target"]),
+        allocated=f", allocated layer by layer by `{_plain(allocation['file'])}`" if allocation else "",
         sparsity=manifest["sparsity"],
         layers=len(described),
         version=made["versions"]["gpmetric"],
@@ -264,10 +267,10 @@ def _stored_name(model: Model, layer: Layer, places: Mapping[str, Path]) -> str:
     raise GpmetricError(f"the checkpoint of {model.name!r} stores layer {layer.name} under another name")
 
 
-def _written(stored: Tensor, layer: Layer, update: str) -> Tensor:
+def _written(stored: Tensor, layer: Layer, updated: bool) -> Tensor:
     """A layer's weight as its file holds it: the dense numbers masked, or the updated ones, rounded."""
     weight = layer.oriented(layer.weight).cpu()  # as stored
-    return stored.where(weight != 0, 0) if update == "none" else weight.to(stored.dtype).contiguous()
+    return weight.to(stored.dtype).contiguous() if updated else stored.where(weight != 0, 0)
 
 
 def _describe(name: str, layer: Layer, rule: Target, before: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pruning a model in memory by one metric, one target and one protocol.
+"""Pruning a model in memory by one metric, one target or allocation, and one protocol.
 
 Sequential: the activation statistics of each block come from the already pruned blocks before it, as in the published
 codes. One-shot: everything comes from the dense model, as in a search.
@@ -21,6 +21,7 @@ from gpmetric.expression.evaluate import evaluate
 from gpmetric.models import Layer, Model
 from gpmetric.operands import OPERANDS
 from gpmetric.pruning import fused
+from gpmetric.pruning.allocation import Allocation
 from gpmetric.pruning.mask import select_mask
 from gpmetric.pruning.metrics import Metric, Update
 from gpmetric.pruning.sparsegpt import reconstruct, reconstruct_blockwise
@@ -28,6 +29,7 @@ from gpmetric.pruning.target import Target
 
 __all__ = [
     "layer_operands",
+    "layer_rule",
     "measured",
     "prune_one_shot",
     "prune_sequential",
@@ -46,9 +48,19 @@ _TOGETHER = 2**19
 
 @torch.no_grad()
 def prune_one_shot(
-    model: Model, metric: Metric, target: Target, statistics: Mapping[str, LayerStatistics], update: Update = "none"
+    model: Model,
+    metric: Metric,
+    target: Target | Allocation,
+    statistics: Mapping[str, LayerStatistics],
+    update: Update = "none",
 ) -> None:
     """Prunes every layer in place from statistics of the dense model.
+
+    Args:
+        model: the dense model.
+        metric, update: how weights are chosen, and what happens to the others.
+        target: of all layers, or an allocation that names each; a layer whose sparsity is 0 is left alone.
+        statistics: by layer name.
 
     Raises:
         MaskError, SolverError: naming the layer; layers before it are already pruned.
@@ -61,7 +73,7 @@ def prune_one_shot(
 def prune_sequential(
     model: Model,
     metric: Metric,
-    target: Target,
+    target: Target | Allocation,
     calls: BlockCalls,
     dense: Statistics | None = None,
     update: Update = "none",
@@ -163,6 +175,11 @@ def rules_of(metric: Metric, targets: Sequence[Target]) -> list[Target]:
     ]
 
 
+def layer_rule(metric: Metric, target: Target | Allocation, layer: str) -> Target:
+    """What a layer is pruned to: only where no allocation says it, the metric tells where a plain number competes."""
+    return target.targets[layer] if isinstance(target, Allocation) else rules_of(metric, [target])[0]
+
+
 def _masked(
     weight: Tensor, metric: Metric, rules: Sequence[Target], statistics: LayerStatistics, score: Tensor | None
 ) -> list[Tensor]:
@@ -226,10 +243,16 @@ def sparsity(model: Model) -> float:
     return zeros / sum(layer.weight.numel() for layer in model.layers)
 
 
-def _prune_layer(layer: Layer, metric: Metric, target: Target, statistics: LayerStatistics, update: Update) -> None:
+def _prune_layer(
+    layer: Layer, metric: Metric, target: Target | Allocation, statistics: LayerStatistics, update: Update
+) -> None:
+    rule = layer_rule(metric, target, layer.name)
+    if rule.sparsity == 0:
+        return
+    metric = replace(metric, granularity=rule.granularity)  # rows too, whatever the metric says of a plain number
     try:
-        layer.weight.copy_(prune_weight(layer.weight, metric, target, statistics, update))
+        layer.weight.copy_(prune_weight(layer.weight, metric, rule, statistics, update))
     except MaskError as error:
-        raise MaskError(f"metric {metric.name} at {target.text}: {error} (layer {layer.name})") from error
+        raise MaskError(f"metric {metric.name} at {rule.text}: {error} (layer {layer.name})") from error
     except SolverError as error:
-        raise SolverError(f"metric {metric.name} at {target.text}: {error} (layer {layer.name})") from error
+        raise SolverError(f"metric {metric.name} at {rule.text}: {error} (layer {layer.name})") from error

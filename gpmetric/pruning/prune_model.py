@@ -1,4 +1,4 @@
-"""`gpmetric prune`: a model pruned by one metric to one target, written as a checkpoint and read again."""
+"""`gpmetric prune`: a model pruned by one metric to one target or allocation, written as a checkpoint, read again."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 from gpmetric.errors import GpmetricError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.evaluation.windows import check_length, default_text, open_text, read_windows
-from gpmetric.models import load_model
+from gpmetric.models import Model, load_model
 from gpmetric.provenance import check_output, versions
+from gpmetric.pruning.allocation import Allocation, check_allocation, mean_sparsity, read_allocation
 from gpmetric.pruning.bench import Bench, BenchListener, check_targets
 from gpmetric.pruning.checkpoint import check_folder, replacing, round_weights, write_checkpoint, write_masks
-from gpmetric.pruning.metrics import check_update, resolve_metric
-from gpmetric.pruning.prune import rules_of
-from gpmetric.pruning.target import parse_target
+from gpmetric.pruning.metrics import Metric, Update, check_update, resolve_metric
+from gpmetric.pruning.prune import layer_rule, rules_of
+from gpmetric.pruning.target import Target, parse_target
 from gpmetric.pruning.verify import verify
 
 __all__ = ["prune_model"]
@@ -28,7 +29,8 @@ def prune_model(
     calibration: str | None = None,
     text: str | None = None,
     metric: str = "wanda",
-    target: str = "0.5",
+    target: str | None = None,
+    allocation: str | Path | None = None,
     update: str = "none",
     one_shot: bool = False,
     samples: int = 128,
@@ -53,7 +55,9 @@ def prune_model(
         text: text that the perplexity is measured on, `windows` windows of it (all by default); the calibration text by
             default.
         metric: a name of BASELINES or a formula.
-        target: a sparsity, `layer:` or `block:` sparsity, or N:M.
+        target: a sparsity, `layer:` or `block:` sparsity, or N:M; 0.5 by default. With an allocation, its comparison
+            group and budget, which are not checked by default.
+        allocation: file that sets each layer, as `gpmetric.pruning.allocation.read_allocation` reads it.
         update, one_shot, sequence_length, shuffle, seed, device, dtype, include, exclude: as for `bench`.
         save_masks: safetensors file to write, with what is kept, boolean [out, in] by layer name.
         force: replace a checkpoint of gpmetric at `output`.
@@ -68,22 +72,26 @@ def prune_model(
         GpmetricError: pruning failed, or the files cannot be written or do not verify; `output` is then as it was.
     """
     told = listener or BenchListener()
-    resolve_metric(metric)
-    chosen, wanted, folder = check_update(update), parse_target(target), Path(output)
+    rule = resolve_metric(metric)
+    chosen, folder = check_update(update), Path(output)
+    asked = None if allocation is None else read_allocation(allocation)
+    wanted = None if asked and target is None else parse_target("0.5" if target is None else target)
     masks = None if save_masks is None else Path(save_masks)
-    named = [Path(name) for name in (model, calibration, text) if name is not None]
+    named = [Path(name) for name in (model, calibration, text, allocation) if name is not None]
     check_folder(folder, force, named if masks is None else [*named, masks.parent])
     check_output("--save-masks", masks)
     calibration_text = open_text(default_text(model, calibration, "--calibration", "calibration"))
     evaluated = calibration_text if text is None else open_text(text)
 
     loaded = load_model(model, device=device, dtype=dtype, include=include, exclude=exclude)
-    check_targets(loaded, [wanted])
+    plan = _checked(loaded, rule, wanted, asked)
     length = check_length(loaded, sequence_length)
     shuffle_seed = seed if shuffle else None
     sample = read_windows(loaded, calibration_text, length, samples, shuffle_seed)
     read = read_windows(loaded, evaluated, length, windows, shuffle_seed)
     rule = resolve_metric(metric, *sample.tokens.shape)
+    used = rule.update or chosen
+    rules = _rules(loaded, rule, plan, used)
 
     made: dict[str, Any] = {
         "model": loaded.name,
@@ -91,8 +99,9 @@ def prune_model(
         "dtype": loaded.dtype,
         "metric": metric,
         "formula": str(rule.expression),
-        "target": target,
-        "update": rule.update or chosen,
+        "target": wanted.text if wanted else f"{mean_sparsity(loaded.layers, rules):.4g}",
+        "allocation": asked and {"file": Path(str(allocation)).name, "sha256": asked.digest},
+        "update": used,
         "protocol": "one-shot" if one_shot else "sequential",
         "seed": seed,
         "shuffle": shuffle,
@@ -106,17 +115,14 @@ def prune_model(
     runner = Bench(loaded, sample.tokens, one_shot=one_shot, progress=told.progress)
     runner.prepare([rule], chosen)
     start = time.perf_counter()
-    runner.prune(rule, wanted, chosen)
+    runner.prune(rule, plan, chosen)
     seconds = time.perf_counter() - start
     del runner  # with what it holds of the model's activations
     round_weights(loaded)
     made |= {"perplexity": perplexity(mean_loss(loaded, read.tokens)), "dense": dense}
 
-    (used,) = rules_of(rule, [wanted])
-    if made["update"] == "obs-blockwise" and not used.group:  # its solver goes by blocks whatever was asked for
-        used = used.with_granularity("block")
     with replacing(folder, force) as partial:
-        manifest = write_checkpoint(loaded, partial, made, used, zeros)
+        manifest = write_checkpoint(loaded, partial, made, rules, zeros)
         found = verify(partial, against=str(loaded.folder), device=device, windows=read.tokens)
         if not found["ok"]:
             raise GpmetricError(f"the written checkpoint does not verify: {found['problems'][0]}")
@@ -124,3 +130,22 @@ def prune_model(
         write_masks(loaded, masks)
     result = {key: value for key, value in manifest.items() if key not in ("files", "tensors")}
     return result | {"output": str(folder), "perplexity": found["perplexity"], "seconds": seconds}
+
+
+def _checked(model: Model, metric: Metric, target: Target | None, allocation: Allocation | None) -> Target | Allocation:
+    """What the layers are pruned to, which they all allow; without an allocation there is a target."""
+    if allocation is None:
+        assert target is not None
+        check_targets(model, [target])
+        return target
+    check_allocation(model.layers, allocation, rules_of(metric, [target])[0] if target else None)
+    return allocation
+
+
+def _rules(model: Model, metric: Metric, plan: Target | Allocation, update: Update) -> dict[str, Target]:
+    """What each layer is pruned to, by name."""
+    rules = {layer.name: layer_rule(metric, plan, layer.name) for layer in model.layers}
+    if update != "obs-blockwise":
+        return rules
+    # its solver goes by blocks whatever was asked for
+    return {name: rule if rule.group else rule.with_granularity("block") for name, rule in rules.items()}

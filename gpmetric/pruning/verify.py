@@ -210,8 +210,15 @@ def _differences(folder: Path, manifest: _Manifest, dense: Path) -> Iterator[str
             yield f"tensor {name} is {kinds[0]}, in {str(dense)!r} {kinds[1]}"
         elif name not in layers and not torch.equal(mine, other):
             yield f"tensor {name} is not that of {str(dense)!r}, though it was not pruned"
-        elif name in layers and manifest.update == "none" and not torch.equal(mine, other.where(mine != 0, 0)):
+        elif (
+            name in layers and _only_masked(manifest, layers[name]) and not torch.equal(mine, other.where(mine != 0, 0))
+        ):
             yield f"weights of layer {layers[name].name} that were kept are not those of {str(dense)!r}"
+
+
+def _only_masked(manifest: _Manifest, layer: _Layer) -> bool:
+    """Whether the weights that a layer kept are the dense ones."""
+    return manifest.update == "none" or parse_target(layer.target).sparsity == 0
 
 
 def _windows(model: Model, manifest: _Manifest) -> Tensor | None:
