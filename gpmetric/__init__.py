@@ -1,7 +1,8 @@
 """Discovers pruning metrics for language models by genetic programming.
 
-`discover`, `bench`, `prune`, `verify`, `evaluate` and `analyse` are the commands of the command line; `Metric` and
-`select_mask` score and choose. Importing the package imports neither torch nor transformers; using a name does.
+`discover`, `bench`, `allocate`, `prune`, `verify`, `evaluate` and `analyse` are the commands of the command line;
+`Metric` and `select_mask` score and choose. Importing the package imports neither torch nor transformers; using a name
+does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpmetric.allocation.allocate import allocate
     from gpmetric.analysis.analyse import analyse
     from gpmetric.errors import GpmetricError
     from gpmetric.evaluation.evaluate import evaluate_model as evaluate
@@ -26,6 +28,7 @@ _HOMES = {
     "BASELINES": ("pruning.metrics", "BASELINES"),
     "GpmetricError": ("errors", "GpmetricError"),
     "Metric": ("pruning.metrics", "Metric"),
+    "allocate": ("allocation.allocate", "allocate"),
     "analyse": ("analysis.analyse", "analyse"),
     "bench": ("pruning.bench", "bench"),
     "discover": ("evolution.discover", "discover"),
@@ -41,6 +44,7 @@ __all__ = [
     "BASELINES",
     "GpmetricError",
     "Metric",
+    "allocate",
     "analyse",
     "bench",
     "discover",

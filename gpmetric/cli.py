@@ -1,4 +1,4 @@
-"""The command line: `gpmetric discover | bench | export | prune | verify | evaluate | analyse`, with complete `--help`.
+"""The command line: `gpmetric discover | bench | export | allocate | prune | verify | evaluate | analyse`.
 
 Options and formulas are checked before torch is imported; the work is in the functions that `import gpmetric` offers.
 """
@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from gpmetric.commands import prune, verify
+from gpmetric.commands import allocate, prune, verify
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.evolution.ledger import is_ledger, winner_of
 from gpmetric.evolution.request import Request, check_group, check_objective, check_request
@@ -313,8 +313,8 @@ def export(
     write_json(json, record)
 
 
-app.command()(prune)
-app.command()(verify)
+for _command in (allocate, prune, verify):
+    app.command()(_command)
 
 
 @app.command()

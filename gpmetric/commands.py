@@ -1,14 +1,16 @@
-"""The commands that write and re-read checkpoints: `gpmetric prune | verify`."""
+"""The commands that allocate sparsity, and write and re-read checkpoints: `gpmetric allocate | prune | verify`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from gpmetric.errors import GpmetricError, InputError
+from gpmetric.allocation.request import ALLOCATORS, GENES, OBJECTIVES, Request, check_request
+from gpmetric.errors import GpmetricError, InputError, one_of
 from gpmetric.options import (
     CalibrationOption,
     ConfigOption,
@@ -25,13 +27,132 @@ from gpmetric.options import (
     WindowsOption,
     tables,
 )
-from gpmetric.provenance import check_output, write_json
+from gpmetric.provenance import STDOUT, check_output, write_json
 from gpmetric.pruning.metrics import BASELINES, check_update, resolve_metric
-from gpmetric.pruning.target import parse_target
+from gpmetric.pruning.target import GRANULARITIES, parse_target
 
-__all__ = ["prune", "verify"]
+__all__ = ["allocate", "prune", "verify"]
 
 ModelArgument = Annotated[str | None, typer.Argument(help="Hugging Face directory or name; the demo model if none.")]
+
+
+def allocate(
+    model: Annotated[str | None, typer.Option(help="Hugging Face directory or name; the demo model if none.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Allocation to write, for prune --allocation.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text of the statistics; cut into three where --search is not named.")
+    ] = None,
+    search: Annotated[str | None, typer.Option(help="Text every candidate is measured on.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Text the front is reported on.")] = None,
+    metric: Annotated[str, typer.Option(help=f"What ranks weights: {', '.join(BASELINES)}, or a formula.")] = "wanda",
+    sparsity: Annotated[float | None, typer.Option(help="Mean sparsity of the allocation that is written.")] = None,
+    max_loss_ratio: Annotated[
+        float | None, typer.Option(help="Or the sparsest whose validation loss is at most so many times the dense one.")
+    ] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help=f"{', '.join(GRANULARITIES)}; the metric's own by default.")
+    ] = None,
+    patterns: Annotated[str, typer.Option(help="Levels under --granularity n:m.")] = ",".join(Request.patterns),
+    genes: Annotated[str, typer.Option(help=f"What shares a sparsity: {', '.join(GENES)}.")] = "matrix",
+    allocator: Annotated[str, typer.Option(help=f"{', '.join(ALLOCATORS)}.")] = "nsga2",
+    objective: Annotated[str, typer.Option(help=f"What candidates are compared by: {', '.join(OBJECTIVES)}.")] = "kl",
+    lowest: Annotated[float, typer.Option(help="Lowest sparsity of the front.")] = Request.lowest,
+    highest: Annotated[float, typer.Option(help="Highest sparsity of the front.")] = Request.highest,
+    init: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Allocation to begin with too; may be repeated.")
+    ] = None,
+    population: Annotated[int, typer.Option(help="Survivors of a generation.")] = Request.population,
+    evaluations: Annotated[int | None, typer.Option(help="Candidates measured at most; 1000 if no budget.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of the search at most.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Wall time of the search at most.")] = None,
+    archive: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON Lines file that keeps everything measured.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the archive if it is there.")] = False,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Front and baselines as a table.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Front and heat map: .png or .pdf.")] = None,
+    chunk_layers: Annotated[
+        int | None, typer.Option(help="Layers whose statistics are in memory at once, to save memory.")
+    ] = None,
+    samples: SamplesOption = Request.samples,
+    sequence_length: LengthOption = None,
+    search_windows: Annotated[int, typer.Option(help="Windows of the search text.")] = Request.search_windows,
+    windows: Annotated[int, typer.Option(help="Windows of the validation text.")] = Request.windows,
+    shuffle: ShuffleOption = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    json: JsonOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Searches how sparse each layer should be: the front between sparsity and loss, and one allocation of it."""
+    request = Request(
+        model=model,
+        calibration=calibration,
+        search=search,
+        validation=validation,
+        metric=metric,
+        sparsity=sparsity,
+        max_loss_ratio=max_loss_ratio,
+        granularity=granularity,
+        patterns=tuple(dict.fromkeys(text.strip() for text in patterns.split(","))),
+        genes=one_of("--genes", genes, GENES),
+        allocator=one_of("--allocator", allocator, ALLOCATORS),
+        objective=one_of("--objective", objective, OBJECTIVES),
+        lowest=lowest,
+        highest=highest,
+        init=tuple(init or ()),
+        population=population,
+        evaluations=evaluations,
+        tokens=tokens,
+        minutes=minutes,
+        samples=samples,
+        search_windows=search_windows,
+        windows=windows,
+        sequence_length=sequence_length,
+        shuffle=shuffle,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        include=include,
+        exclude=exclude,
+        chunk_layers=chunk_layers,
+        archive=archive,
+        resume=resume,
+    )
+    check_request(request)
+    outputs = {"--output": output, "--csv": csv, "--plot": plot, "--archive": archive, "--json": json}
+    _check_different(outputs)
+    from gpmetric import terminal
+    from gpmetric.allocation.allocate import run_allocation
+    from gpmetric.allocation.plot import check_plot, draw_front, write_csv
+
+    if plot is not None:
+        check_plot(plot)
+    with terminal.AllocateReport(Console(stderr=True)) as listener:
+        result = run_allocation(request, listener)
+    write_json(output, result["allocation"])
+    write_json(json, result)
+    if csv is not None:
+        write_csv(result, csv)
+    if plot is not None:
+        draw_front(result, plot)
+    terminal.print_allocation(Console(file=tables(json)), result)
+
+
+def _check_different(outputs: Mapping[str, Path | None]) -> None:
+    """Refuses outputs that cannot be written, or of which two are one file."""
+    seen: dict[Path, str] = {}
+    for option, path in outputs.items():
+        check_output(option, path)
+        if path is not None and path != STDOUT:
+            other = seen.setdefault(path.absolute(), option)
+            if other != option:
+                raise InputError(f"{other} and {option} are the same file {str(path)!r}")
 
 
 def prune(

@@ -14,12 +14,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from gpmetric.allocation.allocate import AllocateListener
+from gpmetric.allocation.archive import Candidate
 from gpmetric.evolution.discover import DiscoverListener
 from gpmetric.evolution.objectives import mean_excess
 from gpmetric.evolution.selection import Individual
 from gpmetric.pruning.bench import BenchListener, BenchRow
 
-__all__ = ["BenchReport", "DiscoverReport", "print_analysis", "print_bench", "print_discover"]
+__all__ = [
+    "AllocateReport",
+    "BenchReport",
+    "DiscoverReport",
+    "print_allocation",
+    "print_analysis",
+    "print_bench",
+    "print_discover",
+]
 
 _SHOWN = 12  # rows of the live table
 _PARTS_SHOWN = 20  # rows of an analysis
@@ -67,6 +77,16 @@ class BenchReport(_Bars, BenchListener):
     def row(self, row: BenchRow) -> None:
         outcome = "failed" if row.error else f"{_figures(row.ppl)} ({row.seconds:.1f} s)"
         self._console.print(Text(f"{row.target} {row.metric}: {outcome}"))
+
+
+class AllocateReport(_Bars, AllocateListener):
+    """A line per generation."""
+
+    def generation(self, number: int, population: Sequence[Candidate], batches: int, spent: float) -> None:
+        ends = sorted(population, key=lambda one: one.sparsity)
+        shown = [ends[0], ends[len(ends) // 2], ends[-1]]
+        figures = ", ".join(f"{one.value(batches):.3f} at {one.sparsity:.2f}" for one in shown)
+        self._console.print(Text(f"generation {number} ({spent:.0%} of the budget): {figures}"), soft_wrap=True)
 
 
 class DiscoverReport(_Bars, DiscoverListener):
@@ -285,6 +305,26 @@ def _figures(ppl: Mapping[str, Any]) -> str:
 def _figure(ppl: float | Mapping[str, float]) -> str:
     """A perplexity, or those of several models: `(llama 12.300, gpt2 20.100)`."""
     return f"{ppl:.3f}" if isinstance(ppl, float) else f"({_figures(ppl)})"
+
+
+def print_allocation(console: Console, result: Mapping[str, Any]) -> None:
+    """The picked allocation beside every named rule at the sparsity next to it, and what the front spans."""
+    picked = result["picked"]
+    table = Table(title=Text(f"{result['metric']} on {Path(result['model']).name}, validation"), title_justify="left")
+    for heading in ("allocation", "sparsity", "of all parameters", "perplexity", "excess"):
+        table.add_column(heading, justify="left" if heading == "allocation" else "right")
+    rows = {f"picked ({result['allocator']})": picked} | {
+        name: min(points, key=lambda point: abs(point["sparsity"] - picked["sparsity"]))
+        for name, points in result["baselines"].items()
+    }
+    for name, point in rows.items():
+        figures = (f"{point['sparsity']:.4f}", f"{point['sparsity_total']:.4f}", f"{point['perplexity']:.3f}")
+        table.add_row(name, *figures, f"{point['excess']:.4f}", style="bold" if point is picked else "")
+    console.print(table)
+    first, last = result["front"][0], result["front"][-1]
+    span = f"{first['excess']:.4f} at {first['sparsity']:.3f} to {last['excess']:.4f} at {last['sparsity']:.3f}"
+    cost = f"{result['evaluations']} evaluations, {result['tokens']:,} tokens, {result['seconds']:.0f} s"
+    console.print(Text(f"front of {len(result['front'])}: excess {span}; {cost}"), soft_wrap=True)
 
 
 def print_analysis(console: Console, result: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 from collections.abc import Callable
@@ -26,7 +27,13 @@ from gpmetric.calibration.accumulators import (
     inverse_factor,
 )
 from gpmetric.calibration.cache import cache_key, cached_statistics, default_cache, estimate_bytes, load_statistics
-from gpmetric.calibration.collect import Statistics, collect_block, collect_statistics, token_batches
+from gpmetric.calibration.collect import (
+    Statistics,
+    collect_block,
+    collect_chunks,
+    collect_statistics,
+    token_batches,
+)
 from gpmetric.calibration.replay import record_calls
 from gpmetric.data import cut_windows, read_text
 from gpmetric.errors import GpmetricError, ModelError, SolverError
@@ -197,6 +204,51 @@ def test_chunks_change_no_bit(model: Model, tokens: Tensor, statistics: Statisti
     assert_same_bits(chunked, statistics)
     total = -(-len(model.layers) // chunk_layers) * len(tokens)
     assert steps == [(done, total) for done in range(1, total + 1)]
+
+
+@pytest.mark.parametrize("chunk_layers", [1, 4, 5, None])
+def test_chunks_come_one_after_the_other(
+    model: Model, tokens: Tensor, statistics: Statistics, chunk_layers: int | None
+) -> None:
+    size = chunk_layers or len(model.layers)
+    chunks = list(collect_chunks(model, tokens, fisher=True, chunk_layers=chunk_layers))
+    assert [list(chunk) for chunk in chunks] == [
+        [layer.name for layer in model.layers[start : start + size]] for start in range(0, len(model.layers), size)
+    ]
+    merged = {name: found for chunk in chunks for name, found in chunk.items()}
+    assert_same_bits(replace(statistics, layers=merged), statistics)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_one_chunk_is_in_memory_at_a_time(model: Model, tokens: Tensor, gradients: bool) -> None:
+    """No moment of another chunk is alive while one is collected, nor any statistics, without a garbage collection."""
+    kinds = (InputMoments, GradientMoments, TokenMoments, LayerStatistics)
+
+    def count() -> list[int]:
+        found = [type(thing) for thing in gc.get_objects()]
+        return [found.count(kind) for kind in kinds]
+
+    alive: list[list[int]] = []
+    gc.collect()
+    gc.disable()
+    try:
+        before = count()
+        chunks = collect_chunks(
+            model,
+            tokens[:1],
+            gradients=gradients,
+            fisher=gradients,
+            chunk_layers=5,
+            progress=lambda *_: alive.append([now - then for now, then in zip(count(), before, strict=True)]),
+        )
+        for chunk in chunks:
+            assert count()[-1] - before[-1] == len(chunk)
+            del chunk  # or the loop would keep it while the next is made
+        assert count() == before
+    finally:
+        gc.enable()
+    sizes = [len(model.layers[start : start + 5]) for start in range(0, len(model.layers), 5)]
+    assert alive == [[size, size * gradients, size * gradients, 0] for size in sizes]
 
 
 def test_forward_only_agrees(model: Model, tokens: Tensor, statistics: Statistics) -> None:

@@ -22,7 +22,7 @@ from gpmetric.calibration.replay import BlockCalls
 from gpmetric.errors import ModelError, SolverError
 from gpmetric.models import Block, Layer, Model
 
-__all__ = ["Statistics", "collect_block", "collect_statistics", "token_batches"]
+__all__ = ["Statistics", "collect_block", "collect_chunks", "collect_statistics", "token_batches"]
 
 _BATCH_TOKENS = 2048  # tokens per forward pass without gradients; more only costs memory on a CPU
 
@@ -72,9 +72,40 @@ def collect_statistics(
         ModelError: a layer is not reached by a text.
         SolverError: a Gram matrix has no inverse even after stronger damping.
     """
+    chunks = collect_chunks(
+        model,
+        tokens,
+        gradients=gradients,
+        fisher=fisher,
+        gram=gram,
+        chunk_layers=chunk_layers,
+        accumulated=accumulated,
+        progress=progress,
+    )
+    found: dict[str, LayerStatistics] = {}
+    for chunk in chunks:
+        found |= chunk
+    return Statistics(found, sequences=len(tokens), length=tokens.shape[1])
+
+
+def collect_chunks(
+    model: Model,
+    tokens: Tensor,
+    *,
+    gradients: bool = True,
+    fisher: bool = False,
+    gram: bool = True,
+    chunk_layers: int | None = None,
+    accumulated: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[dict[str, LayerStatistics]]:
+    """What `collect_statistics` collects, from the same arguments, one chunk of layers after the other.
+
+    Nothing of a chunk is kept here, so that peak memory is that of one chunk, if its receiver lets go of it (and of the
+    variable it is in) before asking for the next.
+    """
     size = chunk_layers or len(model.layers)
     chunks = [model.layers[start : start + size] for start in range(0, len(model.layers), size)]
-    found: dict[str, LayerStatistics] = {}
     for index, chunk in enumerate(chunks):
         before, total = index * len(tokens), len(chunks) * len(tokens)
 
@@ -82,10 +113,9 @@ def collect_statistics(
             progress(before + done, total)
 
         if gradients:
-            found |= _with_gradients(model, chunk, tokens, fisher, gram, accumulated, report)
+            yield _with_gradients(model, chunk, tokens, fisher, gram, accumulated, report)
         else:
-            found |= _forward_only(model, chunk, tokens, gram, report)
-    return Statistics(found, sequences=len(tokens), length=tokens.shape[1])
+            yield _forward_only(model, chunk, tokens, gram, report)
 
 
 def collect_block(

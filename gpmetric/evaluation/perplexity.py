@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, log_softmax, nll_loss
 
 from gpmetric.models import Model
 
-__all__ = ["Teacher", "batches", "mean_loss", "perplexity"]
+__all__ = ["DenseLoss", "Teacher", "batches", "mean_loss", "perplexity"]
 
 _BATCH_TOKENS = 2048
 # Logits of a batch, 16 MiB in fp32: from 32 MiB on, glibc maps every temporary anew. Windows of 256 tokens, vocabulary
@@ -72,6 +72,32 @@ class Teacher:
         loss = nll_loss(log_probabilities, self._batch[:, 1:].flatten(), reduction="sum").item()
         crossed = -log_probabilities.mul_(self._expected).sum(dim=1).double().sum().item()  # in place: no temporary
         return torch.tensor([loss - self._loss, crossed - self._entropy], dtype=torch.float64)
+
+    def excess(self, model: Model) -> Tensor:
+        """KL(teacher || model) summed over predictions, in nats, fp32; a scalar with gradients where they are on."""
+        log_probabilities = log_softmax(_logits(model, self._batch), dim=1)
+        keeps = log_probabilities.requires_grad
+        crossed = log_probabilities * self._expected if keeps else log_probabilities.mul_(self._expected)
+        return -crossed.sum(dim=1).sum() - self._entropy
+
+
+class DenseLoss:
+    """A model's loss on a batch of windows, for a pruned copy to be compared with; it takes no memory.
+
+    Args:
+        model: the dense model.
+        batch: [windows, length], int64, on its device.
+    """
+
+    def __init__(self, model: Model, batch: Tensor) -> None:
+        self._batch = batch
+        self.predictions = len(batch) * (batch.shape[1] - 1)
+        self._loss = 0.0
+        self._loss = self.excess(model).item()
+
+    def excess(self, model: Model) -> Tensor:
+        """Excess log-loss summed over predictions, in nats, fp32; a scalar with gradients where they are on."""
+        return cross_entropy(_logits(model, self._batch), self._batch[:, 1:].flatten(), reduction="sum") - self._loss
 
 
 def perplexity(loss: float) -> float:

@@ -1,0 +1,1 @@
+"""Per-layer sparsity: levels of removal, a search of the front between sparsity and loss, named allocators."""

@@ -1,0 +1,191 @@
+"""`gpmetric allocate`: which layers give how much, as a front between sparsity and loss and one allocation of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gpmetric.allocation.allocators import RULES, Problem, arithmetic, evopress
+from gpmetric.allocation.archive import Archive, Budget, Candidate
+from gpmetric.allocation.exact import uniform_budget
+from gpmetric.allocation.levels import Levels
+from gpmetric.allocation.meter import Meter
+from gpmetric.allocation.nsga2 import REFERENCE, Settings, evolve, hypervolume
+from gpmetric.allocation.points import Scorer, held_out_front, knee, pick
+from gpmetric.allocation.prepare import Prepared, prepare
+from gpmetric.allocation.request import Request, check_request
+from gpmetric.allocation.transfer import transferred
+from gpmetric.evaluation.perplexity import perplexity
+from gpmetric.provenance import versions
+from gpmetric.pruning.allocation import Allocation, read_allocation
+
+__all__ = ["AllocateListener", "allocate", "run_allocation", "search"]
+
+_EVALUATIONS = 1000  # of a search without a budget
+_DIAGONAL = 5  # sparsities at which the rules stand in the first population, and as baselines beside the front
+
+
+class AllocateListener:
+    """What an allocation tells while it runs; every method may be overridden."""
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """A step has come so far."""
+
+    def dense(self, ppl: Mapping[str, float]) -> None:
+        """The dense model's perplexity on validation, before anything is pruned."""
+
+    def generation(self, number: int, population: Sequence[Candidate], batches: int, spent: float) -> None:
+        """A generation is finished: its population, measured on so many batches, and the share of the budget spent."""
+
+
+def allocate(model: str | None = None, **options: Any) -> dict[str, Any]:
+    """Searches the sparsity of each layer: `gpmetric.allocate("DIR", calibration="c.txt", sparsity=0.7)`.
+
+    Args:
+        model: a directory or Hub name; None is the demo model.
+        options: the fields of `gpmetric.allocation.request.Request`, as on the command line.
+
+    Returns:
+        The JSON document of `gpmetric allocate`; its `allocation` is what an allocation file holds.
+
+    Raises:
+        InputError, GpmetricError: as `run_allocation`.
+    """
+    return run_allocation(Request(model=model, **options))
+
+
+def run_allocation(request: Request, listener: AllocateListener | None = None) -> dict[str, Any]:
+    """Runs what is asked for to its end and returns the JSON document of `gpmetric allocate`.
+
+    Raises:
+        InputError: for anything that cannot be used, before the search.
+        GpmetricError: the metric gives no scores, or no allocation meets `max_loss_ratio`.
+    """
+    check_request(request)
+    told = listener or AllocateListener()
+    profiles = [read_allocation(path) for path in request.init]
+    prepared = prepare(request, told.progress)
+    scorer = Scorer(prepared)
+    told.dense({prepared.splits["validation"].text.name: perplexity(scorer.dense)})
+    meter = Meter(prepared.pruned, prepared.splits["search"].tokens, request.objective)
+    identity = prepared.identity(request) | {"init": [profile.digest for profile in profiles]}
+    with Archive(
+        prepared.ladder, meter, request.archive, identity, focus=request.sparsity, resume=request.resume
+    ) as archive:
+        problem = Problem(
+            archive, prepared.blocks, prepared.outliers, lambda sparsity: uniform_budget(prepared.ladder, sparsity)
+        )
+        generations: list[tuple[float, int]] = []  # hypervolume, windows
+
+        def on_generation(number: int, population: Sequence[Candidate], batches: int, spent: float) -> None:
+            generations.append((hypervolume(population, batches), sum(meter.windows[:batches])))
+            told.generation(number, population, batches, spent)
+
+        found = search(request, problem, profiles, on_generation)
+        cost: dict[str, Any] = {
+            "evaluations": archive.evaluations,
+            "tokens": archive.tokens,
+            "seconds": archive.seconds,
+            "seconds_by_step": dict(meter.seconds),
+        }
+        baselines = {
+            name: [rule(problem, one) for one in _diagonal(request, request.sparsity)] for name, rule in RULES.items()
+        }
+        points = held_out_front(scorer.point(levels) for levels in dict.fromkeys(found))
+        allocation, picked = pick(request, problem, scorer, found, points)
+        return (
+            _described(request, prepared, scorer)
+            | cost
+            | {
+                "front": points,
+                "knee": knee(points),
+                "baselines": {name: [scorer.point(one) for one in levels] for name, levels in baselines.items()},
+                "picked": picked,
+                "hypervolume": [area for area, _ in generations],
+                "reference": {"objective": REFERENCE, "sparsity": 0.0},
+                "rounds": _rounds(generations),
+                "allocation": allocation.document(),
+                "versions": versions(),
+            }
+        )
+
+
+def search(
+    request: Request,
+    problem: Problem,
+    profiles: Sequence[Allocation] = (),
+    on_generation: Callable[[int, Sequence[Candidate], int, float], None] = lambda *told: None,
+) -> list[Levels]:
+    """What an allocator finds within its budget: the candidates of a front, or one.
+
+    Args:
+        request: which allocator, its budget, seed and range of sparsities.
+        problem: what it works with.
+        profiles: allocations to begin with too.
+        on_generation: as `evolve` calls it.
+    """
+    budget = Budget(request.evaluations, request.tokens, request.minutes)
+    if budget == Budget():
+        budget = Budget(evaluations=_EVALUATIONS)
+    rng = random.Random(request.seed)
+    if request.allocator == "evopress":
+        assert request.sparsity is not None
+        return [evopress(problem, request.sparsity, budget, rng)]
+    sparsities = _diagonal(request, problem.archive.focus)
+    if request.allocator != "nsga2":
+        return [RULES[request.allocator](problem, sparsity) for sparsity in sparsities]
+    focus = problem.archive.focus
+    centre = (request.lowest + request.highest) / 2 if focus is None else focus
+    ladder = problem.ladder
+    first = [rule(problem, sparsity) for name, rule in RULES.items() if name != "arithmetic" for sparsity in sparsities]
+    shapes = [ladder.profile(arithmetic(problem, centre))]  # its trials are dear: once
+    shapes += [transferred(profile, ladder) for profile in profiles]
+    for shape in map(np.array, shapes):
+        shifts = [sparsity - np.average(shape, weights=ladder.sizes) for sparsity in sparsities]
+        first += [problem.at_budget(shape + shift, one) for shift, one in zip(shifts, sparsities, strict=True)]
+    settings = Settings(request.population, min(sparsities), max(sparsities), focus)
+    return [one.levels for one in evolve(problem.archive, first, settings, budget, rng, on_generation)]
+
+
+def _diagonal(request: Request, focus: float | None) -> list[float]:
+    """Sparsities over the range of the front, one that is asked for among them."""
+    spaced = np.linspace(request.lowest, request.highest, _DIAGONAL).round(4).tolist()
+    return sorted({*spaced, *([] if focus is None else [focus])})
+
+
+def _rounds(generations: Sequence[tuple[float, int]]) -> list[dict[str, int]]:
+    """The first generation of each round, and the windows it is measured on."""
+    found = []
+    for number, (_, windows) in enumerate(generations):
+        if number == 0 or windows != generations[number - 1][1]:
+            found.append({"generation": number, "windows": windows})
+    return found
+
+
+def _described(request: Request, prepared: Prepared, scorer: Scorer) -> dict[str, Any]:
+    """What the figures depend on."""
+    model, ladder = prepared.model, prepared.ladder
+    return {
+        "model": model.name,
+        "digest": model.digest,
+        "dtype": model.dtype,
+        "device": str(model.device),
+        "metric": request.metric,
+        "formula": str(prepared.metric.expression),
+        "granularity": ladder.granularity,
+        "genes": request.genes,
+        "allocator": request.allocator,
+        "objective": request.objective,
+        "sparsity": request.sparsity,
+        "max_loss_ratio": request.max_loss_ratio,
+        "seed": request.seed,
+        "shuffle": request.shuffle,
+        **{name: windows.describe() for name, windows in prepared.splits.items()},
+        "layers": len(ladder.layers),
+        "prunable": ladder.entries,
+        "total": scorer.total,
+        "dense": {"loss": scorer.dense, "perplexity": perplexity(scorer.dense)},
+    }

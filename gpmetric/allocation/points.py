@@ -1,0 +1,149 @@
+"""Allocations on held-out text: points of a front, its knee, and the one allocation that is asked for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from gpmetric.allocation.allocators import Problem
+from gpmetric.allocation.exact import exact_allocation
+from gpmetric.allocation.levels import Levels
+from gpmetric.allocation.prepare import Prepared
+from gpmetric.allocation.request import Request
+from gpmetric.allocation.variation import repair
+from gpmetric.errors import GpmetricError
+from gpmetric.evaluation.perplexity import mean_loss, perplexity
+from gpmetric.pareto import pareto_front
+from gpmetric.pruning.allocation import Allocation, removed_weights
+
+__all__ = ["Point", "Scorer", "at_sparsity", "held_out_front", "knee", "pick"]
+
+Point = dict[str, Any]
+
+_NEAREST = 4  # members of the front that are brought to the budget of a pick
+_GRID = 0.01  # of the sparsities that a loss ratio is tried at
+
+
+class Scorer:
+    """Scores allocations on the validation windows.
+
+    Args:
+        prepared: with the dense model.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared = prepared
+        self._tokens = prepared.splits["validation"].tokens
+        prepared.pruned.dense()
+        self.dense = mean_loss(prepared.model, self._tokens)
+        self.total = sum(parameter.numel() for parameter in prepared.model.module.parameters())
+        self._losses: dict[Levels, float] = {}
+
+    def point(self, levels: Levels) -> Point:
+        """A candidate with its loss."""
+        if levels not in self._losses:
+            self._prepared.pruned.set(levels)
+            self._losses[levels] = mean_loss(self._prepared.model, self._tokens)
+        return self._told(self._prepared.ladder.allocation(levels), self._losses[levels])
+
+    def point_of(self, allocation: Allocation, levels: Levels) -> Point:
+        """An allocation that may lie between a candidate's levels; those that do not are scored as they are."""
+        ladder = self._prepared.ladder
+        if all(allocation.targets[name] == target for name, target in ladder.allocation(levels).targets.items()):
+            return self.point(levels)
+        with self._prepared.exactly(allocation):
+            return self._told(allocation, mean_loss(self._prepared.model, self._tokens))
+
+    def _told(self, allocation: Allocation, loss: float) -> Point:
+        ladder = self._prepared.ladder
+        shapes = dict(zip(ladder.layers, ladder.shapes, strict=True))
+        by_layer = [removed_weights(shapes[name], target) for name, target in allocation.targets.items()]
+        removed = sum(by_layer)
+        genes = {
+            name: sum(by_layer[layer] for layer in members) / int(size)
+            for name, members, size in zip(ladder.names, ladder.genes, ladder.sizes, strict=True)
+        }
+        return {
+            "sparsity": removed / ladder.entries,
+            "sparsity_total": removed / self.total,
+            "removed": removed,
+            "kept_prunable": ladder.entries - removed,
+            "kept_total": self.total - removed,
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            "excess": loss - self.dense,
+            "genes": genes,
+        }
+
+
+def held_out_front(points: Iterable[Point]) -> list[Point]:
+    """The points that no other beats in validation loss and sparsity, the least sparse first."""
+    known = [point for point in points if np.isfinite(point["loss"])]
+    chosen = pareto_front([(point["loss"], -point["sparsity"]) for point in known])
+    return sorted((known[index] for index in chosen), key=lambda point: point["sparsity"])
+
+
+def knee(points: Sequence[Point]) -> int | None:
+    """Index of the point farthest below the straight line between the ends of the front; None below three points."""
+    if len(points) < 3:
+        return None
+    places = np.array([(point["sparsity"], point["excess"]) for point in points])
+    span = places[-1] - places[0]
+    if not (span > 0).all():
+        return None
+    across, up = ((places - places[0]) / span).T
+    return int((across - up).argmax())
+
+
+def pick(
+    request: Request, problem: Problem, scorer: Scorer, found: Sequence[Levels], points: Sequence[Point]
+) -> tuple[Allocation, Point]:
+    """(allocation, its point): at the asked sparsity, within the asked loss ratio, or at the knee.
+
+    Raises:
+        GpmetricError: no sparsity of the front keeps the loss within the ratio.
+    """
+    if request.sparsity is not None:
+        return _at(problem, scorer, found, request.sparsity)
+    if request.max_loss_ratio is None:
+        index = knee(points)
+        return _at(problem, scorer, found, points[len(points) // 2 if index is None else index]["sparsity"])
+    limit = request.max_loss_ratio * scorer.dense
+    steps = np.arange(np.floor(request.lowest / _GRID), np.ceil(request.highest / _GRID) + 1)
+    low, high, best = 0, len(steps), None
+    while low < high:  # the loss rises with the sparsity
+        middle = (low + high) // 2
+        tried = _at(problem, scorer, found, float(round(steps[middle] * _GRID, 4)))
+        if tried[1]["loss"] <= limit:
+            low, best = middle + 1, tried
+        else:
+            high = middle
+    if best is None:
+        least = points[0]
+        raise GpmetricError(
+            f"--max-loss-ratio {request.max_loss_ratio}: the loss is {least['loss'] / scorer.dense:.4f} times the "
+            f"dense model's already at sparsity {least['sparsity']:.4f}, the lowest of the front (--lowest)"
+        )
+    return best
+
+
+def at_sparsity(problem: Problem, found: Sequence[Levels], sparsity: float) -> tuple[Allocation, Levels]:
+    """The allocation at the budget of a sparsity that is best on the search text, and the levels nearest to it.
+
+    Args:
+        found: what a search found; its members next to the sparsity are brought there and measured.
+    """
+    archive, ladder, budget = problem.archive, problem.ladder, problem.budget(sparsity)
+    near = sorted(found, key=lambda levels: (abs(ladder.removes(levels) - budget), levels))[:_NEAREST]
+    repaired = dict.fromkeys(repair(ladder, levels, budget, random.Random(0)) for levels in near)
+    measured = [archive.measure(levels, archive.batches) for levels in repaired]
+    best = min(measured, key=lambda one: one.value(archive.batches))
+    return exact_allocation(ladder, best.levels, budget), best.levels
+
+
+def _at(problem: Problem, scorer: Scorer, found: Sequence[Levels], sparsity: float) -> tuple[Allocation, Point]:
+    allocation, levels = at_sparsity(problem, found, sparsity)
+    return allocation, scorer.point_of(allocation, levels)

@@ -1,0 +1,46 @@
+"""Profiles of one model on another: by the place of a block in its model, and the name of a layer in its block."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+
+from gpmetric.allocation.levels import Ladder
+from gpmetric.pruning.allocation import Allocation
+
+__all__ = ["transferred"]
+
+
+def transferred(profile: Allocation, ladder: Ladder) -> list[float]:
+    """The sparsity of each gene by an allocation of the same model, or of another with other blocks.
+
+    A layer takes the sparsity of its namesakes in the other model, between blocks at the same relative depth; where
+    there are none, that of the layers of any name there.
+    """
+    curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for name, target in profile.targets.items():
+        block, inside = _place(name)
+        curves[inside].append((block, target.sparsity))
+        curves[""].append((block, target.sparsity))
+    depth = max(1, *(_place(name)[0] for name in ladder.layers))
+    by_layer = [_read(curves[inside] or curves[""], block / depth) for block, inside in map(_place, ladder.layers)]
+    sizes = [rows * columns for rows, columns in ladder.shapes]
+    return [
+        float(np.average([by_layer[one] for one in members], weights=[sizes[one] for one in members]))
+        for members in ladder.genes
+    ]
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Index of the block, and the name within it: (3, "mlp.up_proj") of model.layers.3.mlp.up_proj."""
+    parts = name.split(".")
+    index = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
+    return (0, name) if index is None else (int(parts[index]), ".".join(parts[index + 1 :]))
+
+
+def _read(curve: list[tuple[int, float]], depth: float) -> float:
+    """The curve of sparsities over blocks at a relative depth, 0 to 1."""
+    blocks = sorted({block for block, _ in curve})
+    means = [float(np.mean([sparsity for place, sparsity in curve if place == block])) for block in blocks]
+    return float(np.interp(depth * max(1, blocks[-1]), blocks, means))

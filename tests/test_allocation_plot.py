@@ -1,0 +1,318 @@
+"""The page and the table of an allocation search: their content by hand, and that nothing makes them fail or warn."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from gpmetric.allocation import plot
+from gpmetric.allocation.plot import check_plot, draw_front, write_csv
+from gpmetric.errors import GpmetricError, InputError
+
+KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+LLAMA = [f"model.layers.{block}.{kind}" for block in range(5) for kind in KINDS]
+DENSE = 4.0  # nats per token
+
+
+def make_point(sparsity: float, excess: float | None, genes: list[str]) -> dict[str, Any]:
+    loss = None if excess is None else DENSE + excess
+    return {
+        "sparsity": sparsity,
+        "sparsity_total": sparsity / 2,
+        "removed": int(1000 * sparsity),
+        "kept_prunable": 1000 - int(1000 * sparsity),
+        "kept_total": 2000 - int(1000 * sparsity),
+        "loss": loss,
+        "perplexity": None if loss is None else math.exp(loss),
+        "excess": excess,
+        "genes": {gene: sparsity + 0.2 * (place / len(genes) - 0.5) for place, gene in enumerate(genes)},
+    }
+
+
+def make_document(genes: list[str] = LLAMA, **changes: Any) -> dict[str, Any]:
+    """Excess squares with the sparsity: 0.01 to 0.49, a span of 49."""
+    front = [make_point(step / 10, (step / 10) ** 2, genes) for step in range(1, 8)]
+    names = ("uniform", "owl", "arithmetic", "sensitivity")
+    document = {
+        "model": "demo",
+        "metric": "wanda",
+        "granularity": "row",
+        "allocator": "nsga2",
+        "objective": "kl",
+        "dense": {"loss": DENSE, "perplexity": math.exp(DENSE)},
+        "validation": {"text": "valid.txt", "windows": 64, "tokens": 16384},
+        "prunable": 1000,
+        "total": 2000,
+        "front": front,
+        "baselines": {name: [make_point(0.5, 0.3, genes), make_point(0.6, 0.5, genes)] for name in names},
+        "picked": front[4],
+        "hypervolume": [0.3, 0.35, 0.5, 0.45],
+        "reference": {"objective": 2.0, "sparsity": 0.0},
+        "rounds": [{"generation": 0, "windows": 8}, {"generation": 2, "windows": 16}],
+    }
+    return copy.deepcopy(document | changes)
+
+
+def unmeasured() -> dict[str, Any]:
+    document = make_document(picked=make_point(0.5, None, LLAMA), dense={"loss": None, "perplexity": None})
+    for point in document["front"]:
+        point["excess"] = None
+    document["front"][0]["excess"] = math.nan
+    return document | {"baselines": {"uniform": [make_point(0.5, math.inf, LLAMA)]}, "hypervolume": [None, math.nan]}
+
+
+DOCUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "plain": make_document,
+    "one gene, one point": lambda: make_document(
+        ["model.layers.0.self_attn.q_proj"],
+        front=[make_point(0.5, 0.2, ["model.layers.0.self_attn.q_proj"])],
+        picked=make_point(0.5, 0.2, ["model.layers.0.self_attn.q_proj"]),
+        baselines={},
+        hypervolume=[0.3],
+    ),
+    "no search, no genes": lambda: make_document([], hypervolume=[], rounds=[], baselines={"uniform": []}),
+    "nothing measured": unmeasured,
+    "300 odd names": lambda: make_document(
+        [f"{part}.block.{block}.$a_{kind}$^" for part in "ed" for block in range(5) for kind in range(29)]
+        + [f"top_$x{place}.w" for place in range(10)],
+        model="/home/a_b/" + "long$" * 60 + "模型\n",
+        metric="x_$" * 100,
+    ),
+    "80 blocks": lambda: make_document(
+        [f"transformer.h.{block}" for block in range(80)],
+        front=[make_point(0.0, 0.0, []), make_point(0.3, -0.1, []), make_point(0.7, 0.5, [])],
+        hypervolume=[0.1] * 500,
+        rounds=[{"generation": generation, "windows": generation} for generation in range(0, 500, 10)],
+    ),
+}
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], list[Axes]]:
+    """The axes of a page that is drawn but not written."""
+
+    def draw(document: dict[str, Any]) -> list[Axes]:
+        pages: list[Figure] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(Figure, "savefig", lambda figure, file, **_: pages.append(figure))
+            draw_front(document, tmp_path / "page.png")
+        return pages[0].axes
+
+    return draw
+
+
+def texts(axes: Axes) -> str:
+    return "\n".join(text.get_text() for text in axes.texts)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_document_is_drawn_without_a_warning(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plot, "_DPI", 40)  # faster
+    document = DOCUMENTS[name]()
+    before = repr(document)
+    draw_front(document, tmp_path / "page.png")
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.iterdir()) == [tmp_path / "page.png"]
+    assert repr(document) == before
+
+
+def test_pdf(tmp_path: Path) -> None:
+    draw_front(make_document(), tmp_path / "page.PDF")
+    assert (tmp_path / "page.PDF").read_bytes().startswith(b"%PDF")
+
+
+def test_matplotlib_is_left_as_it_was(drawn: Callable[..., list[Axes]]) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    drawn(make_document())
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_the_picked_point_is_marked_with_its_numbers(drawn: Callable[..., list[Axes]]) -> None:
+    front = drawn(make_document())[0]
+    (star,) = [line for line in front.lines if line.get_label() == "picked"]
+    assert star.get_xydata().tolist() == [[0.5, 0.25]]
+    assert texts(front) == "picked: sparsity 0.500 (0.250 of all parameters)\n" + (
+        f"excess 0.25 nats/token\nperplexity {math.exp(4.25):.3g} (dense {math.exp(4):.3g})"
+    )
+
+
+def test_baselines_are_told_apart_without_colour(drawn: Callable[..., list[Axes]]) -> None:
+    lines = drawn(make_document())[0].lines
+    assert len({line.get_marker() for line in lines}) == len(lines) == 6
+    assert len({line.get_color() for line in lines}) == 6
+
+
+def test_a_point_without_loss_is_left_out(drawn: Callable[..., list[Axes]]) -> None:
+    document = make_document()
+    document["front"][1]["excess"] = None
+    (front,) = [line for line in drawn(document)[0].lines if "front" in str(line.get_label())]
+    assert front.get_xdata().tolist() == [0.1, 0.3, 0.4, 0.5, 0.6, 0.7]
+    assert front.get_label() == "nsga2 front (6 points)"
+
+
+@pytest.mark.parametrize(
+    ("excess", "scale"),
+    [
+        ([0.1, 1.9], "linear"),
+        ([0.0, 1.9], "linear"),
+        ([0.1, 2.1], "log"),
+        ([0.0, 0.1, 2.1], "symlog"),
+        ([-0.1, 0.1, 2.1], "symlog"),
+        ([1e-9, 2.1], "symlog"),  # noise must not stretch the axis over nine decades
+    ],
+)
+def test_the_axis_is_logarithmic_over_twentyfold(excess: list[float], scale: str) -> None:
+    left = Figure().subplots()
+    left.plot(range(len(excess)), excess)
+    plot._scale_excess(left, excess, perplexity=math.exp(DENSE))
+    assert left.get_yscale() == scale
+    _, right = left.figure.axes
+    ticks, labels = right.get_yticks(), [label.get_text().replace(",", "") for label in right.get_yticklabels()]
+    assert 3 <= len(ticks) <= 20
+    assert len(set(labels)) == len(labels)
+    assert right.get_ylim() == left.get_ylim()
+    assert right.get_yscale() == scale
+    assert left.get_yticks().tolist() == ticks.tolist()
+    np.testing.assert_allclose([float(label) for label in labels], np.exp(DENSE + ticks), rtol=6e-3)  # three figures
+
+
+def test_heat_map_by_hand(drawn: Callable[..., list[Axes]]) -> None:
+    genes = {"m.h.10.attn.q": 0.1, "m.h.2.attn.q": 0.2, "m.h.2.mlp.0.up": 0.3, "m.h.10.mlp.0.up": None, "head": 0.4}
+    axes = drawn(make_document(picked={"sparsity": 0.25, "genes": genes}))
+    heat, profile = axes[1], axes[3]
+    assert [label.get_text() for label in heat.get_yticklabels()] == ["attn.q", "mlp.0.up", "head"]
+    assert [label.get_text() for label in heat.get_xticklabels()] == ["2", "10", "–"]
+    expected = [[0.2, 0.1, math.nan], [0.3, math.nan, math.nan], [math.nan, math.nan, 0.4]]
+    np.testing.assert_array_equal(np.ma.filled(heat.images[0].get_array(), math.nan), expected)
+    assert texts(heat).split() == ["0.20", "0.10", "0.30", "0.40"]
+    mean, uniform = profile.lines
+    np.testing.assert_allclose(mean.get_xydata(), [[0, 0.25], [1, 0.1]])
+    assert set(uniform.get_ydata()) == {0.25}
+
+
+@pytest.mark.parametrize(
+    ("genes", "rows"),
+    [
+        (["model.layers.0.self_attn", "model.layers.0.mlp"], ["self_attn", "mlp"]),
+        (["model.layers.0", "model.layers.1"], ["block"]),
+        (["enc.block.0.q", "dec.block.0.q"], ["enc.block.q", "dec.block.q"]),
+        (["m.enc.0.q", "m.dec.0.q"], ["enc.q", "dec.q"]),
+        (["0.q", "1.q"], ["q"]),
+        (["lm_head"], ["lm_head"]),
+    ],
+)
+def test_rows(genes: list[str], rows: list[str]) -> None:
+    assert plot._grid(dict.fromkeys(genes, 0.5)).rows == rows
+
+
+def test_a_large_heat_map_stays_readable(drawn: Callable[..., list[Axes]]) -> None:
+    heat = drawn(make_document([f"h.{block}.{kind}" for block in range(80) for kind in KINDS]))[1]
+    assert texts(heat) == ""
+    assert [label.get_text() for label in heat.get_xticklabels()] == [str(block) for block in range(0, 80, 5)]
+
+
+def test_hypervolume_and_rounds(drawn: Callable[..., list[Axes]]) -> None:
+    progress = drawn(make_document())[2]
+    assert progress.lines[0].get_ydata().tolist() == [0.3, 0.35, 0.5, 0.45]
+    assert [line.get_xdata()[0] for line in progress.lines[1:]] == [0, 2]
+    assert texts(progress) == "8 windows\n16"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.12345, "0.123"), (59.149, "59.1"), (999.9, "1,000"), (12345.6, "12,346"), (3e7, "3e+07")]
+)
+def test_numbers_are_plain(value: float, text: str) -> None:
+    assert plot._plain(value) == text
+
+
+@pytest.mark.parametrize(("count", "most", "last"), [(0, 5, None), (5, 5, 4), (6, 5, 4), (80, 20, 75), (1000, 20, 950)])
+def test_ticks_stand_in_round_steps(count: int, most: int, last: int | None) -> None:
+    ticks = plot._ticks(count, most)
+    assert len(ticks) <= most
+    assert (ticks or [None])[-1] == last
+
+
+def test_table(tmp_path: Path) -> None:
+    document = make_document()
+    document["front"][0] |= {"loss": None, "perplexity": math.inf, "excess": math.nan}
+    document["baselines"] = {"owl": [make_point(0.5, 0.3, ["a,b", LLAMA[0]])], "uniform": []}
+    write_csv(document, tmp_path / "front.csv")
+    rows = list(csv.reader((tmp_path / "front.csv").read_text(encoding="utf-8").splitlines()))
+    header = "method,sparsity,sparsity_total,removed,kept_prunable,kept_total,loss,perplexity,excess"
+    assert rows[0] == [*header.split(","), *LLAMA, "a,b"]
+    assert [row[0] for row in rows[1:]] == ["nsga2"] * 7 + ["owl"]
+    assert {len(row) for row in rows} == {len(LLAMA) + 10}
+    assert rows[1][:9] == ["nsga2", "0.1", "0.05", "100", "900", "1900", "", "", ""]
+    point = document["front"][4]
+    assert [float(value) for value in rows[5][1:-1]] == [
+        value for key, value in point.items() if key != "genes"
+    ] + list(point["genes"].values())
+    assert rows[8][9:] == ["0.5", *[""] * (len(LLAMA) - 1), "0.4"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "front.csv"]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_document_is_tabled(name: str, tmp_path: Path) -> None:
+    document = DOCUMENTS[name]()
+    write_csv(document, tmp_path / "front.csv")
+    points = len(document["front"]) + sum(map(len, document["baselines"].values()))
+    text = (tmp_path / "front.csv").read_text(encoding="utf-8")
+    assert len(list(csv.reader(text.splitlines()))) == 1 + points
+    assert "\r" not in text
+
+
+@pytest.mark.parametrize("name", ["page.svg", "page", "png", "page.png.txt"])
+def test_other_formats_are_refused(name: str, tmp_path: Path) -> None:
+    for refuse in (check_plot, lambda path: draw_front(make_document(), path)):
+        with pytest.raises(InputError, match=r"--plot .* must end in \.png or \.pdf"):
+            refuse(tmp_path / name)
+    check_plot(tmp_path / "a.PNG")
+    check_plot(tmp_path / "a.pdf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_page_is_whole_or_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "page.png"
+    path.write_bytes(b"before")
+
+    def full_disk(figure: object, file: Path, **_: object) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full_disk)
+    with pytest.raises(GpmetricError, match="No space left"):
+        draw_front(make_document(), path)
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_table_is_whole_or_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "front.csv"
+    path.write_bytes(b"before")
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full_disk)
+    with pytest.raises(GpmetricError, match="No space left"):
+        write_csv(make_document(), path)
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_long_title_stays_on_the_page(drawn: Callable[..., list[Axes]]) -> None:
+    figure = drawn(make_document(model="Meta-Model_$W" * 30, metric="sqrt(W)*X" * 30))[0].figure
+    box = figure._suptitle.get_window_extent(FigureCanvasAgg(figure).get_renderer())
+    assert 0 < box.x0 < box.x1 < figure.bbox.width
