@@ -66,7 +66,7 @@ def run_allocation(request: Request, listener: AllocateListener | None = None) -
     """
     check_request(request)
     told = listener or AllocateListener()
-    profiles = [read_allocation(path) for path in request.init]
+    profiles = [read_allocation(path, "--init") for path in request.init]
     prepared = prepare(request, told.progress)
     scorer = Scorer(prepared)
     told.dense({prepared.splits["validation"].text.name: perplexity(scorer.dense)})
@@ -140,7 +140,8 @@ def search(
     focus = problem.archive.focus
     centre = (request.lowest + request.highest) / 2 if focus is None else focus
     ladder = problem.ladder
-    first = [rule(problem, sparsity) for name, rule in RULES.items() if name != "arithmetic" for sparsity in sparsities]
+    dear = {"arithmetic"} if _affords_probes(problem, budget) else {"arithmetic", "sensitivity"}
+    first = [rule(problem, sparsity) for name, rule in RULES.items() if name not in dear for sparsity in sparsities]
     shapes = [ladder.profile(arithmetic(problem, centre))]  # its trials are dear: once
     shapes += [transferred(profile, ladder) for profile in profiles]
     for shape in map(np.array, shapes):
@@ -148,6 +149,13 @@ def search(
         first += [problem.at_budget(shape + shift, one) for shift, one in zip(shifts, sparsities, strict=True)]
     settings = Settings(request.population, min(sparsities), max(sparsities), focus)
     return [one.levels for one in evolve(problem.archive, first, settings, budget, rng, on_generation)]
+
+
+def _affords_probes(problem: Problem, budget: Budget) -> bool:
+    """Whether the probes of every gene alone take at most a quarter of the budget."""
+    evaluations, tokens = problem.cost_of_probes()
+    limits = ((evaluations, budget.evaluations), (tokens, budget.tokens))
+    return all(limit is None or 4 * cost <= limit for cost, limit in limits)
 
 
 def _diagonal(request: Request, focus: float | None) -> list[float]:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpmetric.allocation.archive import Archive, Budget
+from gpmetric.allocation.archive import BARREN, Archive, Budget
 from gpmetric.allocation.levels import Ladder, Levels
 from gpmetric.allocation.request import Allocator
 from gpmetric.allocation.variation import repair, switch
 from gpmetric.models import Model
 
-__all__ = ["RULES", "Problem", "evopress", "outlier_shares"]
+__all__ = ["RULES", "Problem", "arithmetic", "evopress", "outlier_shares", "owl", "sensitivity", "uniform"]
 
 _OUTLIER, _SPREAD = 5.0, 0.08  # OWL's M and lambda
 _STEPS = 9  # of an arithmetic progression that are tried, 0 among them
@@ -54,11 +54,21 @@ class Problem:
         levels = self.ladder.nearest(np.clip(sparsities, 0.0, _HIGHEST).tolist())
         return repair(self.ladder, levels, self.budget(sparsity), random.Random(0))
 
+    def cost_of_probes(self) -> tuple[int, int]:
+        """Evaluations and tokens that `costs` takes."""
+        evaluations = len(_PROBES) * len(self.ladder.genes)
+        return evaluations, evaluations * self.archive.tokens_of(self.probe_batches)
+
+    @property
+    def probe_batches(self) -> int:
+        """Batches that a gene alone is measured on."""
+        return max(1, self.archive.batches // 4)
+
     @cached_property
     def costs(self) -> list[np.ndarray]:
         """By gene, what each of its levels costs with the others dense, in nats per prediction, interpolated."""
         dense = tuple(0 for _ in self.ladder.genes)
-        batches = max(1, self.archive.batches // 4)
+        batches = self.probe_batches
         found = []
         for gene, (table, size) in enumerate(zip(self.ladder.removed, self.ladder.sizes, strict=True)):
             probed = sorted({int(np.abs(table - share * size).argmin()) for share in _PROBES})
@@ -148,7 +158,6 @@ def evopress(
     sparsity: float,
     budget: Budget,
     rng: random.Random,
-    on_generation: Callable[[int], None] = lambda number: None,
 ) -> Levels:
     """A (1 + lambda) search by level switches from the uniform allocation, offspring halved on ever more windows.
 
@@ -160,8 +169,9 @@ def evopress(
     archive = problem.archive
     parent = archive.measure(uniform(problem, sparsity), archive.batches)
     removed = problem.budget(sparsity)
-    generation = 0
-    while archive.spent(budget, generation) < 1:
+    generation = barren = 0
+    while archive.spent(budget, generation) < 1 and barren < BARREN:
+        before = archive.evaluations
         drawn = [repair(problem.ladder, switch(problem.ladder, parent.levels, rng, _JUMPS), removed, rng)
                  for _ in range(_OFFSPRING)]  # fmt: skip
         rest = list(dict.fromkeys(levels for levels in drawn if levels != parent.levels))
@@ -172,8 +182,8 @@ def evopress(
             measured.sort(key=lambda one: one.value(batches))
             rest = [one.levels for one in measured[:survivors]]
         parent = archive.measure(rest[0], archive.batches)
+        barren = 0 if archive.evaluations > before else barren + 1
         generation += 1
-        on_generation(generation)
     return parent.levels
 
 

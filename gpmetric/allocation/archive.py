@@ -23,9 +23,11 @@ from gpmetric.allocation.levels import Ladder, Levels
 from gpmetric.allocation.meter import Meter
 from gpmetric.errors import GpmetricError, InputError
 
-__all__ = ["RADIUS", "Archive", "Budget", "Candidate"]
+__all__ = ["BARREN", "RADIUS", "Archive", "Budget", "Candidate"]
 
 RADIUS = 16  # levels around a candidate's that slopes are kept for: they are first order
+
+BARREN = 20  # generations without a new candidate that end a search: a few genes of a few levels have no more
 
 _FORMAT = 1
 _BACKWARD = 3  # tokens that a token of a backward pass counts for: forward, and about twice that back
@@ -91,6 +93,7 @@ class Archive(AbstractContextManager["Archive"]):
         self._meter = meter
         self._values: dict[tuple[Levels, int, int], list[float]] = {}
         self._slopes: dict[tuple[Levels, int], list[np.ndarray]] = {}
+        self._sloped: set[tuple[Levels, int]] = set()  # paid for since the search began
         self._clocks: list[float] = []  # seconds at the beginning of each generation
         self._file: TextIO | None = None
         if path is not None:
@@ -120,6 +123,10 @@ class Archive(AbstractContextManager["Archive"]):
         """Since the search began, interruptions left out."""
         return self._before + time.monotonic() - self._started
 
+    def tokens_of(self, batches: int) -> int:
+        """Tokens of the first batches."""
+        return sum(self._meter.tokens[:batches])
+
     def measure(self, levels: Levels, batches: int) -> Candidate:
         """The candidate, measured on at least so many batches."""
         one = self.candidates.setdefault(levels, Candidate(levels, self.ladder.sparsity(levels)))
@@ -136,7 +143,9 @@ class Archive(AbstractContextManager["Archive"]):
 
     def slopes(self, levels: Levels, batches: int) -> list[np.ndarray]:
         """`Meter.slopes` of a candidate on the first batches, NaN more than RADIUS levels away."""
-        self.tokens += _BACKWARD * sum(self._meter.tokens[:batches])
+        if (levels, batches) not in self._sloped:
+            self._sloped.add((levels, batches))
+            self.tokens += _BACKWARD * self.tokens_of(batches)
         found = self._slopes.get((levels, batches))
         if found is None:
             near = [
@@ -214,7 +223,7 @@ class Archive(AbstractContextManager["Archive"]):
             else:
                 values = [math.inf if value is None else float(value) for value in record["values"]]
                 self._values[levels, int(record["first"]), int(record["first"]) + len(values)] = values
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise InputError(f"{where} is damaged at line {number}") from error
 
     def _write(self, record: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from gpmetric.allocation.levels import Ladder, Levels
 from gpmetric.pruning.allocation import Allocation, layer_target, removed_weights
 from gpmetric.pruning.target import BLOCK, Granularity, Target
 
-__all__ = ["exact_allocation", "uniform_budget"]
+__all__ = ["allocated", "exact_allocation", "slack", "uniform_budget"]
 
 
 def uniform_budget(ladder: Ladder, sparsity: float) -> int:
@@ -32,6 +32,20 @@ def exact_allocation(ladder: Ladder, levels: Levels, budget: int) -> Allocation:
             targets[layer] = target
             gap -= moved
     return Allocation(ladder.granularity, dict(zip(ladder.layers, targets, strict=True)))
+
+
+def allocated(ladder: Ladder, allocation: Allocation) -> int:
+    """Weights that an allocation removes."""
+    shapes = zip(ladder.layers, ladder.shapes, strict=True)
+    return sum(removed_weights(shape, allocation.targets[name]) for name, shape in shapes)
+
+
+def slack(ladder: Ladder) -> int:
+    """How far an allocation may be from its budget: a weight per comparison group of the matrix with most of them."""
+    if ladder.granularity == "n:m":
+        smallest = min(target.group for target in ladder.targets[0] if target.group)
+        return max(rows * columns // smallest for rows, columns in ladder.shapes)
+    return max(rows if ladder.granularity == "row" else -(-columns // BLOCK) for rows, columns in ladder.shapes)
 
 
 def _best_step(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from deap import base, tools
 
-from gpmetric.allocation.archive import RADIUS, Archive, Budget, Candidate
+from gpmetric.allocation.archive import BARREN, RADIUS, Archive, Budget, Candidate
 from gpmetric.allocation.levels import Ladder, Levels
 from gpmetric.allocation.variation import crossover, guided_switches, repair, switch
 from gpmetric.pareto import pareto_front
@@ -38,7 +38,6 @@ _CROSSED, _SHIFTED = 0.7, 0.35  # of the other children: have two parents; chang
 _SHIFT = 0.02  # standard deviation of a change of sparsity
 _DRAWN = 6  # parents, of which the nearest to the focus is taken
 _NEIGHBOURS = 8  # in sparsity, among which the second parent is
-_BARREN = 20  # generations without a new candidate that end a round: a few genes of a few levels have no more
 
 
 class _Fitness(base.Fitness):
@@ -94,8 +93,9 @@ def evolve(
         batches = max(1, archive.batches // part)
         population = _survivors(archive, population, batches, settings.population)
         barren = 0  # generations in a row
-        while (spent := archive.spent(budget, generation)) < end and barren < _BARREN:
-            children = _bred(archive, population, batches, settings, rng)
+        while (spent := archive.spent(budget, generation)) < end and barren < BARREN:
+            room = None if budget.evaluations is None else budget.evaluations - archive.evaluations
+            children = _bred(archive, population, batches, settings, rng, room)
             barren = 0 if children else barren + 1
             population = _survivors(archive, [*population, *children], batches, settings.population)
             on_generation(generation, population, batches, spent)
@@ -129,9 +129,14 @@ def _survivors(archive: Archive, candidates: Iterable[Candidate], batches: int, 
 
 
 def _bred(
-    archive: Archive, population: Sequence[Candidate], batches: int, settings: Settings, rng: random.Random
+    archive: Archive,
+    population: Sequence[Candidate],
+    batches: int,
+    settings: Settings,
+    rng: random.Random,
+    room: int | None,
 ) -> list[Candidate]:
-    """Children that were never measured before, the better half of a first comparison on few windows."""
+    """At most `room` children never measured before, the better half of a first comparison on few windows."""
     ladder = archive.ladder
     parents = [_Individual(one, batches) for one in population]
     children: dict[Levels, None] = {}
@@ -155,7 +160,7 @@ def _bred(
         else:
             levels = switch(ladder, levels, rng)
         children[repair(ladder, levels, removed, rng)] = None
-    new = sorted(levels for levels in children if levels not in archive.candidates)
+    new = sorted([levels for levels in children if levels not in archive.candidates][:room])
     few = max(1, batches // _SCREEN)
     screened = [archive.measure(levels, few) for levels in new]
     return _better_half(screened, front(population, few), few)

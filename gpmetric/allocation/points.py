@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpmetric.allocation.allocators import Problem
-from gpmetric.allocation.exact import exact_allocation
+from gpmetric.allocation.exact import allocated, exact_allocation, slack
 from gpmetric.allocation.levels import Levels
 from gpmetric.allocation.prepare import Prepared
 from gpmetric.allocation.request import Request
@@ -60,7 +60,7 @@ class Scorer:
     def _told(self, allocation: Allocation, loss: float) -> Point:
         ladder = self._prepared.ladder
         shapes = dict(zip(ladder.layers, ladder.shapes, strict=True))
-        by_layer = [removed_weights(shapes[name], target) for name, target in allocation.targets.items()]
+        by_layer = [removed_weights(shapes[name], allocation.targets[name]) for name in ladder.layers]
         removed = sum(by_layer)
         genes = {
             name: sum(by_layer[layer] for layer in members) / int(size)
@@ -135,13 +135,21 @@ def at_sparsity(problem: Problem, found: Sequence[Levels], sparsity: float) -> t
 
     Args:
         found: what a search found; its members next to the sparsity are brought there and measured.
+
+    Raises:
+        GpmetricError: no levels have that budget, to within a weight per comparison group of one matrix.
     """
     archive, ladder, budget = problem.archive, problem.ladder, problem.budget(sparsity)
     near = sorted(found, key=lambda levels: (abs(ladder.removes(levels) - budget), levels))[:_NEAREST]
     repaired = dict.fromkeys(repair(ladder, levels, budget, random.Random(0)) for levels in near)
     measured = [archive.measure(levels, archive.batches) for levels in repaired]
     best = min(measured, key=lambda one: one.value(archive.batches))
-    return exact_allocation(ladder, best.levels, budget), best.levels
+    allocation = exact_allocation(ladder, best.levels, budget)
+    gap = abs(allocated(ladder, allocation) - budget)
+    if gap > slack(ladder):
+        reached = allocated(ladder, allocation) / ladder.entries
+        raise GpmetricError(f"no allocation has sparsity {sparsity:g}: the nearest reaches {reached:.4f} (--patterns)")
+    return allocation, best.levels
 
 
 def _at(problem: Problem, scorer: Scorer, found: Sequence[Levels], sparsity: float) -> tuple[Allocation, Point]:

@@ -22,6 +22,8 @@ def switch(ladder: Ladder, levels: Levels, rng: random.Random, steps: Sequence[i
     Source: Sieberling et al. 2025 (EvoPress), section 4; their level is a step of one size.
     """
     changed = list(levels)
+    if len(changed) < 2:
+        return levels
     for _ in range(min(rng.randint(1, _SWITCHES), rng.randint(1, _SWITCHES))):
         up, down = rng.sample(range(len(changed)), 2)
         step = min(rng.choice(steps), len(ladder.removed[up]) - 1 - changed[up], changed[down])
@@ -33,6 +35,8 @@ def switch(ladder: Ladder, levels: Levels, rng: random.Random, steps: Sequence[i
 def guided_switches(levels: Levels, slopes: Sequence[np.ndarray], radius: int, rng: random.Random) -> Levels:
     """Random switches, those kept of which the slopes say that they pay, no gene going further than `radius` levels."""
     changed = list(levels)
+    if len(changed) < 2:
+        return levels
     steps = [step for step in STEPS if step <= radius]
     for _ in range(_ATTEMPTS):
         step = rng.choice(steps)

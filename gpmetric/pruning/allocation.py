@@ -79,13 +79,13 @@ class _PatternFile(BaseModel):
     pattern: Annotated[dict[str, str], Field(min_length=1)]
 
 
-def read_allocation(path: str | Path) -> Allocation:
-    """The allocation in a file.
+def read_allocation(path: str | Path, option: str = "--allocation") -> Allocation:
+    """The allocation in a file that an option names.
 
     Raises:
         InputError: naming the file, and the key, its value and what is accepted, or why it cannot be read.
     """
-    where = f"--allocation {str(path)!r}"
+    where = f"{option} {str(path)!r}"
     try:
         raw = Path(path).read_bytes()
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
