@@ -26,13 +26,11 @@ __all__ = ["REFERENCE", "Settings", "evolve", "front", "hypervolume"]
 
 REFERENCE = 2.0  # objective of the reference point of the hypervolume, in nats per prediction; its sparsity is 0
 
-_ROUNDS = (
-    (0.35, 4),
-    (0.7, 2),
-    (1.0, 1),
-)  # (share of the budget at which it ends, 1/part of the windows it measures on)
+# (share of the budget at which it ends, 1/part of the windows that it measures on)
+_ROUNDS = ((0.35, 4), (0.7, 2), (1.0, 1))
 _SCREEN = 4  # of a round's windows, all children are measured on 1/_SCREEN, the better half on all
-_GUIDED = 4  # parents per generation whose slopes are taken
+_SLOPED = 2  # slopes are taken on 1/_SLOPED of a round's windows
+_GUIDED = 8  # parents per generation whose slopes are taken
 _RADII = (4, 8, RADIUS)  # levels that a child of slopes may be away: one child each
 _CROSSED, _SHIFTED = 0.7, 0.35  # of the other children: have two parents; change their sparsity, the others switch
 _SHIFT = 0.02  # standard deviation of a change of sparsity
@@ -59,7 +57,7 @@ class Settings:
     lowest: float = 0.4
     highest: float = 0.8
     focus: float | None = None
-    attention: float = 0.3
+    attention: float = 0.5
 
 
 class _Individual:
@@ -142,7 +140,7 @@ def _bred(
     children: dict[Levels, None] = {}
     for _ in range(_GUIDED):
         parent = _parent(parents, settings, rng)
-        slopes = archive.slopes(parent.levels, batches)
+        slopes = archive.slopes(parent.levels, max(1, batches // _SLOPED))
         for radius in _RADII:
             child = guided_switches(parent.levels, slopes, radius, rng)
             removed = (
