@@ -234,3 +234,15 @@ def test_memory_of_a_random_gpt2(costs: ModuleType) -> None:
     measured = costs.measure_chunk(1, 64, 2)
     assert measured["before"] > 0
     assert measured["peak"] > 2 * 64 * 50257 * 4 / 2**20
+
+
+def test_the_search_of_the_front_is_told_its_focus(
+    bench: ModuleType, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sparsity that is not among those of a front without a focus."""
+    evolve, told = importlib.import_module("gpmetric.allocation.nsga2").evolve, []
+    spy = lambda archive, first, settings, *rest: (told.append(settings), evolve(archive, first, settings, *rest))[1]  # noqa: E731
+    monkeypatch.setattr(importlib.import_module("gpmetric.allocation.allocate"), "evolve", spy)
+    options = ["--seeds", "1", "--allocator", "nsga2", "--focus", "0.63", "--protocol", "one-shot", "--csv", "-"]
+    assert bench.main([*command, *options]) == 0
+    assert [(one.focus, one.lowest, one.highest) for one in told] == [(0.63, 0.4, 0.8)]

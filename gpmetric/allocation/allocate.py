@@ -152,10 +152,10 @@ def search(
 
 
 def _affords_probes(problem: Problem, budget: Budget) -> bool:
-    """Whether the probes of every gene alone take at most a quarter of the budget."""
+    """Whether the probes of every gene alone take at most half of the budget."""
     evaluations, tokens = problem.cost_of_probes()
     limits = ((evaluations, budget.evaluations), (tokens, budget.tokens))
-    return all(limit is None or 4 * cost <= limit for cost, limit in limits)
+    return all(limit is None or 2 * cost <= limit for cost, limit in limits)
 
 
 def _diagonal(request: Request, focus: float | None) -> list[float]:

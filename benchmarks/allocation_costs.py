@@ -1,0 +1,173 @@
+"""What allocation costs: memory of calibration by chunks of layers, seconds of the steps of one evaluation."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from allocation_report import short
+from results import row
+from transformers import AutoModelForCausalLM, GPT2Config
+from transformers.pytorch_utils import Conv1D
+
+from gpmetric.allocation.deaths import death_levels
+from gpmetric.allocation.levels import Levels, quantum_ladder
+from gpmetric.allocation.meter import Meter
+from gpmetric.allocation.prepare import prepare
+from gpmetric.allocation.request import Request
+from gpmetric.calibration.collect import collect_chunks
+from gpmetric.errors import GpmetricError, InputError
+from gpmetric.models import Block, Layer, Model
+from gpmetric.pruning.metrics import resolve_metric
+from gpmetric.pruning.prune import score_weight
+
+WINDOWS, LENGTH = 4, 64  # of calibration
+PARTS = (1, 2, 4, 12)  # chunks that --memory cuts the layers into: 48, 24, 12 and 4 layers each
+STEP = 4  # levels that a gene moves by
+
+_MIB = 1024  # ru_maxrss is in KiB
+
+
+def memory_rows(blocks: int, width: int, repeats: int) -> list[dict[str, str]]:
+    """Peak memory of second-order calibration beyond the model's, by chunk size, a fresh process each time.
+
+    Raises:
+        InputError: no such model.
+    """
+    if blocks < 1 or width < 64 or width % 64 or repeats < 1:
+        raise InputError("--blocks and --repeats must be at least 1, --width a multiple of 64")
+    layers = 4 * blocks
+    found: list[dict[str, str]] = []
+    whole: float | None = None
+    for size in sorted({-(-layers // part) for part in PARTS}, reverse=True):
+        measured = [_chunk_in_process(blocks, width, size) for _ in range(repeats)]
+        peaks = np.array([one["peak"] for one in measured])
+        seconds = float(np.median([one["seconds"] for one in measured]))
+        case = f"GPT-2 {blocks}x{width}, {size} of {layers} layers at once"
+        whole = float(np.median(peaks)) if whole is None else whole
+        found.append(row("chunked calibration", case, peaks, None if size == layers else whole, "MiB"))
+        print(
+            f"{case}: {np.median(peaks):.0f} MiB beyond the {measured[0]['before']:.0f} before it, "
+            f"{found[-1]['ratio'] or '1'} of unchunked, {seconds:.0f} s",
+            flush=True,
+        )
+    return found
+
+
+def _chunk_in_process(blocks: int, width: int, size: int) -> dict[str, float]:
+    command = [sys.executable, str(Path(__file__).with_name("bench_allocation.py"))]
+    command += ["--memory-chunk", str(size), "--blocks", str(blocks), "--width", str(width)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise GpmetricError(f"measuring {size} layers at once failed: {done.stderr[-400:]}")
+    measured: dict[str, float] = json.loads(done.stdout)
+    return measured
+
+
+def measure_chunk(blocks: int, width: int, size: int) -> dict[str, float]:
+    """MiB and seconds of one calibration of a random GPT-2, as `gpmetric allocate` does it for W*W*H."""
+    model = random_gpt2(blocks, width)
+    metric = resolve_metric("W*W*H")
+    ladder = quantum_ladder(model, "row")
+    layers = {layer.name: (index, layer) for index, layer in enumerate(model.layers)}
+    tokens = torch.randint(model.vocabulary, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    deaths = []
+    _forget_peak()  # of building the model: 140 MiB above what it takes at 12x768
+    before, start = _peak(), time.perf_counter()
+    for chunk in collect_chunks(model, tokens, gram=False, chunk_layers=size):
+        for name, statistics in chunk.items():
+            index, layer = layers[name]
+            score = score_weight(layer.weight, metric, statistics)
+            deaths.append(death_levels(score, ladder.targets[index], nested=True))
+        chunk.clear()
+    seconds = time.perf_counter() - start
+    return {"peak": _peak() - before, "before": before, "seconds": seconds}
+
+
+def random_gpt2(blocks: int, width: int) -> Model:
+    """A GPT-2 of random weights; it has no tokenizer, and needs none."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=blocks, n_embd=width, n_head=width // 64, use_cache=False)
+    module = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    found = [
+        Block(
+            block,
+            tuple(
+                Layer(f"transformer.h.{index}.{name}", child)
+                for name, child in block.named_modules()
+                if isinstance(child, Conv1D)
+            ),
+        )
+        for index, block in enumerate(module.transformer.h)
+    ]
+    return Model("random GPT-2", module, None, tuple(found))
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MIB
+
+
+def _forget_peak() -> None:
+    """Linux sets the peak back to what is resident now; elsewhere it stays, and what follows is underrated by it."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def split_rows(request: Request, repeats: int) -> list[dict[str, str]]:
+    """Seconds of masks, forward and backward of one candidate on all search windows.
+
+    Raises:
+        GpmetricError: model, text or metric cannot be used.
+    """
+    prepared = prepare(request, lambda *told: None)
+    assert request.sparsity is not None
+    meter = Meter(prepared.pruned, prepared.splits["search"].tokens, request.objective)
+    near = prepared.ladder.nearest([request.sparsity] * len(prepared.ladder.genes))
+    away = tuple(level - STEP for level in near)
+    genes = len(near)
+    one = _measured(meter, [near, (*near[:-1], away[-1])], repeats)
+    every = _measured(meter, [near, away], repeats)
+    back = {"backward": []} | {step: values for step, values in every.items() if step == "forward"}
+    for _ in range(repeats):
+        before = meter.seconds["backward"]
+        meter.slopes(near, len(meter))
+        back["backward"].append(meter.seconds["backward"] - before)
+    name = f"{short(str(request.model))} {request.metric}"
+    tokens = sum(meter.tokens)
+    forward = f"forward of {tokens:,} tokens"
+    return [
+        _told(f"{name}: masks, one gene of {genes}", one["masks"], every["masks"]),
+        _told(f"{name}: masks, all {genes} genes", every["masks"]),
+        _told(f"{name}: {forward}, last block changed", one["forward"], every["forward"]),
+        _told(f"{name}: {forward}, all changed", every["forward"]),
+        _told(f"{name}: slopes by backward of {tokens:,} tokens", back["backward"], every["forward"]),
+    ]
+
+
+def _measured(meter: Meter, candidates: Sequence[Levels], repeats: int) -> dict[str, list[float]]:
+    """By step, its seconds each time one candidate takes the other's place."""
+    found: dict[str, list[float]] = {"masks": [], "forward": []}
+    for number, levels in enumerate(islice(cycle(candidates), repeats + 1)):
+        before = dict(meter.seconds)
+        meter.measure(levels, 0, len(meter))
+        for step, values in found.items():
+            if number:  # the first has nothing to differ from
+                values.append(meter.seconds[step] - before[step])
+    return found
+
+
+def _told(case: str, values: Sequence[float], baseline: Sequence[float] | None = None) -> dict[str, Any]:
+    found = row("allocation step", case, np.array(values), None if baseline is None else float(np.median(baseline)))
+    ratio = f", {found['ratio']} of {float(found['baseline']):.3g} s" if found["ratio"] else ""
+    print(f"{case}: {float(found['median']):.3g} s{ratio}", flush=True)
+    return found
