@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,45 +73,26 @@ def run_allocation(request: Request, listener: AllocateListener | None = None) -
     told.dense({prepared.splits["validation"].text.name: perplexity(scorer.dense)})
     meter = Meter(prepared.pruned, prepared.splits["search"].tokens, request.objective)
     identity = prepared.identity(request) | {"init": [profile.digest for profile in profiles]}
+    generations: list[tuple[float, int]] = []  # hypervolume, windows
+
+    def on_generation(number: int, population: Sequence[Candidate], batches: int, spent: float) -> None:
+        generations.append((hypervolume(population, batches), sum(meter.windows[:batches])))
+        told.generation(number, population, batches, spent)
+
     with Archive(
         prepared.ladder, meter, request.archive, identity, focus=request.sparsity, resume=request.resume
     ) as archive:
-        problem = Problem(
-            archive, prepared.blocks, prepared.outliers, lambda sparsity: uniform_budget(prepared.ladder, sparsity)
-        )
-        generations: list[tuple[float, int]] = []  # hypervolume, windows
-
-        def on_generation(number: int, population: Sequence[Candidate], batches: int, spent: float) -> None:
-            generations.append((hypervolume(population, batches), sum(meter.windows[:batches])))
-            told.generation(number, population, batches, spent)
-
+        budget = partial(uniform_budget, prepared.ladder)
+        problem = Problem(archive, prepared.blocks, prepared.outliers, budget)
         found = search(request, problem, profiles, on_generation)
-        cost: dict[str, Any] = {
-            "evaluations": archive.evaluations,
-            "tokens": archive.tokens,
-            "seconds": archive.seconds,
-            "seconds_by_step": dict(meter.seconds),
-        }
-        baselines = {
-            name: [rule(problem, one) for one in _diagonal(request, request.sparsity)] for name, rule in RULES.items()
-        }
-        points = held_out_front(scorer.point(levels) for levels in dict.fromkeys(found))
-        allocation, picked = pick(request, problem, scorer, found, points)
-        return (
-            _described(request, prepared, scorer)
-            | cost
-            | {
-                "front": points,
-                "knee": knee(points),
-                "baselines": {name: [scorer.point(one) for one in levels] for name, levels in baselines.items()},
-                "picked": picked,
-                "hypervolume": [area for area, _ in generations],
-                "reference": {"objective": REFERENCE, "sparsity": 0.0},
-                "rounds": _rounds(generations),
-                "allocation": allocation.document(),
-                "versions": versions(),
-            }
-        )
+        cost = {"evaluations": archive.evaluations, "tokens": archive.tokens, "seconds": archive.seconds}
+        result = _result(request, problem, scorer, found)
+    progress = {
+        "hypervolume": [area for area, _ in generations],
+        "reference": {"objective": REFERENCE, "sparsity": 0.0},
+        "rounds": _rounds(generations),
+    }
+    return _described(request, prepared, scorer) | cost | {"seconds_by_step": meter.seconds} | progress | result
 
 
 def search(
@@ -149,6 +131,23 @@ def search(
         first += [problem.at_budget(shape + shift, one) for shift, one in zip(shifts, sparsities, strict=True)]
     settings = Settings(request.population, min(sparsities), max(sparsities), focus)
     return [one.levels for one in evolve(problem.archive, first, settings, budget, rng, on_generation)]
+
+
+def _result(request: Request, problem: Problem, scorer: Scorer, found: Sequence[Levels]) -> dict[str, Any]:
+    """What was found, on validation text and beside every rule at the same budgets, and what is picked of it."""
+    sparsities = _diagonal(request, request.sparsity)
+    points = held_out_front(scorer.point(levels) for levels in dict.fromkeys(found))
+    allocation, picked = pick(request, problem, scorer, found, points)
+    return {
+        "front": points,
+        "knee": knee(points),
+        "picked": picked,
+        "baselines": {
+            name: [scorer.point(rule(problem, sparsity)) for sparsity in sparsities] for name, rule in RULES.items()
+        },
+        "allocation": allocation.document(),
+        "versions": versions(),
+    }
 
 
 def _affords_probes(problem: Problem, budget: Budget) -> bool:

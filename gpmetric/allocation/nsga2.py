@@ -74,7 +74,7 @@ def evolve(
     rng: random.Random,
     on_generation: Callable[[int, Sequence[Candidate], int, float], None] = lambda *told: None,
 ) -> list[Candidate]:
-    """The population when the budget is spent, every one measured on all windows.
+    """The front of all that was measured on all windows when the budget is spent, the least sparse first.
 
     Args:
         archive: measures candidates.
@@ -98,7 +98,9 @@ def evolve(
             population = _survivors(archive, [*population, *children], batches, settings.population)
             on_generation(generation, population, batches, spent)
             generation += 1
-    return [archive.measure(one.levels, archive.batches) for one in population]
+    for one in population:
+        archive.measure(one.levels, archive.batches)
+    return front((one for one in archive.candidates.values() if len(one.values) == archive.batches), archive.batches)
 
 
 def front(candidates: Iterable[Candidate], batches: int) -> list[Candidate]:
