@@ -277,9 +277,9 @@ def test_a_longer_budget_goes_on_behind(pruned: PrunedModel, tokens: Tensor, tmp
 def test_what_a_search_returns(pruned: PrunedModel, tokens: Tensor) -> None:
     ladder = pruned.ladder
     (population, evaluations, _), asked = search(pruned, tokens, None)
-    assert evaluations >= 50
+    assert 30 <= evaluations <= 50
     assert evaluations == len({levels for kind, levels, *_ in asked if kind == "values"})
-    assert len(population) == 6
+    assert population == front(population, 4)
     fresh = Meter(pruned, tokens)
     for one in population:
         assert one.values == fresh.measure(one.levels, 0, 4)
@@ -294,7 +294,7 @@ def test_a_search_ends_where_there_is_nothing_new(model: Model, tokens: Tensor) 
     pruned = pruned_model(model, mix_ladder(model, kind="block"))
     (population, evaluations, _), _ = search(pruned, tokens, None, Budget(evaluations=1000))
     assert evaluations <= 64
-    assert len(population) == 6
+    assert population == front(population, 4)
     pruned.dense()
 
 

@@ -80,7 +80,8 @@ def evolve(
         archive: measures candidates.
         first: candidates to begin with.
         settings: how to search.
-        budget: when to end; begun generations are finished. Where few candidates exist, all may be known before.
+        budget: when to end. A generation that would not fit is not begun, but a round has at least one, unless so few
+            candidates exist that all are known.
         rng: source of everything random.
         on_generation: called with its number, the population, the batches that it is measured on, and the share of
             the budget that was spent when it began.
@@ -90,8 +91,13 @@ def evolve(
     for end, part in _ROUNDS:
         batches = max(1, archive.batches // part)
         population = _survivors(archive, population, batches, settings.population)
-        barren = 0  # generations in a row
-        while (spent := archive.spent(budget, generation)) < end and barren < BARREN:
+        barren, share, before = 0, 0.0, None  # generations in a row; of the budget, what one takes
+        while barren < BARREN:
+            spent = archive.spent(budget, generation)
+            share = 0.0 if before is None else spent - before
+            before = spent
+            if spent >= end or spent + share > end:
+                break
             room = None if budget.evaluations is None else budget.evaluations - archive.evaluations
             children = _bred(archive, population, batches, settings, rng, room)
             barren = 0 if children else barren + 1
