@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -126,7 +126,7 @@ def allocate(
     )
     check_request(request)
     outputs = {"--output": output, "--csv": csv, "--plot": plot, "--archive": archive, "--json": json}
-    _check_different(outputs)
+    _check_different(outputs, [*(init or ()), *(text for text in (calibration, search, validation) if text)])
     from gpmetric import terminal
     from gpmetric.allocation.allocate import run_allocation
     from gpmetric.allocation.plot import check_plot, draw_front, write_csv
@@ -135,22 +135,30 @@ def allocate(
         check_plot(plot)
     with terminal.AllocateReport(Console(stderr=True)) as listener:
         result = run_allocation(request, listener)
-    write_json(output, result["allocation"])
+    if result["allocation"] is not None:
+        write_json(output, result["allocation"])
     write_json(json, result)
     if csv is not None:
         write_csv(result, csv)
     if plot is not None:
         draw_front(result, plot)
+    if result["error"] is not None:
+        raise GpmetricError(result["error"])
     terminal.print_allocation(Console(file=tables(json)), result)
 
 
-def _check_different(outputs: Mapping[str, Path | None]) -> None:
-    """Refuses outputs that cannot be written, or of which two are one file."""
+def _check_different(outputs: Mapping[str, Path | None], inputs: Sequence[str]) -> None:
+    """Refuses outputs that cannot be written, are an input, or of which two are one file."""
+    read = {Path(name).resolve() for name in inputs}
     seen: dict[Path, str] = {}
     for option, path in outputs.items():
         check_output(option, path)
+        if path == STDOUT and option != "--json":
+            raise InputError(f"{option} -: only --json goes to standard output")
         if path is not None and path != STDOUT:
-            other = seen.setdefault(path.absolute(), option)
+            if path.resolve() in read:
+                raise InputError(f"{option} {str(path)!r} is also read")
+            other = seen.setdefault(path.resolve(), option)
             if other != option:
                 raise InputError(f"{other} and {option} are the same file {str(path)!r}")
 

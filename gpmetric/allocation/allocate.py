@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from gpmetric.allocation.points import Scorer, held_out_front, knee, pick
 from gpmetric.allocation.prepare import Prepared, prepare
 from gpmetric.allocation.request import Request, check_request
 from gpmetric.allocation.transfer import transferred
+from gpmetric.errors import GpmetricError, InputError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.provenance import versions
 from gpmetric.pruning.allocation import Allocation, read_allocation
@@ -55,20 +57,28 @@ def allocate(model: str | None = None, **options: Any) -> dict[str, Any]:
     Raises:
         InputError, GpmetricError: as `run_allocation`.
     """
+    for name, several in (("init", options.get("init")), ("patterns", options.get("patterns"))):
+        if several is not None:
+            options[name] = (several,) if isinstance(several, str) else tuple(several)
+    if options.get("archive") is not None:
+        options["archive"] = Path(options["archive"])
     return run_allocation(Request(model=model, **options))
 
 
 def run_allocation(request: Request, listener: AllocateListener | None = None) -> dict[str, Any]:
     """Runs what is asked for to its end and returns the JSON document of `gpmetric allocate`.
 
+    Where no allocation meets `sparsity` or `max_loss_ratio`, `picked` and `allocation` are None and `error` says why.
+
     Raises:
         InputError: for anything that cannot be used, before the search.
-        GpmetricError: the metric gives no scores, or no allocation meets `max_loss_ratio`.
+        GpmetricError: the metric gives no scores, or no loss is finite.
     """
     check_request(request)
     told = listener or AllocateListener()
     profiles = [read_allocation(path, "--init") for path in request.init]
     prepared = prepare(request, told.progress)
+    _check_reach(request, prepared)
     scorer = Scorer(prepared)
     told.dense({prepared.splits["validation"].text.name: perplexity(scorer.dense)})
     meter = Meter(prepared.pruned, prepared.splits["search"].tokens, request.objective)
@@ -134,20 +144,42 @@ def search(
 
 
 def _result(request: Request, problem: Problem, scorer: Scorer, found: Sequence[Levels]) -> dict[str, Any]:
-    """What was found, on validation text and beside every rule at the same budgets, and what is picked of it."""
+    """What was found, on validation text and beside every rule at the same budgets, and what is picked of it.
+
+    Raises:
+        GpmetricError: no loss is finite.
+    """
     sparsities = _diagonal(request, request.sparsity)
     points = held_out_front(scorer.point(levels) for levels in dict.fromkeys(found))
-    allocation, picked = pick(request, problem, scorer, found, points)
+    if not points:
+        raise GpmetricError("no allocation of the front has a finite loss on validation (--highest)")
+    rule = RULES.get(request.allocator)
+    allocation, picked, error = None, None, None
+    try:
+        allocation, picked = pick(
+            request, problem, scorer, lambda sparsity: [rule(problem, sparsity)] if rule else found, points
+        )
+    except GpmetricError as failure:  # the front is not lost with it
+        error = str(failure)
     return {
         "front": points,
         "knee": knee(points),
         "picked": picked,
+        "error": error,
         "baselines": {
             name: [scorer.point(rule(problem, sparsity)) for sparsity in sparsities] for name, rule in RULES.items()
         },
-        "allocation": allocation.document(),
+        "allocation": None if allocation is None else allocation.document(),
         "versions": versions(),
     }
+
+
+def _check_reach(request: Request, prepared: Prepared) -> None:
+    """Refuses a sparsity that even the highest levels do not have."""
+    highest = sum(int(table[-1]) for table in prepared.ladder.removed)
+    if request.sparsity is not None and uniform_budget(prepared.ladder, request.sparsity) > highest:
+        reach = highest / prepared.ladder.entries
+        raise InputError(f"--sparsity {request.sparsity:g} is out of reach: the highest levels have {reach:.4f}")
 
 
 def _affords_probes(problem: Problem, budget: Budget) -> bool:

@@ -50,8 +50,9 @@ class Problem:
         return self.archive.ladder
 
     def at_budget(self, sparsities: Sequence[float] | np.ndarray, sparsity: float) -> Levels:
-        """The candidate nearest to the sparsities of its genes that has the budget of a mean sparsity."""
-        levels = self.ladder.nearest(np.clip(sparsities, 0.0, _HIGHEST).tolist())
+        """The candidate nearest to the sparsities of its genes, all shifted alike, at the budget of a mean sparsity."""
+        shifted = np.asarray(sparsities) + sparsity - np.average(sparsities, weights=self.ladder.sizes)
+        levels = self.ladder.nearest(np.clip(shifted, 0.0, _HIGHEST).tolist())
         return repair(self.ladder, levels, self.budget(sparsity), random.Random(0))
 
     def cost_of_probes(self) -> tuple[int, int]:
@@ -93,11 +94,12 @@ def owl(problem: Problem, sparsity: float) -> Levels:
 
     Source: Yin et al. 2024 (OWL), section 3; the shares of all linear layers of a block together, as in their code.
     """
-    shares = np.asarray(problem.outliers)
+    present = sorted(set(problem.blocks))  # others have no layer that is pruned
+    shares = np.asarray([problem.outliers[block] for block in present])
     spread = float(np.ptp(shares))
     keep = 2 * _SPREAD * (shares - shares.min()) / spread if spread else np.zeros(len(shares))
-    by_block = sparsity - (keep - keep.mean())
-    return problem.at_budget([float(by_block[block]) for block in problem.blocks], sparsity)
+    by_block = dict(zip(present, sparsity - (keep - keep.mean()), strict=True))
+    return problem.at_budget([by_block[block] for block in problem.blocks], sparsity)
 
 
 def arithmetic(problem: Problem, sparsity: float) -> Levels:
@@ -105,7 +107,7 @@ def arithmetic(problem: Problem, sparsity: float) -> Levels:
 
     Source: Huang et al. 2025 (ATP), equation 6: the step is at most what keeps all blocks between 0 and 1.
     """
-    blocks = np.asarray(problem.blocks)
+    blocks = np.unique(problem.blocks, return_inverse=True)[1]  # the first block with a layer is 0
     last = int(blocks.max())
     steepest = 2 * min(sparsity, 1 - sparsity) / last if last else 0.0
     tried = [

@@ -106,7 +106,9 @@ def evolve(
             generation += 1
     for one in population:
         archive.measure(one.levels, archive.batches)
-    return front((one for one in archive.candidates.values() if len(one.values) == archive.batches), archive.batches)
+    low, high = settings.lowest - _SHIFT, settings.highest + _SHIFT
+    whole = [one for one in archive.candidates.values() if len(one.values) == archive.batches]
+    return front((one for one in whole if low <= one.sparsity <= high), archive.batches)
 
 
 def front(candidates: Iterable[Candidate], batches: int) -> list[Candidate]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ class Scorer:
 
     Args:
         prepared: with the dense model.
+
+    Raises:
+        GpmetricError: the dense model's loss is not finite.
     """
 
     def __init__(self, prepared: Prepared) -> None:
@@ -39,6 +42,10 @@ class Scorer:
         self._tokens = prepared.splits["validation"].tokens
         prepared.pruned.dense()
         self.dense = mean_loss(prepared.model, self._tokens)
+        if not np.isfinite(self.dense):
+            raise GpmetricError(
+                f"the dense model's loss on validation is not finite in {prepared.model.dtype} (--dtype)"
+            )
         self.total = sum(parameter.numel() for parameter in prepared.model.module.parameters())
         self._losses: dict[Levels, float] = {}
 
@@ -99,26 +106,38 @@ def knee(points: Sequence[Point]) -> int | None:
 
 
 def pick(
-    request: Request, problem: Problem, scorer: Scorer, found: Sequence[Levels], points: Sequence[Point]
+    request: Request,
+    problem: Problem,
+    scorer: Scorer,
+    near: Callable[[float], Sequence[Levels]],
+    points: Sequence[Point],
 ) -> tuple[Allocation, Point]:
     """(allocation, its point): at the asked sparsity, within the asked loss ratio, or at the knee.
 
+    Args:
+        near: candidates to make the allocation at a sparsity of.
+        points: of the front.
+
     Raises:
-        GpmetricError: no sparsity of the front keeps the loss within the ratio.
+        GpmetricError: no allocation has that sparsity, or none of the front keeps the loss within the ratio.
     """
     if request.sparsity is not None:
-        return _at(problem, scorer, found, request.sparsity)
+        allocation, levels = at_sparsity(problem, near(request.sparsity), request.sparsity)
+        return allocation, scorer.point_of(allocation, levels)
     if request.max_loss_ratio is None:
         index = knee(points)
-        return _at(problem, scorer, found, points[len(points) // 2 if index is None else index]["sparsity"])
+        point = points[len(points) // 2 if index is None else index]
+        allocation, levels = _brought(problem, near(point["sparsity"]), point["removed"], 1)
+        return allocation, scorer.point_of(allocation, levels)
     limit = request.max_loss_ratio * scorer.dense
-    steps = np.arange(np.floor(request.lowest / _GRID), np.ceil(request.highest / _GRID) + 1)
-    low, high, best = 0, len(steps), None
+    low, high, best = 0, int((request.highest - request.lowest) / _GRID + 1e-6) + 1, None
     while low < high:  # the loss rises with the sparsity
         middle = (low + high) // 2
-        tried = _at(problem, scorer, found, float(round(steps[middle] * _GRID, 4)))
-        if tried[1]["loss"] <= limit:
-            low, best = middle + 1, tried
+        sparsity = round(request.lowest + middle * _GRID, 6)
+        allocation, levels = _brought(problem, near(sparsity), problem.budget(sparsity))
+        point = scorer.point_of(allocation, levels)
+        if point["loss"] <= limit:
+            low, best = middle + 1, (allocation, point)
         else:
             high = middle
     if best is None:
@@ -139,19 +158,22 @@ def at_sparsity(problem: Problem, found: Sequence[Levels], sparsity: float) -> t
     Raises:
         GpmetricError: no levels have that budget, to within a weight per comparison group of one matrix.
     """
-    archive, ladder, budget = problem.archive, problem.ladder, problem.budget(sparsity)
-    near = sorted(found, key=lambda levels: (abs(ladder.removes(levels) - budget), levels))[:_NEAREST]
+    budget = problem.budget(sparsity)
+    allocation, levels = _brought(problem, found, budget)
+    removed = allocated(problem.ladder, allocation)
+    if abs(removed - budget) > slack(problem.ladder):
+        reached = removed / problem.ladder.entries
+        raise GpmetricError(f"no allocation has sparsity {sparsity:g}: the nearest reaches {reached:.4f}")
+    return allocation, levels
+
+
+def _brought(
+    problem: Problem, found: Sequence[Levels], budget: int, count: int = _NEAREST
+) -> tuple[Allocation, Levels]:
+    """The best on the search text of the few candidates nearest to a budget, all brought there."""
+    archive, ladder = problem.archive, problem.ladder
+    near = sorted(found, key=lambda levels: (abs(ladder.removes(levels) - budget), levels))[:count]
     repaired = dict.fromkeys(repair(ladder, levels, budget, random.Random(0)) for levels in near)
     measured = [archive.measure(levels, archive.batches) for levels in repaired]
     best = min(measured, key=lambda one: one.value(archive.batches))
-    allocation = exact_allocation(ladder, best.levels, budget)
-    gap = abs(allocated(ladder, allocation) - budget)
-    if gap > slack(ladder):
-        reached = allocated(ladder, allocation) / ladder.entries
-        raise GpmetricError(f"no allocation has sparsity {sparsity:g}: the nearest reaches {reached:.4f} (--patterns)")
-    return allocation, best.levels
-
-
-def _at(problem: Problem, scorer: Scorer, found: Sequence[Levels], sparsity: float) -> tuple[Allocation, Point]:
-    allocation, levels = at_sparsity(problem, found, sparsity)
-    return allocation, scorer.point_of(allocation, levels)
+    return exact_allocation(ladder, best.levels, budget), best.levels

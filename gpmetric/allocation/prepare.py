@@ -116,6 +116,7 @@ def prepare(request: Request, progress: Callable[[str, int, int], None]) -> Prep
             norms[name] = statistics.X
             deaths.append(_deaths(name, layers[name].weight, metric, statistics, ladder, len(deaths)))
         chunk.clear()  # before the next one is collected
+        del statistics
     of_layer = [index for index, block in enumerate(model.blocks) for _ in block.layers]
     blocks = [of_layer[members[0]] for members in ladder.genes]
     outliers = outlier_shares(model, norms)

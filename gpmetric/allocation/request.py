@@ -139,8 +139,17 @@ def check_request(request: Request) -> None:
         raise InputError("--allocator evopress searches one sparsity: --sparsity is needed")
     if (request.search is None) != (request.validation is None):
         raise InputError("--search and --validation belong together; without both, --calibration is cut into three")
+    if request.archive is not None and not request.resume and _holds_something(request.archive):
+        raise InputError(f"--archive {str(request.archive)!r} exists: go on with --resume, or name another")
     if request.resume and request.archive is None:
         raise InputError("--resume goes on with an --archive FILE, which is not named")
+
+
+def _holds_something(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False
 
 
 def _check_numbers(request: Request) -> None:

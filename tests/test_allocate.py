@@ -1,0 +1,125 @@
+"""`gpmetric allocate` from end to end, on tiny random models."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from gpmetric.allocation.allocate import allocate
+from gpmetric.errors import GpmetricError, InputError
+from gpmetric.models import load_model
+from gpmetric.pruning.allocation import removed_weights
+from gpmetric.pruning.prune_model import prune_model
+from gpmetric.pruning.target import parse_target
+
+SMALL: dict[str, Any] = {"samples": 4, "search_windows": 8, "windows": 4, "sequence_length": 32, "evaluations": 40}
+
+
+def run(model: Path, text: Path, **options: Any) -> dict[str, Any]:
+    return allocate(str(model), calibration=str(text), device="cpu", **SMALL | options)
+
+
+def budget(model: Path, target: str) -> int:
+    layers = load_model(str(model), device="cpu").layers
+    return sum(removed_weights(layer.weight.shape, parse_target(target)) for layer in layers)
+
+
+@pytest.mark.parametrize("granularity", ["row", "layer", "block"])
+def test_the_pick_has_the_budget_of_the_uniform_mask(granularity: str, tiny_gpt2: Path, tiny_text: Path) -> None:
+    found = run(tiny_gpt2, tiny_text, sparsity=0.57, granularity=granularity)
+    prefix = "" if granularity == "row" else f"{granularity}:"
+    slack = {"row": 128, "layer": 1, "block": 1}[granularity]  # comparison groups of the largest matrix
+    assert abs(found["picked"]["removed"] - budget(tiny_gpt2, f"{prefix}0.57")) <= slack
+    assert found["allocation"]["granularity"] == granularity
+
+
+def test_the_document_holds_the_contract(tiny_llama: Path, tiny_text: Path) -> None:
+    found = run(tiny_llama, tiny_text, sparsity=0.6)
+    assert found["evaluations"] <= SMALL["evaluations"]
+    assert all({"sparsity", "loss", "genes"} <= point.keys() for point in found["front"])
+    losses = [(point["sparsity"], point["loss"]) for point in found["front"]]
+    assert losses == sorted(losses)
+    assert all(first[1] < second[1] for first, second in pairwise(losses))
+    assert all(0.38 <= point["sparsity"] <= 0.82 for point in found["front"])
+    assert all(area > 0 for area in found["hypervolume"])
+    assert found["picked"]["kept_total"] - found["picked"]["kept_prunable"] == found["total"] - found["prunable"]
+    assert json.loads(json.dumps(found["allocation"]))["version"] == 1
+
+
+def test_prune_gives_the_loss_that_allocate_told(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    """One-shot pruning by the file is what a search measures."""
+    parts = [tmp_path / f"{name}.txt" for name in ("c", "s", "v")]
+    lines = tiny_text.read_text().splitlines(keepends=True)
+    for index, part in enumerate(parts):
+        part.write_text("".join(lines[index::3]))
+    calibration, search, validation = map(str, parts)
+    found = allocate(
+        str(tiny_llama), calibration=calibration, search=search, validation=validation, sparsity=0.6, **SMALL
+    )
+    file = tmp_path / "allocation.json"
+    file.write_text(json.dumps(found["allocation"]))
+    pruned = prune_model(
+        str(tiny_llama), output=tmp_path / "pruned", calibration=calibration, text=validation, target="0.6",
+        allocation=file, one_shot=True, samples=4, windows=4, sequence_length=32,
+    )  # fmt: skip
+    assert pruned["perplexity"] == pytest.approx(found["picked"]["perplexity"], rel=1e-3)
+
+
+def test_a_rule_delivers_its_own_allocation(tiny_llama: Path, tiny_text: Path) -> None:
+    found = run(tiny_llama, tiny_text, sparsity=0.61, allocator="uniform")
+    sparsities = list(found["allocation"]["sparsity"].values())
+    assert np.ptp(sparsities) < 0.1
+    assert found["allocator"] == "uniform"
+
+
+def test_a_block_model_part_has_rules_of_its_own(tiny_llama: Path, tiny_text: Path) -> None:
+    """Blocks without a layer count for nothing: one block left has no progression."""
+    found = run(tiny_llama, tiny_text, sparsity=0.6, include=r"layers\.1\.", allocator="arithmetic")
+    assert np.ptp(list(found["allocation"]["sparsity"].values())) < 0.1
+
+
+def test_a_loss_ratio_of_a_mix_of_patterns(save_model: Any, tiny_text: Path) -> None:
+    model = save_model(
+        "llama", hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    found = run(model, tiny_text, max_loss_ratio=50.0, granularity="n:m")
+    assert found["error"] is None
+    assert set(found["allocation"]["pattern"].values()) <= {"dense", "4:8", "2:4", "1:4"}
+    with pytest.raises(InputError, match="out of reach"):
+        run(model, tiny_text, sparsity=0.9, granularity="n:m")
+    lost = run(model, tiny_text, sparsity=0.62, granularity="n:m", genes="block")  # three blocks have no such sum
+    assert lost["picked"] is None
+    assert "no allocation has sparsity 0.62" in lost["error"]
+    assert lost["front"]
+
+
+def test_the_same_front_after_a_kill(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "a.jsonl"
+    whole = run(tiny_llama, tiny_text, sparsity=0.6, archive=str(archive))
+    with pytest.raises(InputError, match="exists"):
+        run(tiny_llama, tiny_text, sparsity=0.6, archive=archive)
+    content = archive.read_bytes()
+    archive.write_bytes(content[: len(content) // 2])
+    again = run(tiny_llama, tiny_text, sparsity=0.6, archive=archive, resume=True)
+    other = run(tiny_llama, tiny_text, sparsity=0.7, archive=archive, resume=True)
+    volatile = {"seconds", "seconds_by_step"}
+    assert {key: whole[key] for key in whole.keys() - volatile} == {key: again[key] for key in again.keys() - volatile}
+    assert other["front"] == whole["front"]
+    assert other["picked"]["sparsity"] > 0.68
+
+
+def test_a_model_without_a_loss_is_refused(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    for file in tiny_llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"] *= 60000
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(GpmetricError, match="not finite"):
+        run(tmp_path, tiny_text, sparsity=0.6, dtype="float16")
