@@ -12,9 +12,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from gpmetric.allocation.allocate import allocate
+from gpmetric.allocation.levels import quantum_ladder
+from gpmetric.allocation.transfer import transferred
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.models import load_model
-from gpmetric.pruning.allocation import removed_weights
+from gpmetric.pruning.allocation import Allocation, removed_weights
 from gpmetric.pruning.prune_model import prune_model
 from gpmetric.pruning.target import parse_target
 
@@ -123,3 +125,27 @@ def test_a_model_without_a_loss_is_refused(tiny_llama: Path, tiny_text: Path, tm
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(GpmetricError, match="not finite"):
         run(tmp_path, tiny_text, sparsity=0.6, dtype="float16")
+
+
+def test_profiles_move_by_relative_depth(tiny_llama: Path) -> None:
+    """Layers left out or not, a profile of the same model is what it says; one of a deeper model is read between blocks."""
+    names = [f"model.layers.{block}.{kind}" for block in range(5) for kind in ("self_attn.q_proj", "mlp.up_proj")]
+    values = [0.1 * (1 + index // 2) + 0.05 * (index % 2) for index in range(10)]
+    targets = {name: parse_target(str(value)) for name, value in zip(names, values, strict=True)}
+    deeper = Allocation("row", targets)
+    model = load_model(str(tiny_llama), device="cpu", include="q_proj|up_proj")
+    ladder = quantum_ladder(model, "row")
+    assert transferred(deeper, ladder, 3) == pytest.approx([0.1, 0.15, 0.3, 0.35, 0.5, 0.55])
+    part = load_model(str(tiny_llama), device="cpu", include=r"layers\.[01]\..*(q_proj|up_proj)")
+    same = Allocation("row", {name: target for name, target in targets.items() if int(name.split(".")[2]) < 3})
+    assert transferred(same, quantum_ladder(part, "row"), 3) == pytest.approx([0.1, 0.15, 0.2, 0.25])
+
+
+def test_a_search_begins_with_profiles(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    first = run(tiny_llama, tiny_text, sparsity=0.6, seed=1)
+    file = tmp_path / "first.json"
+    file.write_text(json.dumps(first["allocation"]))
+    again = run(tiny_llama, tiny_text, sparsity=0.6, init=str(file))
+    assert again["picked"]["removed"] == pytest.approx(first["picked"]["removed"], abs=64)
+    with pytest.raises(InputError, match="--init"):
+        run(tiny_llama, tiny_text, sparsity=0.6, init=str(file), allocator="owl")

@@ -135,7 +135,7 @@ def search(
     dear = {"arithmetic"} if _affords_probes(problem, budget) else {"arithmetic", "sensitivity"}
     first = [rule(problem, sparsity) for name, rule in RULES.items() if name not in dear for sparsity in sparsities]
     shapes = [ladder.profile(arithmetic(problem, centre))]  # its trials are dear: once
-    shapes += [transferred(profile, ladder) for profile in profiles]
+    shapes += [transferred(profile, ladder, len(problem.outliers)) for profile in profiles]
     for shape in map(np.array, shapes):
         shifts = [sparsity - np.average(shape, weights=ladder.sizes) for sparsity in sparsities]
         first += [problem.at_budget(shape + shift, one) for shift, one in zip(shifts, sparsities, strict=True)]

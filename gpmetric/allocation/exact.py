@@ -45,7 +45,8 @@ def slack(ladder: Ladder) -> int:
     if ladder.granularity == "n:m":
         smallest = min(target.group for target in ladder.targets[0] if target.group)
         return max(rows * columns // smallest for rows, columns in ladder.shapes)
-    return max(rows if ladder.granularity == "row" else -(-columns // BLOCK) for rows, columns in ladder.shapes)
+    groups = {"row": lambda rows, _: rows, "layer": lambda *_: 1, "block": lambda _, columns: -(-columns // BLOCK)}
+    return max(groups[ladder.granularity](*shape) for shape in ladder.shapes)
 
 
 def _best_step(

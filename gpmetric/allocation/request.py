@@ -135,6 +135,8 @@ def check_request(request: Request) -> None:
         raise InputError(f"--lowest {request.lowest} must be below --highest {request.highest}")
     if request.sparsity is not None and request.max_loss_ratio is not None:
         raise InputError("--sparsity and --max-loss-ratio both pick an allocation; give one of them")
+    if request.init and request.allocator != "nsga2":
+        raise InputError(f"--init: --allocator {request.allocator} begins with nothing; nsga2 does")
     if request.sparsity is None and request.allocator == "evopress":
         raise InputError("--allocator evopress searches one sparsity: --sparsity is needed")
     if (request.search is None) != (request.validation is None):

@@ -12,19 +12,22 @@ from gpmetric.pruning.allocation import Allocation
 __all__ = ["transferred"]
 
 
-def transferred(profile: Allocation, ladder: Ladder) -> list[float]:
+def transferred(profile: Allocation, ladder: Ladder, blocks: int) -> list[float]:
     """The sparsity of each gene by an allocation of the same model, or of another with other blocks.
 
     A layer takes the sparsity of its namesakes in the other model, between blocks at the same relative depth; where
     there are none, that of the layers of any name there.
+
+    Args:
+        blocks: of the model that the ladder is of, those without a pruned layer among them.
     """
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for name, target in profile.targets.items():
         block, inside = _place(name)
         curves[inside].append((block, target.sparsity))
         curves[""].append((block, target.sparsity))
-    depth = max(1, *(_place(name)[0] for name in ladder.layers))
-    by_layer = [_read(curves[inside] or curves[""], block / depth) for block, inside in map(_place, ladder.layers)]
+    stretch = max(block for block, _ in curves[""]) / max(1, blocks - 1)
+    by_layer = [_read(curves[inside] or curves[""], block * stretch) for block, inside in map(_place, ladder.layers)]
     sizes = [rows * columns for rows, columns in ladder.shapes]
     return [
         float(np.average([by_layer[one] for one in members], weights=[sizes[one] for one in members]))
@@ -39,8 +42,8 @@ def _place(name: str) -> tuple[int, str]:
     return (0, name) if index is None else (int(parts[index]), ".".join(parts[index + 1 :]))
 
 
-def _read(curve: list[tuple[int, float]], depth: float) -> float:
-    """The curve of sparsities over blocks at a relative depth, 0 to 1."""
+def _read(curve: list[tuple[int, float]], place: float) -> float:
+    """The curve of sparsities over blocks, at a block or between two."""
     blocks = sorted({block for block, _ in curve})
-    means = [float(np.mean([sparsity for place, sparsity in curve if place == block])) for block in blocks]
-    return float(np.interp(depth * max(1, blocks[-1]), blocks, means))
+    means = [float(np.mean([sparsity for other, sparsity in curve if other == block])) for block in blocks]
+    return float(np.interp(place, blocks, means))
