@@ -128,7 +128,7 @@ def test_a_model_without_a_loss_is_refused(tiny_llama: Path, tiny_text: Path, tm
 
 
 def test_profiles_move_by_relative_depth(tiny_llama: Path) -> None:
-    """Layers left out or not, a profile of the same model is what it says; one of a deeper model is read between blocks."""
+    """A profile of the same model is what it says, layers left out or not; a deeper one is read between its blocks."""
     names = [f"model.layers.{block}.{kind}" for block in range(5) for kind in ("self_attn.q_proj", "mlp.up_proj")]
     values = [0.1 * (1 + index // 2) + 0.05 * (index % 2) for index in range(10)]
     targets = {name: parse_target(str(value)) for name, value in zip(names, values, strict=True)}
