@@ -191,7 +191,9 @@ def check(options: argparse.Namespace) -> None:
 def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help="directories or Hub names")
-    parser.add_argument("--calibration", help="cut into a part for statistics and one for the searches")
+    parser.add_argument(
+        "--calibration", help="cut into three: for statistics, for the searches, and a part nobody reads"
+    )
     parser.add_argument("--test", action="append", default=[], help="a text to judge on; may be given again")
     parser.add_argument("--metric", action="append", help="may be given again; wanda by default")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8])

@@ -44,7 +44,7 @@ from gpmetric.options import (
     WindowsOption,
     tables,
 )
-from gpmetric.provenance import check_output, gpmetric_version, write_json
+from gpmetric.provenance import check_output, check_picture, gpmetric_version, write_json
 from gpmetric.pruning.metrics import BASELINES, check_update, resolve_metric
 from gpmetric.pruning.target import parse_target
 
@@ -333,10 +333,10 @@ def analyse(
     if output is not None:
         _check_outputs(json, "--output", output)
     from gpmetric.analysis.analyse import analyse as run
-    from gpmetric.analysis.plot import check_format, draw_page
+    from gpmetric.analysis.plot import draw_page
 
     if output is not None:
-        check_format(output)
+        check_picture("--output", output)
     result = run(ledger, seed=seed)
     if output is not None:
         draw_page(result, output)

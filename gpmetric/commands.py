@@ -27,7 +27,7 @@ from gpmetric.options import (
     WindowsOption,
     tables,
 )
-from gpmetric.provenance import STDOUT, check_output, write_json
+from gpmetric.provenance import STDOUT, check_output, check_picture, write_json
 from gpmetric.pruning.metrics import BASELINES, check_update, resolve_metric
 from gpmetric.pruning.target import GRANULARITIES, parse_target
 
@@ -127,12 +127,12 @@ def allocate(
     check_request(request)
     outputs = {"--output": output, "--csv": csv, "--plot": plot, "--archive": archive, "--json": json}
     _check_different(outputs, [*(init or ()), *(text for text in (calibration, search, validation) if text)])
+    if plot is not None:
+        check_picture("--plot", plot)
     from gpmetric import terminal
     from gpmetric.allocation.allocate import run_allocation
-    from gpmetric.allocation.plot import check_plot, draw_front, write_csv
+    from gpmetric.allocation.plot import draw_front, write_csv
 
-    if plot is not None:
-        check_plot(plot)
     with terminal.AllocateReport(Console(stderr=True)) as listener:
         result = run_allocation(request, listener)
     if result["allocation"] is not None:

@@ -17,7 +17,18 @@ from typing import Any
 
 from gpmetric.errors import GpmetricError, InputError
 
-__all__ = ["STDOUT", "check_output", "finite", "gpmetric_version", "versions", "write_json", "write_text"]
+__all__ = [
+    "STDOUT",
+    "check_output",
+    "check_picture",
+    "finite",
+    "gpmetric_version",
+    "versions",
+    "write_json",
+    "write_text",
+]
+
+_PICTURES = (".png", ".pdf")
 
 STDOUT = Path("-")  # what --json writes to standard output for
 
@@ -63,6 +74,16 @@ def check_output(option: str, path: Path | None) -> None:
     for needed in [path.parent] if mode is None else [path.parent, path]:  # a new file is moved into its place
         if not os.access(needed, os.W_OK):
             raise InputError(f"{where}: {str(needed)!r} is not writable")
+
+
+def check_picture(option: str, path: Path) -> None:
+    """Refuses a file name whose suffix is no format that plots are written in.
+
+    Raises:
+        InputError: neither .png nor .pdf.
+    """
+    if path.suffix.lower() not in _PICTURES:
+        raise InputError(f"{option} {str(path)!r} must end in {' or '.join(_PICTURES)}")
 
 
 def write_text(path: Path, content: str, check: Callable[[Path], None] | None = None) -> None:

@@ -6,6 +6,7 @@ import copy
 import csv
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from gpmetric.allocation import plot
-from gpmetric.allocation.plot import check_plot, draw_front, write_csv
+from gpmetric.allocation.plot import draw_front, write_csv
 from gpmetric.errors import GpmetricError, InputError
+from gpmetric.provenance import check_picture
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 LLAMA = [f"model.layers.{block}.{kind}" for block in range(5) for kind in KINDS]
@@ -275,11 +277,11 @@ def test_every_document_is_tabled(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["page.svg", "page", "png", "page.png.txt"])
 def test_other_formats_are_refused(name: str, tmp_path: Path) -> None:
-    for refuse in (check_plot, lambda path: draw_front(make_document(), path)):
+    for refuse in (partial(check_picture, "--plot"), lambda path: draw_front(make_document(), path)):
         with pytest.raises(InputError, match=r"--plot .* must end in \.png or \.pdf"):
             refuse(tmp_path / name)
-    check_plot(tmp_path / "a.PNG")
-    check_plot(tmp_path / "a.pdf")
+    check_picture("--plot", tmp_path / "a.PNG")
+    check_picture("--plot", tmp_path / "a.pdf")
     assert not list(tmp_path.iterdir())
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from gpmetric.allocation.levels import Ladder, Levels
-from gpmetric.pruning.allocation import Allocation, layer_target, removed_weights
+from gpmetric.pruning.allocation import Allocation, group_count, layer_target, removed_weights
 from gpmetric.pruning.target import BLOCK, Granularity, Target
 
 __all__ = ["allocated", "exact_allocation", "slack", "uniform_budget"]
@@ -42,11 +43,8 @@ def allocated(ladder: Ladder, allocation: Allocation) -> int:
 
 def slack(ladder: Ladder) -> int:
     """How far an allocation may be from its budget: a weight per comparison group of the matrix with most of them."""
-    if ladder.granularity == "n:m":
-        smallest = min(target.group for target in ladder.targets[0] if target.group)
-        return max(rows * columns // smallest for rows, columns in ladder.shapes)
-    groups = {"row": lambda rows, _: rows, "layer": lambda *_: 1, "block": lambda _, columns: -(-columns // BLOCK)}
-    return max(groups[ladder.granularity](*shape) for shape in ladder.shapes)
+    finest = [min(targets, key=lambda target: target.group or math.inf) for targets in ladder.targets]  # M under N:M
+    return max(group_count(shape, target) for shape, target in zip(ladder.shapes, finest, strict=True))
 
 
 def _best_step(

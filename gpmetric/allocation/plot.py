@@ -19,12 +19,10 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from gpmetric.errors import InputError
-from gpmetric.provenance import finite, write_text
+from gpmetric.provenance import check_picture, finite, write_text
 
-__all__ = ["check_plot", "draw_front", "write_csv"]
+__all__ = ["draw_front", "write_csv"]
 
-_FORMATS = (".png", ".pdf")
 _FIGURES = (
     "sparsity", "sparsity_total", "removed", "kept_prunable", "kept_total", "loss", "perplexity", "excess",
 )  # fmt: skip
@@ -43,16 +41,6 @@ _NAME, _ROW = 60, 28  # characters of a model or a metric, and of a row of the h
 _TITLE = 100  # characters as wide as the page
 
 Point = Mapping[str, Any]
-
-
-def check_plot(path: Path) -> None:
-    """Refuses a file name whose suffix is no format a page can be written in.
-
-    Raises:
-        InputError: neither .png nor .pdf.
-    """
-    if path.suffix.lower() not in _FORMATS:
-        raise InputError(f"--plot {str(path)!r} must end in {' or '.join(_FORMATS)}")
 
 
 def write_csv(document: Mapping[str, Any], path: Path) -> None:
@@ -88,7 +76,7 @@ def draw_front(document: Mapping[str, Any], path: Path) -> None:
         InputError: another suffix.
         GpmetricError: the file cannot be written.
     """
-    check_plot(path)
+    check_picture("--plot", path)
     document = finite(document)
     figure = Figure(figsize=(16, 9), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))  # not pyplot's
     places = figure.subplots(2, 2, height_ratios=[2.3, 1], width_ratios=[1, 1.15])

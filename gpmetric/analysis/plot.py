@@ -11,26 +11,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gpmetric.errors import InputError
-from gpmetric.provenance import write_text
+from gpmetric.provenance import check_picture, write_text
 
-__all__ = ["check_format", "draw_page"]
+__all__ = ["draw_page"]
 
-_FORMATS = (".png", ".pdf")
 _GOOD, _BAD, _MUTED = "#0072b2", "#d55e00", "#9a9a9a"  # Okabe and Ito's blue and vermilion: told apart by everyone
 _SIGNIFICANT = 0.05
 _PARTS_SHOWN = 14  # sub-expressions
 _LABEL = 30  # characters of a formula
-
-
-def check_format(path: Path) -> None:
-    """Refuses a file name whose suffix is no format a page can be written in.
-
-    Raises:
-        InputError: neither .png nor .pdf.
-    """
-    if path.suffix.lower() not in _FORMATS:
-        raise InputError(f"--output {str(path)!r} must end in {' or '.join(_FORMATS)}")
 
 
 def draw_page(document: Mapping[str, Any], path: Path) -> None:
@@ -44,7 +32,7 @@ def draw_page(document: Mapping[str, Any], path: Path) -> None:
         InputError: another suffix.
         GpmetricError: the file cannot be written.
     """
-    check_format(path)
+    check_picture("--output", path)
     figure = Figure(figsize=(15, 9.5), layout="constrained")  # not pyplot's: no global state
     panels = [_symbols, _sub_expressions, _targets, _distances, _sizes, _progress]
     for axes, panel in zip(figure.subplots(2, 3).flat, panels, strict=True):

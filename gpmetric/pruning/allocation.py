@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Allocation",
     "check_allocation",
+    "group_count",
     "layer_target",
     "mean_sparsity",
     "read_allocation",
@@ -163,7 +164,7 @@ def check_allocation(layers: Sequence[Layer], allocation: Allocation, target: Ta
         _check_width(f"--target {target.text!r}", layer, target)
     removed = _removed(layers, allocation.targets)
     budget = _removed(layers, {layer.name: target for layer in layers})
-    slack = max(_group_count(layer.weight.shape, target) for layer in layers)
+    slack = max(group_count(layer.weight.shape, target) for layer in layers)
     if abs(removed - budget) > slack:
         mean = mean_sparsity(layers, allocation.targets)
         raise InputError(
@@ -225,7 +226,8 @@ def _removed(layers: Sequence[Layer], targets: Mapping[str, Target]) -> int:
     return sum(removed_weights(layer.weight.shape, targets[layer.name]) for layer in layers)
 
 
-def _group_count(shape: Sequence[int], target: Target) -> int:
+def group_count(shape: Sequence[int], target: Target) -> int:
+    """Comparison groups of a weight [out, in]."""
     return sum(count for count, _ in _groups(shape, target.granularity, target.group))
 
 
