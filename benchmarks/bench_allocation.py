@@ -29,10 +29,10 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -40,19 +40,20 @@ from typing import Any
 import torch
 from allocation_costs import measure_chunk, memory_rows, split_rows
 from allocation_report import draw, report, report_sizes, rows, short, summarise
-from allocation_runs import make_request, one_thread, run_case
+from allocation_runs import begin_worker, make_request, one_thread, run_case
 from results import RESULTS, append, cpu_name
 
 from gpmetric.allocation.request import ALLOCATORS, check_request
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.evaluation.windows import open_text
 from gpmetric.models import check_path, pick_device
-from gpmetric.provenance import versions
+from gpmetric.provenance import check_output, check_picture, versions, write_text
 from gpmetric.pruning.metrics import UPDATES
 
 PROTOCOLS = ("one-shot", "sequential")
 OUTSIDE = ("models", "metric", "seeds", "jobs", "json", "resume", "csv", "plot", "memory", "memory_chunk", "split")
 OUTSIDE += ("repeats", "blocks", "width")  # options that change no figure of a case
+Case = tuple[str, str, int]  # model, metric, seed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,34 +81,51 @@ def compare(options: argparse.Namespace) -> None:
     done = {(run["model"], run["metric"], run["seed"]) for run in document["runs"]}
     # the seed is the outer loop: what else the machine does falls on all alike
     cases = [(m, metric, seed) for seed, m, metric in product(range(options.seeds), options.models, options.metric)]
-    for made in finished(settings, [case for case in cases if case not in done], options.jobs):
+    failures = []
+    for case, made in finished(settings, [case for case in cases if case not in done], options.jobs):
+        told = f"{short(case[0])}, {case[1]}, seed {case[2]}"
+        if isinstance(made, GpmetricError):
+            failures.append((told, made))
+            continue
         document["runs"] += made["runs"]
         document["allocations"] += made["allocations"]
         if options.json:
             save(document, options.json)
-        case = f"{short(made['model'])}, {made['metric']}, seed {made['seed']}"
-        print(f"{case}: {len(made['allocations'])} allocations, {made['seconds']:.0f} s", flush=True)
+        print(f"{told}: {len(made['allocations'])} allocations, {made['seconds']:.0f} s", flush=True)
+    if failures and not document["runs"]:
+        raise failures[0][1]
     summaries = summarise(document["runs"])
     report(summaries)
     report_sizes(document["runs"])
+    add(rows(summaries, document["device"]), options.csv)
     if options.plot:
         draw(summaries, options.plot)
-    add(rows(summaries, document["device"]), options.csv)
+    if failures:
+        whys = "; ".join(f"{told}: {error}" for told, error in failures)
+        raise GpmetricError(f"{len(failures)} of {len(cases)} cases failed: {whys}")
 
 
-def finished(settings: dict[str, Any], cases: list[tuple[str, str, int]], jobs: int) -> Iterator[dict[str, Any]]:
-    """What `run_case` gives for each case, as soon as it is there."""
+def finished(settings: dict[str, Any], cases: list[Case], jobs: int) -> Iterator[tuple[Case, Any]]:
+    """Each case with what `run_case` gives for it, or the GpmetricError that it failed with, as soon as it is there."""
     if jobs == 1:
         for case in cases:
-            yield run_case(settings, *case)
+            yield case, outcome(partial(run_case, settings, *case))
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=one_thread) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=begin_worker) as pool:
         try:
-            for one in as_completed([pool.submit(run_case, settings, *case) for case in cases]):
-                yield one.result()
+            futures = {pool.submit(run_case, settings, *case): case for case in cases}
+            for one in as_completed(futures):
+                yield futures[one], outcome(one.result)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def outcome(run: Callable[[], dict[str, Any]]) -> dict[str, Any] | GpmetricError:
+    try:
+        return run()
+    except GpmetricError as error:
+        return error
 
 
 def opened(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
@@ -135,9 +153,7 @@ def opened(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, A
 
 
 def save(document: dict[str, Any], path: Path) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(document, indent=1), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, json.dumps(document, indent=1))
 
 
 def run_split(options: argparse.Namespace) -> None:
@@ -162,6 +178,10 @@ def check(options: argparse.Namespace) -> None:
         raise InputError("a MODEL and --calibration are needed")
     if not options.test and not options.split:
         raise InputError("--test is needed: the texts that allocations are judged on")
+    for option in ("json", "csv", "plot"):
+        check_output(f"--{option}", getattr(options, option))
+    if options.plot is not None:
+        check_picture("--plot", options.plot)
     if options.resume and options.json is None:
         raise InputError("--resume goes on with a --json FILE, which is not named")
     for name in ("seeds", "jobs", "windows", "repeats"):
@@ -215,7 +235,7 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="every case, as soon as it is over")
     parser.add_argument("--resume", action="store_true", help="go on with the cases in --json")
     parser.add_argument("--csv", type=Path, default=RESULTS, help="rows are appended here at the end; - for nowhere")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a page: .png or .pdf")
     parser.add_argument("--memory", action="store_true", help="measure the memory of calibration instead")
     parser.add_argument("--split", action="store_true", help="measure the steps of one evaluation instead")
     parser.add_argument("--repeats", type=int, default=3, help="of --memory and --split")

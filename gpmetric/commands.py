@@ -66,7 +66,9 @@ def allocate(
     population: Annotated[int, typer.Option(help="Survivors of a generation.")] = Request.population,
     evaluations: Annotated[int | None, typer.Option(help="Candidates measured at most; 1000 if no budget.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of the search at most.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Wall time of the search at most.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Minutes of the search at most; calibration and validation come on top.")
+    ] = None,
     archive: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON Lines file that keeps everything measured.")
     ] = None,

@@ -54,7 +54,7 @@ def check_output(option: str, path: Path | None) -> None:
     """Refuses an output path that could not be written at the end, before any work is done.
 
     Raises:
-        InputError: no such folder, not a file, or not writable.
+        InputError: no such folder, not a file, or not writable; a link is followed.
     """
     if path is None or (path == STDOUT and option == "--json"):
         return
@@ -65,13 +65,16 @@ def check_output(option: str, path: Path | None) -> None:
         mode = None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise InputError(f"{where} cannot be written: {_reason(error)}") from error
+    if path.is_symlink() and path.absolute().is_relative_to("/dev"):  # /dev/stdout, were it a file
+        raise InputError(f"{where} is a device; a file is wanted")
     if mode is not None and not stat.S_ISREG(mode):  # a device would be replaced by a file
         raise InputError(
             f"{where} is {'a directory' if stat.S_ISDIR(mode) else 'not a regular file'}; a file is wanted"
         )
-    if not path.parent.is_dir():
-        raise InputError(f"{where}: the directory {str(path.parent)!r} does not exist")
-    for needed in [path.parent] if mode is None else [path.parent, path]:  # a new file is moved into its place
+    folder = _followed(path).parent
+    if not folder.is_dir():
+        raise InputError(f"{where}: the directory {str(folder)!r} does not exist")
+    for needed in [folder] if mode is None else [folder, path]:  # a new file is moved into its place
         if not os.access(needed, os.W_OK):
             raise InputError(f"{where}: {str(needed)!r} is not writable")
 
@@ -92,12 +95,13 @@ def write_text(path: Path, content: str, check: Callable[[Path], None] | None = 
     Raises:
         GpmetricError: the file cannot be written; also whatever `check` raises. `path` is then as it was before.
     """
-    partial = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(6)}.partial{path.suffix}")
+    place = _followed(path)
+    partial = place.with_name(f".{place.stem[:40]}.{secrets.token_hex(6)}.partial{path.suffix}")
     try:
         partial.write_text(content, encoding="utf-8", newline="\n")
         if check:
             check(partial)
-        os.replace(partial, path)
+        os.replace(partial, place)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise GpmetricError(f"{str(path)!r} cannot be written: {_reason(error)}") from error
     finally:
@@ -125,6 +129,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _followed(path: Path) -> Path:
+    """What a link leads to; any other path as it is."""
+    return path.resolve() if path.is_symlink() else path
 
 
 def _reason(error: Exception) -> str:

@@ -94,6 +94,8 @@ def test_a_loss_ratio_of_a_mix_of_patterns(save_model: Any, tiny_text: Path) -> 
     found = run(model, tiny_text, max_loss_ratio=50.0, granularity="n:m")
     assert found["error"] is None
     assert set(found["allocation"]["pattern"].values()) <= {"dense", "4:8", "2:4", "1:4"}
+    with pytest.raises(InputError, match="--patterns are the levels of --granularity n:m"):
+        run(model, tiny_text, patterns=("dense", "2:4"))
     with pytest.raises(InputError, match="out of reach"):
         run(model, tiny_text, sparsity=0.9, granularity="n:m")
     lost = run(model, tiny_text, sparsity=0.62, granularity="n:m", genes="block")  # three blocks have no such sum
@@ -111,7 +113,7 @@ def test_the_same_front_after_a_kill(tiny_llama: Path, tiny_text: Path, tmp_path
     archive.write_bytes(content[: len(content) // 2])
     again = run(tiny_llama, tiny_text, sparsity=0.6, archive=archive, resume=True)
     other = run(tiny_llama, tiny_text, sparsity=0.7, archive=archive, resume=True)
-    volatile = {"seconds", "seconds_by_step"}
+    volatile = {"seconds", "seconds_by_step", "after_search"}
     assert {key: whole[key] for key in whole.keys() - volatile} == {key: again[key] for key in again.keys() - volatile}
     assert other["front"] == whole["front"]
     assert other["picked"]["sparsity"] > 0.68
@@ -149,3 +151,21 @@ def test_a_search_begins_with_profiles(tiny_llama: Path, tiny_text: Path, tmp_pa
     assert again["picked"]["removed"] == pytest.approx(first["picked"]["removed"], abs=64)
     with pytest.raises(InputError, match="--init"):
         run(tiny_llama, tiny_text, sparsity=0.6, init=str(file), allocator="owl")
+
+
+def test_a_search_of_one_sparsity_is_not_gone_on_with_at_another(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    options = {"allocator": "evopress", "archive": tmp_path / "a.jsonl", "resume": True}
+    first = run(tiny_llama, tiny_text, sparsity=0.6, **options)
+    assert run(tiny_llama, tiny_text, sparsity=0.6, **options)["picked"] == first["picked"]
+    with pytest.raises(InputError, match=r"another search's: searched is 0.6 there, 0.7 here"):
+        run(tiny_llama, tiny_text, sparsity=0.7, **options)
+
+
+def test_probes_have_half_of_the_minutes_at_most(tiny_llama: Path, tiny_text: Path) -> None:
+    """4 probes for each of 21 matrices, which the baseline has all the same."""
+    short = run(tiny_llama, tiny_text, evaluations=None, minutes=1e-6)
+    assert short["evaluations"] < 4 * 21
+    assert short["after_search"]["evaluations"] >= 4 * 21
+    assert run(tiny_llama, tiny_text, evaluations=200, minutes=60)["evaluations"] >= 4 * 21

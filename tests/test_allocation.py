@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpmetric.allocation import meter as meter_module
 from gpmetric.allocation.deaths import PrunedModel, death_levels, kept
 from gpmetric.allocation.levels import Ladder, Levels, find_genes, mix_ladder, quantum_ladder
 from gpmetric.allocation.meter import Meter
@@ -58,6 +59,7 @@ def tokens(gpt2: Model, tiny_text: Path) -> Tensor:
 @pytest.fixture(autouse=True)
 def _two_windows_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perplexity, "_BATCH_TOKENS", 48)
+    monkeypatch.setattr(meter_module, "_STAGES", 1)
 
 
 @pytest.fixture
@@ -373,3 +375,15 @@ def test_slopes_are_derivatives(
                 value([mask + t * (other.double() - mask.double()) for mask, other in pairs]) for t in (3e-3, -3e-3)
             ]
             assert found[gene][level] == pytest.approx((ends[0] - ends[1]) / 6e-3, rel=1e-3, abs=3e-6)
+
+
+def test_few_windows_are_looked_at_in_stages(gpt2: Model, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    tokens = cut_windows(read_text(str(tiny_text)), gpt2.tokenizer, 24, 9, vocabulary=gpt2.vocabulary).tokens
+    pruned = pruned_model(gpt2, quantum_ladder(gpt2, "row", "block"))
+    try:
+        assert Meter(pruned, tokens).windows == [2, 2, 2, 2, 1]
+        assert Meter(pruned, tokens[:8]).windows == [1] * 8
+        assert Meter(pruned, tokens[:2]).windows == [1, 1]
+    finally:
+        pruned.dense()

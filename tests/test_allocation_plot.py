@@ -254,7 +254,8 @@ def test_table(tmp_path: Path) -> None:
     rows = list(csv.reader((tmp_path / "front.csv").read_text(encoding="utf-8").splitlines()))
     header = "method,sparsity,sparsity_total,removed,kept_prunable,kept_total,loss,perplexity,excess"
     assert rows[0] == [*header.split(","), *LLAMA, "a,b"]
-    assert [row[0] for row in rows[1:]] == ["nsga2"] * 7 + ["owl"]
+    assert [row[0] for row in rows[1:]] == ["nsga2"] * 7 + ["owl", "picked", "dense"]
+    assert rows[10][1:7] == ["0.0", "0.0", "0", "1000", "2000", "4.0"]
     assert {len(row) for row in rows} == {len(LLAMA) + 10}
     assert rows[1][:9] == ["nsga2", "0.1", "0.05", "100", "900", "1900", "", "", ""]
     point = document["front"][4]
@@ -269,7 +270,7 @@ def test_table(tmp_path: Path) -> None:
 def test_every_document_is_tabled(name: str, tmp_path: Path) -> None:
     document = DOCUMENTS[name]()
     write_csv(document, tmp_path / "front.csv")
-    points = len(document["front"]) + sum(map(len, document["baselines"].values()))
+    points = len(document["front"]) + sum(map(len, document["baselines"].values())) + bool(document.get("picked")) + 1
     text = (tmp_path / "front.csv").read_text(encoding="utf-8")
     assert len(list(csv.reader(text.splitlines()))) == 1 + points
     assert "\r" not in text

@@ -178,6 +178,8 @@ def test_processes_give_what_one_gives(
         (["--resume"], "--json"),
         (["--test", "{calibration}"], "the same text as --calibration"),
         (["--json", "{calibration}"], "exists"),
+        (["--json", "nowhere/b.json"], "does not exist"),
+        (["--plot", "b.jpg"], "must end in .png or .pdf"),
         (["--json", "{calibration}", "--resume"], "is no document"),
         (["--test", "nowhere.txt"], "does not exist"),
         (["--sequence-length", "1"], "--sequence-length"),
@@ -191,6 +193,19 @@ def test_bad_input_is_exit_2(
     assert error.startswith("bench_allocation: error: ")
     assert error.count("\n") == 1
     assert told in error
+
+
+def test_a_case_that_fails_ends_no_other(
+    bench: ModuleType, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scores beyond fp32."""
+    path = tmp_path / "b.json"
+    cases = [*command, "--seeds", "1", "--allocator", "owl", "--protocol", "one-shot", "--metric", "1e29*W*1e29*abs(W)"]
+    assert bench.main([*cases, "--json", str(path), "--csv", "-"]) == 1
+    error = capsys.readouterr().err
+    assert "1 of 2 cases failed: " in error
+    assert "1e29*W*1e29*abs(W), seed 0: metric" in error
+    assert {run["metric"] for run in read(path)["runs"]} == {"wanda"}
 
 
 def test_another_runs_document_is_refused(

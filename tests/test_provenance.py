@@ -133,3 +133,22 @@ def test_json_goes_to_standard_output_or_nowhere(
     write_json(STDOUT, {"a": 1, "name": "\udcff"})  # a file name that is not UTF-8
     assert json.loads(capsys.readouterr().out) == {"a": 1, "name": "\udcff"}
     assert not list(tmp_path.iterdir())
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    """What it leads to is written, and the link is left; one to nowhere is a new file."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "old.json").write_text("{}", encoding="utf-8")
+    for name in ("old.json", "new.json"):
+        link = tmp_path / f"link-{name}"
+        link.symlink_to(tmp_path / "there" / name)
+        check_output("--json", link)
+        write_text(link, "told")
+        assert link.is_symlink()
+        assert (tmp_path / "there" / name).read_text(encoding="utf-8") == "told"
+    assert len(list(tmp_path.iterdir())) == 3
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere" / "a.json")
+    with pytest.raises(InputError, match=r"the directory '.*nowhere' does not exist"):
+        check_output("--json", tmp_path / "lost")
+    with pytest.raises(InputError, match=r"device|not a regular file"):
+        check_output("--json", Path("/dev/stdout"))

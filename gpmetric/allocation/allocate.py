@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from gpmetric.allocation.allocators import RULES, Problem, arithmetic, evopress
+from gpmetric.allocation.allocators import RULES, Problem, arithmetic, evopress, uniform
 from gpmetric.allocation.archive import Archive, Budget, Candidate
 from gpmetric.allocation.exact import uniform_budget
 from gpmetric.allocation.levels import Levels
 from gpmetric.allocation.meter import Meter
 from gpmetric.allocation.nsga2 import REFERENCE, Settings, evolve, hypervolume
-from gpmetric.allocation.points import Scorer, held_out_front, knee, pick
+from gpmetric.allocation.points import Point, Scorer, held_out_front, knee, pick
 from gpmetric.allocation.prepare import Prepared, prepare
 from gpmetric.allocation.request import Request, check_request
 from gpmetric.allocation.transfer import transferred
@@ -93,16 +93,18 @@ def run_allocation(request: Request, listener: AllocateListener | None = None) -
         prepared.ladder, meter, request.archive, identity, focus=request.sparsity, resume=request.resume
     ) as archive:
         budget = partial(uniform_budget, prepared.ladder)
-        problem = Problem(archive, prepared.blocks, prepared.outliers, budget)
+        problem = Problem(archive, prepared.blocks, prepared.outliers, budget, told.progress)
         found = search(request, problem, profiles, on_generation)
-        cost = {"evaluations": archive.evaluations, "tokens": archive.tokens, "seconds": archive.seconds}
+        cost = _cost(archive)
         result = _result(request, problem, scorer, found)
+        after = {name: value - cost[name] for name, value in _cost(archive).items()}
     progress = {
         "hypervolume": [area for area, _ in generations],
         "reference": {"objective": REFERENCE, "sparsity": 0.0},
         "rounds": _rounds(generations),
     }
-    return _described(request, prepared, scorer) | cost | {"seconds_by_step": meter.seconds} | progress | result
+    steps = {"after_search": after, "seconds_by_step": meter.seconds}
+    return _described(request, prepared, scorer) | cost | steps | progress | result
 
 
 def search(
@@ -132,7 +134,7 @@ def search(
     focus = problem.archive.focus
     centre = (request.lowest + request.highest) / 2 if focus is None else focus
     ladder = problem.ladder
-    dear = {"arithmetic"} if _affords_probes(problem, budget) else {"arithmetic", "sensitivity"}
+    dear = {"arithmetic"} if _affords_probes(problem, budget, sparsities) else {"arithmetic", "sensitivity"}
     first = [rule(problem, sparsity) for name, rule in RULES.items() if name not in dear for sparsity in sparsities]
     shapes = [ladder.profile(arithmetic(problem, centre))]  # its trials are dear: once
     shapes += [transferred(profile, ladder, len(problem.outliers)) for profile in profiles]
@@ -143,6 +145,10 @@ def search(
     return [one.levels for one in evolve(problem.archive, first, settings, budget, rng, on_generation)]
 
 
+def _cost(archive: Archive) -> dict[str, Any]:
+    return {"evaluations": archive.evaluations, "tokens": archive.tokens, "seconds": archive.seconds}
+
+
 def _result(request: Request, problem: Problem, scorer: Scorer, found: Sequence[Levels]) -> dict[str, Any]:
     """What was found, on validation text and beside every rule at the same budgets, and what is picked of it.
 
@@ -150,7 +156,7 @@ def _result(request: Request, problem: Problem, scorer: Scorer, found: Sequence[
         GpmetricError: no loss is finite.
     """
     sparsities = _diagonal(request, request.sparsity)
-    points = held_out_front(scorer.point(levels) for levels in dict.fromkeys(found))
+    points = held_out_front(_scored(problem, scorer, "validation", found))
     if not points:
         raise GpmetricError("no allocation of the front has a finite loss on validation (--highest)")
     rule = RULES.get(request.allocator)
@@ -167,11 +173,20 @@ def _result(request: Request, problem: Problem, scorer: Scorer, found: Sequence[
         "picked": picked,
         "error": error,
         "baselines": {
-            name: [scorer.point(rule(problem, sparsity)) for sparsity in sparsities] for name, rule in RULES.items()
+            name: _scored(problem, scorer, name, [rule(problem, sparsity) for sparsity in sparsities])
+            for name, rule in RULES.items()
         },
         "allocation": None if allocation is None else allocation.document(),
         "versions": versions(),
     }
+
+
+def _scored(problem: Problem, scorer: Scorer, what: str, found: Sequence[Levels]) -> list[Point]:
+    points = []
+    for done, levels in enumerate(found, start=1):
+        points.append(scorer.point(levels))
+        problem.progress(f"{what} on validation", done, len(found))
+    return points
 
 
 def _check_reach(request: Request, prepared: Prepared) -> None:
@@ -182,10 +197,16 @@ def _check_reach(request: Request, prepared: Prepared) -> None:
         raise InputError(f"--sparsity {request.sparsity:g} is out of reach: the highest levels have {reach:.4f}")
 
 
-def _affords_probes(problem: Problem, budget: Budget) -> bool:
-    """Whether the probes of every gene alone take at most half of the budget."""
+def _affords_probes(problem: Problem, budget: Budget, sparsities: Sequence[float]) -> bool:
+    """Whether the probes of every gene alone take at most half of the budget, minutes as uniform candidates take."""
+    archive = problem.archive
     evaluations, tokens = problem.cost_of_probes()
-    limits = ((evaluations, budget.evaluations), (tokens, budget.tokens))
+    minutes = 0.0
+    if budget.minutes is not None:
+        for sparsity in sparsities:
+            archive.measure(uniform(problem, sparsity), 1)
+        minutes = archive.spent(Budget(minutes=1)) * tokens / archive.tokens
+    limits = ((evaluations, budget.evaluations), (tokens, budget.tokens), (minutes, budget.minutes))
     return all(limit is None or 2 * cost <= limit for cost, limit in limits)
 
 

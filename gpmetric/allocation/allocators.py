@@ -38,12 +38,14 @@ class Problem:
         blocks: by gene, the block it is in.
         outliers: by block, OWL's outlier share in per cent.
         budget: from a sparsity to the weights that the uniform mask of the same granularity removes.
+        progress: is told what has come how far: (what, done, total).
     """
 
     archive: Archive
     blocks: Sequence[int]
     outliers: Sequence[float]
     budget: Callable[[float], int]
+    progress: Callable[[str, int, int], None] = lambda *told: None
 
     @property
     def ladder(self) -> Ladder:
@@ -81,6 +83,7 @@ class Problem:
             beyond = table > table[probed[-1]]
             costs[beyond] = np.inf  # never measured
             found.append(costs)
+            self.progress("genes alone", gene + 1, len(self.ladder.genes))
         return found
 
 
@@ -171,8 +174,9 @@ def evopress(
     archive = problem.archive
     parent = archive.measure(uniform(problem, sparsity), archive.batches)
     removed = problem.budget(sparsity)
-    generation = barren = 0
-    while archive.spent(budget, generation) < 1 and barren < BARREN:
+    barren = 0
+    while (spent := archive.spent(budget)) < 1 and barren < BARREN:
+        problem.progress("search, % of the budget", int(100 * spent), 100)
         before = archive.evaluations
         drawn = [repair(problem.ladder, switch(problem.ladder, parent.levels, rng, _JUMPS), removed, rng)
                  for _ in range(_OFFSPRING)]  # fmt: skip
@@ -185,7 +189,6 @@ def evopress(
             rest = [one.levels for one in measured[:survivors]]
         parent = archive.measure(rest[0], archive.batches)
         barren = 0 if archive.evaluations > before else barren + 1
-        generation += 1
     return parent.levels
 
 

@@ -94,7 +94,8 @@ class Archive(AbstractContextManager["Archive"]):
         self._values: dict[tuple[Levels, int, int], list[float]] = {}
         self._slopes: dict[tuple[Levels, int], list[np.ndarray]] = {}
         self._sloped: set[tuple[Levels, int]] = set()  # paid for since the search began
-        self._clocks: list[float] = []  # seconds at the beginning of each generation
+        self._clocks: list[float] = []  # seconds each time that the budget was looked at
+        self._looks = 0
         self._file: TextIO | None = None
         if path is not None:
             head = {"format": _FORMAT, "focus": focus} | dict(settings or {})
@@ -156,15 +157,17 @@ class Archive(AbstractContextManager["Archive"]):
             found = self._slopes[levels, batches] = self._expanded(levels, near)
         return found
 
-    def spent(self, budget: Budget, generation: int) -> float:
-        """Share of a budget that is used up when a generation begins; a resumed search is told the same as before."""
-        if generation == len(self._clocks):
+    def spent(self, budget: Budget) -> float:
+        """Share of a budget that is used up by now; a resumed search is told the same times as before."""
+        if self._looks == len(self._clocks):
             self._clocks.append(self.seconds)
-            self._write({"generation": generation, "seconds": self._clocks[-1]})
+            self._write({"seconds": self._clocks[-1]})
+        seconds = self._clocks[self._looks]
+        self._looks += 1
         used = (
             (self.evaluations, budget.evaluations),
             (self.tokens, budget.tokens),
-            (self._clocks[generation] / 60, budget.minutes),
+            (seconds / 60, budget.minutes),
         )
         return max(amount / limit for amount, limit in used if limit is not None)
 

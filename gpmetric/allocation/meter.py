@@ -20,14 +20,29 @@ from gpmetric.allocation.levels import Levels
 from gpmetric.allocation.request import Objective
 from gpmetric.errors import InputError
 from gpmetric.evaluation.perplexity import DenseLoss, Teacher, batches
-from gpmetric.models import Layer
+from gpmetric.models import Layer, Model
 
-__all__ = ["Meter"]
+__all__ = ["Meter", "check_memory"]
 
 _REFERENCES: dict[Objective, Callable[..., Teacher | DenseLoss]] = {"kl": Teacher, "loss": DenseLoss}
 
 _TEACHER_BYTES = 4 * 2**30  # of the dense model's predictions
+_STAGES = 8  # batches at least, where there are so many windows
 _OUTPUT_BYTES = 2 * 2**30  # of block outputs kept; with more, every candidate is computed from the first block on
+
+
+def check_memory(model: Model, tokens: Tensor, objective: Objective) -> None:
+    """Refuses more windows [windows, length] than the dense model's predictions may be kept of.
+
+    Raises:
+        InputError: naming what they would take.
+    """
+    needed = 2 * tokens.numel() * model.vocabulary
+    if objective == "kl" and needed > _TEACHER_BYTES:
+        raise InputError(
+            f"--objective kl would keep {needed / 2**30:.1f} GiB of predictions, of {_TEACHER_BYTES / 2**30:.0f} "
+            "allowed: take fewer --search-windows, or --objective loss"
+        )
 
 
 class Meter:
@@ -45,14 +60,10 @@ class Meter:
     def __init__(self, pruned: PrunedModel, tokens: Tensor, objective: Objective = "kl") -> None:
         self._pruned = pruned
         model = pruned.model
-        needed = 2 * tokens.numel() * model.vocabulary
-        if objective == "kl" and needed > _TEACHER_BYTES:
-            raise InputError(
-                f"--objective kl would keep {needed / 2**30:.1f} GiB of predictions, of {_TEACHER_BYTES / 2**30:.0f} "
-                "allowed: take fewer --search-windows, or --objective loss"
-            )
+        check_memory(model, tokens, objective)
         pruned.dense()  # what the references are of
-        pieces = list(batches(model, tokens))
+        parts = tokens.split(-(-len(tokens) // _STAGES))  # few windows can be looked at in stages, too
+        pieces = [batch for part in parts for batch in batches(model, part)]
         with torch.no_grad():
             self._references = [_REFERENCES[objective](model, batch) for batch in pieces]
         self.windows = [len(batch) for batch in pieces]
@@ -146,7 +157,7 @@ class Meter:
             yield
         finally:
             for block in self._blocks:
-                del block.forward
+                vars(block).pop("forward", None)
         self._known[batch] = len(self._blocks)
 
 

@@ -93,7 +93,7 @@ def evolve(
         population = _survivors(archive, population, batches, settings.population)
         barren, share, before = 0, 0.0, None  # generations in a row; of the budget, what one takes
         while barren < BARREN:
-            spent = archive.spent(budget, generation)
+            spent = archive.spent(budget)
             share = 0.0 if before is None else spent - before
             before = spent
             if spent >= end or spent + share > end:

@@ -44,7 +44,7 @@ Point = Mapping[str, Any]
 
 
 def write_csv(document: Mapping[str, Any], path: Path) -> None:
-    """Writes one row for each point of the front, then of each baseline; what is not finite is left empty.
+    """Writes a row per point of the front and of each baseline, picked, dense; what is not finite is left empty.
 
     Args:
         document: of `gpmetric allocate`.
@@ -54,6 +54,7 @@ def write_csv(document: Mapping[str, Any], path: Path) -> None:
         GpmetricError: the file cannot be written.
     """
     methods = [(document["allocator"], document["front"]), *_baselines(document)]
+    methods += [("picked", [document["picked"]] if document.get("picked") else []), ("dense", [_dense(document)])]
     rows = [(method, point, _genes(point)) for method, points in methods for point in points]
     genes = list(dict.fromkeys(gene for _, _, found in rows for gene in found))
     table = io.StringIO()
@@ -348,6 +349,12 @@ def _measured(points: Iterable[Point]) -> list[tuple[float, float]]:
 
 def _baselines(document: Mapping[str, Any]) -> list[tuple[str, Sequence[Point]]]:
     return [(name, points) for name, points in (document.get("baselines") or {}).items() if points]
+
+
+def _dense(document: Mapping[str, Any]) -> Point:
+    """The model as it came, as a point."""
+    kept = {"kept_prunable": document["prunable"], "kept_total": document["total"]}
+    return {"sparsity": 0.0, "sparsity_total": 0.0, "removed": 0, "excess": 0.0, **kept, **document["dense"]}
 
 
 def _genes(point: Point) -> Mapping[str, float | None]:

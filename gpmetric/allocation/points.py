@@ -130,23 +130,28 @@ def pick(
         allocation, levels = _brought(problem, near(point["sparsity"]), point["removed"], 1)
         return allocation, scorer.point_of(allocation, levels)
     limit = request.max_loss_ratio * scorer.dense
-    low, high, best = 0, int((request.highest - request.lowest) / _GRID + 1e-6) + 1, None
+
+    def at(step: int) -> tuple[Allocation, Levels]:
+        sparsity = round(request.lowest + step * _GRID, 6)
+        return _brought(problem, near(sparsity), problem.budget(sparsity))
+
+    low, high = 0, int((request.highest - request.lowest) / _GRID + 1e-6) + 1
     while low < high:  # the loss rises with the sparsity
         middle = (low + high) // 2
-        sparsity = round(request.lowest + middle * _GRID, 6)
-        allocation, levels = _brought(problem, near(sparsity), problem.budget(sparsity))
-        point = scorer.point_of(allocation, levels)
-        if point["loss"] <= limit:
-            low, best = middle + 1, (allocation, point)
+        if scorer.point(at(middle)[1])["loss"] <= limit:
+            low = middle + 1
         else:
             high = middle
-    if best is None:
-        least = points[0]
-        raise GpmetricError(
-            f"--max-loss-ratio {request.max_loss_ratio}: the loss is {least['loss'] / scorer.dense:.4f} times the "
-            f"dense model's already at sparsity {least['sparsity']:.4f}, the lowest of the front (--lowest)"
-        )
-    return best
+    for step in range(low - 1, -1, -1):  # between levels the loss is another by a hair
+        allocation, levels = at(step)
+        point = scorer.point_of(allocation, levels)
+        if point["loss"] <= limit:
+            return allocation, point
+    least = points[0]
+    raise GpmetricError(
+        f"--max-loss-ratio {request.max_loss_ratio}: the loss is {least['loss'] / scorer.dense:.4f} times the "
+        f"dense model's already at sparsity {least['sparsity']:.4f}, the lowest of the front (--lowest)"
+    )
 
 
 def at_sparsity(problem: Problem, found: Sequence[Levels], sparsity: float) -> tuple[Allocation, Levels]:

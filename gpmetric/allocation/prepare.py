@@ -13,6 +13,7 @@ from torch import Tensor
 from gpmetric.allocation.allocators import outlier_shares
 from gpmetric.allocation.deaths import PrunedModel, death_levels
 from gpmetric.allocation.levels import Ladder, mix_ladder, quantum_ladder
+from gpmetric.allocation.meter import check_memory
 from gpmetric.allocation.request import Request
 from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.collect import collect_chunks
@@ -65,7 +66,7 @@ class Prepared:
             yield
 
     def identity(self, request: Request) -> dict[str, Any]:
-        """All that a search depends on but its budget and the sparsity it pays attention to."""
+        """All that a search depends on but its budget and the sparsity that nsga2 pays attention to."""
         names = ("genes", "allocator", "objective", "lowest", "highest", "population", "seed")
         return {name: getattr(request, name) for name in names} | {
             "model": self.model.digest,
@@ -74,6 +75,7 @@ class Prepared:
             "metric": str(self.metric.expression),
             "granularity": self.ladder.granularity,
             "patterns": list(request.patterns) if self.ladder.granularity == "n:m" else None,
+            "searched": request.sparsity if request.allocator == "evopress" else None,
             "layers": list(self.ladder.layers),
             "calibration": self.splits["calibration"].tokens_digest,
             "search": self.splits["search"].tokens_digest,
@@ -84,13 +86,14 @@ def prepare(request: Request, progress: Callable[[str, int, int], None]) -> Prep
     """Loads and calibrates.
 
     Raises:
-        InputError: model, texts or patterns cannot be used.
+        InputError: model, texts or patterns cannot be used, or the dense predictions would not fit into memory.
         MaskError: the metric's scores are not finite.
     """
     model = load_model(
         request.model, device=request.device, dtype=request.dtype, include=request.include, exclude=request.exclude
     )
     splits = _read_splits(model, request)
+    check_memory(model, splits["search"].tokens, request.objective)
     metric = resolve_metric(request.metric, *splits["calibration"].tokens.shape)
     granularity = one_of("--granularity", request.granularity or metric.granularity, GRANULARITIES)
     if granularity == "n:m":

@@ -76,7 +76,8 @@ class Request:
         init: allocation files, of this model or another, whose profiles the search begins with too.
         population: survivors of a generation.
         evaluations, tokens, minutes: budgets of the search; the first one spent ends it. A token of a backward pass
-            counts for three. With none, 1,000 evaluations.
+            counts for three. With none, 1,000 evaluations. Calibration before it and validation after it, the
+            baselines with it, come on top.
         samples, search_windows, windows: windows of calibration, search and validation.
         chunk_layers: layers whose statistics are in memory at once; all by default.
         archive: file of everything measured; `resume` goes on with it.
@@ -130,6 +131,8 @@ def check_request(request: Request) -> None:
         one_of("--granularity", request.granularity, GRANULARITIES)
     for text in request.patterns:
         parse_pattern(text)
+    if request.patterns != PATTERNS and request.granularity != "n:m":
+        raise InputError("--patterns are the levels of --granularity n:m, which is not asked for")
     _check_numbers(request)
     if request.lowest >= request.highest:
         raise InputError(f"--lowest {request.lowest} must be below --highest {request.highest}")
