@@ -141,6 +141,8 @@ def opened(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, A
         try:
             document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             made = dict(document["settings"])
+            if not all(isinstance(document[name], list) for name in ("runs", "allocations")):
+                raise TypeError("runs and allocations are lists")
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise InputError(f"--json {str(path)!r} is no document of this benchmark: {error}") from error
         for name, value in settings.items():

@@ -321,6 +321,12 @@ def print_allocation(console: Console, result: Mapping[str, Any]) -> None:
         figures = (f"{point['sparsity']:.4f}", f"{point['sparsity_total']:.4f}", f"{point['perplexity']:.3f}")
         table.add_row(name, *figures, f"{point['excess']:.4f}", style="bold" if point is picked else "")
     console.print(table)
+    better = [name for name, point in rows.items() if _number(point["excess"]) < _number(picked["excess"])]
+    if better:
+        told = (
+            f"{', '.join(better)} beat what was picked on validation: search longer (--evaluations), or use --allocator"
+        )
+        console.print(Text(told), soft_wrap=True)
     first, last = result["front"][0], result["front"][-1]
     span = f"{first['excess']:.4f} at {first['sparsity']:.3f} to {last['excess']:.4f} at {last['sparsity']:.3f}"
     cost = f"{result['evaluations']} evaluations, {result['tokens']:,} tokens, {result['seconds']:.0f} s"

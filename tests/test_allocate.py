@@ -169,3 +169,32 @@ def test_probes_have_half_of_the_minutes_at_most(tiny_llama: Path, tiny_text: Pa
     assert short["evaluations"] < 4 * 21
     assert short["after_search"]["evaluations"] >= 4 * 21
     assert run(tiny_llama, tiny_text, evaluations=200, minutes=60)["evaluations"] >= 4 * 21
+
+
+def test_a_loss_ratio_picks_no_less_than_the_front_has() -> None:
+    """Whatever the ratio, here just above each member's; the demo model, since random ones gain from pruning."""
+    options = {**SMALL, "genes": "block", "device": "cpu"}
+    whole = allocate(sparsity=0.6, **options)
+    asked = [ratio for one in whole["front"] if (ratio := one["loss"] / whole["dense"]["loss"] + 1e-6) > 1]
+    assert asked
+    for ratio in asked[:: -(-len(asked) // 2)]:
+        found = allocate(max_loss_ratio=ratio, **options)
+        within = [one for one in found["front"] if one["loss"] <= ratio * found["dense"]["loss"]]
+        assert found["picked"]["sparsity"] >= max((one["sparsity"] for one in within), default=0)
+        assert found["picked"]["loss"] <= ratio * found["dense"]["loss"]
+
+
+def test_a_rule_picks_its_own_knee(tiny_llama: Path, tiny_text: Path) -> None:
+    found = run(tiny_llama, tiny_text, allocator="owl")
+    assert found["picked"] == found["front"][found["knee"] or len(found["front"]) // 2]
+
+
+def test_an_archive_is_no_directory(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a directory"):
+        run(tiny_llama, tiny_text, sparsity=0.6, archive=tmp_path)
+
+
+def test_nothing_measured_in_the_range(tiny_llama: Path, tiny_text: Path) -> None:
+    """One matrix with the levels 0, 1/2 and 3/4."""
+    with pytest.raises(GpmetricError, match=r"a sparsity between --lowest 0.6 and --highest 0.7"):
+        run(tiny_llama, tiny_text, include=r"layers\.0\.mlp\.up_proj", granularity="n:m", lowest=0.6, highest=0.7)

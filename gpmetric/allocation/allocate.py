@@ -94,8 +94,8 @@ def run_allocation(request: Request, listener: AllocateListener | None = None) -
     ) as archive:
         budget = partial(uniform_budget, prepared.ladder)
         problem = Problem(archive, prepared.blocks, prepared.outliers, budget, told.progress)
-        found = search(request, problem, profiles, on_generation)
-        cost = _cost(archive)
+        found = list(dict.fromkeys(search(request, problem, profiles, on_generation)))
+        cost, steps = _cost(archive), dict(meter.seconds)
         result = _result(request, problem, scorer, found)
         after = {name: value - cost[name] for name, value in _cost(archive).items()}
     progress = {
@@ -103,8 +103,8 @@ def run_allocation(request: Request, listener: AllocateListener | None = None) -
         "reference": {"objective": REFERENCE, "sparsity": 0.0},
         "rounds": _rounds(generations),
     }
-    steps = {"after_search": after, "seconds_by_step": meter.seconds}
-    return _described(request, prepared, scorer) | cost | steps | progress | result
+    paid = cost | {"seconds_by_step": steps, "after_search": after}
+    return _described(request, prepared, scorer) | paid | progress | result
 
 
 def search(
@@ -156,14 +156,18 @@ def _result(request: Request, problem: Problem, scorer: Scorer, found: Sequence[
         GpmetricError: no loss is finite.
     """
     sparsities = _diagonal(request, request.sparsity)
-    points = held_out_front(_scored(problem, scorer, "validation", found))
-    if not points:
+    if not found:
+        span = f"--lowest {request.lowest:g} and --highest {request.highest:g}"
+        raise GpmetricError(f"no allocation that was measured has a sparsity between {span}")
+    front = held_out_front(zip(_scored(problem, scorer, "front", found), found, strict=True))
+    if not front:
         raise GpmetricError("no allocation of the front has a finite loss on validation (--highest)")
+    points = [point for point, _ in front]
     rule = RULES.get(request.allocator)
     allocation, picked, error = None, None, None
     try:
         allocation, picked = pick(
-            request, problem, scorer, lambda sparsity: [rule(problem, sparsity)] if rule else found, points
+            request, problem, scorer, lambda sparsity: [rule(problem, sparsity)] if rule else found, front
         )
     except GpmetricError as failure:  # the front is not lost with it
         error = str(failure)

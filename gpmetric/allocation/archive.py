@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -30,6 +31,13 @@ RADIUS = 16  # levels around a candidate's that slopes are kept for: they are fi
 BARREN = 20  # generations without a new candidate that end a search: a few genes of a few levels have no more
 
 _FORMAT = 1
+_WINDOWS = "--sequence-length, --shuffle, --seed"
+_OPTIONS = {  # setting -> the options that it comes from, where they are called otherwise
+    "calibration": f"--calibration, --samples, {_WINDOWS}",
+    "search": f"--calibration, --search, --search-windows, {_WINDOWS}",
+    "layers": "--include, --exclude",
+    "searched": "--sparsity",
+}
 _BACKWARD = 3  # tokens that a token of a backward pass counts for: forward, and about twice that back
 _FLOOR, _CEILING = 1e-6, 50.0  # of an objective whose logarithm is taken: nothing is pruned, the model is dead
 
@@ -209,9 +217,9 @@ class Archive(AbstractContextManager["Archive"]):
             raise InputError(f"{where} is no archive of gpmetric allocate") from error
         for key in sorted(found.keys() | wanted.keys()):
             if found.get(key) != wanted.get(key):
-                raise InputError(
-                    f"{where} is another search's: {key} is {found.get(key)!r} there, {wanted.get(key)!r} here"
-                )
+                there, here = (textwrap.shorten(repr(one.get(key)), 60, placeholder=" ...") for one in (found, wanted))
+                options = f" ({_OPTIONS[key]})" if key in _OPTIONS else ""
+                raise InputError(f"{where} is another search's: {key} is {there} there, {here} here{options}")
 
     def _take(self, where: str, number: int, line: bytes) -> None:
         """One record of the file."""

@@ -80,8 +80,8 @@ def evolve(
         archive: measures candidates.
         first: candidates to begin with.
         settings: how to search.
-        budget: when to end. A generation that would not fit is not begun, but a round has at least one, unless so few
-            candidates exist that all are known.
+        budget: when to end. The first candidates are measured whatever it is; a generation that would not fit is not
+            begun.
         rng: source of everything random.
         on_generation: called with its number, the population, the batches that it is measured on, and the share of
             the budget that was spent when it began.

@@ -213,6 +213,8 @@ def _hypervolume(axes: Axes, document: Mapping[str, Any]) -> None:
     axes.plot(range(len(values)), values, color=_FRONT, linewidth=2, marker="o" if few else "", markersize=3.5)
     axes.set_ylabel("hypervolume of the front", fontsize=9)
     axes.margins(y=0.16)  # room for the labels of the rounds
+    if len(values) == 1:
+        axes.set_xlim(-0.5, 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     rounds = document.get("rounds") or []
     labelled = _ticks(len(rounds), _ROUND_LABELS)

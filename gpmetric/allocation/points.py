@@ -19,9 +19,10 @@ from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.pareto import pareto_front
 from gpmetric.pruning.allocation import Allocation, removed_weights
 
-__all__ = ["Point", "Scorer", "at_sparsity", "held_out_front", "knee", "pick"]
+__all__ = ["Point", "Scored", "Scorer", "at_sparsity", "held_out_front", "knee", "pick"]
 
 Point = dict[str, Any]
+Scored = tuple[Point, Levels]
 
 _NEAREST = 4  # members of the front that are brought to the budget of a pick
 _GRID = 0.01  # of the sparsities that a loss ratio is tried at
@@ -86,11 +87,11 @@ class Scorer:
         }
 
 
-def held_out_front(points: Iterable[Point]) -> list[Point]:
-    """The points that no other beats in validation loss and sparsity, the least sparse first."""
-    known = [point for point in points if np.isfinite(point["loss"])]
-    chosen = pareto_front([(point["loss"], -point["sparsity"]) for point in known])
-    return sorted((known[index] for index in chosen), key=lambda point: point["sparsity"])
+def held_out_front(scored: Iterable[Scored]) -> list[Scored]:
+    """Those that no other beats in validation loss and sparsity, the least sparse first."""
+    known = [one for one in scored if np.isfinite(one[0]["loss"])]
+    chosen = pareto_front([(point["loss"], -point["sparsity"]) for point, _ in known])
+    return sorted((known[index] for index in chosen), key=lambda one: one[0]["sparsity"])
 
 
 def knee(points: Sequence[Point]) -> int | None:
@@ -110,13 +111,13 @@ def pick(
     problem: Problem,
     scorer: Scorer,
     near: Callable[[float], Sequence[Levels]],
-    points: Sequence[Point],
+    front: Sequence[Scored],
 ) -> tuple[Allocation, Point]:
-    """(allocation, its point): at the asked sparsity, within the asked loss ratio, or at the knee.
+    """(allocation, its point): at the asked sparsity, the sparsest within the asked loss ratio, or at the knee.
 
     Args:
         near: candidates to make the allocation at a sparsity of.
-        points: of the front.
+        front: the least sparse first, at least one.
 
     Raises:
         GpmetricError: no allocation has that sparsity, or none of the front keeps the loss within the ratio.
@@ -125,33 +126,40 @@ def pick(
         allocation, levels = at_sparsity(problem, near(request.sparsity), request.sparsity)
         return allocation, scorer.point_of(allocation, levels)
     if request.max_loss_ratio is None:
-        index = knee(points)
-        point = points[len(points) // 2 if index is None else index]
-        allocation, levels = _brought(problem, near(point["sparsity"]), point["removed"], 1)
-        return allocation, scorer.point_of(allocation, levels)
+        index = knee([point for point, _ in front])
+        return _as_it_is(problem, front[len(front) // 2 if index is None else index])
     limit = request.max_loss_ratio * scorer.dense
+    within = [one for one in front if one[0]["loss"] <= limit]
+    reached = within[-1][0]["sparsity"] if within else 0.0
 
     def at(step: int) -> tuple[Allocation, Levels]:
         sparsity = round(request.lowest + step * _GRID, 6)
         return _brought(problem, near(sparsity), problem.budget(sparsity))
 
-    low, high = 0, int((request.highest - request.lowest) / _GRID + 1e-6) + 1
+    first = max(0, int((reached - request.lowest) / _GRID) + 1) if within else 0
+    low, high = first, int((request.highest - request.lowest) / _GRID + 1e-6) + 1
     while low < high:  # the loss rises with the sparsity
         middle = (low + high) // 2
         if scorer.point(at(middle)[1])["loss"] <= limit:
             low = middle + 1
         else:
             high = middle
-    for step in range(low - 1, -1, -1):  # between levels the loss is another by a hair
+    for step in range(low - 1, first - 1, -1):  # between levels the loss is another by a hair
         allocation, levels = at(step)
         point = scorer.point_of(allocation, levels)
-        if point["loss"] <= limit:
+        if point["loss"] <= limit and point["sparsity"] > reached:
             return allocation, point
-    least = points[0]
+    if within:
+        return _as_it_is(problem, within[-1])
+    least = front[0][0]
     raise GpmetricError(
         f"--max-loss-ratio {request.max_loss_ratio}: the loss is {least['loss'] / scorer.dense:.4f} times the "
         f"dense model's already at sparsity {least['sparsity']:.4f}, the lowest of the front (--lowest)"
     )
+
+
+def _as_it_is(problem: Problem, one: Scored) -> tuple[Allocation, Point]:
+    return problem.ladder.allocation(one[1]), one[0]
 
 
 def at_sparsity(problem: Problem, found: Sequence[Levels], sparsity: float) -> tuple[Allocation, Levels]:

@@ -76,8 +76,8 @@ class Request:
         init: allocation files, of this model or another, whose profiles the search begins with too.
         population: survivors of a generation.
         evaluations, tokens, minutes: budgets of the search; the first one spent ends it. A token of a backward pass
-            counts for three. With none, 1,000 evaluations. Calibration before it and validation after it, the
-            baselines with it, come on top.
+            counts for three. The first candidates are measured in any case. With none, 1,000 evaluations. Calibration
+            before the search and validation after it, the baselines with it, come on top.
         samples, search_windows, windows: windows of calibration, search and validation.
         chunk_layers: layers whose statistics are in memory at once; all by default.
         archive: file of everything measured; `resume` goes on with it.
@@ -144,6 +144,8 @@ def check_request(request: Request) -> None:
         raise InputError("--allocator evopress searches one sparsity: --sparsity is needed")
     if (request.search is None) != (request.validation is None):
         raise InputError("--search and --validation belong together; without both, --calibration is cut into three")
+    if request.archive is not None and request.archive.is_dir():
+        raise InputError(f"--archive {str(request.archive)!r} is a directory; a file is wanted")
     if request.archive is not None and not request.resume and _holds_something(request.archive):
         raise InputError(f"--archive {str(request.archive)!r} exists: go on with --resume, or name another")
     if request.resume and request.archive is None:
