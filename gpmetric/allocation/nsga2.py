@@ -30,6 +30,7 @@ REFERENCE = 2.0  # objective of the reference point of the hypervolume, in nats 
 _ROUNDS = ((0.35, 4), (0.7, 2), (1.0, 1))
 _SCREEN = 4  # of a round's windows, all children are measured on 1/_SCREEN, the better half on all
 _SLOPED = 2  # slopes are taken on 1/_SLOPED of a round's windows
+_LEAST = 0.2  # of a generation, which the last one may be cut down to for what is left of the budget
 _GUIDED = 8  # parents per generation whose slopes are taken
 _RADII = (4, 8, RADIUS)  # levels that a child of slopes may be away: one child each
 _CROSSED, _SHIFTED = 0.7, 0.35  # of the other children: have two parents; change their sparsity, the others switch
@@ -80,8 +81,8 @@ def evolve(
         archive: measures candidates.
         first: candidates to begin with.
         settings: how to search.
-        budget: when to end. The first candidates are measured whatever it is; a generation that would not fit is not
-            begun.
+        budget: when to end. The first candidates are measured whatever it is; a generation that would not fit is cut
+            down or not begun.
         rng: source of everything random.
         on_generation: called with its number, the population, the batches that it is measured on, and the share of
             the budget that was spent when it began.
@@ -91,15 +92,16 @@ def evolve(
     for end, part in _ROUNDS:
         batches = max(1, archive.batches // part)
         population = _survivors(archive, population, batches, settings.population)
-        barren, share, before = 0, 0.0, None  # generations in a row; of the budget, what one takes
+        barren, size, before = 0, 1.0, None  # generations in a row; of a whole generation
         while barren < BARREN:
             spent = archive.spent(budget)
-            share = 0.0 if before is None else spent - before
+            share = 0.0 if before is None else (spent - before) / size  # of the budget, what a whole one takes
             before = spent
-            if spent >= end or spent + share > end:
+            size = min(1.0, (end - spent) / share) if share > 0 else 1.0
+            if spent >= end or size < (_LEAST if end == 1 else 1):
                 break
             room = None if budget.evaluations is None else budget.evaluations - archive.evaluations
-            children = _bred(archive, population, batches, settings, rng, room)
+            children = _bred(archive, population, batches, settings, rng, size, room)
             barren = 0 if children else barren + 1
             population = _survivors(archive, [*population, *children], batches, settings.population)
             on_generation(generation, population, batches, spent)
@@ -142,13 +144,18 @@ def _bred(
     batches: int,
     settings: Settings,
     rng: random.Random,
+    size: float,
     room: int | None,
 ) -> list[Candidate]:
-    """At most `room` children never measured before, the better half of a first comparison on few windows."""
+    """At most `room` children never measured before, the better half of a first comparison on few windows.
+
+    Args:
+        size: of the generation, 1 for a whole one.
+    """
     ladder = archive.ladder
     parents = [_Individual(one, batches) for one in population]
     children: dict[Levels, None] = {}
-    for _ in range(_GUIDED):
+    for _ in range(round(size * _GUIDED)):
         parent = _parent(parents, settings, rng)
         slopes = archive.slopes(parent.levels, max(1, batches // _SLOPED))
         for radius in _RADII:
@@ -157,7 +164,7 @@ def _bred(
                 _shifted(ladder, parent, settings, rng) if rng.random() < _SHIFTED else ladder.removes(parent.levels)
             )
             children[repair(ladder, child, removed, rng)] = None
-    for _ in range(settings.population):
+    for _ in range(round(size * settings.population)):
         parent = _parent(parents, settings, rng)
         levels, removed = parent.levels, ladder.removes(parent.levels)
         if rng.random() < _CROSSED:

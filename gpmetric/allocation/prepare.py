@@ -17,9 +17,9 @@ from gpmetric.allocation.meter import check_memory
 from gpmetric.allocation.request import Request
 from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.collect import collect_chunks
-from gpmetric.data import Windows, check_disjoint, split_text
+from gpmetric.data import Windows
 from gpmetric.errors import MaskError, one_of
-from gpmetric.evaluation.windows import check_length, default_text, open_text, read_windows
+from gpmetric.evaluation.windows import check_length, read_splits
 from gpmetric.models import Model, load_model
 from gpmetric.pruning.allocation import Allocation
 from gpmetric.pruning.mask import select_mask
@@ -28,8 +28,6 @@ from gpmetric.pruning.prune import score_weight
 from gpmetric.pruning.target import GRANULARITIES
 
 __all__ = ["Prepared", "prepare"]
-
-_SPLITS = ("calibration", "search", "validation")
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,14 @@ def prepare(request: Request, progress: Callable[[str, int, int], None]) -> Prep
     model = load_model(
         request.model, device=request.device, dtype=request.dtype, include=request.include, exclude=request.exclude
     )
-    splits = _read_splits(model, request)
+    splits = read_splits(
+        model,
+        request.model,
+        {"calibration": request.calibration, "search": request.search, "validation": request.validation},
+        check_length(model, request.sequence_length),
+        {"calibration": request.samples, "search": request.search_windows, "validation": request.windows},
+        request.seed if request.shuffle else None,
+    )
     check_memory(model, splits["search"].tokens, request.objective)
     metric = resolve_metric(request.metric, *splits["calibration"].tokens.shape)
     granularity = one_of("--granularity", request.granularity or metric.granularity, GRANULARITIES)
@@ -134,19 +139,3 @@ def _deaths(
         return death_levels(score_weight(weight, metric, statistics), ladder.targets[index], nested=ladder.nested)
     except MaskError as error:
         raise MaskError(f"metric {metric.name}: {error} (layer {name})") from error
-
-
-def _read_splits(model: Model, request: Request) -> dict[str, Windows]:
-    """Disjoint windows for statistics, search and validation."""
-    length = check_length(model, request.sequence_length)
-    counts = {"calibration": request.samples, "search": request.search_windows, "validation": request.windows}
-    if request.search is None and request.calibration is not None:
-        texts = split_text(open_text(request.calibration), _SPLITS)
-    else:
-        texts = {
-            name: open_text(default_text(request.model, getattr(request, name), f"--{name}", name)) for name in _SPLITS
-        }
-    seed = request.seed if request.shuffle else None
-    splits = {name: read_windows(model, texts[name], length, counts[name], seed) for name in _SPLITS}
-    check_disjoint(splits)
-    return splits

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from gpmetric.data import Text, Windows, cut_windows, read_text
+from collections.abc import Mapping
+
+from gpmetric.data import Text, Windows, check_disjoint, cut_windows, read_text, split_text
 from gpmetric.demo.text import SPLITS, demo_text
 from gpmetric.errors import DataError, InputError
 from gpmetric.models import Model
 
-__all__ = ["check_length", "default_text", "open_text", "read_windows"]
+__all__ = ["check_length", "default_text", "open_text", "read_splits", "read_windows"]
 
 
 def default_text(model: str | None, source: str | None, option: str, split: str) -> str:
@@ -62,3 +64,33 @@ def read_windows(
     """
     text = source if isinstance(source, Text) else open_text(source)
     return cut_windows(text, model.tokenizer, length, count, vocabulary=model.vocabulary, shuffle_seed=shuffle_seed)
+
+
+def read_splits(
+    model: Model,
+    name: str | None,
+    sources: Mapping[str, str | None],
+    length: int,
+    counts: Mapping[str, int],
+    shuffle_seed: int | None = None,
+) -> dict[str, Windows]:
+    """Disjoint windows of several texts, or of one that is cut into as many parts.
+
+    Args:
+        name: the model as it was asked for; None is the demo model, which has texts of its own.
+        sources: by split, the text; with the first alone, it is cut.
+        counts: by split, the most windows.
+
+    Raises:
+        InputError: a text is not named.
+        DataError: a text cannot be read, is too short, or shares windows with another.
+    """
+    first, *others = sources
+    source = sources[first]
+    if source is not None and all(sources[split] is None for split in others):
+        texts = split_text(open_text(source), tuple(sources))
+    else:
+        texts = {split: open_text(default_text(name, source, f"--{split}", split)) for split, source in sources.items()}
+    found = {split: read_windows(model, texts[split], length, counts[split], shuffle_seed) for split in sources}
+    check_disjoint(found)
+    return found
