@@ -20,7 +20,7 @@ from gpmetric.allocation.archive import Archive
 from gpmetric.allocation.exact import allocated, exact_allocation, uniform_budget
 from gpmetric.allocation.levels import Ladder
 from gpmetric.allocation.meter import Meter
-from gpmetric.allocation.points import at_sparsity
+from gpmetric.allocation.points import NEAREST, at_sparsity
 from gpmetric.allocation.prepare import Prepared, prepare
 from gpmetric.allocation.request import Request
 from gpmetric.data import Windows, check_disjoint
@@ -139,7 +139,9 @@ def allocations_of(problem: Problem, request: Request, sparsities: Sequence[floa
     if request.allocator == "uniform":
         return [uniform_allocation(ladder, sparsity) for sparsity in sparsities]
     if request.allocator == "nsga2":
-        front = search(request, problem)
+        assert request.tokens is not None
+        picks = NEAREST * len(sparsities) * problem.archive.tokens_of(problem.archive.batches)
+        front = search(replace(request, tokens=max(1, request.tokens - picks)), problem)
         return [at_sparsity(problem, front, sparsity)[0] for sparsity in sparsities]
     if request.allocator == "evopress":
         levels = [search(replace(request, sparsity=sparsity), problem)[0] for sparsity in sparsities]

@@ -19,12 +19,12 @@ from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.pareto import pareto_front
 from gpmetric.pruning.allocation import Allocation, removed_weights
 
-__all__ = ["Point", "Scored", "Scorer", "at_sparsity", "held_out_front", "knee", "pick"]
+__all__ = ["NEAREST", "Point", "Scored", "Scorer", "at_sparsity", "held_out_front", "knee", "pick"]
 
 Point = dict[str, Any]
 Scored = tuple[Point, Levels]
 
-_NEAREST = 4  # members of the front that are brought to the budget of a pick
+NEAREST = 4  # members of the front that are brought to the budget of a pick
 _GRID = 0.01  # of the sparsities that a loss ratio is tried at
 
 
@@ -181,7 +181,7 @@ def at_sparsity(problem: Problem, found: Sequence[Levels], sparsity: float) -> t
 
 
 def _brought(
-    problem: Problem, found: Sequence[Levels], budget: int, count: int = _NEAREST
+    problem: Problem, found: Sequence[Levels], budget: int, count: int = NEAREST
 ) -> tuple[Allocation, Levels]:
     """The best on the search text of the few candidates nearest to a budget, all brought there."""
     archive, ladder = problem.archive, problem.ladder
