@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gpmetric.allocation.allocate import search
@@ -45,24 +41,6 @@ class Found:
     removed: int
     budget: int
     cost: Mapping[str, Any]
-
-
-def one_thread() -> None:
-    """What every process of the benchmark begins with."""
-    torch.set_num_threads(1)
-
-
-def begin_worker() -> None:
-    """One thread, and an end when the process that wants the figures has ended, however it did."""
-    one_thread()
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
-
-
-def end_with(parent: multiprocessing.process.BaseProcess) -> None:
-    parent.join()
-    os._exit(1)
 
 
 def run_case(settings: Settings, model: str, metric: str, seed: int) -> dict[str, Any]:

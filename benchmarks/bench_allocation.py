@@ -28,32 +28,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
-import torch
 from allocation_costs import measure_chunk, memory_rows, split_rows
 from allocation_report import draw, report, report_sizes, rows, short, summarise
-from allocation_runs import begin_worker, make_request, one_thread, run_case
-from results import RESULTS, append, cpu_name
+from allocation_runs import make_request, run_case
+from cases import finished, one_thread, opened, save, told
+from results import RESULTS, append
 
 from gpmetric.allocation.request import ALLOCATORS, check_request
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.evaluation.windows import open_text
-from gpmetric.models import check_path, pick_device
-from gpmetric.provenance import check_output, check_picture, versions, write_text
+from gpmetric.models import check_path
+from gpmetric.provenance import check_output, check_picture
 from gpmetric.pruning.metrics import UPDATES
 
 PROTOCOLS = ("one-shot", "sequential")
 OUTSIDE = ("models", "metric", "seeds", "jobs", "json", "resume", "csv", "plot", "memory", "memory_chunk", "split")
 OUTSIDE += ("repeats", "blocks", "width")  # options that change no figure of a case
-Case = tuple[str, str, int]  # model, metric, seed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,23 +71,22 @@ def main(arguments: list[str] | None = None) -> int:
 def compare(options: argparse.Namespace) -> None:
     """The benchmark itself."""
     settings = {name: value for name, value in vars(options).items() if name not in OUTSIDE}
-    document = opened(options, settings)
+    document = opened(options.json, options.resume, settings, ("runs", "allocations"))
     done = {(run["model"], run["metric"], run["seed"]) for run in document["runs"]}
     # the seed is the outer loop: what else the machine does falls on all alike
     cases = [(m, metric, seed) for seed, m, metric in product(range(options.seeds), options.models, options.metric)]
     failures = []
-    for case, made in finished(settings, [case for case in cases if case not in done], options.jobs):
-        told = f"{short(case[0])}, {case[1]}, seed {case[2]}"
+    for case, made in finished(run_case, settings, [case for case in cases if case not in done], options.jobs):
+        name = f"{short(case[0])}, {case[1]}, seed {case[2]}"
         if isinstance(made, GpmetricError):
-            failures.append((told, made))
+            failures.append((name, made))
             continue
         document["runs"] += made["runs"]
         document["allocations"] += made["allocations"]
-        if options.json:
-            save(document, options.json)
-        print(f"{told}: {len(made['allocations'])} allocations, {made['seconds']:.0f} s", flush=True)
+        save(document, options.json)
+        print(f"{name}: {len(made['allocations'])} allocations, {made['seconds']:.0f} s", flush=True)
     if failures and not document["runs"]:
-        raise failures[0][1]
+        raise told(failures, len(cases))
     summaries = summarise(document["runs"])
     report(summaries)
     report_sizes(document["runs"])
@@ -101,61 +94,7 @@ def compare(options: argparse.Namespace) -> None:
     if options.plot:
         draw(summaries, options.plot)
     if failures:
-        whys = "; ".join(f"{told}: {error}" for told, error in failures)
-        raise GpmetricError(f"{len(failures)} of {len(cases)} cases failed: {whys}")
-
-
-def finished(settings: dict[str, Any], cases: list[Case], jobs: int) -> Iterator[tuple[Case, Any]]:
-    """Each case with what `run_case` gives for it, or the GpmetricError that it failed with, as soon as it is there."""
-    if jobs == 1:
-        for case in cases:
-            yield case, outcome(partial(run_case, settings, *case))
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=begin_worker) as pool:
-        try:
-            futures = {pool.submit(run_case, settings, *case): case for case in cases}
-            for one in as_completed(futures):
-                yield futures[one], outcome(one.result)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def outcome(run: Callable[[], dict[str, Any]]) -> dict[str, Any] | GpmetricError:
-    try:
-        return run()
-    except GpmetricError as error:
-        return error
-
-
-def opened(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
-    """The document of raw results: the one to go on with, or a new one.
-
-    Raises:
-        InputError: the file is there without --resume, cannot be read, or was made otherwise.
-    """
-    path = options.json
-    if path is not None and path.exists():
-        if not options.resume:
-            raise InputError(f"--json {str(path)!r} exists: go on with --resume, or name another")
-        try:
-            document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            made = dict(document["settings"])
-            if not all(isinstance(document[name], list) for name in ("runs", "allocations")):
-                raise TypeError("runs and allocations are lists")
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError(f"--json {str(path)!r} is no document of this benchmark: {error}") from error
-        for name, value in settings.items():
-            if made.get(name) != value:
-                raise InputError(f"--json {str(path)!r}: {name} is {made.get(name)!r} there, {value!r} here")
-        return document
-    where = pick_device(options.device)
-    device = torch.cuda.get_device_name() if where.type == "cuda" else cpu_name()
-    return {"settings": settings, "versions": versions(), "device": device, "runs": [], "allocations": []}
-
-
-def save(document: dict[str, Any], path: Path) -> None:
-    write_text(path, json.dumps(document, indent=1))
+        raise told(failures, len(cases))
 
 
 def run_split(options: argparse.Namespace) -> None:
