@@ -1,8 +1,8 @@
 """Discovers pruning metrics for language models by genetic programming.
 
-`discover`, `bench`, `allocate`, `prune`, `verify`, `evaluate` and `analyse` are the commands of the command line;
-`Metric` and `select_mask` score and choose. Importing the package imports neither torch nor transformers; using a name
-does.
+`discover`, `bench`, `allocate`, `prune`, `slim`, `verify`, `evaluate` and `analyse` are the commands of the command
+line; `load` opens what they write; `Metric` and `select_mask` score and choose. Importing the package imports neither
+torch nor transformers; using a name does.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from gpmetric.errors import GpmetricError
     from gpmetric.evaluation.evaluate import evaluate_model as evaluate
     from gpmetric.evolution.discover import discover
-    from gpmetric.models import load_model
+    from gpmetric.models import load, load_model
     from gpmetric.pruning.bench import bench
     from gpmetric.pruning.mask import select_mask
     from gpmetric.pruning.metrics import BASELINES, Metric
     from gpmetric.pruning.prune_model import prune_model as prune
     from gpmetric.pruning.target import parse_target
     from gpmetric.pruning.verify import verify
+    from gpmetric.structured.slim import slim
 
 _HOMES = {
     "BASELINES": ("pruning.metrics", "BASELINES"),
@@ -33,10 +34,12 @@ _HOMES = {
     "bench": ("pruning.bench", "bench"),
     "discover": ("evolution.discover", "discover"),
     "evaluate": ("evaluation.evaluate", "evaluate_model"),
+    "load": ("models", "load"),
     "load_model": ("models", "load_model"),
     "parse_target": ("pruning.target", "parse_target"),
     "prune": ("pruning.prune_model", "prune_model"),
     "select_mask": ("pruning.mask", "select_mask"),
+    "slim": ("structured.slim", "slim"),
     "verify": ("pruning.verify", "verify"),
 }
 
@@ -49,10 +52,12 @@ __all__ = [
     "bench",
     "discover",
     "evaluate",
+    "load",
     "load_model",
     "parse_target",
     "prune",
     "select_mask",
+    "slim",
     "verify",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: `gpmetric discover | bench | export | allocate | prune | verify | evaluate | analyse`.
+"""The command line: `gpmetric discover | bench | export | allocate | prune | slim | verify | evaluate | analyse`.
 
 Options and formulas are checked before torch is imported; the work is in the functions that `import gpmetric` offers.
 """
@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from gpmetric.commands import allocate, prune, verify
+from gpmetric.commands import allocate, prune, slim, verify
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.evolution.ledger import is_ledger, winner_of
 from gpmetric.evolution.request import Request, check_group, check_objective, check_request
@@ -313,7 +313,7 @@ def export(
     write_json(json, record)
 
 
-for _command in (allocate, prune, verify):
+for _command in (allocate, prune, slim, verify):
     app.command()(_command)
 
 

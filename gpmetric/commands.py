@@ -30,8 +30,17 @@ from gpmetric.options import (
 from gpmetric.provenance import STDOUT, check_output, check_picture, write_json
 from gpmetric.pruning.metrics import BASELINES, check_update, resolve_metric
 from gpmetric.pruning.target import GRANULARITIES, parse_target
+from gpmetric.structured.request import BUDGETS, COSTS, ESTIMATORS, FORMATS, REPAIRS, STARTS, SlimRequest
+from gpmetric.structured.request import GRANULARITIES as SLIM_GRANULARITIES
+from gpmetric.structured.request import check_request as check_slim
 
-__all__ = ["allocate", "prune", "verify"]
+__all__ = ["allocate", "prune", "slim", "verify"]
+
+
+def _told(table: Mapping[str, str]) -> str:
+    """A table of choices as an option's help."""
+    return "; ".join(f"{name}: {what}" for name, what in table.items()) + "."
+
 
 ModelArgument = Annotated[str | None, typer.Argument(help="Hugging Face directory or name; the demo model if none.")]
 
@@ -248,7 +257,7 @@ def prune(
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that `gpmetric prune` wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that `gpmetric prune` or `slim` wrote.")],
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The dense model: what was not pruned must be as it was there.")
     ] = None,
@@ -268,4 +277,95 @@ def verify(
     if not result["ok"]:
         raise GpmetricError(f"{str(folder)!r} has {len(result['problems'])} problems, first: {result['problems'][0]}")
     measured = "no text at hand" if result["perplexity"] is None else f"perplexity {result['perplexity']:.4f}"
-    print(f"{folder}: ok, {result['sparsity']:.4f} of {result['layers']} layers zero, {measured}", file=tables(json))
+    share = f"{result['layers']} layers zero" if result["layers"] else "the parameters inside the blocks gone"
+    print(f"{folder}: ok, {result['sparsity']:.4f} of {share}, {measured}", file=tables(json))
+
+
+def slim(
+    model: ModelArgument = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text of the statistics; cut into three where --search is not named.")
+    ] = None,
+    search: Annotated[str | None, typer.Option(help="Text the drawn models are measured on.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Text the perplexity is reported on.")] = None,
+    sparsity: Annotated[
+        float, typer.Option(help="Share of the parameters inside the blocks that is removed.")
+    ] = SlimRequest.sparsity,
+    granularity: Annotated[str, typer.Option(help=f"What goes as one: {', '.join(SLIM_GRANULARITIES)}.")] = ",".join(
+        SlimRequest.granularity
+    ),
+    form: Annotated[str, typer.Option("--format", help=_told(FORMATS))] = SlimRequest.format,
+    budget: Annotated[str, typer.Option(help=_told(BUDGETS))] = SlimRequest.budget,
+    cost: Annotated[str, typer.Option(help=f"What the budget counts: {', '.join(COSTS)}.")] = SlimRequest.cost,
+    estimator: Annotated[str, typer.Option(help=_told(ESTIMATORS))] = SlimRequest.estimator,
+    start: Annotated[
+        str, typer.Option(help=f"What the probabilities begin from: {', '.join(STARTS)}, a metric or a formula.")
+    ] = SlimRequest.start,
+    repair: Annotated[str, typer.Option(help=_told(REPAIRS))] = SlimRequest.repair,
+    add_bias: Annotated[
+        bool, typer.Option("--add-bias/--no-add-bias", help="Give a bias to outputs that have none, for the repair.")
+    ] = SlimRequest.add_bias,
+    steps: Annotated[int | None, typer.Option(help="Steps of the search at most; 6 minutes if no limit.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes of the search at most.")] = None,
+    draws: Annotated[int, typer.Option(help="Models drawn per step.")] = SlimRequest.draws,
+    batch: Annotated[int, typer.Option(help="Windows that the draws of a step are measured on.")] = SlimRequest.batch,
+    rate: Annotated[float | None, typer.Option(help="Of the first step; the estimator's own by default.")] = None,
+    ledger: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON Lines file of the search's progress.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the ledger if it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that gpmetric wrote.")] = False,
+    samples: SamplesOption = SlimRequest.samples,
+    sequence_length: LengthOption = None,
+    search_windows: Annotated[int, typer.Option(help="Windows of the search text.")] = SlimRequest.search_windows,
+    windows: Annotated[int, typer.Option(help="Windows of the validation text.")] = SlimRequest.windows,
+    shuffle: ShuffleOption = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = None,
+    json: JsonOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Removes channels, heads and layers for good, chosen by a policy gradient that needs forward passes only."""
+    if output is None:
+        raise InputError("--output (-o) DIR is needed")
+    request = SlimRequest(
+        model=model,
+        calibration=calibration,
+        search=search,
+        validation=validation,
+        sparsity=sparsity,
+        granularity=tuple(dict.fromkeys(text.strip() for text in granularity.split(","))),
+        format=form,
+        budget=budget,
+        cost=cost,
+        estimator=one_of("--estimator", estimator, ESTIMATORS),
+        start=start,
+        repair=repair,
+        add_bias=add_bias,
+        steps=steps,
+        minutes=minutes,
+        draws=draws,
+        batch=batch,
+        rate=rate,
+        samples=samples,
+        search_windows=search_windows,
+        windows=windows,
+        sequence_length=sequence_length,
+        shuffle=shuffle,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        ledger=ledger,
+        resume=resume,
+    )
+    check_slim(request)
+    _check_different({"--json": json, "--ledger": ledger}, [text for text in (calibration, search, validation) if text])
+    from gpmetric import terminal
+    from gpmetric.structured.slim import run_slim
+
+    with terminal.SlimReport(Console(stderr=True)) as listener:
+        result = run_slim(request, output, force=force, listener=listener)
+    write_json(json, result)
+    terminal.print_slim(Console(file=tables(json)), result)

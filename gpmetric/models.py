@@ -22,14 +22,14 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from gpmetric.errors import InputError, ModelError
 
-__all__ = ["DEMO_MODEL", "Block", "Layer", "Model", "check_path", "load_model", "pick_device"]
+__all__ = ["DEMO_MODEL", "Block", "Layer", "Model", "check_path", "load", "load_model", "pick_device"]
 
 _LOG = logging.getLogger(__name__)
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
@@ -194,6 +194,22 @@ def load_model(
     return model
 
 
+def load(name: str | Path, *, device: str = "auto", dtype: str | None = None) -> Any:
+    """A causal language model as transformers has it, of a directory or Hub name; also what `gpmetric slim` writes.
+
+    No code that comes with a model is run: nothing has to be trusted.
+
+    Args:
+        device, dtype: as of `load_model`.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    module = load_model(str(name), device=device, dtype=dtype).module
+    module.config.use_cache = True
+    return module
+
+
 def check_path(path: str | Path) -> None:
     """A directory is checked here, since transformers would answer a wrong one with a page about the Hub."""
     folder = Path(path)
@@ -225,6 +241,7 @@ def _load(path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": not _is_reachable(path)}
     place = repr(path) if Path(path).is_dir() else f"{path!r} (no directory here)"
     with _explained(f"model {place}"):
+        _know_slim(path, options)
         config = AutoConfig.from_pretrained(path, **options)
         if getattr(config, "quantization_config", None) is not None:
             raise ModelError(f"model {path!r} is quantised; prune the full-precision checkpoint it was made from")
@@ -249,6 +266,17 @@ def _load(path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
         if names:
             _LOG.warning("model %r ignores %d weights that its files hold, first %s", path, len(names), names[0])
     return module, tokenizer
+
+
+def _know_slim(path: str, options: dict[str, Any]) -> None:
+    """Tells transformers of the models that `gpmetric slim` writes, if this is one, so that none of its code is run."""
+    config, _ = PreTrainedConfig.get_config_dict(path, **options)
+    if str(config.get("model_type")).startswith("slim_"):
+        from gpmetric.slim_models import SLIM_MODELS  # imports every architecture it knows
+
+        for kind, made in SLIM_MODELS.values():
+            AutoConfig.register(kind.model_type, kind, exist_ok=True)
+            AutoModelForCausalLM.register(kind, made, exist_ok=True)
 
 
 def _folder(path: str) -> Path:

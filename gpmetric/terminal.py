@@ -20,17 +20,21 @@ from gpmetric.evolution.discover import DiscoverListener
 from gpmetric.evolution.objectives import mean_excess
 from gpmetric.evolution.selection import Individual
 from gpmetric.pruning.bench import BenchListener, BenchRow
+from gpmetric.structured.slim import SlimListener
 
 __all__ = [
     "AllocateReport",
     "BenchReport",
     "DiscoverReport",
+    "SlimReport",
     "print_allocation",
     "print_analysis",
     "print_bench",
     "print_discover",
+    "print_slim",
 ]
 
+_SLIM_LINES = 500  # steps between two lines of a structured search
 _SHOWN = 12  # rows of the live table
 _PARTS_SHOWN = 20  # rows of an analysis
 _FREE = "best without gradients"
@@ -87,6 +91,17 @@ class AllocateReport(_Bars, AllocateListener):
         shown = [ends[0], ends[len(ends) // 2], ends[-1]]
         figures = ", ".join(f"{one.value(batches):.3f} at {one.sparsity:.2f}" for one in shown)
         self._console.print(Text(f"generation {number} ({spent:.0%} of the budget): {figures}"), soft_wrap=True)
+
+
+class SlimReport(_Bars, SlimListener):
+    """A line now and then: loss of the drawn models, entropy of the policy, budget."""
+
+    def report(self, report: Mapping[str, Any], share: float) -> None:
+        self.progress("search, % of its length", int(100 * share), 100)
+        if report["step"] % _SLIM_LINES == 0:
+            loss = f"loss {_number(report['loss']):.4f}, entropy {report['entropy']:.3f} bits"
+            line = f"step {report['step']} ({share:.0%}): {loss}, {report['kept']:.4f} of the units' cost stays"
+            self._console.print(Text(line), soft_wrap=True)
 
 
 class DiscoverReport(_Bars, DiscoverListener):
@@ -353,3 +368,18 @@ def print_analysis(console: Console, result: Mapping[str, Any]) -> None:
     principles = result["principles"] or ["no finding is significant (q < 0.05)"]
     for line in (result["note"], "principles:", *(f"- {sentence}" for sentence in principles)):
         console.print(Text(line), soft_wrap=True)
+
+
+def print_slim(console: Console, result: Mapping[str, Any]) -> None:
+    """What stays of every block, and what that costs in perplexity."""
+    table = Table(title=Text(f"{Path(result['model']).name}, what stays"), title_justify="left")
+    for heading in ("block", "key/value groups", "channels"):
+        table.add_column(heading, justify="right")
+    for index, width in enumerate(result["widths"]):
+        table.add_row(str(index), str(width["heads"]), str(width["channels"]))
+    console.print(table)
+    before, after = result["parameters_before"], result["parameters_after"]
+    figures = ", ".join(f"{name} {_number(result[name]):.3f}" for name in ("dense", "initial", "perplexity"))
+    console.print(Text(f"perplexity on validation: {figures}"), soft_wrap=True)
+    share = f"{result['sparsity']:.4f} of the parameters inside the blocks removed"
+    console.print(Text(f"{result['output']}: {before:,} -> {after:,} parameters, {share}; verified"), soft_wrap=True)

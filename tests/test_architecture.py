@@ -23,7 +23,7 @@ LAYERS = [
     {"pruning"},
     {"calibration", "evaluation", "export"},
     {"expression", "data", "models", "demo", "provenance"},
-    {"operands", "errors", "pareto", "kernels"},
+    {"operands", "errors", "pareto", "kernels", "slim_models"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 

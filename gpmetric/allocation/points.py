@@ -180,9 +180,7 @@ def at_sparsity(problem: Problem, found: Sequence[Levels], sparsity: float) -> t
     return allocation, levels
 
 
-def _brought(
-    problem: Problem, found: Sequence[Levels], budget: int, count: int = NEAREST
-) -> tuple[Allocation, Levels]:
+def _brought(problem: Problem, found: Sequence[Levels], budget: int, count: int = NEAREST) -> tuple[Allocation, Levels]:
     """The best on the search text of the few candidates nearest to a budget, all brought there."""
     archive, ladder = problem.archive, problem.ladder
     near = sorted(found, key=lambda levels: (abs(ladder.removes(levels) - budget), levels))[:count]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -49,6 +49,7 @@ class _Manifest(BaseModel):
     """What is read of a manifest."""
 
     version: Literal[1]
+    kind: Literal["prune", "slim"] = "prune"
     dtype: Literal["float32", "bfloat16", "float16"]
     update: Update
     perplexity: Number | None
@@ -56,9 +57,15 @@ class _Manifest(BaseModel):
     seed: Count
     shuffle: bool
     text: _Text
-    layers: Annotated[list[_Layer], Field(min_length=1)]
+    layers: list[_Layer]
     tensors: list[str]
     files: dict[str, str]
+
+    @model_validator(mode="after")
+    def _has_layers(self) -> Self:
+        if not self.layers and self.kind == "prune":
+            raise ValueError("layers is empty")
+        return self
 
 
 def verify(
@@ -69,7 +76,7 @@ def verify(
     windows: Tensor | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Re-reads a checkpoint that `prune` wrote.
+    """Re-reads a checkpoint that `prune` or `slim` wrote.
 
     Args:
         folder: the checkpoint.
@@ -89,6 +96,8 @@ def verify(
     path = Path(folder)
     pick_device(device)
     manifest = _read_manifest(path)
+    if against is not None and manifest.kind == "slim":
+        raise InputError(f"--against: {str(folder)!r} is smaller than the dense model, by `gpmetric slim`")
     dense = None if against is None else _dense_folder(against)
     problems: list[str] = []
     found: float | None = None
@@ -110,6 +119,7 @@ def verify(
         "against": against,
         "ok": not problems,
         "problems": ["".join(letter if letter.isprintable() else "?" for letter in line) for line in problems],
+        "kind": manifest.kind,
         "layers": len(manifest.layers),
         "sparsity": manifest.sparsity,
         "perplexity": found,

@@ -1,0 +1,151 @@
+"""How much may stay: probabilities brought to a budget, and what is kept at the end.
+
+Source: Gao et al. 2025 (Bypass Back-propagation), section 3.3, whose budget counts units and is met on one side only;
+here units have costs, layers can go as a whole, and the budget is met on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpmetric.structured.groups import Groups, Kind
+
+__all__ = ["Pool", "Space", "find_space", "project", "top_units"]
+
+_AJAR = 0.05  # of a gate: what is behind a closed one has a cost all the same
+_STEPS = 60  # bisections: to the last bit of fp64
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a policy has a probability for: atoms, and gates that close a whole part or block.
+
+    An atom is a unit, or a whole part where its units are not to be told apart. It stays if it is drawn and its gates
+    are. Probabilities and draws are vectors [entries]: atoms first, then gates.
+
+    Attributes:
+        atom: index of each unit's atom, [units]; -1 where the unit always stays.
+        cost: of each atom, [atoms], fp64.
+        gates: indices of each atom's two gates, [2, atoms]; `entries` where it has none.
+        entries: atoms and gates.
+    """
+
+    atom: Tensor
+    cost: Tensor
+    gates: Tensor
+    entries: int
+
+    def stays(self, values: Tensor) -> Tensor:
+        """Probability, or draw, of each atom [atoms] with its gates."""
+        padded = torch.cat([values, torch.ones(1, dtype=values.dtype)])
+        return padded[: len(self.cost)] * padded[self.gates[0]] * padded[self.gates[1]]
+
+    def slopes(self, values: Tensor, cost: Tensor) -> Tensor:
+        """Change of the expected cost with each entry, [entries]."""
+        padded = torch.cat([values, torch.ones(1, dtype=values.dtype)])
+        mine, part, block = padded[: len(cost)], padded[self.gates[0]], padded[self.gates[1]]
+        found = torch.zeros(self.entries + 1, dtype=values.dtype)
+        found[: len(cost)] = cost * part * block
+        found.index_add_(0, self.gates[0], cost * mine * block)
+        found.index_add_(0, self.gates[1], cost * mine * part)
+        return found[: self.entries]
+
+    def kept(self, stays: Tensor) -> Tensor:
+        """Which units stay, [units], of the atoms [atoms] that do."""
+        return torch.cat([stays.bool(), torch.ones(1, dtype=torch.bool)])[self.atom]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Atoms that share a budget.
+
+    Attributes:
+        atoms: indices, [n].
+        kept: the sum of their costs that stays.
+    """
+
+    atoms: Tensor
+    kept: float
+
+
+def find_space(groups: Groups, kinds: Sequence[Kind], *, layers: bool, cost: Tensor | None = None) -> Space:
+    """The space of a model.
+
+    Args:
+        kinds: whose units are told apart.
+        layers: whether parts and blocks can go as a whole.
+        cost: of each unit, [units]; its parameters by default.
+    """
+    cost = groups.cost if cost is None else cost
+    atom = torch.full((groups.units,), -1)
+    part_of: list[int] = []
+    for index, places in enumerate(groups.split(torch.arange(groups.units))):
+        part = groups.parts[index]
+        if part.kind in kinds:
+            atom[places] = len(part_of) + torch.arange(part.units)
+            part_of += [index] * part.units
+        elif layers:
+            atom[places] = len(part_of)
+            part_of.append(index)
+    atoms = len(part_of)
+    sums = torch.zeros(atoms, dtype=torch.float64).index_add_(0, atom[atom >= 0], cost[atom >= 0])
+    gates = torch.full((2, atoms), atoms)
+    if not layers:
+        return Space(atom, sums, gates, atoms)
+    split = [index for index, part in enumerate(groups.parts) if part.kind in kinds]  # with a gate of their own
+    blocks = 1 + max(part.block for part in groups.parts)
+    entries = atoms + len(split) + blocks
+    for place, index in enumerate(part_of):
+        gates[0, place] = atoms + split.index(index) if index in split else entries
+        gates[1, place] = atoms + len(split) + groups.parts[index].block
+    return Space(atom, sums, gates, entries)
+
+
+def project(values: Tensor, space: Space, pools: Sequence[Pool]) -> Tensor:
+    """The probabilities [entries] nearest to `values` whose expected cost is each pool's budget.
+
+    Without gates, the nearest point of a box on a plane: clip(values - shift * cost, 0, 1), the shift by bisection.
+    With gates, along the slopes of the cost where it begins.
+    """
+    found = values.clamp(0, 1)
+    for pool in pools:
+        cost = torch.zeros_like(space.cost)
+        cost[pool.atoms] = space.cost[pool.atoms]
+        slopes = space.slopes(found.clamp_min(_AJAR), cost)
+        slopes = slopes / slopes[slopes > 0].mean()
+        moved = slopes > 0
+        start = torch.where(moved, values, found)
+        low = ((start - 1)[moved] / slopes[moved]).min()
+        high = (start[moved] / slopes[moved]).max()
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            expected = (cost * space.stays((start - middle * slopes).clamp(0, 1))).sum()
+            if expected > pool.kept:
+                low = middle
+            else:
+                high = middle
+        found = torch.where(moved, (start - high * slopes).clamp(0, 1), found)
+    return found
+
+
+def top_units(stays: Tensor, space: Space, pools: Sequence[Pool]) -> Tensor:
+    """Which units [units] stay when the atoms least likely to stay go, bool: budgets met to less than the least cost.
+
+    Of equals the first goes. An atom that would take too much with it is passed over.
+    """
+    kept = torch.ones(len(space.cost), dtype=torch.bool)
+    for pool in pools:
+        cost = space.cost[pool.atoms]
+        room = float(cost.sum()) - pool.kept
+        gone = []
+        order = torch.argsort(stays[pool.atoms], stable=True)
+        for place, price in zip(order.tolist(), cost[order].tolist(), strict=True):
+            if price <= room + 1e-6:
+                room -= price
+                gone.append(place)
+        kept[pool.atoms[gone]] = False
+    return space.kept(kept)

@@ -1,0 +1,235 @@
+"""A slimmed model as a folder of files: its own widths per layer, equal ones, or zeros in the original shapes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from gpmetric import slim_models
+from gpmetric.errors import InputError
+from gpmetric.models import Model
+from gpmetric.pruning.checkpoint import tensors
+from gpmetric.slim_models import SLIM_MODELS
+from gpmetric.structured.groups import Groups
+from gpmetric.structured.shrink import Repair, Shrinker
+
+__all__ = ["Slimmed", "check_format", "stored_dtype", "write_model"]
+
+_MODELLING = Path(slim_models.__file__)
+_REMOTE = "modeling_slim"  # the file's name in a folder
+
+
+@dataclass(frozen=True)
+class Slimmed:
+    """What stays of a model, and what is done for it.
+
+    Attributes:
+        kept: units that stay, [units], bool.
+        repairs: by index of a part.
+    """
+
+    groups: Groups
+    kept: Tensor
+    repairs: Mapping[int, Repair]
+
+    def widths(self) -> list[dict[str, Any]]:
+        """By block, heads and channels that stay, and whether an output has a bias that it had not."""
+        counts = [int(mine.sum()) for mine in self.groups.split(self.kept)]
+        biased = [
+            index in self.repairs and self.repairs[index].bias is not None and not _has_bias(part.module, part.output)
+            for index, part in enumerate(self.groups.parts)
+        ]
+        pairs = range(0, len(counts), 2)
+        return [
+            {
+                "heads": counts[index],
+                "channels": counts[index + 1],
+                "attention_bias": biased[index] or (not counts[index] and self._left(index)),
+                "mlp_bias": biased[index + 1] or (not counts[index + 1] and self._left(index + 1)),
+            }
+            for index in pairs
+        ]
+
+    def _left(self, index: int) -> bool:
+        """Whether a part that is gone leaves a constant."""
+        return index in self.repairs and self.repairs[index].bias is not None
+
+
+def check_format(model: Model, kind: str, *, biases: bool) -> None:
+    """Refuses a format that cannot hold a model's biases.
+
+    Args:
+        kind: a key of FORMATS.
+        biases: whether outputs without a bias are given one.
+
+    Raises:
+        InputError: naming the format.
+    """
+    config = model.module.config
+    if kind != "hetero" and biases and not hasattr(config, "mlp_bias") and config.model_type != "gpt2":
+        raise InputError(
+            f"--add-bias: {config.model_type} models of stock transformers have no such bias; --format hetero has"
+        )
+
+
+def stored_dtype(model: Model) -> torch.dtype:
+    """The dtype of a model's files."""
+    assert model.folder is not None
+    name, path = next(iter(tensors(model.folder).items()))
+    with safe_open(path, framework="pt") as file:
+        dtype: torch.dtype = file.get_tensor(name).dtype
+    return dtype
+
+
+def write_model(model: Model, shrinker: Shrinker, slimmed: Slimmed, kind: str, folder: Path) -> None:
+    """Writes config and weights, in the dtype of the dense model's files, and for `hetero` the modelling file.
+
+    Args:
+        kind: a key of FORMATS.
+        folder: empty.
+    """
+    make = {"hetero": _hetero, "uniform": _uniform, "padded": _padded}[kind]
+    config, state, made = make(model, shrinker, slimmed)
+    dtype = stored_dtype(model)
+    with torch.device("meta"):
+        module = made(config)
+    module.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True, strict=True)
+    module.tie_weights()
+    module.config.dtype = dtype
+    module.generation_config = model.module.generation_config
+    module.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    if kind == "hetero":
+        shutil.copyfile(_MODELLING, folder / f"{_REMOTE}.py")
+
+
+def _hetero(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> tuple[Any, dict[str, Tensor], Any]:
+    kind, made = SLIM_MODELS[model.module.config.model_type]
+    widths = slimmed.widths()
+    stays = [
+        index
+        for index, width in enumerate(widths)
+        if any(width.values()) or getattr(model.module.config, "scale_attn_by_inverse_layer_idx", False)
+    ]
+    config = kind(**_settings(model))
+    config.widths = [widths[index] for index in stays]
+    config.num_hidden_layers = len(stays)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in stays]
+    config.auto_map = {
+        "AutoConfig": f"{_REMOTE}.{kind.__name__}",
+        "AutoModelForCausalLM": f"{_REMOTE}.{made.__name__}",
+    }
+    prefix = _prefix(model)
+    with shrinker.keeping(slimmed.kept, slimmed.repairs):
+        state = {}
+        for name, value in _state(model).items():
+            if name.startswith(prefix):
+                index, _, rest = name.removeprefix(prefix).partition(".")
+                if int(index) not in stays:
+                    continue
+                name = f"{prefix}{stays.index(int(index))}.{rest}"
+            state[name] = value
+    return config, state, made
+
+
+def _uniform(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> tuple[Any, dict[str, Tensor], Any]:
+    widths = slimmed.widths()
+    settings = _settings(model)
+    if model.module.config.model_type == "gpt2":
+        settings["n_inner"] = widths[0]["channels"]
+    else:
+        dense = model.module.config
+        per_group = dense.num_attention_heads // dense.num_key_value_heads
+        settings |= {
+            "head_dim": slimmed.groups.parts[0].module.head_dim,
+            "num_key_value_heads": widths[0]["heads"],
+            "num_attention_heads": widths[0]["heads"] * per_group,
+            "intermediate_size": widths[0]["channels"],
+        }
+    with shrinker.keeping(slimmed.kept, slimmed.repairs):
+        state = _state(model)
+    return _stock(model, settings, state, widths)
+
+
+def _padded(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> tuple[Any, dict[str, Tensor], Any]:
+    shrinker.dense()
+    state = _state(model)
+    names = {id(module): name for name, module in model.module.named_modules()}
+    parts = zip(slimmed.groups.parts, slimmed.groups.split(slimmed.kept), strict=True)
+    for index, (part, mine) in enumerate(parts):
+        repair = slimmed.repairs.get(index, Repair())
+        gone = (~mine).nonzero()[:, 0]
+        for attribute, features in part.rows.items():
+            layer = getattr(part.module, attribute)
+            rows = features[:, gone].flatten()
+            name = names[id(layer)]
+            state[f"{name}.weight"] = _zeroed(layer, state[f"{name}.weight"], rows, 0)
+            if layer.bias is not None:
+                state[f"{name}.bias"] = state[f"{name}.bias"].index_fill(0, rows, 0)
+        layer = getattr(part.module, part.output)
+        name = names[id(layer)]
+        weight = _zeroed(layer, state[f"{name}.weight"], part.columns[gone].flatten(), 1)
+        if repair.weight is not None:
+            columns = part.columns[mine].flatten()
+            turned = not isinstance(layer, nn.Linear)
+            weight = weight.index_copy(0 if turned else 1, columns, repair.weight.t() if turned else repair.weight)
+        state[f"{name}.weight"] = weight
+        if repair.bias is not None:
+            state[f"{name}.bias"] = repair.bias
+        elif not mine.any() and layer.bias is not None:
+            state[f"{name}.bias"] = torch.zeros_like(state[f"{name}.bias"])
+    return _stock(model, _settings(model), state, slimmed.widths())
+
+
+def _stock(
+    model: Model, settings: dict[str, Any], state: dict[str, Tensor], widths: Sequence[Mapping[str, Any]]
+) -> tuple[Any, dict[str, Tensor], Any]:
+    """A model of the dense model's class, with a bias in all layers where some have got one."""
+    for flag in ("attention_bias", "mlp_bias"):
+        if hasattr(model.module.config, flag) and any(width[flag] for width in widths):
+            settings[flag] = True
+    config = type(model.module.config)(**settings)
+    made = type(model.module)
+    with torch.device("meta"):
+        wanted = made(config).state_dict()
+    for name, value in wanted.items():
+        if name not in state:
+            assert name.endswith(".bias"), name
+            state[name] = torch.zeros(value.shape)
+    return config, state, made
+
+
+def _settings(model: Model) -> dict[str, Any]:
+    """The config as its file has it, without what is of the dense folder only."""
+    assert model.folder is not None
+    settings = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
+    names = ("architectures", "model_type", "transformers_version", "auto_map", "gpmetric", "_name_or_path")
+    return {name: value for name, value in settings.items() if name not in names}
+
+
+def _state(model: Model) -> dict[str, Tensor]:
+    return {name: value.detach().clone().cpu() for name, value in model.module.state_dict().items()}
+
+
+def _prefix(model: Model) -> str:
+    """Of the names of what is in blocks, up to the block's number."""
+    first = model.blocks[0].module
+    name = next(name for name, module in model.module.named_modules() if module is first)
+    return name.rpartition(".")[0] + "."
+
+
+def _zeroed(layer: nn.Module, stored: Tensor, features: Tensor, side: int) -> Tensor:
+    return stored.index_fill(side if isinstance(layer, nn.Linear) else 1 - side, features, 0)
+
+
+def _has_bias(module: Any, output: str) -> bool:
+    return getattr(module, output).bias is not None

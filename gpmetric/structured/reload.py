@@ -1,0 +1,42 @@
+"""`python -m gpmetric.structured.reload FOLDER ASKED TOLD DTYPE DEVICE`: a written model in a process of its own.
+
+ASKED holds `tokens` [windows, length], to be measured on, and `compared`, whose logits are wanted; TOLD is written.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from gpmetric.evaluation.perplexity import mean_loss
+from gpmetric.models import load_model
+
+__all__ = ["main"]
+
+_GENERATED = 8  # tokens
+
+
+def main(folder: str, asked: str, told: str, dtype: str, device: str) -> None:
+    """Loads without trust, computes logits and loss, generates."""
+    model = load_model(folder, device=device, dtype=dtype)
+    given = load_file(asked)
+    with torch.no_grad():
+        logits = model.module(input_ids=given["compared"].to(model.device), use_cache=False).logits
+        start = given["compared"][:1, :_GENERATED].to(model.device)
+        generated = model.module.generate(
+            start, max_new_tokens=_GENERATED, min_new_tokens=_GENERATED, do_sample=False, use_cache=True
+        )
+    found = {
+        "logits": logits.float().cpu(),
+        "loss": torch.tensor(mean_loss(model, given["tokens"]), dtype=torch.float64),
+        "parameters": torch.tensor(sum(parameter.numel() for parameter in model.module.parameters())),
+        "generated": generated[0, start.shape[1] :].cpu(),
+    }
+    save_file(found, Path(told))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,80 @@
+"""What is done for the outputs of parts that lost units: a constant for what is gone, or a fit of what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gpmetric.structured.groups import Groups, Part, read_output
+from gpmetric.structured.scores import Features
+from gpmetric.structured.shrink import Repair
+
+__all__ = ["Repairer"]
+
+_DAMPING = 1e-3  # of the mean square, in the least-squares fit
+
+
+class Repairer:
+    """Repairs of every part that lost units.
+
+    Args:
+        groups: of the model, which is dense now.
+        features: moments of the dense model, with products for `least-squares`.
+        kind: a key of REPAIRS.
+        add_bias: give a bias to outputs that have none.
+    """
+
+    def __init__(self, groups: Groups, features: Sequence[Features], kind: str, *, add_bias: bool = False) -> None:
+        self._groups, self._features, self._kind = groups, features, kind
+        self._weights = [read_output(part) for part in groups.parts]  # of the dense model, whatever becomes of it
+        self._biases = [_bias(part) for part in groups.parts]
+        self._may = [kind != "none" and (add_bias or bias is not None) for bias in self._biases]
+
+    def repairs(self, kept: Tensor) -> dict[int, Repair]:
+        """By index of a part that lost units of these [units], bool, what stands for its output layer.
+
+        `bias`: bias + W_gone E[x_gone] (FLAP, equation 4). `least-squares`: the kept columns and, where there may be
+        one, the bias that minimise the squared distance to the dense output over the calibration tokens.
+        """
+        found = {}
+        for index, (part, mine) in enumerate(zip(self._groups.parts, self._groups.split(kept), strict=True)):
+            if mine.all() or self._kind == "none":
+                continue
+            stays, gone = part.columns[mine].flatten(), part.columns[~mine].flatten()
+            if self._kind == "least-squares" and len(stays):
+                found[index] = self._fitted(index, stays)
+            elif self._may[index]:
+                found[index] = Repair(bias=self._constant(index, gone))
+        return found
+
+    def _constant(self, index: int, gone: Tensor) -> Tensor:
+        weight, bias = self._weights[index], self._biases[index]
+        lost = weight[:, gone].double() @ self._features[index].mean[gone]
+        return (lost if bias is None else lost + bias.double()).to(weight.dtype)
+
+    def _fitted(self, index: int, stays: Tensor) -> Repair:
+        weight, moments = self._weights[index], self._features[index]
+        assert moments.products is not None
+        centre = moments.mean if self._may[index] else torch.zeros_like(moments.mean)
+        covariance = moments.products - torch.outer(centre, centre)
+        inner = covariance[stays][:, stays]
+        damping = _DAMPING * inner.diagonal().mean().clamp_min(1e-30) * torch.eye(len(inner), dtype=inner.dtype)
+        dense = weight.double()
+        # what is left of W C = W' C_kept, shrunk towards the columns as they are
+        target = dense @ covariance[:, stays] + dense[:, stays] @ damping
+        fitted = torch.linalg.solve(inner + damping, target, left=False)
+        if not self._may[index]:
+            return Repair(fitted.to(weight.dtype))
+        bias = self._biases[index]
+        constant = dense @ moments.mean - fitted @ moments.mean[stays]
+        return Repair(
+            fitted.to(weight.dtype), (constant if bias is None else constant + bias.double()).to(weight.dtype)
+        )
+
+
+def _bias(part: Part) -> Tensor | None:
+    """Bias [out] of the output layer as it came."""
+    bias = getattr(part.module, part.output).bias
+    return None if bias is None else bias.data

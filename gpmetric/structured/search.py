@@ -1,0 +1,137 @@
+"""The search for what stays: draw, measure, update, until the steps or the minutes are over."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpmetric.errors import GpmetricError
+from gpmetric.evaluation.perplexity import mean_loss
+from gpmetric.structured.ledger import Ledger, State
+from gpmetric.structured.policy import Policy, draw, entropy
+from gpmetric.structured.repair import Repairer
+from gpmetric.structured.shrink import Shrinker
+
+__all__ = ["RATES", "Settings", "learn"]
+
+# estimator -> rate of the first step
+RATES = {"rloo": 0.2, "paper": 0.02}
+_REPORT = 25  # steps between two lines of the ledger
+_STATE = 4  # lines between two that a search can go on from
+_CEILING = 50.0  # of a loss that is not finite, or as good as
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and how to search; fields as of `SlimRequest`."""
+
+    steps: int | None
+    minutes: float | None
+    draws: int
+    batch: int
+    rate: float
+    seed: int
+
+
+@torch.no_grad()
+def learn(
+    policy: Policy,
+    shrinker: Shrinker,
+    repairer: Repairer,
+    windows: Tensor,
+    settings: Settings,
+    ledger: Ledger,
+    on_report: Callable[[Mapping[str, Any], float], None] = lambda *told: None,
+) -> State:
+    """Moves a policy's probabilities by the losses of drawn models; no gradient of the model is computed.
+
+    Args:
+        policy: where to begin; at the end it holds what was found.
+        shrinker: takes units out of the model.
+        repairer: mends the outputs of drawn models as those of the written one will be.
+        windows: [n, length], that draws are measured on, a batch of them per step.
+        ledger: of which the search goes on if it holds a state.
+        on_report: called with each report and the share of the search that is over.
+
+    Raises:
+        GpmetricError: no drawn model has a finite loss.
+    """
+    model, space = shrinker.model, policy.space
+    assert not any(parameter.requires_grad for parameter in model.module.parameters())
+    state = ledger.state or State(0, policy.probabilities)
+    policy.probabilities, policy.baseline = state.probabilities, state.baseline
+    step, tokens, start = state.step, state.tokens, time.monotonic() - state.seconds
+    losses: list[float] = []
+    finite = step > 0
+    try:
+        while (done := _share(settings, step, time.monotonic() - start)) < 1:
+            batch = windows[_batch(settings, len(windows), step)]
+            drawn = draw(
+                policy.probabilities, settings.draws, settings.seed, step, antithetic=policy.estimator == "rloo"
+            )
+            found = []
+            for one in drawn:
+                kept = space.kept(space.stays(one))
+                shrinker.keep(kept, repairer.repairs(kept))
+                found.append(mean_loss(model, batch))
+            finite = finite or any(math.isfinite(loss) for loss in found)
+            losses.append(sum(found) / len(found))
+            policy.update(
+                drawn, [min(loss, _CEILING) for loss in found], settings.rate * (1 + math.cos(math.pi * done)) / 2
+            )
+            step += 1
+            tokens += len(drawn) * batch.numel()
+            if step % _REPORT == 0:
+                if not finite:
+                    raise GpmetricError("no model that was drawn has a finite loss (--sparsity, --dtype)")
+                seconds = time.monotonic() - start
+                state = State(step, policy.probabilities, policy.baseline, seconds, tokens)
+                report = _report(policy, state, losses)
+                ledger.write(report, state if step % (_REPORT * _STATE) == 0 else None)
+                on_report(report, _share(settings, step, seconds))
+                losses = []
+    finally:
+        shrinker.dense()
+    state = State(step, policy.probabilities, policy.baseline, time.monotonic() - start, tokens)
+    if losses or not ledger.reports:
+        ledger.write(_report(policy, state, losses), state)
+    return state
+
+
+def _share(settings: Settings, step: int, seconds: float) -> float:
+    """How much of the search is over."""
+    shares = [0.0]
+    if settings.steps is not None:
+        shares.append(step / settings.steps)
+    if settings.minutes is not None:
+        shares.append(seconds / 60 / settings.minutes)
+    return max(shares)
+
+
+def _batch(settings: Settings, windows: int, step: int) -> Tensor:
+    """Indices of a step's windows: each comes once before any comes again."""
+    size = min(settings.batch, windows)
+    per_round = windows // size
+    order = np.random.default_rng([settings.seed, 1, step // per_round]).permutation(windows)
+    return torch.from_numpy(order[step % per_round * size :][:size])
+
+
+def _report(policy: Policy, state: State, losses: list[float]) -> dict[str, Any]:
+    stays = policy.space.stays(policy.probabilities)
+    expected = float((policy.space.cost * stays).sum() / policy.space.cost.sum())
+    loss = sum(losses) / len(losses) if losses else math.nan
+    return {
+        "step": state.step,
+        "loss": loss if math.isfinite(loss) else None,
+        "entropy": entropy(policy.probabilities),
+        "kept": expected,
+        "seconds": round(state.seconds, 3),
+        "tokens": state.tokens,
+    }

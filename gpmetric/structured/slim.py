@@ -1,0 +1,252 @@
+"""`gpmetric slim`: channels, heads and layers removed, chosen by a policy gradient, and a smaller model written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpmetric.data import Windows
+from gpmetric.errors import GpmetricError
+from gpmetric.evaluation.perplexity import mean_loss, perplexity
+from gpmetric.evaluation.windows import check_length, read_splits
+from gpmetric.models import Model, load_model
+from gpmetric.provenance import versions
+from gpmetric.pruning.checkpoint import check_folder, replacing
+from gpmetric.structured.budget import Pool, Space, find_space, top_units
+from gpmetric.structured.deliver import deliver
+from gpmetric.structured.export import Slimmed, check_format, stored_dtype
+from gpmetric.structured.groups import Groups, find_groups
+from gpmetric.structured.ledger import Ledger
+from gpmetric.structured.plan import accepted_heads, kinds_of, macs, pools_of, uniform_counts, uniform_pools
+from gpmetric.structured.policy import Policy, initial
+from gpmetric.structured.repair import Repairer
+from gpmetric.structured.request import SlimRequest, check_request
+from gpmetric.structured.scores import Features, collect_features, standardised, unit_scores
+from gpmetric.structured.search import RATES, Settings, learn
+from gpmetric.structured.shrink import Repair, Shrinker
+
+__all__ = ["Prepared", "SlimListener", "prepare", "run_slim", "search", "slim"]
+
+_OPEN = 0.9  # probability that a gate begins with
+_MINUTES = 6.0  # of a search without a budget
+
+
+class SlimListener:
+    """What structured pruning tells while it runs; every method may be overridden."""
+
+    def dense(self, ppl: Mapping[str, float]) -> None:
+        """The dense model's perplexity on validation."""
+
+    def report(self, report: Mapping[str, Any], share: float) -> None:
+        """A line of the ledger, and the share of the search that is over."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model and all that structured pruning of it begins with.
+
+    Attributes:
+        space, pools: what a policy has probabilities for, and their budgets.
+        start: the probabilities that it begins with, [entries].
+    """
+
+    model: Model
+    groups: Groups
+    splits: Mapping[str, Windows]
+    shrinker: Shrinker
+    repairer: Repairer
+    space: Space
+    pools: Sequence[Pool]
+    start: Tensor
+
+    def chosen(self, probabilities: Tensor) -> Slimmed:
+        """What stays by probabilities [entries], its repairs rounded as they will be stored."""
+        kept = top_units(self.space.stays(probabilities), self.space, self.pools)
+        dtype = stored_dtype(self.model)
+        repairs = {
+            index: Repair(
+                *(None if one is None else one.to(dtype).to(one.dtype) for one in (repair.weight, repair.bias))
+            )
+            for index, repair in self.repairer.repairs(kept).items()
+        }
+        return Slimmed(self.groups, kept, repairs)
+
+    def loss(self, slimmed: Slimmed, split: str) -> float:
+        """Mean loss on a split's windows, in nats."""
+        with self.shrinker.keeping(slimmed.kept, slimmed.repairs):
+            return mean_loss(self.model, self.splits[split].tokens)
+
+
+def slim(model: str | None = None, *, output: str | Path, force: bool = False, **options: Any) -> dict[str, Any]:
+    """Makes a model smaller: `gpmetric.slim("DIR", output="smaller", calibration="c.txt", sparsity=0.3)`.
+
+    Args:
+        model: a directory or Hub name; None is the demo model.
+        output: folder to write.
+        force: replace a checkpoint of gpmetric at `output`.
+        options: the fields of `gpmetric.structured.request.SlimRequest`, as on the command line.
+
+    Returns:
+        The JSON document of `gpmetric slim`.
+
+    Raises:
+        InputError, GpmetricError: as `run_slim`.
+    """
+    if isinstance(options.get("granularity"), str):
+        options["granularity"] = tuple(options["granularity"].split(","))
+    if options.get("ledger") is not None:
+        options["ledger"] = Path(options["ledger"])
+    return run_slim(SlimRequest(model=model, **options), Path(output), force=force)
+
+
+def run_slim(
+    request: SlimRequest, output: Path, *, force: bool = False, listener: SlimListener | None = None
+) -> dict[str, Any]:
+    """Searches, writes what stays, reads it in a fresh process, and returns the JSON document of `gpmetric slim`.
+
+    Raises:
+        InputError: for anything that cannot be used, before the search.
+        GpmetricError: no drawn model has a finite loss, or what was written is not what was found; `output` is then as
+            it was.
+    """
+    check_request(request)
+    told = listener or SlimListener()
+    named = [Path(one) for one in (request.model, request.calibration, request.search, request.validation) if one]
+    check_folder(output, force, named if request.ledger is None else [*named, request.ledger.absolute().parent])
+    prepared = prepare(request)
+    model, validation = prepared.model, prepared.splits["validation"]
+    dense = mean_loss(model, validation.tokens)
+    if not math.isfinite(dense):
+        raise GpmetricError(f"the dense model's loss on validation is not finite in {model.dtype} (--dtype)")
+    told.dense({validation.text.name: perplexity(dense)})
+    before = sum(parameter.numel() for parameter in model.module.parameters())
+    with Ledger(request.ledger, _identity(request, prepared), resume=request.resume) as ledger:
+        policy, cost = search(request, prepared, ledger, told)
+    start, end = prepared.chosen(prepared.start), prepared.chosen(policy.probabilities)
+    # a search too short to have found anything must not deliver less than it began with
+    chosen = min(start, end, key=lambda one: prepared.loss(one, "search"))
+    removed = prepared.groups.removed(chosen.kept)
+    made = _described(request, prepared) | {"sparsity": removed / prepared.groups.parameters}
+    with replacing(output, force) as partial:
+        manifest = deliver(model, prepared.shrinker, chosen, request.format, partial, validation, made)
+    return {name: value for name, value in manifest.items() if name not in ("files", "tensors")} | {
+        "output": str(output),
+        "parameters_before": before,
+        "dense": perplexity(dense),
+        "initial": perplexity(prepared.loss(start, "validation")),
+        "picked": "search" if chosen is end else "start",
+        **cost,
+        "progress": ledger.reports,
+    }
+
+
+def prepare(request: SlimRequest) -> Prepared:
+    """Loads and calibrates.
+
+    Raises:
+        InputError: model, texts or start cannot be used, or the sparsity is out of reach.
+    """
+    model = load_model(request.model, device=request.device, dtype=request.dtype)
+    groups = find_groups(model)
+    check_format(model, request.format, biases=request.add_bias)
+    kinds = kinds_of(request.granularity)
+    length = check_length(model, request.sequence_length)
+    splits = read_splits(
+        model,
+        request.model,
+        {"calibration": request.calibration, "search": request.search, "validation": request.validation},
+        length,
+        {"calibration": request.samples, "search": request.search_windows, "validation": request.windows},
+        request.seed if request.shuffle else None,
+    )
+    cost = groups.cost if request.cost == "parameters" else macs(groups, length)
+    space = find_space(groups, kinds, layers="layer" in request.granularity, cost=cost)
+    if request.format == "uniform":
+        counts = uniform_counts(groups, request.sparsity, kinds, accepted_heads(groups, model.module.config))
+        pools = uniform_pools(groups, space, counts)
+    else:
+        pools = pools_of(groups, space, request.sparsity, cost, by_kind=request.budget == "kind")
+    tokens = splits["calibration"].tokens
+    features = collect_features(model, groups, tokens, products=request.repair == "least-squares")
+    start = initial(space, pools, _worth(request, model, groups, space, tokens, features), _OPEN)
+    repairer = Repairer(groups, features, request.repair, add_bias=request.add_bias)
+    return Prepared(model, groups, splits, Shrinker(model, groups), repairer, space, pools, start)
+
+
+def search(
+    request: SlimRequest, prepared: Prepared, ledger: Ledger, listener: SlimListener | None = None
+) -> tuple[Policy, dict[str, Any]]:
+    """The policy that was learnt, and the steps, tokens and seconds that it took."""
+    unlimited = request.steps is None and request.minutes is None
+    settings = Settings(
+        request.steps,
+        _MINUTES if unlimited else request.minutes,
+        request.draws,
+        request.batch,
+        RATES[request.estimator] if request.rate is None else request.rate,
+        request.seed,
+    )
+    policy = Policy(prepared.space, prepared.pools, prepared.start, request.estimator)
+    told = listener or SlimListener()
+    tokens = prepared.splits["search"].tokens
+    state = learn(policy, prepared.shrinker, prepared.repairer, tokens, settings, ledger, told.report)
+    return policy, {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
+
+
+def _worth(
+    request: SlimRequest,
+    model: Model,
+    groups: Groups,
+    space: Space,
+    tokens: Tensor,
+    features: Sequence[Features],
+) -> Tensor:
+    """Standardised score of each atom [atoms] by the rule to begin from."""
+    found = torch.zeros(len(space.cost), dtype=torch.float64)
+    if request.start == "constant":
+        return found
+    generator = torch.Generator().manual_seed(request.seed)
+    scores = unit_scores(model, groups, request.start, tokens, features, generator)
+    whole = request.start == "block_influence"  # tells blocks apart, not the units of a part
+    scores = (scores - scores.mean()) / scores.std().clamp_min(1e-12) if whole else standardised(groups, scores)
+    free = space.atom >= 0
+    sizes = torch.zeros_like(found).index_add_(0, space.atom[free], torch.ones_like(scores)[free])
+    return found.index_add_(0, space.atom[free], scores[free]) / sizes
+
+
+def _identity(request: SlimRequest, prepared: Prepared) -> dict[str, Any]:
+    """All that a search depends on but its length."""
+    names = ("sparsity", "granularity", "budget", "cost", "estimator", "start", "repair", "add_bias", "draws", "batch")
+    found = {name: getattr(request, name) for name in (*names, "rate", "seed")}
+    return found | {
+        "granularity": sorted(request.granularity),
+        "equal": request.format == "uniform",
+        "model": prepared.model.digest,
+        "dtype": prepared.model.dtype,
+        "device": prepared.model.device.type,
+        "calibration": prepared.splits["calibration"].tokens_digest,
+        "search": prepared.splits["search"].tokens_digest,
+    }
+
+
+def _described(request: SlimRequest, prepared: Prepared) -> dict[str, Any]:
+    """What the manifest says of how a model was made."""
+    names = ("format", "budget", "cost", "estimator", "start", "repair", "add_bias", "seed", "shuffle")
+    return {name: getattr(request, name) for name in names} | {
+        "model": prepared.model.name,
+        "digest": prepared.model.digest,
+        "dtype": prepared.model.dtype,
+        "granularity": list(request.granularity),
+        "asked": request.sparsity,
+        "update": "none",
+        "calibration": prepared.splits["calibration"].describe(),
+        "search": prepared.splits["search"].describe(),
+        "text": prepared.splits["validation"].describe(),
+        "versions": versions(),
+    }

@@ -1,0 +1,246 @@
+"""`gpmetric slim` from end to end, on tiny random models: every format read again by transformers and by gpmetric."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import gpmetric
+from gpmetric.errors import GpmetricError, InputError
+from gpmetric.evaluation.evaluate import evaluate_model
+from gpmetric.pruning.verify import verify
+from gpmetric.slim_models import SLIM_MODELS
+from gpmetric.structured import deliver as deliver_module
+from gpmetric.structured import reload
+from gpmetric.structured.slim import slim
+
+SMALL: dict[str, Any] = {
+    "samples": 4, "search_windows": 8, "windows": 4, "sequence_length": 32, "steps": 6, "batch": 2, "device": "cpu",
+}  # fmt: skip
+
+
+def run(model: Path | None, text: Path, output: Path, **options: Any) -> dict[str, Any]:
+    return slim(None if model is None else str(model), output=output, calibration=str(text), **SMALL | options)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is read again in this process: a fresh one takes seconds to begin."""
+
+    def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        reload.main(*command[3:])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(deliver_module.subprocess, "run", run_here)
+
+
+def stock(folder: Path) -> Any:
+    """As transformers opens it without trust."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
+@pytest.mark.parametrize(
+    ("form", "repair"), [("hetero", "none"), ("hetero", "least-squares"), ("uniform", "bias"), ("padded", "bias")]
+)
+def test_every_format_holds_what_was_found(
+    name: str, form: str, repair: str, request: pytest.FixtureRequest, tiny_text: Path, tmp_path: Path
+) -> None:
+    """What is told is what `gpmetric.load` opens; all but hetero are stock models."""
+    output = tmp_path / "small"
+    model = request.getfixturevalue(name)
+    found = run(model, tiny_text, output, format=form, repair=repair, add_bias=repair != "none", sparsity=0.4)
+    assert found["perplexity"] == pytest.approx(found["perplexity_before_writing"], rel=1e-5)
+    assert len(found["generated"]) == 8
+    assert 0.3 < found["sparsity"] <= 0.4 + 1e-3
+    opened = gpmetric.load(output, device="cpu")
+    total = sum(one.numel() for one in opened.parameters())
+    assert total == found["parameters_after"]
+    if form == "padded":
+        assert total >= found["parameters_before"]
+    else:
+        assert total < found["parameters_before"]
+        widths = {(one["heads"], one["channels"]) for one in found["widths"]}
+        assert len(widths) == 1 or form == "hetero"
+    tokens = torch.arange(20)[None] + 3
+    with torch.no_grad():
+        logits = opened(tokens).logits
+        if form != "hetero":
+            assert torch.equal(logits, stock(output)(tokens).logits)
+    assert verify(output, device="cpu")["ok"]
+    assert json.loads((output / "gpmetric_manifest.json").read_text(encoding="utf-8"))["format"] == form
+
+
+def test_a_hetero_folder_opens_with_trust_and_says_so_without(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    """Elsewhere: a process that knows nothing of gpmetric runs the file in the folder."""
+    run(tiny_llama, tiny_text, tmp_path / "small", sparsity=0.4)
+    code = """
+import sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False)
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+else:
+    raise SystemExit("opened without trust")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32).eval()
+assert "gpmetric" not in sys.modules
+tokens = torch.arange(20)[None] + 3
+out = model.generate(tokens, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+save_file({"logits": model(tokens).logits.detach(), "out": out.contiguous()}, sys.argv[2])
+"""
+    told = tmp_path / "told.safetensors"
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "small"), str(told)],
+        check=True, cwd=tmp_path, env=environment, capture_output=True,
+    )  # fmt: skip
+    opened, found = gpmetric.load(tmp_path / "small", device="cpu"), load_file(told)
+    tokens = torch.arange(20)[None] + 3
+    with torch.no_grad():
+        assert torch.equal(opened(tokens).logits, found["logits"])
+    generated = opened.generate(tokens, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert torch.equal(generated, found["out"])
+
+
+@pytest.mark.parametrize("kind", SLIM_MODELS)
+def test_widths_of_every_architecture(kind: str, tmp_path: Path) -> None:
+    """A first layer without heads, a layer with nothing but a bias, one of each: saved, opened, generated from."""
+    config_class, model_class = SLIM_MODELS[kind]
+    widths = [
+        {"heads": 0, "channels": 5, "attention_bias": True, "mlp_bias": True},
+        {"heads": 0, "channels": 0, "attention_bias": False, "mlp_bias": True},
+        {"heads": 1, "channels": 7, "attention_bias": False, "mlp_bias": False},
+    ]
+    shape: dict[str, Any] = {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 64}
+    if kind != "gpt2":
+        shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+        shape |= {"num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ends: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+        model = model_class(config_class(vocab_size=50, widths=widths, **ends, **shape)).eval()
+    model.save_pretrained(tmp_path)
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    opened = stock(tmp_path)
+    tokens = torch.arange(18).view(2, 9)
+    with torch.no_grad():
+        assert torch.equal(opened(tokens).logits, model(tokens).logits)
+        steps = tokens[:1]
+        for _ in range(6):
+            steps = torch.cat([steps, model(steps, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+        for cache in (None, "static"):
+            found = opened.generate(
+                tokens[:1], max_new_tokens=6, min_new_tokens=6, do_sample=False, cache_implementation=cache
+            )
+            assert torch.equal(found, steps)
+
+
+@pytest.mark.usefixtures("here")
+def test_whole_layers_go(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    """A block of which nothing is left is not written."""
+    found = run(tiny_llama, tiny_text, tmp_path / "small", sparsity=0.8, granularity="layer", repair="none")
+    assert all(one["heads"] in (0, 2) and one["channels"] in (0, 44) for one in found["widths"])
+    config = json.loads((tmp_path / "small" / "config.json").read_text(encoding="utf-8"))
+    left = [one for one in found["widths"] if one["heads"] or one["channels"]]
+    assert config["num_hidden_layers"] == len(left) < 3
+    assert len(gpmetric.load(tmp_path / "small", device="cpu").model.layers) == len(left)
+
+
+@pytest.mark.parametrize("kind", ["untied", "bfloat16", "attention biases"])
+@pytest.mark.usefixtures("here")
+def test_models_of_other_makes(kind: str, save_model: Callable[..., Path], tiny_text: Path, tmp_path: Path) -> None:
+    config: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2,
+        "tie_word_embeddings": kind != "untied",
+    }  # fmt: skip
+    model = save_model("qwen2" if kind == "attention biases" else "llama", **config)
+    if kind == "bfloat16":
+        path = model / "model.safetensors"
+        save_file({name: one.bfloat16() for name, one in load_file(path).items()}, path, metadata={"format": "pt"})
+    found = run(model, tiny_text, tmp_path / "small", sparsity=0.5, dtype="bfloat16" if kind == "bfloat16" else None)
+    assert found["perplexity"] == pytest.approx(found["perplexity_before_writing"], rel=5e-2)
+    stored = load_file(tmp_path / "small" / "model.safetensors")
+    assert {one.dtype for one in stored.values()} == {torch.bfloat16 if kind == "bfloat16" else torch.float32}
+    assert ("lm_head.weight" in stored) == (kind == "untied")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_slimmed_model_is_evaluated_as_any(tiny_gpt2: Path, tiny_text: Path, tmp_path: Path) -> None:
+    found = run(tiny_gpt2, tiny_text, tmp_path / "small", sparsity=0.4)
+    told = evaluate_model(str(tmp_path / "small"), text=[str(tiny_text)], sequence_length=32, windows=4, device="cpu")
+    assert told["ppl"][str(tiny_text)] > 1
+    with pytest.raises(GpmetricError, match="is a slim_gpt2 model, whose channels"):
+        run(tmp_path / "small", tiny_text, tmp_path / "smaller")
+    assert found["parameters_after"] < found["parameters_before"]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_resumed_search_writes_the_same_model(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    ledger, options = tmp_path / "a.jsonl", {"steps": 120, "sparsity": 0.4}
+    whole = run(tiny_llama, tiny_text, tmp_path / "whole", ledger=ledger, **options)
+    content = ledger.read_bytes()
+    ledger.write_bytes(content[: content.rindex(b"\n", 0, len(content) - 10)])  # killed before the last state
+    again = run(tiny_llama, tiny_text, tmp_path / "again", ledger=ledger, resume=True, **options)
+    assert again["widths"] == whole["widths"]
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
+    assert all(torch.equal(one, second[name]) for name, one in first.items())
+    with pytest.raises(InputError, match=r"is another search's: sparsity is 0\.4 there, 0\.5 here"):
+        run(tiny_llama, tiny_text, tmp_path / "other", ledger=ledger, resume=True, **options | {"sparsity": 0.5})
+
+
+def test_what_is_not_what_was_found_is_not_delivered(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = deliver_module.write_model
+
+    def damaged(model: Any, shrinker: Any, slimmed: Any, kind: str, folder: Path) -> None:
+        write(model, shrinker, slimmed, kind, folder)
+        path = folder / "model.safetensors"
+        stored = load_file(path)
+        stored["model.layers.1.mlp.down_proj.weight"] *= 2
+        save_file(stored, path, metadata={"format": "pt"})
+
+    monkeypatch.setattr(deliver_module, "write_model", damaged)
+    with pytest.raises(GpmetricError, match="is not the one that was found: its logits are off by"):
+        run(tiny_llama, tiny_text, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"sparsity": 1.0}, "--sparsity must be above 0 and below 1, but got 1.0"),
+        ({"granularity": "channels"}, "--granularity"),
+        ({"granularity": "layer", "format": "uniform"}, "so none can go as a whole"),
+        ({"format": "onnx"}, "--format"),
+        ({"start": "wandasp"}, "wandasp"),
+        ({"draws": 3}, "--draws must be at least 2, and even"),
+        ({"rate": float("nan")}, "--rate must be above 0, but got nan"),
+        ({"add_bias": True, "repair": "none"}, "--add-bias"),
+        ({"steps": 0}, "--steps must be at least 1, but got 0"),
+        ({"resume": True}, "--ledger FILE"),
+        ({"sparsity": 0.98, "granularity": "head"}, "--sparsity 0.98 is out of reach"),
+        ({"search": "s.txt"}, "--search and --validation belong together"),
+    ],
+)
+def test_bad_input(options: dict[str, Any], told: str, tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    with pytest.raises(GpmetricError, match=told):
+        run(tiny_llama, tiny_text, tmp_path / "small", **options)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,414 @@
+"""Structured pruning from the inside: units, shrinking, budgets, the policy, repairs, the ledger of a search."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gpmetric.data import cut_windows, read_text
+from gpmetric.errors import GpmetricError, InputError, ModelError
+from gpmetric.models import Model, load_model
+from gpmetric.structured.budget import Pool, Space, find_space, project, top_units
+from gpmetric.structured.groups import Groups, find_groups, read_output
+from gpmetric.structured.ledger import Ledger
+from gpmetric.structured.plan import accepted_heads, macs, pools_of, uniform_counts, uniform_pools
+from gpmetric.structured.policy import Policy, draw, entropy, initial
+from gpmetric.structured.repair import Repairer
+from gpmetric.structured.request import RULES
+from gpmetric.structured.scores import collect_features, standardised, unit_scores
+from gpmetric.structured.search import Settings, learn
+from gpmetric.structured.shrink import Repair, Shrinker
+
+KINDS = ("tiny_llama", "tiny_gpt2")
+
+
+@pytest.fixture(params=KINDS)
+def model(request: pytest.FixtureRequest) -> Model:
+    return load_model(str(request.getfixturevalue(request.param)), device="cpu")
+
+
+@pytest.fixture
+def groups(model: Model) -> Groups:
+    return find_groups(model)
+
+
+@pytest.fixture
+def tokens(model: Model, tiny_text: Path) -> Tensor:
+    return cut_windows(read_text(str(tiny_text)), model.tokenizer, 24, 8, vocabulary=model.vocabulary).tokens
+
+
+def drawn(groups: Groups, seed: int = 0, share: float = 0.6) -> Tensor:
+    """Units that stay, the first part and the last but two losing all."""
+    kept = torch.rand(groups.units, generator=torch.Generator().manual_seed(seed)) < share
+    places = groups.split(torch.arange(groups.units))
+    kept[places[0]] = False
+    kept[places[-2]] = False
+    return kept
+
+
+def parameters(model: Model) -> int:
+    return sum(one.numel() for block in model.blocks for one in block.module.parameters())
+
+
+def logits(model: Model, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.module(input_ids=tokens, use_cache=False).logits
+    return found
+
+
+# Units
+
+
+def test_units_and_their_costs(model: Model, groups: Groups) -> None:
+    """Each removed alone, against the parameters that are left."""
+    shrinker, whole = Shrinker(model, groups), parameters(model)
+    assert groups.parameters == whole
+    assert [part.kind for part in groups.parts] == ["head", "channel"] * 3
+    for unit in {0, 1, groups.parts[0].units, groups.units - 1}:
+        kept = torch.ones(groups.units, dtype=torch.bool)
+        kept[unit] = False
+        with shrinker.keeping(kept):
+            assert whole - parameters(model) == groups.cost[unit] == groups.removed(kept)
+    kept = drawn(groups)
+    with shrinker.keeping(kept):
+        assert whole - parameters(model) == groups.removed(kept)
+    assert parameters(model) == whole
+
+
+def test_other_architectures_are_refused(save_model: Callable[..., Path]) -> None:
+    folder = save_model(
+        "opt", hidden_size=32, ffn_dim=44, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
+        word_embed_proj_dim=32,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match=r"is a opt model.*accepted are llama, mistral, qwen2, qwen3, gpt2"):
+        find_groups(load_model(str(folder), device="cpu"))
+
+
+@pytest.mark.parametrize("repaired", [False, True])
+def test_what_is_gathered_is_what_is_masked(model: Model, groups: Groups, tokens: Tensor, repaired: bool) -> None:
+    shrinker = Shrinker(model, groups)
+    dense, state = logits(model, tokens), {name: one.clone() for name, one in model.module.state_dict().items()}
+    for seed in range(3):
+        kept = drawn(groups, seed)
+        repairs = {}
+        if repaired:
+            for index, (part, mine) in enumerate(zip(groups.parts, groups.split(kept), strict=True)):
+                weight = read_output(part)
+                repairs[index] = Repair(
+                    weight[:, part.columns[mine].flatten()] * 1.5 if index % 3 else None, torch.randn(len(weight))
+                )
+        with shrinker.keeping(kept, repairs):
+            small = logits(model, tokens)
+        with shrinker.masking(kept, repairs):
+            masked = logits(model, tokens)
+        assert torch.allclose(small, masked, rtol=0, atol=1e-5 * float(masked.abs().max()))
+        assert not torch.allclose(small, dense, atol=1e-2)
+        assert torch.equal(logits(model, tokens), dense)
+    assert model.module.state_dict().keys() == state.keys()
+    assert all(torch.equal(one, state[name]) for name, one in model.module.state_dict().items())
+
+
+# Budgets
+
+
+def simple_space(cost: Sequence[float]) -> tuple[Space, list[Pool]]:
+    """Atoms without gates; half of the cost stays."""
+    costs = torch.tensor(cost, dtype=torch.float64)
+    count = len(costs)
+    space = Space(torch.arange(count), costs, torch.full((2, count), count), count)
+    return space, [Pool(torch.arange(count), float(costs.sum()) / 2)]
+
+
+def test_the_projection_is_the_nearest_point_of_the_budget() -> None:
+    """No point of 2,000 random ones on the budget is nearer."""
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        space, pools = simple_space(generator.uniform(0.5, 3, 6).tolist())
+        values = torch.from_numpy(generator.normal(0.5, 1.0, 6))
+        found = project(values, space, pools)
+        assert float((found * space.cost).sum()) == pytest.approx(pools[0].kept)
+        assert ((found >= 0) & (found <= 1)).all()
+        others = torch.from_numpy(generator.uniform(-1, 2, (2000, 6)))
+        others = torch.stack([project(one, space, pools) for one in others[:100]])
+        assert ((others - values).norm(dim=1) >= (found - values).norm() - 1e-9).all()
+
+
+@pytest.mark.parametrize("granularity", [("head", "channel"), ("channel",), ()])
+@pytest.mark.parametrize("layers", [False, True])
+def test_every_space_meets_its_budget(model: Model, groups: Groups, granularity: Any, layers: bool) -> None:
+    if not granularity and not layers:
+        return
+    space = find_space(groups, granularity, layers=layers)
+    pools = pools_of(groups, space, 0.3, groups.cost)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        values = torch.rand(space.entries, generator=generator, dtype=torch.float64) * 1.4 - 0.2
+        found = project(values, space, pools)
+        expected = float((space.cost * space.stays(found)).sum())
+        assert expected == pytest.approx(pools[0].kept, rel=1e-6)
+        assert ((found >= 0) & (found <= 1)).all()
+        kept = top_units(space.stays(found), space, pools)
+        short = 0.3 * groups.parameters - float(groups.cost[~kept].sum())
+        assert -1e-6 <= short < float(space.cost.min())
+    if not granularity:  # whole parts only
+        assert all(mine.all() or not mine.any() for mine in groups.split(kept))
+
+
+def test_gates_close_what_is_behind_them(groups: Groups) -> None:
+    space = find_space(groups, ("channel",), layers=True)
+    values = torch.ones(space.entries, dtype=torch.float64)
+    assert space.stays(values).all()
+    values[-1] = 0  # the last block
+    kept = space.kept(space.stays(values))
+    assert [bool(mine.any()) for mine in groups.split(kept)] == [True] * 4 + [False] * 2
+    cost = space.cost
+    slopes, step = space.slopes(torch.full_like(values, 0.5), cost), 1e-6
+    for entry in (0, len(cost) - 1, len(cost), space.entries - 1):
+        moved = torch.full_like(values, 0.5)
+        moved[entry] += step
+        change = (cost * (space.stays(moved) - space.stays(torch.full_like(values, 0.5)))).sum() / step
+        assert float(slopes[entry]) == pytest.approx(float(change), rel=1e-4)
+
+
+def test_the_units_least_likely_to_stay_go() -> None:
+    """Half of a cost of 10 by hand: 3 and 1 go, 4 is passed over, and another 1."""
+    space, pools = simple_space([4.0, 3.0, 1.0, 1.0, 1.0])
+    stays = torch.tensor([0.3, 0.1, 0.2, 0.4, 0.4], dtype=torch.float64)
+    assert top_units(stays, space, pools).tolist() == [True, False, False, False, True]
+
+
+def test_budgets_by_kind(groups: Groups) -> None:
+    space = find_space(groups, ("head", "channel"), layers=False)
+    pools = pools_of(groups, space, 0.5, groups.cost, by_kind=True)
+    assert len(pools) == 2
+    shares = [1 - pool.kept / float(space.cost[pool.atoms].sum()) for pool in pools]
+    assert shares[0] == pytest.approx(shares[1])
+    with pytest.raises(InputError, match=r"--sparsity 0\.99 is out of reach"):
+        pools_of(groups, find_space(groups, ("head",), layers=False), 0.99, groups.cost)
+
+
+def test_equal_counts(model: Model, groups: Groups) -> None:
+    heads = accepted_heads(groups, model.module.config)
+    counts = uniform_counts(groups, 0.3, ("head", "channel"), heads)
+    assert counts[0] in heads
+    space = find_space(groups, ("head", "channel"), layers=False)
+    kept = top_units(torch.rand(len(space.cost), dtype=torch.float64), space, uniform_pools(groups, space, counts))
+    assert [int(mine.sum()) for mine in groups.split(kept)] == list(counts) * 3
+    assert 0 <= 0.3 * groups.parameters - groups.removed(kept) < 3 * groups.parts[1].cost
+    with pytest.raises(InputError, match="no channel would be left"):
+        uniform_counts(groups, 0.9, ("channel",), heads)
+
+
+def test_multiply_accumulates_of_a_head(groups: Groups) -> None:
+    """Weights, and a score and a value for half of 100 tokens, for each feature of its queries."""
+    part = groups.parts[0]
+    biases = sum(
+        rows.shape[0] * rows.shape[2] for name, rows in part.rows.items() if getattr(part.module, name).bias is not None
+    )
+    found = macs(groups, 100)
+    assert float(found[0]) == part.cost - biases + 100 * part.columns.shape[1]
+    assert float(found[-1]) <= groups.parts[-1].cost
+
+
+# The policy
+
+
+def test_rloo_is_the_natural_gradient() -> None:
+    """The expected step over every pair of independent draws of 3 units, against s (1 - s) times the true gradient."""
+    space, _ = simple_space([1.0, 1.0, 1.0])
+    chances = torch.tensor([0.2, 0.5, 0.7], dtype=torch.float64)
+    losses = {bits: float(np.random.default_rng(sum(bits) + 7 * bits[0]).normal()) for bits in
+              itertools.product((0, 1), repeat=3)}  # fmt: skip
+
+    def chance(bits: Sequence[int]) -> float:
+        return math.prod(float(p if bit else 1 - p) for bit, p in zip(bits, chances, strict=True))
+
+    expected = torch.zeros(3, dtype=torch.float64)
+    for first, second in itertools.product(losses, repeat=2):
+        policy = Policy(space, [], chances.clone())
+        policy.update(
+            [torch.tensor(bits, dtype=torch.float64) for bits in (first, second)], [losses[first], losses[second]], 1e-3
+        )
+        expected += chance(first) * chance(second) * (chances - policy.probabilities) / 1e-3
+    true = torch.zeros(3, dtype=torch.float64)
+    for unit in range(3):
+        for bits, loss in losses.items():
+            others = chance(bits) / float(chances[unit] if bits[unit] else 1 - chances[unit])
+            true[unit] += (1 if bits[unit] else -1) * others * loss
+    assert torch.allclose(expected, chances * (1 - chances) * true, atol=1e-9)
+
+
+def test_the_published_estimator_by_hand() -> None:
+    """Two draws, losses 3 and 1, then 2 and 2; the average moves a fifth of the way and is taken before the step."""
+    space, _ = simple_space([1.0, 1.0])
+    policy = Policy(space, [], torch.tensor([0.5, 0.8], dtype=torch.float64), "paper")
+    draws = [torch.tensor([1.0, 1.0], dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)]
+    policy.update(draws, [3.0, 1.0], 0.01)
+    assert policy.baseline == 2.0
+    assert policy.probabilities.tolist() == pytest.approx([0.5 - 0.01 * (1 * 0.5 - 1 * -0.5) / 0.5, 0.8], abs=1e-6)
+    policy.update(draws, [2.5, 2.5], 0.01)
+    assert policy.baseline == pytest.approx(2.1)
+
+
+def test_draws_come_in_antithetic_pairs_and_again() -> None:
+    chances = torch.linspace(0, 1, 400, dtype=torch.float64)
+    first, second = draw(chances, 2, seed=3, step=5, antithetic=True)
+    assert torch.equal(first, draw(chances, 2, seed=3, step=5, antithetic=True)[0])
+    assert not torch.equal(first, draw(chances, 2, seed=3, step=6, antithetic=True)[0])
+    assert not ((first == 0) & (second == 0) & (chances > 0.5)).any()  # u or 1 - u is below one half
+    assert not ((first == 1) & (second == 1) & (chances < 0.5)).any()
+    assert first[0] == 0
+    assert first[-1] == 1
+    mean = sum(draw(chances, 2, seed=0, step=step, antithetic=True)[1] for step in range(500)) / 500
+    assert torch.allclose(mean, chances, atol=0.12)
+
+
+def test_entropy_in_bits() -> None:
+    assert entropy(torch.tensor([0.5, 0.5], dtype=torch.float64)) == pytest.approx(1)
+    assert entropy(torch.tensor([0.0, 1.0], dtype=torch.float64)) == 0
+
+
+# Scores and repairs
+
+
+@pytest.mark.parametrize("name", [*RULES, "abs(W)*X", "W*W*H", "W*W*D"])
+def test_every_rule_scores_every_unit(model: Model, groups: Groups, tokens: Tensor, name: str) -> None:
+    features = collect_features(model, groups, tokens)
+    scores = unit_scores(model, groups, name, tokens, features, torch.Generator().manual_seed(0))
+    assert scores.shape == (groups.units,)
+    assert scores.isfinite().all()
+    means = [float(mine.mean()) for mine in groups.split(standardised(groups, scores))]
+    assert means == pytest.approx([0.0] * len(means), abs=1e-9)
+
+
+def test_flap_and_wanda_by_hand(model: Model, groups: Groups, tokens: Tensor) -> None:
+    """From the activations themselves."""
+    seen: list[Tensor] = []
+    part, index = groups.parts[1], 1
+    layer = getattr(part.module, part.output)
+    with layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1]))):
+        logits(model, tokens)
+    inputs, weight = torch.cat(seen).double(), read_output(part).double()
+    features = collect_features(model, groups, tokens)
+    generator = torch.Generator()
+    flap = groups.split(unit_scores(model, groups, "flap", tokens, features, generator))[index]
+    assert torch.allclose(flap, inputs.var(dim=0, correction=0) * weight.square().sum(dim=0), rtol=1e-5)
+    wanda = groups.split(unit_scores(model, groups, "wanda_sp", tokens, features, generator))[index]
+    assert torch.allclose(wanda, (weight.abs() * inputs.square().mean(dim=0).sqrt()).sum(dim=0), rtol=1e-4)
+
+
+def test_repairs_against_least_squares(model: Model, groups: Groups, tokens: Tensor) -> None:
+    """Of one MLP: the mean is that of what is gone; the fit leaves less than the constant, and what lstsq leaves."""
+    part, index = groups.parts[1], 1
+    kept = torch.ones(groups.units, dtype=torch.bool)
+    places = groups.split(torch.arange(groups.units))[index]
+    kept[places[::2]] = False
+    seen: list[Tensor] = []
+    layer = getattr(part.module, part.output)
+    with layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1]))):
+        logits(model, tokens)
+    inputs, weight = torch.cat(seen).double(), read_output(part).double()
+    bias = 0 if layer.bias is None else layer.bias.double()
+    wanted, stays = inputs @ weight.t() + bias, kept[places]
+    features = collect_features(model, groups, tokens, products=True)
+
+    def left(repair: Repair) -> float:
+        columns = weight[:, stays] if repair.weight is None else repair.weight.double()
+        constant = bias if repair.bias is None else repair.bias.double()
+        return float((wanted - inputs[:, stays] @ columns.t() - constant).square().mean())
+
+    constant = Repairer(groups, features, "bias", add_bias=True).repairs(kept)
+    fitted = Repairer(groups, features, "least-squares", add_bias=True).repairs(kept)
+    assert constant.keys() == fitted.keys() == {index}
+    assert torch.allclose(
+        constant[index].bias.double(), bias + weight[:, ~stays] @ inputs[:, ~stays].mean(dim=0), rtol=1e-4, atol=1e-6
+    )
+    assert fitted[index].weight is not None
+    design = torch.cat([inputs[:, stays], torch.ones(len(inputs), 1)], dim=1)
+    best = torch.linalg.lstsq(design, wanted).solution
+    least = float((wanted - design @ best).square().mean())
+    assert left(Repair()) > left(constant[index]) > left(fitted[index])
+    assert least <= left(fitted[index]) <= 1.05 * least + 1e-9
+    assert Repairer(groups, features, "none").repairs(kept) == {}
+    without = Repairer(groups, features, "bias").repairs(kept)
+    assert bool(without) == (layer.bias is not None)
+
+
+# The search
+
+
+def made_policy(model: Model, groups: Groups, tokens: Tensor) -> tuple[Policy, Shrinker, Repairer]:
+    space = find_space(groups, ("head", "channel"), layers=True)
+    pools = pools_of(groups, space, 0.3, groups.cost)
+    start = initial(space, pools, torch.zeros(len(space.cost), dtype=torch.float64), 0.9)
+    repairer = Repairer(groups, collect_features(model, groups, tokens), "bias")
+    return Policy(space, pools, start), Shrinker(model, groups), repairer
+
+
+def test_a_search_goes_on_wherever_it_was_killed(model: Model, groups: Groups, tokens: Tensor, tmp_path: Path) -> None:
+    """The same probabilities to the last bit; no gradient is computed, and the model is left as it was."""
+    settings = Settings(230, None, draws=2, batch=2, rate=0.2, seed=1)
+    dense = logits(model, tokens)
+
+    def run(path: Path | None, resume: bool = False) -> tuple[Policy, list[dict[str, Any]]]:
+        policy, shrinker, repairer = made_policy(model, groups, tokens)
+        with Ledger(path, {"seed": 1}, resume=resume) as ledger:
+            learn(policy, shrinker, repairer, tokens, settings, ledger)
+        return policy, [{name: value for name, value in one.items() if name != "seconds"} for one in ledger.reports]
+
+    whole = tmp_path / "whole.jsonl"
+    policy, reports = run(whole)
+    assert [one["step"] for one in reports] == [*range(25, 226, 25), 230]
+    assert all(parameter.grad is None for parameter in model.module.parameters())
+    assert torch.equal(logits(model, tokens), dense)
+    content = whole.read_bytes()
+    for cut in (0, 5, len(content) // 3, len(content) // 2, len(content) - 3, len(content)):
+        path = tmp_path / "cut.jsonl"
+        path.write_bytes(content[:cut])
+        again, told = run(path, resume=True)
+        assert torch.equal(again.probabilities, policy.probabilities), cut
+        assert told == reports, cut
+    with pytest.raises(InputError, match="exists: go on with --resume"):
+        run(whole)
+
+
+def test_a_foreign_or_damaged_ledger_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for content, told in (
+        ("a poem\n", "is no ledger"),
+        ("a poem", "is no ledger"),
+        ('{"format": 1, "seed": 2}\n', "seed is 2 there, 1 here"),
+        ('{"format": 1, "seed": 1}\nx\n', "is damaged at line 2"),
+        ('{"format": 1, "seed": 1}\n{"state": {"step": 1}}\n', "is damaged at line 2"),
+    ):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match=told):
+            Ledger(path, {"seed": 1}, resume=True)
+        assert path.read_text(encoding="utf-8") == content
+
+
+def test_a_policy_finds_what_does_no_harm() -> None:
+    """Every other unit costs a loss of 1 when it is gone, the rest nothing: found from equal probabilities."""
+    space, pools = simple_space([1.0] * 60)
+    policy = Policy(space, pools, torch.full((60,), 0.5, dtype=torch.float64))
+    for step in range(300):
+        draws = draw(policy.probabilities, 2, 0, step, antithetic=True)
+        policy.update(draws, [float((1 - one)[1::2].sum()) for one in draws], 0.02)
+    assert policy.probabilities[1::2].mean() > policy.probabilities[::2].mean() + 0.3
+
+
+def test_a_model_without_a_loss_ends_the_search(model: Model, groups: Groups, tokens: Tensor) -> None:
+    policy, _, repairer = made_policy(model, groups, tokens)
+    with model.restored():
+        for layer in model.layers:
+            layer.weight.fill_(1e30)
+        with pytest.raises(GpmetricError, match="no model that was drawn has a finite loss"):
+            learn(policy, Shrinker(model, groups), repairer, tokens, Settings(60, None, 2, 2, 0.1, 0), Ledger(None, {}))
