@@ -1,0 +1,108 @@
+"""One model, sparsity and seed: what every method keeps, judged on held-out texts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from gpmetric.data import check_disjoint
+from gpmetric.evaluation.perplexity import mean_loss, perplexity
+from gpmetric.evaluation.windows import read_windows
+from gpmetric.structured.baselines import choose
+from gpmetric.structured.export import Slimmed
+from gpmetric.structured.ledger import Ledger
+from gpmetric.structured.request import RULES, SlimRequest
+from gpmetric.structured.scores import collect_features
+from gpmetric.structured.slim import Prepared, prepare, search
+
+Settings = Mapping[str, Any]  # options of bench_structured.py, plain values
+
+METHODS = (*RULES, "start", "rloo", "paper", "uniform")
+
+
+def make_request(settings: Settings, model: str, sparsity: float, seed: int) -> SlimRequest:
+    """What is prepared, and what `rloo` is asked for."""
+    names = (
+        "calibration",
+        "samples",
+        "search_windows",
+        "sequence_length",
+        "steps",
+        "batch",
+        "repair",
+        "device",
+        "dtype",
+    )
+    return SlimRequest(
+        model=model,
+        sparsity=sparsity,
+        windows=1,  # of validation, which nobody reads here
+        add_bias=settings["repair"] != "none" and not settings["no_bias"],
+        shuffle=True,
+        seed=seed,
+        **{name: settings[name] for name in names},
+    )
+
+
+def run_case(settings: Settings, model: str, sparsity: float, seed: int) -> dict[str, Any]:
+    """`runs`, one per method and text, and the `seconds` of it all.
+
+    Raises:
+        GpmetricError: model or texts cannot be used.
+    """
+    start = time.monotonic()
+    request = make_request(settings, model, sparsity, seed)
+    prepared = prepare(request)
+    length = prepared.splits["search"].tokens.shape[1]
+    tests = [read_windows(prepared.model, source, length, settings["windows"]) for source in settings["test"]]
+    for test in tests:
+        check_disjoint({**prepared.splits, "test": test})
+    dense = [mean_loss(prepared.model, test.tokens) for test in tests]
+    runs = []
+    for method, kept, cost in found(settings, request, prepared):
+        for test, before in zip(tests, dense, strict=True):
+            with prepared.shrinker.keeping(kept.kept, kept.repairs):
+                loss = mean_loss(prepared.model, test.tokens)
+            runs.append(
+                {
+                    "model": model, "sparsity": sparsity, "seed": seed, "method": method, "repair": request.repair,
+                    "text": test.text.name, "loss": loss, "excess": loss - before, "perplexity": perplexity(loss),
+                    "dense": perplexity(before), "removed": kept.groups.removed(kept.kept) / kept.groups.parameters,
+                    "tokens": cost["tokens"], "seconds": cost["seconds"], "widths": kept.widths(),
+                }
+            )  # fmt: skip
+    return {"runs": runs, "seconds": time.monotonic() - start}
+
+
+def found(
+    settings: Settings, request: SlimRequest, prepared: Prepared
+) -> Iterator[tuple[str, Slimmed, Mapping[str, Any]]]:
+    """Each method, what it keeps, and the tokens and seconds that it took."""
+    tokens = prepared.splits["calibration"].tokens
+    features = collect_features(prepared.model, prepared.groups, tokens)
+    for name in settings["method"]:
+        start = time.monotonic()
+        if name in RULES:
+            kept = choose(prepared.model, prepared.groups, name, request.sparsity, tokens, features, request.seed)
+            yield name, Slimmed(prepared.groups, kept, prepared.repairer.repairs(kept)), spent(start)
+        elif name == "start":
+            yield name, prepared.chosen(prepared.start), spent(start)
+        elif name == "uniform":
+            yield name, *searched(replace(request, format="uniform"))
+        else:
+            yield name, *searched(replace(request, estimator=name), prepared)
+    for metric in settings["start"]:
+        yield f"start:{metric}", *searched(replace(request, start=metric))
+
+
+def spent(start: float) -> dict[str, Any]:
+    return {"tokens": 0, "seconds": time.monotonic() - start}
+
+
+def searched(request: SlimRequest, prepared: Prepared | None = None) -> tuple[Slimmed, dict[str, Any]]:
+    """What a search keeps; it prepares its own where it begins otherwise."""
+    prepared = prepare(request) if prepared is None else prepared
+    policy, cost = search(request, prepared, Ledger(None, {}))
+    return prepared.chosen(policy.probabilities), cost
