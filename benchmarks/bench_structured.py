@@ -13,10 +13,10 @@ uniform                         rloo with as many heads and channels in every la
 start:METRIC                    rloo that begins from another metric, named by --start
 
 The tables of Bypass Back-propagation (perplexity of WikiText-2 at 128 tokens, 30 to 50 % of the blocks gone), for who
-has the weights:
+has the weights, c4.txt being some 100 MB of C4 (all of it would be read before any of it is cut):
 
     python benchmarks/bench_structured.py meta-llama/Llama-2-7b-hf lmsys/vicuna-7b-v1.5 mistralai/Mistral-7B-v0.1 \\
-        --calibration hf:allenai/c4/en:train --test hf:Salesforce/wikitext/wikitext-2-raw-v1:test --samples 128 \\
+        --calibration c4.txt --test hf:Salesforce/wikitext/wikitext-2-raw-v1:test --samples 128 \\
         --sequence-length 128 --search-windows 120000 --batch 8 --steps 15000 --sparsity 0.3 0.4 0.5 --repair none \\
         --json llama2.json
 
@@ -30,6 +30,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.measured is not None:
             print(json.dumps(measure(options.measured, options.repeats)))
-        elif options.speed:
-            add(speed_rows(options.blocks, options.width, options.sparsity[0], options.repeats), options.csv)
+        elif options.speed is not None:
+            if options.width < 256 or options.width % 256:
+                raise InputError(f"--width must be a multiple of 256, but got {options.width}")
+            add(speed_rows(options.blocks, options.width, options.speed, options.repeats), options.csv)
         else:
             check(options)
             compare(options)
@@ -207,7 +210,8 @@ def check(options: argparse.Namespace) -> None:
             raise InputError(f"--{name} must be at least 1, but got {getattr(options, name)}")
     for model, sparsity in product(options.models, options.sparsity):
         check_path(model)
-        check_request(make_request(vars(options), model, sparsity, 0))
+        for start in ("wanda_sp", *options.start):
+            check_request(replace(make_request(vars(options), model, sparsity, 0), start=start))
     texts = {open_text(options.calibration).digest: "--calibration"}
     for source in options.test:
         digest = open_text(source).digest
@@ -242,7 +246,9 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on with the cases in --json")
     parser.add_argument("--csv", type=Path, default=RESULTS, help="rows are appended here at the end; - for nowhere")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a page: .png or .pdf")
-    parser.add_argument("--speed", action="store_true", help="measure size and speed instead")
+    parser.add_argument(
+        "--speed", type=float, nargs="?", const=0.3, metavar="SPARSITY", help="measure size and speed instead, at 0.3"
+    )
     parser.add_argument("--repeats", type=int, default=7, help="of --speed")
     parser.add_argument("--blocks", type=int, default=4, help="of --speed's random Llama")
     parser.add_argument("--width", type=int, default=1024, help="of --speed's random Llama")

@@ -14,8 +14,8 @@ from gpmetric.structured.baselines import choose
 from gpmetric.structured.export import Slimmed
 from gpmetric.structured.ledger import Ledger
 from gpmetric.structured.request import RULES, SlimRequest
-from gpmetric.structured.scores import collect_features
-from gpmetric.structured.slim import Prepared, prepare, search
+from gpmetric.structured.shrink import Shrinker
+from gpmetric.structured.slim import Loaded, load, prepare, search
 
 Settings = Mapping[str, Any]  # options of bench_structured.py, plain values
 
@@ -54,17 +54,17 @@ def run_case(settings: Settings, model: str, sparsity: float, seed: int) -> dict
     """
     start = time.monotonic()
     request = make_request(settings, model, sparsity, seed)
-    prepared = prepare(request)
-    length = prepared.splits["search"].tokens.shape[1]
-    tests = [read_windows(prepared.model, source, length, settings["windows"]) for source in settings["test"]]
+    loaded = load(request)
+    length = loaded.splits["search"].tokens.shape[1]
+    tests = [read_windows(loaded.model, source, length, settings["windows"]) for source in settings["test"]]
     for test in tests:
-        check_disjoint({**prepared.splits, "test": test})
-    dense = [mean_loss(prepared.model, test.tokens) for test in tests]
+        check_disjoint({**loaded.splits, "test": test})
+    dense = [mean_loss(loaded.model, test.tokens) for test in tests]
     runs = []
-    for method, kept, cost in found(settings, request, prepared):
+    for method, kept, cost in found(settings, request, loaded):
         for test, before in zip(tests, dense, strict=True):
-            with prepared.shrinker.keeping(kept.kept, kept.repairs):
-                loss = mean_loss(prepared.model, test.tokens)
+            with Shrinker(loaded.model, loaded.groups).keeping(kept.kept, kept.repairs):
+                loss = mean_loss(loaded.model, test.tokens)
             runs.append(
                 {
                     "model": model, "sparsity": sparsity, "seed": seed, "method": method, "repair": request.repair,
@@ -76,33 +76,31 @@ def run_case(settings: Settings, model: str, sparsity: float, seed: int) -> dict
     return {"runs": runs, "seconds": time.monotonic() - start}
 
 
-def found(
-    settings: Settings, request: SlimRequest, prepared: Prepared
-) -> Iterator[tuple[str, Slimmed, Mapping[str, Any]]]:
+def found(settings: Settings, request: SlimRequest, loaded: Loaded) -> Iterator[tuple[str, Slimmed, Mapping[str, Any]]]:
     """Each method, what it keeps, and the tokens and seconds that it took."""
-    tokens = prepared.splits["calibration"].tokens
-    features = collect_features(prepared.model, prepared.groups, tokens)
+    tokens = loaded.splits["calibration"].tokens
+    prepared = prepare(request, loaded)
     for name in settings["method"]:
         start = time.monotonic()
         if name in RULES:
-            kept = choose(prepared.model, prepared.groups, name, request.sparsity, tokens, features, request.seed)
-            yield name, Slimmed(prepared.groups, kept, prepared.repairer.repairs(kept)), spent(start)
+            kept = choose(loaded.model, loaded.groups, name, request.sparsity, tokens, loaded.features, request.seed)
+            yield name, prepared.slimmed(kept), spent(start)
         elif name == "start":
             yield name, prepared.chosen(prepared.start), spent(start)
         elif name == "uniform":
-            yield name, *searched(replace(request, format="uniform"))
+            yield name, *searched(replace(request, format="uniform"), loaded)
         else:
-            yield name, *searched(replace(request, estimator=name), prepared)
+            yield name, *searched(replace(request, estimator=name), loaded)
     for metric in settings["start"]:
-        yield f"start:{metric}", *searched(replace(request, start=metric))
+        yield f"start:{metric}", *searched(replace(request, start=metric), loaded)
 
 
 def spent(start: float) -> dict[str, Any]:
     return {"tokens": 0, "seconds": time.monotonic() - start}
 
 
-def searched(request: SlimRequest, prepared: Prepared | None = None) -> tuple[Slimmed, dict[str, Any]]:
-    """What a search keeps; it prepares its own where it begins otherwise."""
-    prepared = prepare(request) if prepared is None else prepared
+def searched(request: SlimRequest, loaded: Loaded) -> tuple[Slimmed, dict[str, Any]]:
+    """What a search delivers."""
+    prepared = prepare(request, loaded)
     policy, cost = search(request, prepared, Ledger(None, {}))
-    return prepared.chosen(policy.probabilities), cost
+    return prepared.best(policy)[0], cost

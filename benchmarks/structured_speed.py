@@ -17,6 +17,7 @@ from results import row
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gpmetric.demo.text import demo_text
+from gpmetric.errors import GpmetricError
 from gpmetric.models import DEMO_MODEL, load_model
 from gpmetric.structured.slim import slim
 
@@ -64,7 +65,10 @@ def in_process(folder: Path, repeats: int) -> dict[str, list[float]]:
     """`measure` in a process of its own, whose memory is the model's."""
     script = Path(__file__).with_name("bench_structured.py")
     command = [sys.executable, str(script), "--measured", str(folder), "--repeats", str(repeats)]
-    found: dict[str, list[float]] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    if run.returncode:
+        raise GpmetricError(f"{folder.name} cannot be measured: {run.stderr.strip().splitlines()[-1]}")
+    found: dict[str, list[float]] = json.loads(run.stdout)
     return found
 
 

@@ -73,7 +73,7 @@ def allocate(
         list[str] | None, typer.Option(metavar="FILE", help="Allocation to begin with too; may be repeated.")
     ] = None,
     population: Annotated[int, typer.Option(help="Survivors of a generation.")] = Request.population,
-    evaluations: Annotated[int | None, typer.Option(help="Candidates measured at most; 1000 if no budget.")] = None,
+    evaluations: Annotated[int | None, typer.Option(help="Candidates measured at most; 800 if no budget.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of the search at most.")] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Minutes of the search at most; calibration and validation come on top.")

@@ -34,7 +34,7 @@ __all__ = [
     "print_slim",
 ]
 
-_SLIM_LINES = 500  # steps between two lines of a structured search
+_SLIM_SECONDS = 10  # between two lines of a structured search
 _SHOWN = 12  # rows of the live table
 _PARTS_SHOWN = 20  # rows of an analysis
 _FREE = "best without gradients"
@@ -96,9 +96,12 @@ class AllocateReport(_Bars, AllocateListener):
 class SlimReport(_Bars, SlimListener):
     """A line now and then: loss of the drawn models, entropy of the policy, budget."""
 
+    _next = 0.0
+
     def report(self, report: Mapping[str, Any], share: float) -> None:
         self.progress("search, % of its length", int(100 * share), 100)
-        if report["step"] % _SLIM_LINES == 0:
+        if report["seconds"] >= self._next or share >= 1:
+            self._next = report["seconds"] + _SLIM_SECONDS
             loss = f"loss {_number(report['loss']):.4f}, entropy {report['entropy']:.3f} bits"
             line = f"step {report['step']} ({share:.0%}): {loss}, {report['kept']:.4f} of the units' cost stays"
             self._console.print(Text(line), soft_wrap=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -73,6 +74,7 @@ def test_every_method_at_the_same_size(bench: ModuleType, command: list[str], tm
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--resume"], "--json"),
+        (["--speed", "--width", "100"], "--width must be a multiple of 256"),
         (["--plot", "b.jpg"], "must end in .png or .pdf"),
         (["--json", "nowhere/b.json"], "does not exist"),
     ],
@@ -87,10 +89,20 @@ def test_bad_input_is_exit_2(
     assert told in error
 
 
-def test_size_and_speed_of_a_small_llama(bench: ModuleType, tmp_path: Path) -> None:
-    """Each model in a process of its own; the smaller ones have fewer parameters and smaller files."""
+def test_size_and_speed_of_a_small_llama(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smaller ones have fewer parameters and smaller files; all in this process, to save the time of others."""
+    speed = importlib.import_module("structured_speed")
+    monkeypatch.setattr(speed, "in_process", lambda folder, repeats: speed.measure(str(folder), repeats))
+    deliver = importlib.import_module("gpmetric.structured.deliver")
+    reload = importlib.import_module("gpmetric.structured.reload")
+
+    def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        reload.main(*command[3:])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(deliver.subprocess, "run", run_here)
     table = tmp_path / "b.csv"
-    small = ["--speed", "--blocks", "2", "--width", "256", "--sparsity", "0.4", "--repeats", "1", "--csv", str(table)]
+    small = ["--speed", "0.4", "--blocks", "2", "--width", "256", "--repeats", "1", "--csv", str(table)]
     assert bench.main(small) == 0
     rows = {
         row["case"].rpartition(": ")[2]: row for row in csv.DictReader(table.read_text(encoding="utf-8").splitlines())

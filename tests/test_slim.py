@@ -77,7 +77,9 @@ def test_every_format_holds_what_was_found(
         logits = opened(tokens).logits
         if form != "hetero":
             assert torch.equal(logits, stock(output)(tokens).logits)
-    assert verify(output, device="cpu")["ok"]
+    checked = verify(output, device="cpu")
+    assert checked["ok"], checked["problems"]
+    assert checked["perplexity"] == pytest.approx(found["perplexity"], rel=1e-5)
     assert json.loads((output / "gpmetric_manifest.json").read_text(encoding="utf-8"))["format"] == form
 
 
@@ -177,7 +179,19 @@ def test_models_of_other_makes(kind: str, save_model: Callable[..., Path], tiny_
     assert found["perplexity"] == pytest.approx(found["perplexity_before_writing"], rel=5e-2)
     stored = load_file(tmp_path / "small" / "model.safetensors")
     assert {one.dtype for one in stored.values()} == {torch.bfloat16 if kind == "bfloat16" else torch.float32}
+    dense = load_file(model / "model.safetensors")
+    assert torch.equal(stored["model.embed_tokens.weight"], dense["model.embed_tokens.weight"])
     assert ("lm_head.weight" in stored) == (kind == "untied")
+
+
+@pytest.mark.usefixtures("here")
+def test_what_stays_is_not_rounded_by_another_dtype(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    """Of files in float32, with the search in bfloat16."""
+    run(tiny_llama, tiny_text, tmp_path / "small", dtype="bfloat16", repair="none", sparsity=0.4)
+    stored, dense = load_file(tmp_path / "small" / "model.safetensors"), load_file(tiny_llama / "model.safetensors")
+    assert torch.equal(stored["model.embed_tokens.weight"], dense["model.embed_tokens.weight"])
+    rows = dense["model.layers.0.mlp.up_proj.weight"].tolist()
+    assert all(row in rows for row in stored["model.layers.0.mlp.up_proj.weight"].tolist())
 
 
 @pytest.mark.usefixtures("here")
@@ -236,6 +250,9 @@ def test_what_is_not_what_was_found_is_not_delivered(
         ({"add_bias": True, "repair": "none"}, "--add-bias"),
         ({"steps": 0}, "--steps must be at least 1, but got 0"),
         ({"resume": True}, "--ledger FILE"),
+        ({"granularity": "layer", "sparsity": 0.05}, "cannot be met by --granularity layer"),
+        ({"granularity": "head", "format": "uniform", "sparsity": 0.05}, "cannot be met by --granularity head"),
+        ({"format": "uniform", "cost": "macs"}, "--budget and --cost do not apply"),
         ({"sparsity": 0.98, "granularity": "head"}, "--sparsity 0.98 is out of reach"),
         ({"search": "s.txt"}, "--search and --validation belong together"),
     ],

@@ -27,7 +27,7 @@ from gpmetric.pruning.allocation import Allocation, read_allocation
 
 __all__ = ["AllocateListener", "allocate", "run_allocation", "search"]
 
-_EVALUATIONS = 1000  # of a search without a budget
+_EVALUATIONS = 800  # of a search without a budget
 _DIAGONAL = 5  # sparsities at which the rules stand in the first population, and as baselines beside the front
 
 

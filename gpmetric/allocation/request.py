@@ -76,7 +76,7 @@ class Request:
         init: allocation files, of this model or another, whose profiles the search begins with too.
         population: survivors of a generation.
         evaluations, tokens, minutes: budgets of the search; the first one spent ends it. A token of a backward pass
-            counts for three. The first candidates are measured in any case. With none, 1,000 evaluations. Calibration
+            counts for three. The first candidates are measured in any case. With none, 800 evaluations. Calibration
             before the search and validation after it, the baselines with it, come on top.
         samples, search_windows, windows: windows of calibration, search and validation.
         chunk_layers: layers whose statistics are in memory at once; all by default.

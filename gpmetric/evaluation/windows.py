@@ -9,7 +9,10 @@ from gpmetric.demo.text import SPLITS, demo_text
 from gpmetric.errors import DataError, InputError
 from gpmetric.models import Model
 
-__all__ = ["check_length", "default_text", "open_text", "read_splits", "read_windows"]
+__all__ = ["PARTS", "check_length", "default_text", "open_text", "read_splits", "read_windows"]
+
+
+PARTS = ("calibration", "search", "validation")  # what one text is cut into
 
 
 def default_text(model: str | None, source: str | None, option: str, split: str) -> str:

@@ -32,6 +32,7 @@ __all__ = [
     "check_folder",
     "file_digest",
     "files_of",
+    "printable",
     "replacing",
     "round_weights",
     "tensors",
@@ -178,10 +179,10 @@ def write_checkpoint(
     allocation = made.get("allocation")
     card = _CARD.format(
         base=base,
-        name=_plain(Path(model.name).name),
-        formula=_plain(made["formula"]),
-        target=_plain(made["target"]),
-        allocated=f", allocated layer by layer by `{_plain(allocation['file'])}`" if allocation else "",
+        name=printable(Path(model.name).name),
+        formula=printable(made["formula"]),
+        target=printable(made["target"]),
+        allocated=f", allocated layer by layer by `{printable(allocation['file'])}`" if allocation else "",
         sparsity=manifest["sparsity"],
         layers=len(described),
         version=made["versions"]["gpmetric"],
@@ -291,6 +292,6 @@ def _describe(name: str, layer: Layer, rule: Target, before: int) -> dict[str, A
     }
 
 
-def _plain(text: str) -> str:
+def printable(text: str) -> str:
     """Without what would end a line or a code span of the card."""
     return "".join(letter for letter in text if letter.isprintable() and letter != "`")

@@ -12,9 +12,10 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gpmetric.data import split_text
 from gpmetric.errors import DataError, GpmetricError, InputError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
-from gpmetric.evaluation.windows import open_text, read_windows
+from gpmetric.evaluation.windows import PARTS, open_text, read_windows
 from gpmetric.models import Model, check_path, load_model, pick_device
 from gpmetric.pruning.checkpoint import FOREIGN_KEYS, MANIFEST, file_digest, files_of, tensors
 from gpmetric.pruning.metrics import Update
@@ -97,7 +98,7 @@ def verify(
     pick_device(device)
     manifest = _read_manifest(path)
     if against is not None and manifest.kind == "slim":
-        raise InputError(f"--against: {str(folder)!r} is smaller than the dense model, by `gpmetric slim`")
+        raise InputError(f"--against compares what `gpmetric prune` wrote; {str(folder)!r} is of `gpmetric slim`")
     dense = None if against is None else _dense_folder(against)
     problems: list[str] = []
     found: float | None = None
@@ -234,8 +235,11 @@ def _only_masked(manifest: _Manifest, layer: _Layer) -> bool:
 def _windows(model: Model, manifest: _Manifest) -> Tensor | None:
     """[n, length], those of the manifest; None where there is no such text here."""
     said = manifest.text
+    source, _, split = said.text.rpartition("#")  # a text that was cut, if it is not a file's name
     try:
-        text = None if said.text.startswith("hf:") else open_text(said.text)
+        if said.text.startswith("hf:"):
+            return None
+        text = split_text(open_text(source), PARTS)[split] if split in PARTS and source else open_text(said.text)
     except DataError:
         return None
     if text is None or text.digest != said.sha256:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ from torch import Tensor, nn
 
 from gpmetric import slim_models
 from gpmetric.errors import InputError
-from gpmetric.models import Model
+from gpmetric.models import Model, load_model
 from gpmetric.pruning.checkpoint import tensors
 from gpmetric.slim_models import SLIM_MODELS
-from gpmetric.structured.groups import Groups
+from gpmetric.structured.groups import Groups, find_groups
 from gpmetric.structured.shrink import Repair, Shrinker
 
 __all__ = ["Slimmed", "check_format", "stored_dtype", "write_model"]
 
 _MODELLING = Path(slim_models.__file__)
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors calls them
 _REMOTE = "modeling_slim"  # the file's name in a folder
 
 
@@ -81,24 +83,34 @@ def check_format(model: Model, kind: str, *, biases: bool) -> None:
 
 
 def stored_dtype(model: Model) -> torch.dtype:
-    """The dtype of a model's files."""
+    """The dtype of the largest tensor of a model's files."""
     assert model.folder is not None
-    name, path = next(iter(tensors(model.folder).items()))
-    with safe_open(path, framework="pt") as file:
-        dtype: torch.dtype = file.get_tensor(name).dtype
-    return dtype
+    shapes: dict[torch.dtype, int] = {}
+    for name, path in tensors(model.folder).items():
+        with safe_open(path, framework="pt") as file:
+            part = file.get_slice(name)
+            dtype = _DTYPES.get(part.get_dtype())
+            if dtype is not None:
+                shapes[dtype] = max(shapes.get(dtype, 0), math.prod(part.get_shape()))
+    return max(shapes, key=lambda dtype: shapes[dtype])
 
 
 def write_model(model: Model, shrinker: Shrinker, slimmed: Slimmed, kind: str, folder: Path) -> None:
     """Writes config and weights, in the dtype of the dense model's files, and for `hetero` the modelling file.
 
+    Weights that stay are those of the files, also where the model was loaded in a dtype that rounds them.
+
     Args:
         kind: a key of FORMATS.
         folder: empty.
     """
+    dtype = stored_dtype(model)
+    if model.dtype not in ("float32", str(dtype).removeprefix("torch.")):
+        model = load_model(str(model.folder), device="cpu", dtype=str(dtype).removeprefix("torch."))
+        slimmed = replace(slimmed, groups=find_groups(model))
+        shrinker = Shrinker(model, slimmed.groups)
     make = {"hetero": _hetero, "uniform": _uniform, "padded": _padded}[kind]
     config, state, made = make(model, shrinker, slimmed)
-    dtype = stored_dtype(model)
     with torch.device("meta"):
         module = made(config)
     module.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True, strict=True)
@@ -181,10 +193,11 @@ def _padded(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> tuple[Any, di
         if repair.weight is not None:
             columns = part.columns[mine].flatten()
             turned = not isinstance(layer, nn.Linear)
-            weight = weight.index_copy(0 if turned else 1, columns, repair.weight.t() if turned else repair.weight)
+            fitted = repair.weight.t() if turned else repair.weight
+            weight = weight.index_copy(0 if turned else 1, columns, fitted.cpu())
         state[f"{name}.weight"] = weight
         if repair.bias is not None:
-            state[f"{name}.bias"] = repair.bias
+            state[f"{name}.bias"] = repair.bias.cpu()
         elif not mine.any() and layer.bias is not None:
             state[f"{name}.bias"] = torch.zeros_like(state[f"{name}.bias"])
     return _stock(model, _settings(model), state, slimmed.widths())
@@ -217,7 +230,7 @@ def _settings(model: Model) -> dict[str, Any]:
 
 
 def _state(model: Model) -> dict[str, Tensor]:
-    return {name: value.detach().clone().cpu() for name, value in model.module.state_dict().items()}
+    return {name: value.detach().cpu() for name, value in model.module.state_dict().items()}
 
 
 def _prefix(model: Model) -> str:

@@ -81,7 +81,9 @@ def uniform_counts(groups: Groups, sparsity: float, kinds: Sequence[Kind], heads
     kept_heads = attention.units
     if "head" in kinds:
         enough = [count for count in heads if count >= (1 - sparsity) * attention.units - 1e-9]
-        kept_heads = enough[0] if "channel" in kinds else _nearest(heads, attention, blocks, target)
+        counts = heads or [attention.units]
+        nearest = _nearest(counts, attention, blocks, target)
+        kept_heads = nearest if "channel" not in kinds else enough[0] if enough else counts[-1]
     left = target - blocks * (attention.units - kept_heads) * attention.cost
     gone = max(0, int(left / (blocks * mlp.cost) + 1e-9)) if "channel" in kinds else 0
     if gone >= mlp.units:

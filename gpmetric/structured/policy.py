@@ -39,24 +39,25 @@ class Policy:
     def update(self, draws: Sequence[Tensor], losses: Sequence[float], rate: float) -> None:
         """One step against the losses of draws [entries], 0 or 1, all measured on the same windows.
 
-        `rloo` compares each with the mean of the others, which is unbiased and cancels what the windows have in common;
-        its step (draw - probability) is the natural gradient's. `paper` compares with a moving average, divides by the
-        deviation of the draw, and by one draw too few, as published.
+        `rloo` compares the two of an antithetic pair, which cancels what the windows have in common. Its step is the
+        natural gradient's: (draw - probability), times max(p, 1 - p) since the pair is not independent (Dong et al.
+        2020, DisARM, equation 7). `paper` compares with a moving average, divides by the deviation of the draw, and by
+        one draw too few, as published.
         """
-        advantages = self._advantages(losses)
-        step = torch.zeros_like(self.probabilities)
-        for drawn, advantage in zip(draws, advantages, strict=True):
-            step += advantage * (drawn - self.probabilities)
+        chances = self.probabilities
+        step = torch.zeros_like(chances)
+        for drawn, advantage in zip(draws, self._advantages(losses), strict=True):
+            step += advantage * (drawn - chances)
         if self.estimator == "paper":
-            step /= ((self.probabilities + _EDGE) * (1 - self.probabilities + _EDGE)).sqrt()
-        step /= len(draws) - 1 if self.estimator == "paper" else len(draws)
-        self.probabilities = project(self.probabilities - rate * step, self.space, self.pools)
+            step /= ((chances + _EDGE) * (1 - chances + _EDGE)).sqrt() * (len(draws) - 1)
+        else:
+            step *= torch.maximum(chances, 1 - chances) / len(draws)
+        self.probabilities = project(chances - rate * step, self.space, self.pools)
 
     def _advantages(self, losses: Sequence[float]) -> list[float]:
-        count, mean = len(losses), math.fsum(losses) / len(losses)
-        if self.estimator == "rloo":
-            return [(loss - mean) * count / (count - 1) for loss in losses]
-        share = 1 / _WINDOW
+        if self.estimator == "rloo":  # of two, less the other's
+            return [loss - losses[place ^ 1] for place, loss in enumerate(losses)]
+        mean, share = math.fsum(losses) / len(losses), 1 / _WINDOW
         self.baseline = mean if self.baseline is None else (1 - share) * self.baseline + share * mean
         return [loss - self.baseline for loss in losses]
 

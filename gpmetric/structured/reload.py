@@ -1,6 +1,7 @@
-"""`python -m gpmetric.structured.reload FOLDER ASKED TOLD DTYPE DEVICE`: a written model in a process of its own.
+"""`python -m gpmetric.structured.reload FOLDER ASKED TOLD DTYPE DEVICE COUNT`: a written model in its own process.
 
-ASKED holds `tokens` [windows, length], to be measured on, and `compared`, whose logits are wanted; TOLD is written.
+ASKED holds `tokens` [windows, length], to be measured on, and `compared`, whose logits are
+wanted; TOLD is written. COUNT tokens are generated.
 """
 
 from __future__ import annotations
@@ -16,18 +17,16 @@ from gpmetric.models import load_model
 
 __all__ = ["main"]
 
-_GENERATED = 8  # tokens
 
-
-def main(folder: str, asked: str, told: str, dtype: str, device: str) -> None:
+def main(folder: str, asked: str, told: str, dtype: str, device: str, count: str) -> None:
     """Loads without trust, computes logits and loss, generates."""
     model = load_model(folder, device=device, dtype=dtype)
     given = load_file(asked)
     with torch.no_grad():
         logits = model.module(input_ids=given["compared"].to(model.device), use_cache=False).logits
-        start = given["compared"][:1, :_GENERATED].to(model.device)
+        start = given["compared"][:1, : int(count)].to(model.device)
         generated = model.module.generate(
-            start, max_new_tokens=_GENERATED, min_new_tokens=_GENERATED, do_sample=False, use_cache=True
+            start, max_new_tokens=int(count), min_new_tokens=int(count), do_sample=False, use_cache=True
         )
     found = {
         "logits": logits.float().cpu(),

@@ -60,7 +60,7 @@ class Repairer:
         centre = moments.mean if self._may[index] else torch.zeros_like(moments.mean)
         covariance = moments.products - torch.outer(centre, centre)
         inner = covariance[stays][:, stays]
-        damping = _DAMPING * inner.diagonal().mean().clamp_min(1e-30) * torch.eye(len(inner), dtype=inner.dtype)
+        damping = _DAMPING * inner.diagonal().mean().clamp_min(1e-30) * torch.eye(len(inner)).to(inner)
         dense = weight.double()
         # what is left of W C = W' C_kept, shrunk towards the columns as they are
         target = dense @ covariance[:, stays] + dense[:, stays] @ damping

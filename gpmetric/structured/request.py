@@ -175,6 +175,10 @@ def check_request(request: SlimRequest) -> None:
     if "layer" in request.granularity and (request.format == "uniform" or request.budget == "kind"):
         other = "--format uniform" if request.format == "uniform" else "--budget kind"
         raise InputError(f"--granularity layer: {other} gives all layers the same share, so none can go as a whole")
+    if request.format == "uniform" and (request.budget, request.cost) != ("global", "parameters"):
+        raise InputError(
+            "--format uniform counts parameters, the same in every layer: --budget and --cost do not apply"
+        )
     if request.add_bias and request.repair == "none":
         raise InputError("--add-bias gives --repair a place, and --repair is none")
     if (request.search is None) != (request.validation is None):

@@ -97,7 +97,9 @@ def unit_scores(
         ]
     else:
         weights = _scored(model, groups, name if rule is None or rule.metric is None else rule.metric, tokens)
-    found = torch.cat([column[part.columns].mean(dim=1) for part, column in zip(groups.parts, weights, strict=True)])
+    found = torch.cat(
+        [column.cpu()[part.columns].mean(dim=1) for part, column in zip(groups.parts, weights, strict=True)]
+    )
     if not found.isfinite().all():
         raise GpmetricError(f"{name!r} gives units scores that are not finite")
     return found

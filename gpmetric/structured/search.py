@@ -69,40 +69,42 @@ def learn(
     policy.probabilities, policy.baseline = state.probabilities, state.baseline
     step, tokens, start = state.step, state.tokens, time.monotonic() - state.seconds
     losses: list[float] = []
-    finite = step > 0
-    try:
-        while (done := _share(settings, step, time.monotonic() - start)) < 1:
-            batch = windows[_batch(settings, len(windows), step)]
-            drawn = draw(
-                policy.probabilities, settings.draws, settings.seed, step, antithetic=policy.estimator == "rloo"
-            )
-            found = []
-            for one in drawn:
-                kept = space.kept(space.stays(one))
-                shrinker.keep(kept, repairer.repairs(kept))
+    finite, saved = step > 0, step
+    while (done := _share(settings, step, time.monotonic() - start)) < 1:
+        batch = windows[_batch(settings, len(windows), step)]
+        drawn = draw(policy.probabilities, settings.draws, settings.seed, step, antithetic=policy.estimator == "rloo")
+        found = []
+        for one in drawn:
+            kept = space.kept(space.stays(one))
+            with shrinker.passing(kept, repairer.repairs(kept)):
                 found.append(mean_loss(model, batch))
-            finite = finite or any(math.isfinite(loss) for loss in found)
-            losses.append(sum(found) / len(found))
-            policy.update(
-                drawn, [min(loss, _CEILING) for loss in found], settings.rate * (1 + math.cos(math.pi * done)) / 2
-            )
-            step += 1
-            tokens += len(drawn) * batch.numel()
-            if step % _REPORT == 0:
-                if not finite:
-                    raise GpmetricError("no model that was drawn has a finite loss (--sparsity, --dtype)")
-                seconds = time.monotonic() - start
-                state = State(step, policy.probabilities, policy.baseline, seconds, tokens)
-                report = _report(policy, state, losses)
-                ledger.write(report, state if step % (_REPORT * _STATE) == 0 else None)
-                on_report(report, _share(settings, step, seconds))
-                losses = []
-    finally:
-        shrinker.dense()
+        finite = finite or any(math.isfinite(loss) for loss in found)
+        losses.append(sum(found) / len(found))
+        policy.update(
+            drawn, [min(loss, _CEILING) for loss in found], settings.rate * (1 + math.cos(math.pi * done)) / 2
+        )
+        step += 1
+        tokens += len(drawn) * batch.numel()
+        if step % _REPORT == 0:
+            _check_finite(finite)
+            seconds = time.monotonic() - start
+            state = State(step, policy.probabilities, policy.baseline, seconds, tokens)
+            report = _report(policy, state, losses)
+            keeps = step % (_REPORT * _STATE) == 0 or _share(settings, step, seconds) >= 1
+            saved = step if keeps else saved
+            ledger.write(report, state if keeps else None)
+            on_report(report, _share(settings, step, seconds))
+            losses = []
     state = State(step, policy.probabilities, policy.baseline, time.monotonic() - start, tokens)
-    if losses or not ledger.reports:
+    _check_finite(finite)
+    if saved < step or not ledger.reports:
         ledger.write(_report(policy, state, losses), state)
     return state
+
+
+def _check_finite(finite: bool) -> None:
+    if not finite:
+        raise GpmetricError("no model that was drawn has a finite loss (--sparsity, --dtype)")
 
 
 def _share(settings: Settings, step: int, seconds: float) -> float:

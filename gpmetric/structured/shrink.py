@@ -37,7 +37,7 @@ class Repair:
 
 
 class Shrinker:
-    """Takes units out of a model and puts them back; no weight is copied that stays.
+    """Takes units out of a model and puts them back; the dense weights stay where they are.
 
     Args:
         model: dense, of which nothing else may change the shapes meanwhile.
@@ -51,24 +51,49 @@ class Shrinker:
         self._biases = {id(part): getattr(part.module, part.output).bias for part in groups.parts}
         self._norms = {id(part): getattr(self._block(part), part.norm) for part in groups.parts}
 
-    @torch.no_grad()
-    def keep(self, kept: Tensor, repairs: Mapping[int, Repair] | None = None) -> None:
-        """The model with these units [units], bool, and the others gone.
+    @contextmanager
+    def keeping(self, kept: Tensor, repairs: Mapping[int, Repair] | None = None) -> Iterator[None]:
+        """The model with these units [units], bool, and the others gone, until the context is left.
 
         Args:
             repairs: by index of a part, what stands for its output layer.
         """
-        for index, (part, mine) in enumerate(zip(self.groups.parts, self.groups.split(kept), strict=True)):
-            repair = (repairs or {}).get(index, Repair())
-            units = mine.nonzero()[:, 0]
-            if len(units):
-                self._narrow(part, units, repair)
-            else:
-                self._empty(part, repair.bias)
+        try:
+            for block in range(len(self.model.blocks)):
+                self._keep(block, kept, repairs or {})
+            yield
+        finally:
+            self.dense()
+
+    @contextmanager
+    def passing(self, kept: Tensor, repairs: Mapping[int, Repair]) -> Iterator[None]:
+        """As `keeping` to a forward pass, the rows and columns of one block alone gathered at a time."""
+        with ExitStack() as hooks:
+            for index, block in enumerate(self.model.blocks):
+                narrow, widen = partial(self._keep, index, kept, repairs), partial(self._widen, index)
+                hooks.callback(widen)
+                hooks.enter_context(block.module.register_forward_pre_hook(lambda *_, narrow=narrow: narrow()))
+                hooks.enter_context(block.module.register_forward_hook(lambda *_, widen=widen: widen()))
+            yield
 
     def dense(self) -> None:
         """The model as it came."""
-        for part in self.groups.parts:
+        for block in range(len(self.model.blocks)):
+            self._widen(block)
+
+    @torch.no_grad()
+    def _keep(self, block: int, kept: Tensor, repairs: Mapping[int, Repair]) -> None:
+        masks = self.groups.split(kept)
+        for index in (2 * block, 2 * block + 1):
+            part, repair = self.groups.parts[index], repairs.get(index, Repair())
+            units = masks[index].nonzero()[:, 0]
+            if not len(units):
+                self._empty(part, repair.bias)
+            elif len(units) < part.units or index in repairs:
+                self._narrow(part, units, repair)
+
+    def _widen(self, block: int) -> None:
+        for part in self.groups.parts[2 * block : 2 * block + 2]:
             self._place(part, part.module, self._norms[id(part)])
             getattr(part.module, part.output).bias = self._biases[id(part)]
             for name in (*part.rows, part.output):
@@ -77,15 +102,6 @@ class Shrinker:
                     parameter.data = self._dense[parameter]
                 _tell(layer)
             _tell_heads(part, part.units)
-
-    @contextmanager
-    def keeping(self, kept: Tensor, repairs: Mapping[int, Repair] | None = None) -> Iterator[None]:
-        """As `keep`, until the context is left."""
-        try:
-            self.keep(kept, repairs)
-            yield
-        finally:
-            self.dense()
 
     @contextmanager
     def masking(self, kept: Tensor, repairs: Mapping[int, Repair]) -> Iterator[None]:

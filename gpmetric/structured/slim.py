@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpmetric.data import Windows
-from gpmetric.errors import GpmetricError
+from gpmetric.errors import GpmetricError, InputError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.evaluation.windows import check_length, read_splits
 from gpmetric.models import Model, load_model
@@ -31,7 +31,7 @@ from gpmetric.structured.scores import Features, collect_features, standardised,
 from gpmetric.structured.search import RATES, Settings, learn
 from gpmetric.structured.shrink import Repair, Shrinker
 
-__all__ = ["Prepared", "SlimListener", "prepare", "run_slim", "search", "slim"]
+__all__ = ["Loaded", "Prepared", "SlimListener", "load", "prepare", "run_slim", "search", "slim"]
 
 _OPEN = 0.9  # probability that a gate begins with
 _MINUTES = 6.0  # of a search without a budget
@@ -48,39 +48,55 @@ class SlimListener:
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """A model with its units, its texts, and the moments of its inner features on the calibration text."""
+
+    model: Model
+    groups: Groups
+    splits: Mapping[str, Windows]
+    features: Sequence[Features]
+
+
+@dataclass(frozen=True)
 class Prepared:
-    """A model and all that structured pruning of it begins with.
+    """What a search begins with.
 
     Attributes:
         space, pools: what a policy has probabilities for, and their budgets.
         start: the probabilities that it begins with, [entries].
     """
 
-    model: Model
-    groups: Groups
-    splits: Mapping[str, Windows]
+    loaded: Loaded
     shrinker: Shrinker
     repairer: Repairer
     space: Space
     pools: Sequence[Pool]
     start: Tensor
 
-    def chosen(self, probabilities: Tensor) -> Slimmed:
-        """What stays by probabilities [entries], its repairs rounded as they will be stored."""
-        kept = top_units(self.space.stays(probabilities), self.space, self.pools)
-        dtype = stored_dtype(self.model)
+    def slimmed(self, kept: Tensor) -> Slimmed:
+        """Units [units], bool, that stay, with their repairs, rounded as they will be stored."""
+        dtype = stored_dtype(self.loaded.model)
         repairs = {
             index: Repair(
                 *(None if one is None else one.to(dtype).to(one.dtype) for one in (repair.weight, repair.bias))
             )
             for index, repair in self.repairer.repairs(kept).items()
         }
-        return Slimmed(self.groups, kept, repairs)
+        return Slimmed(self.loaded.groups, kept, repairs)
+
+    def chosen(self, probabilities: Tensor) -> Slimmed:
+        """What stays by probabilities [entries]."""
+        return self.slimmed(top_units(self.space.stays(probabilities), self.space, self.pools))
+
+    def best(self, policy: Policy) -> tuple[Slimmed, Slimmed]:
+        """(what a search delivers, what it began with): not what it found if that is worse on the search text."""
+        start = self.chosen(self.start)
+        return min(start, self.chosen(policy.probabilities), key=lambda one: self.loss(one, "search")), start
 
     def loss(self, slimmed: Slimmed, split: str) -> float:
         """Mean loss on a split's windows, in nats."""
         with self.shrinker.keeping(slimmed.kept, slimmed.repairs):
-            return mean_loss(self.model, self.splits[split].tokens)
+            return mean_loss(self.loaded.model, self.loaded.splits[split].tokens)
 
 
 def slim(model: str | None = None, *, output: str | Path, force: bool = False, **options: Any) -> dict[str, Any]:
@@ -119,64 +135,78 @@ def run_slim(
     told = listener or SlimListener()
     named = [Path(one) for one in (request.model, request.calibration, request.search, request.validation) if one]
     check_folder(output, force, named if request.ledger is None else [*named, request.ledger.absolute().parent])
-    prepared = prepare(request)
-    model, validation = prepared.model, prepared.splits["validation"]
+    loaded = load(request)
+    prepared = prepare(request, loaded)
+    model, validation = loaded.model, loaded.splits["validation"]
     dense = mean_loss(model, validation.tokens)
     if not math.isfinite(dense):
         raise GpmetricError(f"the dense model's loss on validation is not finite in {model.dtype} (--dtype)")
     told.dense({validation.text.name: perplexity(dense)})
     before = sum(parameter.numel() for parameter in model.module.parameters())
-    with Ledger(request.ledger, _identity(request, prepared), resume=request.resume) as ledger:
+    with Ledger(request.ledger, _identity(request, loaded), resume=request.resume) as ledger:
         policy, cost = search(request, prepared, ledger, told)
-    start, end = prepared.chosen(prepared.start), prepared.chosen(policy.probabilities)
-    # a search too short to have found anything must not deliver less than it began with
-    chosen = min(start, end, key=lambda one: prepared.loss(one, "search"))
-    removed = prepared.groups.removed(chosen.kept)
-    made = _described(request, prepared) | {"sparsity": removed / prepared.groups.parameters}
+    best, start = prepared.best(policy)
+    removed = loaded.groups.removed(best.kept)
+    made = _described(request, loaded) | {"sparsity": removed / loaded.groups.parameters}
     with replacing(output, force) as partial:
-        manifest = deliver(model, prepared.shrinker, chosen, request.format, partial, validation, made)
+        manifest = deliver(model, prepared.shrinker, best, request.format, partial, validation, made)
     return {name: value for name, value in manifest.items() if name not in ("files", "tensors")} | {
         "output": str(output),
         "parameters_before": before,
         "dense": perplexity(dense),
         "initial": perplexity(prepared.loss(start, "validation")),
-        "picked": "search" if chosen is end else "start",
+        "picked": "start" if best is start else "search",
         **cost,
         "progress": ledger.reports,
     }
 
 
-def prepare(request: SlimRequest) -> Prepared:
-    """Loads and calibrates.
+def load(request: SlimRequest) -> Loaded:
+    """Model, texts and the moments of its features.
 
     Raises:
-        InputError: model, texts or start cannot be used, or the sparsity is out of reach.
+        InputError: model or texts cannot be used.
     """
     model = load_model(request.model, device=request.device, dtype=request.dtype)
     groups = find_groups(model)
     check_format(model, request.format, biases=request.add_bias)
-    kinds = kinds_of(request.granularity)
-    length = check_length(model, request.sequence_length)
     splits = read_splits(
         model,
         request.model,
         {"calibration": request.calibration, "search": request.search, "validation": request.validation},
-        length,
+        check_length(model, request.sequence_length),
         {"calibration": request.samples, "search": request.search_windows, "validation": request.windows},
         request.seed if request.shuffle else None,
     )
-    cost = groups.cost if request.cost == "parameters" else macs(groups, length)
+    products = request.repair == "least-squares"
+    features = collect_features(model, groups, splits["calibration"].tokens, products=products)
+    return Loaded(model, groups, splits, features)
+
+
+def prepare(request: SlimRequest, loaded: Loaded) -> Prepared:
+    """Budgets, and the probabilities to begin with.
+
+    Raises:
+        InputError: start cannot be used, or the sparsity is out of reach.
+    """
+    model, groups, tokens = loaded.model, loaded.groups, loaded.splits["calibration"].tokens
+    kinds = kinds_of(request.granularity)
+    cost = groups.cost if request.cost == "parameters" else macs(groups, tokens.shape[1])
     space = find_space(groups, kinds, layers="layer" in request.granularity, cost=cost)
     if request.format == "uniform":
         counts = uniform_counts(groups, request.sparsity, kinds, accepted_heads(groups, model.module.config))
         pools = uniform_pools(groups, space, counts)
     else:
         pools = pools_of(groups, space, request.sparsity, cost, by_kind=request.budget == "kind")
-    tokens = splits["calibration"].tokens
-    features = collect_features(model, groups, tokens, products=request.repair == "least-squares")
-    start = initial(space, pools, _worth(request, model, groups, space, tokens, features), _OPEN)
-    repairer = Repairer(groups, features, request.repair, add_bias=request.add_bias)
-    return Prepared(model, groups, splits, Shrinker(model, groups), repairer, space, pools, start)
+    start = initial(space, pools, _worth(request, loaded, space), _OPEN)
+    removed = float(cost[~top_units(space.stays(start), space, pools)].sum() / cost.sum())
+    if removed < request.sparsity / 2:
+        raise InputError(
+            f"--sparsity {request.sparsity:g} cannot be met by --granularity {','.join(request.granularity)} in "
+            f"--format {request.format}: the nearest below it removes {removed:.4f}"
+        )
+    repairer = Repairer(groups, loaded.features, request.repair, add_bias=request.add_bias)
+    return Prepared(loaded, Shrinker(model, groups), repairer, space, pools, start)
 
 
 def search(
@@ -194,25 +224,19 @@ def search(
     )
     policy = Policy(prepared.space, prepared.pools, prepared.start, request.estimator)
     told = listener or SlimListener()
-    tokens = prepared.splits["search"].tokens
+    tokens = prepared.loaded.splits["search"].tokens
     state = learn(policy, prepared.shrinker, prepared.repairer, tokens, settings, ledger, told.report)
     return policy, {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
 
 
-def _worth(
-    request: SlimRequest,
-    model: Model,
-    groups: Groups,
-    space: Space,
-    tokens: Tensor,
-    features: Sequence[Features],
-) -> Tensor:
+def _worth(request: SlimRequest, loaded: Loaded, space: Space) -> Tensor:
     """Standardised score of each atom [atoms] by the rule to begin from."""
     found = torch.zeros(len(space.cost), dtype=torch.float64)
     if request.start == "constant":
         return found
     generator = torch.Generator().manual_seed(request.seed)
-    scores = unit_scores(model, groups, request.start, tokens, features, generator)
+    groups, tokens = loaded.groups, loaded.splits["calibration"].tokens
+    scores = unit_scores(loaded.model, groups, request.start, tokens, loaded.features, generator)
     whole = request.start == "block_influence"  # tells blocks apart, not the units of a part
     scores = (scores - scores.mean()) / scores.std().clamp_min(1e-12) if whole else standardised(groups, scores)
     free = space.atom >= 0
@@ -220,33 +244,33 @@ def _worth(
     return found.index_add_(0, space.atom[free], scores[free]) / sizes
 
 
-def _identity(request: SlimRequest, prepared: Prepared) -> dict[str, Any]:
+def _identity(request: SlimRequest, loaded: Loaded) -> dict[str, Any]:
     """All that a search depends on but its length."""
     names = ("sparsity", "granularity", "budget", "cost", "estimator", "start", "repair", "add_bias", "draws", "batch")
     found = {name: getattr(request, name) for name in (*names, "rate", "seed")}
     return found | {
         "granularity": sorted(request.granularity),
         "equal": request.format == "uniform",
-        "model": prepared.model.digest,
-        "dtype": prepared.model.dtype,
-        "device": prepared.model.device.type,
-        "calibration": prepared.splits["calibration"].tokens_digest,
-        "search": prepared.splits["search"].tokens_digest,
+        "model": loaded.model.digest,
+        "dtype": loaded.model.dtype,
+        "device": loaded.model.device.type,
+        "calibration": loaded.splits["calibration"].tokens_digest,
+        "search": loaded.splits["search"].tokens_digest,
     }
 
 
-def _described(request: SlimRequest, prepared: Prepared) -> dict[str, Any]:
+def _described(request: SlimRequest, loaded: Loaded) -> dict[str, Any]:
     """What the manifest says of how a model was made."""
     names = ("format", "budget", "cost", "estimator", "start", "repair", "add_bias", "seed", "shuffle")
     return {name: getattr(request, name) for name in names} | {
-        "model": prepared.model.name,
-        "digest": prepared.model.digest,
-        "dtype": prepared.model.dtype,
+        "model": loaded.model.name,
+        "digest": loaded.model.digest,
+        "dtype": loaded.model.dtype,
         "granularity": list(request.granularity),
         "asked": request.sparsity,
         "update": "none",
-        "calibration": prepared.splits["calibration"].describe(),
-        "search": prepared.splits["search"].describe(),
-        "text": prepared.splits["validation"].describe(),
+        "calibration": loaded.splits["calibration"].describe(),
+        "search": loaded.splits["search"].describe(),
+        "text": loaded.splits["validation"].describe(),
         "versions": versions(),
     }
