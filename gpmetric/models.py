@@ -271,7 +271,7 @@ def _load(path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
 def _know_slim(path: str, options: dict[str, Any]) -> None:
     """Tells transformers of the models that `gpmetric slim` writes, if this is one, so that none of its code is run."""
     config, _ = PreTrainedConfig.get_config_dict(path, **options)
-    if str(config.get("model_type")).startswith("slim_"):
+    if isinstance(config, dict) and str(config.get("model_type")).startswith("slim_"):
         from gpmetric.slim_models import SLIM_MODELS  # imports every architecture it knows
 
         for kind, made in SLIM_MODELS.values():

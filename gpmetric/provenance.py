@@ -65,7 +65,7 @@ def check_output(option: str, path: Path | None) -> None:
         mode = None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise InputError(f"{where} cannot be written: {_reason(error)}") from error
-    if path.is_symlink() and path.absolute().is_relative_to("/dev"):  # /dev/stdout, were it a file
+    if os.path.islink(path) and path.absolute().is_relative_to("/dev"):  # /dev/stdout, were it a file
         raise InputError(f"{where} is a device; a file is wanted")
     if mode is not None and not stat.S_ISREG(mode):  # a device would be replaced by a file
         raise InputError(
@@ -133,7 +133,7 @@ def finite(value: Any) -> Any:
 
 def _followed(path: Path) -> Path:
     """What a link leads to; any other path as it is."""
-    return path.resolve() if path.is_symlink() else path
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path
 
 
 def _reason(error: Exception) -> str:

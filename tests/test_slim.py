@@ -58,6 +58,8 @@ def test_every_format_holds_what_was_found(
 ) -> None:
     """What is told is what `gpmetric.load` opens; all but hetero are stock models."""
     output = tmp_path / "small"
+    if repair != "none":
+        request.getfixturevalue("here")
     model = request.getfixturevalue(name)
     found = run(model, tiny_text, output, format=form, repair=repair, add_bias=repair != "none", sparsity=0.4)
     assert found["perplexity"] == pytest.approx(found["perplexity_before_writing"], rel=1e-5)
@@ -218,6 +220,7 @@ def test_a_resumed_search_writes_the_same_model(tiny_llama: Path, tiny_text: Pat
         run(tiny_llama, tiny_text, tmp_path / "other", ledger=ledger, resume=True, **options | {"sparsity": 0.5})
 
 
+@pytest.mark.usefixtures("here")
 def test_what_is_not_what_was_found_is_not_delivered(
     tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
