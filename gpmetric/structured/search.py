@@ -22,7 +22,7 @@ from gpmetric.structured.shrink import Shrinker
 __all__ = ["RATES", "Settings", "learn"]
 
 # estimator -> rate of the first step
-RATES = {"rloo": 0.2, "paper": 0.02}
+RATES = {"rloo": 0.4, "paper": 0.02}
 _REPORT = 25  # steps between two lines of the ledger
 _STATE = 4  # lines between two that a search can go on from
 _CEILING = 50.0  # of a loss that is not finite, or as good as
