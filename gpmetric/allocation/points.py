@@ -180,10 +180,10 @@ def at_sparsity(problem: Problem, found: Sequence[Levels], sparsity: float) -> t
     return allocation, levels
 
 
-def _brought(problem: Problem, found: Sequence[Levels], budget: int, count: int = NEAREST) -> tuple[Allocation, Levels]:
+def _brought(problem: Problem, found: Sequence[Levels], budget: int) -> tuple[Allocation, Levels]:
     """The best on the search text of the few candidates nearest to a budget, all brought there."""
     archive, ladder = problem.archive, problem.ladder
-    near = sorted(found, key=lambda levels: (abs(ladder.removes(levels) - budget), levels))[:count]
+    near = sorted(found, key=lambda levels: (abs(ladder.removes(levels) - budget), levels))[:NEAREST]
     repaired = dict.fromkeys(repair(ladder, levels, budget, random.Random(0)) for levels in near)
     measured = [archive.measure(levels, archive.batches) for levels in repaired]
     best = min(measured, key=lambda one: one.value(archive.batches))
