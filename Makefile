@@ -13,8 +13,9 @@ TARGETS := 0.5 0.6 2:4
 
 .PHONY: test demo lint clean
 
+# Two processes of one thread each; a file's tests stay together, since they share what they set up.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # A second `make demo` resumes the ledger of the first one. The formula holds * and ( ), hence the quoted variable.
 demo: .venv/installed
