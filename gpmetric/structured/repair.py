@@ -31,6 +31,7 @@ class Repairer:
         self._weights = [read_output(part) for part in groups.parts]  # of the dense model, whatever becomes of it
         self._biases = [_bias(part) for part in groups.parts]
         self._may = [kind != "none" and (add_bias or bias is not None) for bias in self._biases]
+        self._covariances = [self._covariance(index) for index in range(len(features) * (kind == "least-squares"))]
 
     def repairs(self, kept: Tensor) -> dict[int, Repair]:
         """By index of a part that lost units of these [units], bool, what stands for its output layer.
@@ -54,21 +55,26 @@ class Repairer:
         lost = weight[:, gone].double() @ self._features[index].mean[gone]
         return (lost if bias is None else lost + bias.double()).to(weight.dtype)
 
-    def _fitted(self, index: int, stays: Tensor) -> Repair:
-        weight, moments = self._weights[index], self._features[index]
+    def _covariance(self, index: int) -> tuple[Tensor, Tensor]:
+        """Of a part's features, about their mean where a bias can hold it, and with the dense outputs; both fp64."""
+        moments = self._features[index]
         assert moments.products is not None
         centre = moments.mean if self._may[index] else torch.zeros_like(moments.mean)
-        covariance = moments.products - torch.outer(centre, centre)
-        inner = covariance[stays][:, stays]
-        damping = _DAMPING * inner.diagonal().mean().clamp_min(1e-30) * torch.eye(len(inner)).to(inner)
-        dense = weight.double()
+        covariance = moments.products - torch.outer(centre, centre)  # [features, features]
+        return covariance, self._weights[index].double() @ covariance  # [out, features]
+
+    def _fitted(self, index: int, stays: Tensor) -> Repair:
+        weight, bias, mean = self._weights[index], self._biases[index], self._features[index].mean
+        covariance, crossed = self._covariances[index]
+        dense, inner = weight.double(), covariance[stays][:, stays]
+        damping = _DAMPING * inner.diagonal().mean().clamp_min(1e-30)
         # what is left of W C = W' C_kept, shrunk towards the columns as they are
-        target = dense @ covariance[:, stays] + dense[:, stays] @ damping
-        fitted = torch.linalg.solve(inner + damping, target, left=False)
+        inner.diagonal().add_(damping)
+        target = crossed[:, stays] + damping * dense[:, stays]
+        fitted = torch.cholesky_solve(target.t(), torch.linalg.cholesky(inner)).t()
         if not self._may[index]:
             return Repair(fitted.to(weight.dtype))
-        bias = self._biases[index]
-        constant = dense @ moments.mean - fitted @ moments.mean[stays]
+        constant = dense @ mean - fitted @ mean[stays]
         return Repair(
             fitted.to(weight.dtype), (constant if bias is None else constant + bias.double()).to(weight.dtype)
         )
