@@ -13,13 +13,19 @@ from gpmetric.evaluation.windows import read_windows
 from gpmetric.structured.baselines import choose
 from gpmetric.structured.export import Slimmed
 from gpmetric.structured.ledger import Ledger
-from gpmetric.structured.request import RULES, SlimRequest
+from gpmetric.structured.request import RULES, Estimator, Objective, SlimRequest
 from gpmetric.structured.shrink import Shrinker
 from gpmetric.structured.slim import Loaded, load, prepare, search
 
 Settings = Mapping[str, Any]  # options of bench_structured.py, plain values
 
-METHODS = (*RULES, "start", "rloo", "paper", "uniform")
+# method -> estimator and objective
+SEARCHES: dict[str, tuple[Estimator, Objective]] = {
+    "rloo": ("rloo", "kl"),
+    "rloo on the loss": ("rloo", "loss"),
+    "paper": ("paper", "loss"),
+}
+METHODS = (*RULES, "start", *SEARCHES, "uniform")
 
 
 def make_request(settings: Settings, model: str, sparsity: float, seed: int) -> SlimRequest:
@@ -90,7 +96,8 @@ def found(settings: Settings, request: SlimRequest, loaded: Loaded) -> Iterator[
         elif name == "uniform":
             yield name, *searched(replace(request, format="uniform"), loaded)
         else:
-            yield name, *searched(replace(request, estimator=name), loaded)
+            estimator, objective = SEARCHES[name]
+            yield name, *searched(replace(request, estimator=estimator, objective=objective), loaded)
     for metric in settings["start"]:
         yield f"start:{metric}", *searched(replace(request, start=metric), loaded)
 
@@ -101,6 +108,4 @@ def spent(start: float) -> dict[str, Any]:
 
 def searched(request: SlimRequest, loaded: Loaded) -> tuple[Slimmed, dict[str, Any]]:
     """What a search delivers."""
-    prepared = prepare(request, loaded)
-    policy, cost = search(request, prepared, Ledger(None, {}))
-    return prepared.best(policy)[0], cost
+    return search(request, prepare(request, loaded), Ledger(None, {}))

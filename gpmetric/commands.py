@@ -32,6 +32,7 @@ from gpmetric.pruning.metrics import BASELINES, check_update, resolve_metric
 from gpmetric.pruning.target import GRANULARITIES, parse_target
 from gpmetric.structured.request import BUDGETS, COSTS, ESTIMATORS, FORMATS, REPAIRS, STARTS, SlimRequest
 from gpmetric.structured.request import GRANULARITIES as SLIM_GRANULARITIES
+from gpmetric.structured.request import OBJECTIVES as SLIM_OBJECTIVES
 from gpmetric.structured.request import check_request as check_slim
 
 __all__ = ["allocate", "prune", "slim", "verify"]
@@ -299,6 +300,9 @@ def slim(
     budget: Annotated[str, typer.Option(help=_told(BUDGETS))] = SlimRequest.budget,
     cost: Annotated[str, typer.Option(help=f"What the budget counts: {', '.join(COSTS)}.")] = SlimRequest.cost,
     estimator: Annotated[str, typer.Option(help=_told(ESTIMATORS))] = SlimRequest.estimator,
+    objective: Annotated[
+        str, typer.Option(help=f"What drawn models are compared by: {', '.join(SLIM_OBJECTIVES)}.")
+    ] = SlimRequest.objective,
     start: Annotated[
         str, typer.Option(help=f"What the probabilities begin from: {', '.join(STARTS)}, a metric or a formula.")
     ] = SlimRequest.start,
@@ -341,6 +345,7 @@ def slim(
         budget=budget,
         cost=cost,
         estimator=one_of("--estimator", estimator, ESTIMATORS),
+        objective=one_of("--objective", objective, SLIM_OBJECTIVES),
         start=start,
         repair=repair,
         add_bias=add_bias,

@@ -51,7 +51,7 @@ def test_every_method_at_the_same_size(bench: ModuleType, command: list[str], tm
         most = 3 if run["method"] in ("uniform", "wanda_sp", "magnitude_sp") else 1
         least = 0.4 - most * groups.parts[1].cost / groups.parameters
         assert least <= run["removed"] <= 0.4 + sum(part.rest for part in groups.parts) / groups.parameters
-        assert (run["tokens"] > 0) == (run["method"] in ("rloo", "paper", "uniform", "start:W*W*D"))
+        assert (run["tokens"] > 0) == (run["method"] in (*bench.SEARCHES, "uniform", "start:W*W*D"))
     spent = {run["tokens"] for run in runs if run["tokens"]}
     assert len(spent) == 1
     rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))

@@ -19,10 +19,11 @@ from gpmetric.models import Model, load_model
 from gpmetric.structured.budget import Pool, Space, find_space, project, top_units
 from gpmetric.structured.groups import Groups, find_groups, read_output
 from gpmetric.structured.ledger import Ledger
+from gpmetric.structured.measure import Measure
 from gpmetric.structured.plan import accepted_heads, macs, pools_of, uniform_counts, uniform_pools
 from gpmetric.structured.policy import Policy, draw, entropy, initial
 from gpmetric.structured.repair import Repairer
-from gpmetric.structured.request import RULES
+from gpmetric.structured.request import OBJECTIVES, RULES
 from gpmetric.structured.scores import collect_features, standardised, unit_scores
 from gpmetric.structured.search import Settings, learn
 from gpmetric.structured.shrink import Repair, Shrinker
@@ -128,7 +129,7 @@ def simple_space(cost: Sequence[float]) -> tuple[Space, list[Pool]]:
 
 
 def test_the_projection_is_the_nearest_point_of_the_budget() -> None:
-    """No point of 2,000 random ones on the budget is nearer."""
+    """No point of 100 random ones on the budget is nearer, distances weighted by the costs."""
     generator = np.random.default_rng(0)
     for _ in range(20):
         space, pools = simple_space(generator.uniform(0.5, 3, 6).tolist())
@@ -136,9 +137,9 @@ def test_the_projection_is_the_nearest_point_of_the_budget() -> None:
         found = project(values, space, pools)
         assert float((found * space.cost).sum()) == pytest.approx(pools[0].kept)
         assert ((found >= 0) & (found <= 1)).all()
-        others = torch.from_numpy(generator.uniform(-1, 2, (2000, 6)))
-        others = torch.stack([project(one, space, pools) for one in others[:100]])
-        assert ((others - values).norm(dim=1) >= (found - values).norm() - 1e-9).all()
+        others = torch.stack([project(torch.from_numpy(generator.uniform(-1, 2, 6)), space, pools) for _ in range(100)])
+        weights = space.cost.sqrt()
+        assert ((weights * (others - values)).norm(dim=1) >= (weights * (found - values)).norm() - 1e-9).all()
 
 
 @pytest.mark.parametrize("granularity", [("head", "channel"), ("channel",), ()])
@@ -221,12 +222,14 @@ def test_multiply_accumulates_of_a_head(groups: Groups) -> None:
 # The policy
 
 
-def test_rloo_is_the_natural_gradient() -> None:
-    """The expected step over every antithetic pair of draws of 3 units, against s (1 - s) times the true gradient."""
-    space, _ = simple_space([1.0, 1.0, 1.0])
+def test_rloo_is_the_natural_gradient_over_the_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The expected step over every antithetic pair of draws of 3 units, against 2 s (1 - s) / c times the true
+    gradient; all differences of losses have the deviation 1."""
+    monkeypatch.setattr(Policy, "_averaged", lambda *_: 1.0)
+    space, _ = simple_space([1.0, 1.0, 4.0])
     chances = torch.tensor([0.2, 0.5, 0.7], dtype=torch.float64)
     generator = np.random.default_rng(0)
-    losses = {bits: float(generator.normal()) for bits in itertools.product((0, 1), repeat=3)}
+    losses = {bits: float(generator.uniform()) for bits in itertools.product((0, 1), repeat=3)}
 
     def pairs(p: float) -> list[tuple[float, tuple[int, int]]]:
         """Of one unit: chance and draws of u and 1 - u."""
@@ -248,7 +251,26 @@ def test_rloo_is_the_natural_gradient() -> None:
             if place != unit
         )
         true[unit] += (1 if bits[unit] else -1) * others * loss
-    assert torch.allclose(expected, chances * (1 - chances) * true, atol=1e-9)
+    assert torch.allclose(expected, 2 * chances * (1 - chances) / space.cost * true, atol=1e-9)
+
+
+def test_rloo_steps_in_deviations_of_the_differences() -> None:
+    """A pair of one unit with losses 3 and 1, then 1 and 1.5: averages of 4 and 4 - 3.75 / 50; a dead model is held."""
+    space, _ = simple_space([1.0])
+    policy = Policy(space, [], torch.tensor([0.5], dtype=torch.float64))
+    pair = [torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]
+    policy.update(pair, [3.0, 1.0], 0.1)
+    assert policy.average == 4.0
+    assert float(policy.probabilities) == pytest.approx(0.5 - 0.1 * 1 * 0.5)
+    policy.update(pair, [1.0, 1.5], 0.1)
+    assert policy.average == pytest.approx(4 - 3.75 / 50)
+    assert float(policy.probabilities) == pytest.approx(0.45 + 0.1 * 0.5 / math.sqrt(4 - 3.75 / 50) * 0.55)
+    before = float(policy.probabilities)
+    policy.update(pair, [1.0, 50.0], 0.1)
+    assert float(policy.probabilities) <= before + 0.1 * 3
+    policy = Policy(space, [], torch.tensor([0.5], dtype=torch.float64))
+    policy.update(pair, [1.0, 1.0], 0.1)
+    assert float(policy.probabilities) == 0.5
 
 
 def test_the_published_estimator_by_hand() -> None:
@@ -257,10 +279,10 @@ def test_the_published_estimator_by_hand() -> None:
     policy = Policy(space, [], torch.tensor([0.5, 0.8], dtype=torch.float64), "paper")
     draws = [torch.tensor([1.0, 1.0], dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)]
     policy.update(draws, [3.0, 1.0], 0.01)
-    assert policy.baseline == 2.0
+    assert policy.average == 2.0
     assert policy.probabilities.tolist() == pytest.approx([0.5 - 0.01 * (1 * 0.5 - 1 * -0.5) / 0.5, 0.8], abs=1e-6)
     policy.update(draws, [2.5, 2.5], 0.01)
-    assert policy.baseline == pytest.approx(2.1)
+    assert policy.average == pytest.approx(2.1)
 
 
 def test_draws_come_in_antithetic_pairs_and_again() -> None:
@@ -360,13 +382,13 @@ def made_policy(model: Model, groups: Groups, tokens: Tensor) -> tuple[Policy, S
 
 def test_a_search_goes_on_wherever_it_was_killed(model: Model, groups: Groups, tokens: Tensor, tmp_path: Path) -> None:
     """The same probabilities to the last bit; no gradient is computed, and the model is left as it was."""
-    settings = Settings(130, None, draws=2, batch=2, rate=0.2, seed=1)
+    settings = Settings(130, None, draws=2, rate=0.02, seed=1)
     dense = logits(model, tokens)
 
     def run(path: Path | None, resume: bool = False) -> tuple[Policy, list[dict[str, Any]]]:
         policy, shrinker, repairer = made_policy(model, groups, tokens)
         with Ledger(path, {"seed": 1}, resume=resume) as ledger:
-            learn(policy, shrinker, repairer, tokens, settings, ledger)
+            learn(policy, shrinker, repairer, Measure(model, tokens, "kl", 2, 1), settings, ledger)
         return policy, [{name: value for name, value in one.items() if name != "seconds"} for one in ledger.reports]
 
     whole = tmp_path / "whole.jsonl"
@@ -390,14 +412,46 @@ def test_a_foreign_or_damaged_ledger_is_refused(tmp_path: Path) -> None:
     for content, told in (
         ("a poem\n", "is no ledger"),
         ("a poem", "is no ledger"),
-        ('{"format": 1, "seed": 2}\n', "seed is 2 there, 1 here"),
-        ('{"format": 1, "seed": 1}\nx\n', "is damaged at line 2"),
-        ('{"format": 1, "seed": 1}\n{"state": {"step": 1}}\n', "is damaged at line 2"),
+        ('{"format": 2, "seed": 2}\n', "seed is 2 there, 1 here"),
+        ('{"format": 2, "seed": 1}\nx\n', "is damaged at line 2"),
+        ('{"format": 2, "seed": 1}\n{"state": {"step": 1}}\n', "is damaged at line 2"),
     ):
         path.write_text(content, encoding="utf-8")
         with pytest.raises(InputError, match=told):
             Ledger(path, {"seed": 1}, resume=True)
         assert path.read_text(encoding="utf-8") == content
+
+
+def test_what_drawn_models_are_measured_by(
+    model: Model, groups: Groups, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Divergence and loss by their definitions; every window once a round; predictions are the same kept or made anew."""
+    shrinker, kept, dense = Shrinker(model, groups), drawn(groups), logits(model, tokens)
+
+    def figures(objective: Any) -> list[tuple[float, Tensor]]:
+        measure, found = Measure(model, tokens, objective, 3, seed=4), []
+        for step in range(5):
+            measure.turn(step)
+            with shrinker.keeping(kept):
+                found.append((measure(), measure._tokens))
+        return found
+
+    with shrinker.keeping(kept):
+        small = logits(model, tokens)
+    rows = {tuple(window.tolist()): place for place, window in enumerate(tokens)}
+    divergences, losses = figures("kl"), figures("loss")
+    for (divergence, windows), (loss, same) in zip(divergences, losses, strict=True):
+        assert torch.equal(windows, same)
+        places = [rows[tuple(window.tolist())] for window in windows]
+        teacher, log_small = dense[places, :-1].softmax(-1), small[places, :-1].log_softmax(-1)
+        assert divergence == pytest.approx(float((teacher * (teacher.log() - log_small)).sum(-1).mean()), rel=1e-3)
+        taken = log_small.gather(-1, windows[:, 1:, None])
+        assert loss == pytest.approx(-float(taken.mean()), rel=1e-5)
+    for first in (0, 2):  # 8 windows in rounds of 2 batches
+        seen = [rows[tuple(window.tolist())] for _, windows in divergences[first : first + 2] for window in windows]
+        assert len(set(seen)) == 6
+    monkeypatch.setattr("gpmetric.structured.measure._TEACHER_BYTES", 0)
+    assert [one for one, _ in figures("kl")] == [one for one, _ in divergences]
 
 
 def test_a_policy_finds_what_does_no_harm() -> None:
@@ -410,10 +464,12 @@ def test_a_policy_finds_what_does_no_harm() -> None:
     assert policy.probabilities[1::2].mean() > policy.probabilities[::2].mean() + 0.3
 
 
-def test_a_model_without_a_loss_ends_the_search(model: Model, groups: Groups, tokens: Tensor) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_model_without_a_loss_ends_the_search(model: Model, groups: Groups, tokens: Tensor, objective: Any) -> None:
     policy, _, repairer = made_policy(model, groups, tokens)
     with model.restored():
         for layer in model.layers:
             layer.weight.fill_(1e30)
         with pytest.raises(GpmetricError, match="no model that was drawn has a finite loss"):
-            learn(policy, Shrinker(model, groups), repairer, tokens, Settings(60, None, 2, 2, 0.1, 0), Ledger(None, {}))
+            measure = Measure(model, tokens, objective, 2, 0)
+            learn(policy, Shrinker(model, groups), repairer, measure, Settings(60, None, 2, 0.1, 0), Ledger(None, {}))

@@ -16,7 +16,6 @@ from gpmetric.structured.groups import Groups, Kind
 
 __all__ = ["Pool", "Space", "find_space", "project", "top_units"]
 
-_AJAR = 0.05  # of a gate: what is behind a closed one has a cost all the same
 _STEPS = 60  # bisections: to the last bit of fp64
 
 
@@ -41,6 +40,8 @@ class Space:
 
     def stays(self, values: Tensor) -> Tensor:
         """Probability, or draw, of each atom [atoms] with its gates."""
+        if self.entries == len(self.cost):
+            return values
         padded = torch.cat([values, torch.ones(1, dtype=values.dtype)])
         return padded[: len(self.cost)] * padded[self.gates[0]] * padded[self.gates[1]]
 
@@ -108,27 +109,24 @@ def find_space(groups: Groups, kinds: Sequence[Kind], *, layers: bool, cost: Ten
 def project(values: Tensor, space: Space, pools: Sequence[Pool]) -> Tensor:
     """The probabilities [entries] nearest to `values` whose expected cost is each pool's budget.
 
-    Without gates, the nearest point of a box on a plane: clip(values - shift * cost, 0, 1), the shift by bisection.
-    With gates, along the slopes of the cost where it begins.
+    Distances count as the costs do, so that all that has a cost is shifted alike: clip(values - shift, 0, 1), the shift
+    by bisection. (Nearest in plain distance, whatever is dear would pay for the rest, heads for channels.)
     """
     found = values.clamp(0, 1)
     for pool in pools:
         cost = torch.zeros_like(space.cost)
         cost[pool.atoms] = space.cost[pool.atoms]
-        slopes = space.slopes(found.clamp_min(_AJAR), cost)
-        slopes = slopes / slopes[slopes > 0].mean()
-        moved = slopes > 0
+        moved = space.slopes(torch.ones_like(found), cost) > 0
         start = torch.where(moved, values, found)
-        low = ((start - 1)[moved] / slopes[moved]).min()
-        high = (start[moved] / slopes[moved]).max()
+        low, high = float(start[moved].min()) - 1, float(start[moved].max())
         for _ in range(_STEPS):
             middle = (low + high) / 2
-            expected = (cost * space.stays((start - middle * slopes).clamp(0, 1))).sum()
+            expected = (cost * space.stays(torch.where(moved, start - middle, start).clamp(0, 1))).sum()
             if expected > pool.kept:
                 low = middle
             else:
                 high = middle
-        found = torch.where(moved, (start - high * slopes).clamp(0, 1), found)
+        found = torch.where(moved, (start - high).clamp(0, 1), found)
     return found
 
 

@@ -24,7 +24,7 @@ from gpmetric.errors import GpmetricError, InputError
 
 __all__ = ["Ledger", "State"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class State:
     Attributes:
         step: of the next draws.
         probabilities: [entries], fp64.
-        baseline: of the published estimator.
+        average: of the policy.
         seconds: since the search began, interruptions left out.
         tokens: measured so far.
     """
 
     step: int
     probabilities: Tensor
-    baseline: float | None = None
+    average: float | None = None
     seconds: float = 0.0
     tokens: int = 0
 
@@ -72,6 +72,10 @@ class Ledger(AbstractContextManager["Ledger"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file; reports and state stay."""
         if self._file is not None:
             self._file.close()
 
@@ -147,7 +151,7 @@ def _unpacked(packed: Mapping[str, Any]) -> State:
     return State(
         int(packed["step"]),
         torch.from_numpy(values.copy()),
-        None if packed["baseline"] is None else float(packed["baseline"]),
+        None if packed["average"] is None else float(packed["average"]),
         float(packed["seconds"]),
         int(packed["tokens"]),
     )

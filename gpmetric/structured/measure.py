@@ -53,6 +53,11 @@ class Measure:
             self._teachers = self._kept.get(index) or self._taught(index)
 
     @property
+    def windows(self) -> int:
+        """Of a step."""
+        return len(self._tokens)
+
+    @property
     def tokens(self) -> int:
         """Of the windows of the step."""
         return self._tokens.numel()

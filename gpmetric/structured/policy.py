@@ -20,6 +20,9 @@ __all__ = ["Policy", "draw", "entropy", "initial"]
 
 _WINDOW = 5  # steps of the published moving average
 _EDGE = 1e-7  # of the published code: keeps a score finite where a probability is 0 or 1
+_SPREAD_WINDOW = 50  # steps of rloo's moving average
+_LIMIT = 3.0  # standard deviations of an advantage: one dead model among those drawn is no reason to leap
+_AJAR = 0.05  # of a gate: what is behind a closed one has a cost all the same
 
 
 @dataclass
@@ -27,22 +30,24 @@ class Policy:
     """Probabilities [entries], fp64, on their budgets.
 
     Attributes:
-        baseline: the published moving average of the loss; None before the first step and for `rloo`.
+        average: moving average, of the loss for `paper`, of the squared difference within a pair for `rloo`; None
+            before the first step.
     """
 
     space: Space
     pools: Sequence[Pool]
     probabilities: Tensor
     estimator: Estimator = "rloo"
-    baseline: float | None = None
+    average: float | None = None
 
     def update(self, draws: Sequence[Tensor], losses: Sequence[float], rate: float) -> None:
         """One step against the losses of draws [entries], 0 or 1, all measured on the same windows.
 
-        `rloo` compares the two of an antithetic pair, which cancels what the windows have in common. Its step is the
-        natural gradient's: (draw - probability), times max(p, 1 - p) since the pair is not independent (Dong et al.
-        2020, DisARM, equation 7). `paper` compares with a moving average, divides by the deviation of the draw, and by
-        one draw too few, as published.
+        `rloo` compares the two of an antithetic pair, which cancels what the windows have in common, in deviations of
+        such differences, so that one rate serves all models. Its step is the natural gradient's: (draw - probability),
+        times max(p, 1 - p) since the pair is not independent (Dong et al. 2020, DisARM, equation 7), over the cost,
+        since what a unit is worth is weighed against what it costs. `paper` compares with a moving average, divides by
+        the deviation of the draw, and by one draw too few, as published.
         """
         chances = self.probabilities
         step = torch.zeros_like(chances)
@@ -51,15 +56,22 @@ class Policy:
         if self.estimator == "paper":
             step /= ((chances + _EDGE) * (1 - chances + _EDGE)).sqrt() * (len(draws) - 1)
         else:
-            step *= torch.maximum(chances, 1 - chances) / len(draws)
+            step *= 2 * torch.maximum(chances, 1 - chances) / len(draws)
+            step *= (self.space.cost.min() / self.space.slopes(chances.clamp_min(_AJAR), self.space.cost)).clamp_max(1)
         self.probabilities = project(chances - rate * step, self.space, self.pools)
 
     def _advantages(self, losses: Sequence[float]) -> list[float]:
         if self.estimator == "rloo":  # of two, less the other's
-            return [loss - losses[place ^ 1] for place, loss in enumerate(losses)]
-        mean, share = math.fsum(losses) / len(losses), 1 / _WINDOW
-        self.baseline = mean if self.baseline is None else (1 - share) * self.baseline + share * mean
-        return [loss - self.baseline for loss in losses]
+            gaps = [loss - losses[place ^ 1] for place, loss in enumerate(losses)]
+            spread = math.sqrt(self._averaged(math.fsum(gap * gap for gap in gaps) / len(gaps), _SPREAD_WINDOW))
+            return [max(-_LIMIT, min(_LIMIT, gap / spread)) if spread else 0.0 for gap in gaps]
+        average = self._averaged(math.fsum(losses) / len(losses), _WINDOW)
+        return [loss - average for loss in losses]
+
+    def _averaged(self, value: float, window: int) -> float:
+        """The moving average, the value already in it."""
+        self.average = value if self.average is None else self.average + (value - self.average) / window
+        return self.average
 
 
 def initial(space: Space, pools: Sequence[Pool], worth: Tensor, gates: float) -> Tensor:

@@ -8,13 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from gpmetric.errors import GpmetricError
-from gpmetric.evaluation.perplexity import mean_loss
 from gpmetric.structured.ledger import Ledger, State
+from gpmetric.structured.measure import Measure
 from gpmetric.structured.policy import Policy, draw, entropy
 from gpmetric.structured.repair import Repairer
 from gpmetric.structured.shrink import Shrinker
@@ -22,7 +20,7 @@ from gpmetric.structured.shrink import Shrinker
 __all__ = ["RATES", "Settings", "learn"]
 
 # estimator -> rate of the first step
-RATES = {"rloo": 0.4, "paper": 0.02}
+RATES = {"rloo": 0.02, "paper": 0.01}
 _REPORT = 25  # steps between two lines of the ledger
 _STATE = 4  # lines between two that a search can go on from
 _CEILING = 50.0  # of a loss that is not finite, or as good as
@@ -35,7 +33,6 @@ class Settings:
     steps: int | None
     minutes: float | None
     draws: int
-    batch: int
     rate: float
     seed: int
 
@@ -45,7 +42,7 @@ def learn(
     policy: Policy,
     shrinker: Shrinker,
     repairer: Repairer,
-    windows: Tensor,
+    measure: Measure,
     settings: Settings,
     ledger: Ledger,
     on_report: Callable[[Mapping[str, Any], float], None] = lambda *told: None,
@@ -56,7 +53,7 @@ def learn(
         policy: where to begin; at the end it holds what was found.
         shrinker: takes units out of the model.
         repairer: mends the outputs of drawn models as those of the written one will be.
-        windows: [n, length], that draws are measured on, a batch of them per step.
+        measure: what drawn models are compared by.
         ledger: of which the search goes on if it holds a state.
         on_report: called with each report and the share of the search that is over.
 
@@ -66,36 +63,36 @@ def learn(
     model, space = shrinker.model, policy.space
     assert not any(parameter.requires_grad for parameter in model.module.parameters())
     state = ledger.state or State(0, policy.probabilities)
-    policy.probabilities, policy.baseline = state.probabilities, state.baseline
+    policy.probabilities, policy.average = state.probabilities, state.average
     step, tokens, start = state.step, state.tokens, time.monotonic() - state.seconds
     losses: list[float] = []
     finite, saved = step > 0, step
     while (done := _share(settings, step, time.monotonic() - start)) < 1:
-        batch = windows[_batch(settings, len(windows), step)]
+        measure.turn(step)
         drawn = draw(policy.probabilities, settings.draws, settings.seed, step, antithetic=policy.estimator == "rloo")
         found = []
         for one in drawn:
             kept = space.kept(space.stays(one))
             with shrinker.passing(kept, repairer.repairs(kept)):
-                found.append(mean_loss(model, batch))
+                found.append(measure())
         finite = finite or any(math.isfinite(loss) for loss in found)
         losses.append(sum(found) / len(found))
         policy.update(
             drawn, [min(loss, _CEILING) for loss in found], settings.rate * (1 + math.cos(math.pi * done)) / 2
         )
         step += 1
-        tokens += len(drawn) * batch.numel()
+        tokens += len(drawn) * measure.tokens
         if step % _REPORT == 0:
             _check_finite(finite)
             seconds = time.monotonic() - start
-            state = State(step, policy.probabilities, policy.baseline, seconds, tokens)
+            state = State(step, policy.probabilities, policy.average, seconds, tokens)
             report = _report(policy, state, losses)
             keeps = step % (_REPORT * _STATE) == 0 or _share(settings, step, seconds) >= 1
             saved = step if keeps else saved
             ledger.write(report, state if keeps else None)
             on_report(report, _share(settings, step, seconds))
             losses = []
-    state = State(step, policy.probabilities, policy.baseline, time.monotonic() - start, tokens)
+    state = State(step, policy.probabilities, policy.average, time.monotonic() - start, tokens)
     _check_finite(finite)
     if saved < step or not ledger.reports:
         ledger.write(_report(policy, state, losses), state)
@@ -115,14 +112,6 @@ def _share(settings: Settings, step: int, seconds: float) -> float:
     if settings.minutes is not None:
         shares.append(seconds / 60 / settings.minutes)
     return max(shares)
-
-
-def _batch(settings: Settings, windows: int, step: int) -> Tensor:
-    """Indices of a step's windows: each comes once before any comes again."""
-    size = min(settings.batch, windows)
-    per_round = windows // size
-    order = np.random.default_rng([settings.seed, 1, step // per_round]).permutation(windows)
-    return torch.from_numpy(order[step % per_round * size :][:size])
 
 
 def _report(policy: Policy, state: State, losses: list[float]) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class Shrinker:
         self._dense = {one: one.data for owner in owners for one in owner.parameters()}
         self._biases = {id(part): getattr(part.module, part.output).bias for part in groups.parts}
         self._norms = {id(part): getattr(self._block(part), part.norm) for part in groups.parts}
+        self._taken: set[int] = set()  # indices of parts that are not as they came
 
     @contextmanager
     def keeping(self, kept: Tensor, repairs: Mapping[int, Repair] | None = None) -> Iterator[None]:
@@ -87,13 +88,17 @@ class Shrinker:
         for index in (2 * block, 2 * block + 1):
             part, repair = self.groups.parts[index], repairs.get(index, Repair())
             units = masks[index].nonzero()[:, 0]
+            if len(units) < part.units or index in repairs:
+                self._taken.add(index)
             if not len(units):
                 self._empty(part, repair.bias)
-            elif len(units) < part.units or index in repairs:
+            elif index in self._taken:
                 self._narrow(part, units, repair)
 
     def _widen(self, block: int) -> None:
-        for part in self.groups.parts[2 * block : 2 * block + 2]:
+        for index in self._taken & {2 * block, 2 * block + 1}:
+            self._taken.remove(index)
+            part = self.groups.parts[index]
             self._place(part, part.module, self._norms[id(part)])
             getattr(part.module, part.output).bias = self._biases[id(part)]
             for name in (*part.rows, part.output):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from gpmetric.evaluation.windows import check_length, read_splits
 from gpmetric.models import Model, load_model
 from gpmetric.provenance import versions
 from gpmetric.pruning.checkpoint import check_folder, replacing
-from gpmetric.structured.budget import Pool, Space, find_space, top_units
+from gpmetric.structured.budget import Pool, Space, find_space, project, top_units
 from gpmetric.structured.deliver import deliver
 from gpmetric.structured.export import Slimmed, check_format, stored_dtype
 from gpmetric.structured.groups import Groups, find_groups
 from gpmetric.structured.ledger import Ledger
+from gpmetric.structured.measure import Measure
 from gpmetric.structured.plan import accepted_heads, kinds_of, macs, pools_of, uniform_counts, uniform_pools
 from gpmetric.structured.policy import Policy, initial
 from gpmetric.structured.repair import Repairer
@@ -33,6 +35,8 @@ from gpmetric.structured.shrink import Repair, Shrinker
 
 __all__ = ["Loaded", "Prepared", "SlimListener", "load", "prepare", "run_slim", "search", "slim"]
 
+_SHARES = (0.0, 0.125, 0.25, 0.5, 1.0)
+_JUDGED = 64  # windows that they are judged on
 _OPEN = 0.9  # probability that a gate begins with
 _MINUTES = 6.0  # of a search without a budget
 
@@ -49,12 +53,21 @@ class SlimListener:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its units, its texts, and the moments of its inner features on the calibration text."""
+    """A model with its units and its texts.
+
+    Attributes:
+        products: whether pairs of features are wanted, too.
+    """
 
     model: Model
     groups: Groups
     splits: Mapping[str, Windows]
-    features: Sequence[Features]
+    products: bool
+
+    @cached_property
+    def features(self) -> Sequence[Features]:
+        """Moments of the dense model's inner features on the calibration text."""
+        return collect_features(self.model, self.groups, self.splits["calibration"].tokens, products=self.products)
 
 
 @dataclass(frozen=True)
@@ -88,10 +101,25 @@ class Prepared:
         """What stays by probabilities [entries]."""
         return self.slimmed(top_units(self.space.stays(probabilities), self.space, self.pools))
 
-    def best(self, policy: Policy) -> tuple[Slimmed, Slimmed]:
-        """(what a search delivers, what it began with): not what it found if that is worse on the search text."""
-        start = self.chosen(self.start)
-        return min(start, self.chosen(policy.probabilities), key=lambda one: self.loss(one, "search")), start
+    def best(self, policy: Policy, measure: Measure) -> tuple[Slimmed, float]:
+        """What a search delivers: on the way from its start to what it found, where the objective is lowest.
+
+        What is found is signal and noise, in parts that depend on the model and the length of the search; on the way,
+        there is less of both. Shares are compared on the same windows of the search text.
+        """
+        steps = range(math.ceil(_JUDGED / measure.windows))
+        figures = []
+        for share in _SHARES:
+            moved = self.start + share * (policy.probabilities - self.start)
+            slimmed = self.chosen(project(moved, self.space, self.pools))
+            total = 0.0
+            for step in steps:
+                measure.turn(step)
+                with self.shrinker.keeping(slimmed.kept, slimmed.repairs):
+                    total += measure()
+            figures.append((total, share, slimmed))
+        _, share, slimmed = min(figures, key=lambda figure: figure[:2])
+        return slimmed, share
 
     def loss(self, slimmed: Slimmed, split: str) -> float:
         """Mean loss on a split's windows, in nats."""
@@ -136,6 +164,9 @@ def run_slim(
     named = [Path(one) for one in (request.model, request.calibration, request.search, request.validation) if one]
     check_folder(output, force, named if request.ledger is None else [*named, request.ledger.absolute().parent])
     loaded = load(request)
+    identity = _identity(request, loaded)
+    if request.resume:  # another search's ledger is refused before anything is computed
+        Ledger(request.ledger, identity, resume=True).close()
     prepared = prepare(request, loaded)
     model, validation = loaded.model, loaded.splits["validation"]
     dense = mean_loss(model, validation.tokens)
@@ -143,9 +174,9 @@ def run_slim(
         raise GpmetricError(f"the dense model's loss on validation is not finite in {model.dtype} (--dtype)")
     told.dense({validation.text.name: perplexity(dense)})
     before = sum(parameter.numel() for parameter in model.module.parameters())
-    with Ledger(request.ledger, _identity(request, loaded), resume=request.resume) as ledger:
-        policy, cost = search(request, prepared, ledger, told)
-    best, start = prepared.best(policy)
+    with Ledger(request.ledger, identity, resume=request.resume) as ledger:
+        best, cost = search(request, prepared, ledger, told)
+    start = prepared.chosen(prepared.start)
     removed = loaded.groups.removed(best.kept)
     made = _described(request, loaded) | {"sparsity": removed / loaded.groups.parameters}
     with replacing(output, force) as partial:
@@ -155,14 +186,13 @@ def run_slim(
         "parameters_before": before,
         "dense": perplexity(dense),
         "initial": perplexity(prepared.loss(start, "validation")),
-        "picked": "start" if best is start else "search",
         **cost,
         "progress": ledger.reports,
     }
 
 
 def load(request: SlimRequest) -> Loaded:
-    """Model, texts and the moments of its features.
+    """Model and texts.
 
     Raises:
         InputError: model or texts cannot be used.
@@ -178,9 +208,7 @@ def load(request: SlimRequest) -> Loaded:
         {"calibration": request.samples, "search": request.search_windows, "validation": request.windows},
         request.seed if request.shuffle else None,
     )
-    products = request.repair == "least-squares"
-    features = collect_features(model, groups, splits["calibration"].tokens, products=products)
-    return Loaded(model, groups, splits, features)
+    return Loaded(model, groups, splits, request.repair == "least-squares")
 
 
 def prepare(request: SlimRequest, loaded: Loaded) -> Prepared:
@@ -211,22 +239,23 @@ def prepare(request: SlimRequest, loaded: Loaded) -> Prepared:
 
 def search(
     request: SlimRequest, prepared: Prepared, ledger: Ledger, listener: SlimListener | None = None
-) -> tuple[Policy, dict[str, Any]]:
-    """The policy that was learnt, and the steps, tokens and seconds that it took."""
+) -> tuple[Slimmed, dict[str, Any]]:
+    """What a search delivers, the share of the way from its start, and the steps, tokens and seconds that it took."""
     unlimited = request.steps is None and request.minutes is None
     settings = Settings(
         request.steps,
         _MINUTES if unlimited else request.minutes,
         request.draws,
-        request.batch,
         RATES[request.estimator] if request.rate is None else request.rate,
         request.seed,
     )
     policy = Policy(prepared.space, prepared.pools, prepared.start, request.estimator)
     told = listener or SlimListener()
-    tokens = prepared.loaded.splits["search"].tokens
-    state = learn(policy, prepared.shrinker, prepared.repairer, tokens, settings, ledger, told.report)
-    return policy, {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
+    model, tokens = prepared.loaded.model, prepared.loaded.splits["search"].tokens
+    measure = Measure(model, tokens, request.objective, request.batch, request.seed)
+    state = learn(policy, prepared.shrinker, prepared.repairer, measure, settings, ledger, told.report)
+    best, share = prepared.best(policy, measure)
+    return best, {"share": share, "steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
 
 
 def _worth(request: SlimRequest, loaded: Loaded, space: Space) -> Tensor:
@@ -246,7 +275,7 @@ def _worth(request: SlimRequest, loaded: Loaded, space: Space) -> Tensor:
 
 def _identity(request: SlimRequest, loaded: Loaded) -> dict[str, Any]:
     """All that a search depends on but its length."""
-    names = ("sparsity", "granularity", "budget", "cost", "estimator", "start", "repair", "add_bias", "draws", "batch")
+    names = ("sparsity", "budget", "cost", "estimator", "objective", "start", "repair", "add_bias", "draws", "batch")
     found = {name: getattr(request, name) for name in (*names, "rate", "seed")}
     return found | {
         "granularity": sorted(request.granularity),
@@ -261,7 +290,7 @@ def _identity(request: SlimRequest, loaded: Loaded) -> dict[str, Any]:
 
 def _described(request: SlimRequest, loaded: Loaded) -> dict[str, Any]:
     """What the manifest says of how a model was made."""
-    names = ("format", "budget", "cost", "estimator", "start", "repair", "add_bias", "seed", "shuffle")
+    names = ("format", "budget", "cost", "estimator", "objective", "start", "repair", "add_bias", "seed", "shuffle")
     return {name: getattr(request, name) for name in names} | {
         "model": loaded.model.name,
         "digest": loaded.model.digest,
