@@ -40,7 +40,7 @@ import numpy as np
 from cases import finished, one_thread, opened, save, told
 from matplotlib import pyplot
 from results import RESULTS, append, row
-from structured_runs import METHODS, SEARCHES, make_request, run_case
+from structured_runs import METHODS, make_request, run_case
 from structured_speed import measure, speed_rows
 
 from gpmetric.errors import GpmetricError, InputError

@@ -34,6 +34,7 @@ __all__ = [
     "print_slim",
 ]
 
+_SEARCHED = {"kl": "divergence", "loss": "loss"}
 _SLIM_SECONDS = 10  # between two lines of a structured search
 _SHOWN = 12  # rows of the live table
 _PARTS_SHOWN = 20  # rows of an analysis
@@ -94,7 +95,7 @@ class AllocateReport(_Bars, AllocateListener):
 
 
 class SlimReport(_Bars, SlimListener):
-    """A line now and then: loss of the drawn models, entropy of the policy, budget."""
+    """A line now and then: objective of the drawn models, entropy of the policy, budget."""
 
     _next = 0.0
 
@@ -102,8 +103,9 @@ class SlimReport(_Bars, SlimListener):
         self.progress("search, % of its length", int(100 * share), 100)
         if report["seconds"] >= self._next or share >= 1:
             self._next = report["seconds"] + _SLIM_SECONDS
-            loss = f"loss {_number(report['loss']):.4f}, entropy {report['entropy']:.3f} bits"
-            line = f"step {report['step']} ({share:.0%}): {loss}, {report['kept']:.4f} of the units' cost stays"
+            loss = f"{_SEARCHED[report['objective']]} {_number(report['loss']):.4f}"
+            kept = f"entropy {report['entropy']:.3f} bits, {report['kept']:.4f} of the units' cost stays"
+            line = f"step {report['step']} ({share:.0%}): {loss}, {kept}"
             self._console.print(Text(line), soft_wrap=True)
 
 
@@ -384,5 +386,8 @@ def print_slim(console: Console, result: Mapping[str, Any]) -> None:
     before, after = result["parameters_before"], result["parameters_after"]
     figures = ", ".join(f"{name} {_number(result[name]):.3f}" for name in ("dense", "initial", "perplexity"))
     console.print(Text(f"perplexity on validation: {figures}"), soft_wrap=True)
+    if not result["share"]:
+        told = "the search found nothing better than its start: search longer (--minutes), or begin elsewhere (--start)"
+        console.print(Text(told), soft_wrap=True)
     share = f"{result['sparsity']:.4f} of the parameters inside the blocks removed"
     console.print(Text(f"{result['output']}: {before:,} -> {after:,} parameters, {share}; verified"), soft_wrap=True)

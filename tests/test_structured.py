@@ -425,7 +425,7 @@ def test_a_foreign_or_damaged_ledger_is_refused(tmp_path: Path) -> None:
 def test_what_drawn_models_are_measured_by(
     model: Model, groups: Groups, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Divergence and loss by their definitions; every window once a round; predictions are the same kept or made anew."""
+    """Divergence and loss by their definitions; a window once a round; predictions kept or made anew."""
     shrinker, kept, dense = Shrinker(model, groups), drawn(groups), logits(model, tokens)
 
     def figures(objective: Any) -> list[tuple[float, Tensor]]:
@@ -470,6 +470,6 @@ def test_a_model_without_a_loss_ends_the_search(model: Model, groups: Groups, to
     with model.restored():
         for layer in model.layers:
             layer.weight.fill_(1e30)
+        measure, settings = Measure(model, tokens, objective, 2, 0), Settings(60, None, 2, 0.1, 0)
         with pytest.raises(GpmetricError, match="no model that was drawn has a finite loss"):
-            measure = Measure(model, tokens, objective, 2, 0)
-            learn(policy, Shrinker(model, groups), repairer, measure, Settings(60, None, 2, 0.1, 0), Ledger(None, {}))
+            learn(policy, Shrinker(model, groups), repairer, measure, settings, Ledger(None, {}))

@@ -32,7 +32,8 @@ class Measure:
     """
 
     def __init__(self, model: Model, windows: Tensor, objective: Objective, batch: int, seed: int) -> None:
-        self._model, self._objective, self._seed = model, objective, seed
+        self.objective = objective
+        self._model, self._seed = model, seed
         order = np.random.default_rng([seed, 1]).permutation(len(windows))
         size = min(batch, len(windows))
         self._pieces = [
@@ -49,7 +50,7 @@ class Measure:
         order = np.random.default_rng([self._seed, 2, step // per_round]).permutation(per_round)
         index = int(order[step % per_round])
         self._tokens = self._pieces[index]
-        if self._objective == "kl":
+        if self.objective == "kl":
             self._teachers = self._kept.get(index) or self._taught(index)
 
     @property
@@ -65,7 +66,7 @@ class Measure:
     @torch.no_grad()
     def __call__(self) -> float:
         """The objective of the model as it is, in nats per prediction; infinite where it is not finite."""
-        if self._objective == "loss":
+        if self.objective == "loss":
             return mean_loss(self._model, self._tokens)
         predictions = sum(teacher.predictions for teacher in self._teachers)
         found = sum(teacher.excess(self._model).item() for teacher in self._teachers) / predictions

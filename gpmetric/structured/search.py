@@ -86,7 +86,7 @@ def learn(
             _check_finite(finite)
             seconds = time.monotonic() - start
             state = State(step, policy.probabilities, policy.average, seconds, tokens)
-            report = _report(policy, state, losses)
+            report = _report(policy, measure, state, losses)
             keeps = step % (_REPORT * _STATE) == 0 or _share(settings, step, seconds) >= 1
             saved = step if keeps else saved
             ledger.write(report, state if keeps else None)
@@ -95,7 +95,7 @@ def learn(
     state = State(step, policy.probabilities, policy.average, time.monotonic() - start, tokens)
     _check_finite(finite)
     if saved < step or not ledger.reports:
-        ledger.write(_report(policy, state, losses), state)
+        ledger.write(_report(policy, measure, state, losses), state)
     return state
 
 
@@ -114,12 +114,14 @@ def _share(settings: Settings, step: int, seconds: float) -> float:
     return max(shares)
 
 
-def _report(policy: Policy, state: State, losses: list[float]) -> dict[str, Any]:
+def _report(policy: Policy, measure: Measure, state: State, losses: list[float]) -> dict[str, Any]:
+    """A line of the ledger; `loss` is the mean objective of the models drawn since the last one, None if infinite."""
     stays = policy.space.stays(policy.probabilities)
     expected = float((policy.space.cost * stays).sum() / policy.space.cost.sum())
     loss = sum(losses) / len(losses) if losses else math.nan
     return {
         "step": state.step,
+        "objective": measure.objective,
         "loss": loss if math.isfinite(loss) else None,
         "entropy": entropy(policy.probabilities),
         "kept": expected,
