@@ -8,7 +8,9 @@ outcome to results.csv.
 magnitude_sp, wanda_sp          the same share of every layer
 flap, random, block_influence   all layers against each other
 start                           what the policy gradient begins with: its own start, chosen from at once
-rloo, paper                     the policy gradient, with either estimator, at the same number of forward passes
+rloo                            the policy gradient as `slim` does it by default
+rloo on the loss, paper         either estimator on the log-loss, at the same number of forward passes (rloo beside: one
+                                more for each window, once, while the dense model's predictions fit into 1 GiB)
 uniform                         rloo with as many heads and channels in every layer
 start:METRIC                    rloo that begins from another metric, named by --start
 
@@ -162,13 +164,17 @@ def draw(table: Table, path: Path) -> None:
         1, len(panels), figsize=(2.5 + 4 * len(panels), 4), layout="constrained", squeeze=False
     )  # fmt: skip
     for axis, panel in zip(axes.flat, panels, strict=True):
+        lowest = 1.0
         for number, method in enumerate(methods):
             shown = [(case[2], found[method]) for case, found in table.items() if case[:2] == panel and method in found]
             places = [sparsity for sparsity, _ in shown]
             style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "os^Dv"[number % 5], "ms": 4}
-            axis.plot(places, [mean(runs, "excess") for _, runs in shown], label=method, **style)
+            figures = [[run["excess"] for run in runs] for _, runs in shown]
+            means, lows, highs = (np.array([of(values) for values in figures]) for of in (np.mean, np.min, np.max))
+            axis.errorbar(places, means, (means - lows, highs - means), label=method, lw=1, **style)
+            lowest = min(lowest, *lows)
         axis.set_title(f"{short(panel[0])}, {short(panel[1])}", fontsize=9)
-        axis.set_yscale("log")
+        axis.set_yscale("log" if lowest > 0 else "linear")
         axis.grid(axis="y", lw=0.4)
     figure.supxlabel("share of the parameters inside the blocks that is gone", fontsize=10)
     figure.supylabel("excess log-loss, nats", fontsize=10)

@@ -6,7 +6,6 @@ Options and formulas are checked before torch is imported; the work is in the fu
 from __future__ import annotations
 
 import logging
-import shlex
 import signal
 import sys
 import time
@@ -42,6 +41,7 @@ from gpmetric.options import (
     TextOption,
     UpdateOption,
     WindowsOption,
+    resume_command,
     tables,
 )
 from gpmetric.provenance import check_output, check_picture, gpmetric_version, write_json
@@ -223,7 +223,7 @@ def discover(
         with terminal.DiscoverReport(Console(stderr=True)) as listener:
             result = run_campaign(request, path, resume=resume, listener=listener, started=started)
     except KeyboardInterrupt:
-        print(f"stopped; go on with: {_resume_command(path)}", file=sys.stderr)
+        print(f"stopped; go on with: {resume_command(path)}", file=sys.stderr)
         raise
     write_json(json, result)
     terminal.print_discover(Console(file=tables(json)), result, path)
@@ -348,14 +348,6 @@ def analyse(
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-
-
-def _resume_command(ledger: Path) -> str:
-    """The present command line with the ledger named and --resume, quoted for a shell."""
-    words = ["gpmetric", *sys.argv[1:]]
-    if "--ledger" not in words and not any(word.startswith("--ledger=") for word in words):
-        words += ["--ledger", str(ledger)]
-    return shlex.join(words if "--resume" in words else [*words, "--resume"])
 
 
 def _check_request(metrics: Sequence[str], targets: Sequence[str], update: str, json: Path | None) -> list[str]:

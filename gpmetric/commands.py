@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +26,7 @@ from gpmetric.options import (
     ShuffleOption,
     UpdateOption,
     WindowsOption,
+    resume_command,
     tables,
 )
 from gpmetric.provenance import STDOUT, check_output, check_picture, write_json
@@ -370,7 +372,12 @@ def slim(
     from gpmetric import terminal
     from gpmetric.structured.slim import run_slim
 
-    with terminal.SlimReport(Console(stderr=True)) as listener:
-        result = run_slim(request, output, force=force, listener=listener)
+    try:
+        with terminal.SlimReport(Console(stderr=True)) as listener:
+            result = run_slim(request, output, force=force, listener=listener)
+    except KeyboardInterrupt:
+        if ledger is not None:
+            print(f"stopped; go on with: {resume_command(ledger)}", file=sys.stderr)
+        raise
     write_json(json, result)
     terminal.print_slim(Console(file=tables(json)), result)

@@ -32,7 +32,7 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
         raise InputError(f"{where} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{where} is not TOML: {error}") from error
-    known = {str(option.name).replace("_", "-"): option for option in context.command.params}
+    known = {_long_name(option): option for option in context.command.params}
     accepted = ", ".join(sorted(known.keys() - {"config", "help"}))
     context.default_map = {}
     for key, value in values.items():
@@ -43,6 +43,12 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
             raise InputError(f"{where}: {key!r} stands there twice, once with - and once with _")
         context.default_map[str(option.name)] = _as_typed(option, value, f"{where}: {key}")
     return path
+
+
+def _long_name(option: Any) -> str:
+    """Of an option, what stands behind its --; of an argument, its name."""
+    names = [name.removeprefix("--") for name in option.opts if name.startswith("--")]
+    return names[0] if names else str(option.name).replace("_", "-")
 
 
 def _as_typed(option: Any, value: object, where: str) -> bool | str | list[str]:

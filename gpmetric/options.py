@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ __all__ = [
     "TextOption",
     "UpdateOption",
     "WindowsOption",
+    "resume_command",
     "tables",
 ]
 
@@ -94,3 +96,11 @@ ConfigOption = Annotated[
 def tables(json: Path | None) -> TextIO:
     """Where tables go: standard output, unless the JSON has it for itself."""
     return sys.stderr if json == STDOUT else sys.stdout
+
+
+def resume_command(ledger: Path) -> str:
+    """The present command line with the ledger named and --resume, quoted for a shell."""
+    words = ["gpmetric", *sys.argv[1:]]
+    if "--ledger" not in words and not any(word.startswith("--ledger=") for word in words):
+        words += ["--ledger", str(ledger)]
+    return shlex.join(words if "--resume" in words else [*words, "--resume"])

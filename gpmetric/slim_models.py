@@ -32,6 +32,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 __all__ = [
+    "SLIM_FILE",
     "SLIM_MODELS",
     "Absent",
     "SlimGPT2Config",
@@ -46,6 +47,9 @@ __all__ = [
     "SlimQwen3ForCausalLM",
     "set_width",
 ]
+
+
+SLIM_FILE = "modeling_slim.py"  # what this file is called in a model's folder
 
 
 class Absent(nn.Module):

@@ -386,8 +386,11 @@ def print_slim(console: Console, result: Mapping[str, Any]) -> None:
     before, after = result["parameters_before"], result["parameters_after"]
     figures = ", ".join(f"{name} {_number(result[name]):.3f}" for name in ("dense", "initial", "perplexity"))
     console.print(Text(f"perplexity on validation: {figures}"), soft_wrap=True)
+    if result["repair"] == "bias" and not result["repaired"]:
+        told = "no output layer has a bias, so nothing was repaired: --add-bias gives them one"
+        console.print(Text(told), soft_wrap=True)
     if not result["share"]:
         told = "the search found nothing better than its start: search longer (--minutes), or begin elsewhere (--start)"
         console.print(Text(told), soft_wrap=True)
-    share = f"{result['sparsity']:.4f} of the parameters inside the blocks removed"
+    share = f"{result['sparsity']:.4f} of the parameters inside the blocks removed ({result['asked']:g} asked for)"
     console.print(Text(f"{result['output']}: {before:,} -> {after:,} parameters, {share}; verified"), soft_wrap=True)

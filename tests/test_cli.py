@@ -523,6 +523,13 @@ def test_a_wrong_config_is_refused(run: Run, tmp_path: Path, content: str, messa
     assert message in outcome.error
 
 
+def test_a_config_takes_the_names_that_the_command_line_takes(run: Run, tmp_path: Path) -> None:
+    """Also where the function calls an option otherwise."""
+    outcome = run("slim", "-o", tmp_path / "x", "--config", toml(tmp_path, "format = 'onnx'"))
+    assert outcome.code == 2
+    assert outcome.error.startswith("--format must be one of hetero")
+
+
 def test_a_config_that_cannot_be_read_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b"model = '\xff'")
     for path, message in [("missing.toml", "No such file"), ("", "Is a directory"), ("latin.toml", "is not TOML")]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import gpmetric
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.evaluation.evaluate import evaluate_model
 from gpmetric.pruning.verify import verify
-from gpmetric.slim_models import SLIM_MODELS
+from gpmetric.slim_models import SLIM_FILE, SLIM_MODELS
 from gpmetric.structured import deliver as deliver_module
 from gpmetric.structured import reload
 from gpmetric.structured.slim import slim
@@ -186,14 +187,60 @@ def test_models_of_other_makes(kind: str, save_model: Callable[..., Path], tiny_
     assert ("lm_head.weight" in stored) == (kind == "untied")
 
 
+def recast(model: Path, folder: Path, dtypes: Callable[[str], torch.dtype]) -> Path:
+    """A copy of a model with each tensor in the dtype of its name."""
+    shutil.copytree(model, folder)
+    path = folder / "model.safetensors"
+    save_file({name: one.to(dtypes(name)) for name, one in load_file(path).items()}, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("form", ["hetero", "padded"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.usefixtures("here")
-def test_what_stays_is_not_rounded_by_another_dtype(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
-    """Of files in float32, with the search in bfloat16."""
-    run(tiny_llama, tiny_text, tmp_path / "small", dtype="bfloat16", repair="none", sparsity=0.4)
-    stored, dense = load_file(tmp_path / "small" / "model.safetensors"), load_file(tiny_llama / "model.safetensors")
+def test_what_stays_is_as_it_was_stored(
+    form: str, dtype: str, tiny_llama: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    """Matrices in float16, norms in float32, whatever the dtype of the search; a fit is written in its layer's."""
+    dense_folder = recast(
+        tiny_llama, tmp_path / "dense", lambda name: torch.float32 if "norm" in name else torch.float16
+    )
+    run(dense_folder, tiny_text, tmp_path / "small", dtype=dtype, repair="least-squares", sparsity=0.4, format=form)
+    stored, dense = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "dense"))
     assert torch.equal(stored["model.embed_tokens.weight"], dense["model.embed_tokens.weight"])
-    rows = dense["model.layers.0.mlp.up_proj.weight"].tolist()
+    assert stored["model.norm.weight"].dtype == torch.float32
+    rows = [*dense["model.layers.0.mlp.up_proj.weight"].tolist(), [0.0] * 32]
     assert all(row in rows for row in stored["model.layers.0.mlp.up_proj.weight"].tolist())
+    assert {one.dtype for name, one in stored.items() if "norm" not in name} == {torch.float16}
+    assert (tmp_path / "small" / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_dtype_that_cannot_be_written_is_refused_before_the_search(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    model = recast(tiny_llama, tmp_path / "dense", lambda _: torch.float64)
+    with pytest.raises(InputError, match="is stored as F64: accepted are F32, F16, BF16"):
+        run(model, tiny_text, tmp_path / "small")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_slimmed_model_is_pruned_and_verified_as_any(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    """Transformers opens what `prune` makes of it; verify finds a manifest that is another model's."""
+    run(tiny_llama, tiny_text, tmp_path / "small", sparsity=0.4)
+    options: dict[str, Any] = {"samples": 4, "windows": 4, "sequence_length": 32, "device": "cpu"}
+    gpmetric.prune(
+        str(tmp_path / "small"), output=tmp_path / "pruned", calibration=str(tiny_text), metric="magnitude", **options
+    )
+    assert verify(tmp_path / "pruned", device="cpu")["ok"]
+    assert (tmp_path / "pruned" / SLIM_FILE).read_bytes() == (tmp_path / "small" / SLIM_FILE).read_bytes()
+    path = tmp_path / "small" / "gpmetric_manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["parameters_after"] += 1
+    manifest["widths"][0]["channels"] += 1
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    problems = " ".join(verify(tmp_path / "small", device="cpu")["problems"])
+    assert "parameters, the manifest says" in problems
+    assert "other widths than the manifest says" in problems
 
 
 @pytest.mark.usefixtures("here")
@@ -207,7 +254,9 @@ def test_a_slimmed_model_is_evaluated_as_any(tiny_gpt2: Path, tiny_text: Path, t
 
 
 @pytest.mark.usefixtures("here")
-def test_a_resumed_search_writes_the_same_model(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+def test_a_resumed_search_writes_the_same_model(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ledger, options = tmp_path / "a.jsonl", {"steps": 120, "sparsity": 0.4}
     whole = run(tiny_llama, tiny_text, tmp_path / "whole", ledger=ledger, **options)
     content = ledger.read_bytes()
@@ -216,6 +265,7 @@ def test_a_resumed_search_writes_the_same_model(tiny_llama: Path, tiny_text: Pat
     assert again["widths"] == whole["widths"]
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
     assert all(torch.equal(one, second[name]) for name, one in first.items())
+    monkeypatch.setattr("gpmetric.structured.slim.collect_features", None)  # refused before that
     with pytest.raises(InputError, match=r"is another search's: sparsity is 0\.4 there, 0\.5 here"):
         run(tiny_llama, tiny_text, tmp_path / "other", ledger=ledger, resume=True, **options | {"sparsity": 0.5})
 

@@ -239,7 +239,7 @@ def test_rloo_is_the_natural_gradient_over_the_cost(monkeypatch: pytest.MonkeyPa
     expected = torch.zeros(3, dtype=torch.float64)
     for units in itertools.product(*(pairs(float(p)) for p in chances)):
         first, second = zip(*(draws for _, draws in units), strict=True)
-        policy = Policy(space, [], chances.clone())
+        policy = Policy(space, [], chances.clone(), average=1.0)
         draws = [torch.tensor(bits, dtype=torch.float64) for bits in (first, second)]
         policy.update(draws, [losses[first], losses[second]], 1e-3)
         expected += math.prod(chance for chance, _ in units) * (chances - policy.probabilities) / 1e-3
@@ -265,9 +265,10 @@ def test_rloo_steps_in_deviations_of_the_differences() -> None:
     policy.update(pair, [1.0, 1.5], 0.1)
     assert policy.average == pytest.approx(4 - 3.75 / 50)
     assert float(policy.probabilities) == pytest.approx(0.45 + 0.1 * 0.5 / math.sqrt(4 - 3.75 / 50) * 0.55)
-    before = float(policy.probabilities)
-    policy.update(pair, [1.0, 50.0], 0.1)
-    assert float(policy.probabilities) <= before + 0.1 * 3
+    before, average = float(policy.probabilities), policy.average
+    policy.update(pair, [1.0, math.inf], 0.1)
+    assert policy.average == average
+    assert before < float(policy.probabilities) <= before + 0.1 * 3
     policy = Policy(space, [], torch.tensor([0.5], dtype=torch.float64))
     policy.update(pair, [1.0, 1.0], 0.1)
     assert float(policy.probabilities) == 0.5
@@ -316,20 +317,25 @@ def test_every_rule_scores_every_unit(model: Model, groups: Groups, tokens: Tens
     assert means == pytest.approx([0.0] * len(means), abs=1e-9)
 
 
-def test_flap_and_wanda_by_hand(model: Model, groups: Groups, tokens: Tensor) -> None:
-    """From the activations themselves."""
+@pytest.mark.parametrize("index", [0, 1])
+def test_flap_and_wanda_by_hand(model: Model, groups: Groups, tokens: Tensor, index: int) -> None:
+    """From the activations themselves, of an attention and an MLP; FLAP standardises features, a head is their mean."""
     seen: list[Tensor] = []
-    part, index = groups.parts[1], 1
+    part = groups.parts[index]
     layer = getattr(part.module, part.output)
     with layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1]))):
         logits(model, tokens)
     inputs, weight = torch.cat(seen).double(), read_output(part).double()
+    per_unit = part.columns.shape[1]
     features = collect_features(model, groups, tokens)
     generator = torch.Generator()
     flap = groups.split(unit_scores(model, groups, "flap", tokens, features, generator))[index]
-    assert torch.allclose(flap, inputs.var(dim=0, correction=0) * weight.square().sum(dim=0), rtol=1e-5)
+    expected = (inputs.var(dim=0, correction=0) * weight.square().sum(dim=0)) ** (2 if index == 0 else 1)
+    expected = (expected - expected.mean()) / expected.std()
+    assert torch.allclose(flap, expected.view(-1, per_unit).mean(dim=1), rtol=1e-4, atol=1e-6)
     wanda = groups.split(unit_scores(model, groups, "wanda_sp", tokens, features, generator))[index]
-    assert torch.allclose(wanda, (weight.abs() * inputs.square().mean(dim=0).sqrt()).sum(dim=0), rtol=1e-4)
+    expected = (weight.abs() * inputs.square().mean(dim=0).sqrt()).sum(dim=0)
+    assert torch.allclose(wanda, expected.view(-1, per_unit).mean(dim=1), rtol=1e-4)
 
 
 def test_repairs_against_least_squares(model: Model, groups: Groups, tokens: Tensor) -> None:
@@ -407,6 +413,40 @@ def test_a_search_goes_on_wherever_it_was_killed(model: Model, groups: Groups, t
         run(whole)
 
 
+def test_an_interrupted_search_loses_no_step(
+    model: Model, groups: Groups, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle of a step after step 7; resumed, it ends where it would have."""
+    settings = Settings(12, None, draws=2, rate=0.02, seed=1)
+
+    def run(path: Path | None, calls: int) -> Policy:
+        policy, shrinker, repairer = made_policy(model, groups, tokens)
+        measure, measured = Measure(model, tokens, "kl", 2, 1), Measure.__call__
+
+        def interrupted(self: Measure) -> float:
+            nonlocal calls
+            calls -= 1
+            if not calls:
+                raise KeyboardInterrupt
+            return measured(self)
+
+        monkeypatch.setattr(Measure, "__call__", interrupted)
+        try:
+            with Ledger(path, {}, resume=True) as ledger:
+                learn(policy, shrinker, repairer, measure, settings, ledger)
+        finally:
+            monkeypatch.setattr(Measure, "__call__", measured)
+        return policy
+
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(path, 16)
+    with Ledger(path, {}, resume=True) as ledger:
+        assert ledger.state is not None
+        assert ledger.state.step == 7
+    assert torch.equal(run(path, 0).probabilities, run(None, 0).probabilities)
+
+
 def test_a_foreign_or_damaged_ledger_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     for content, told in (
@@ -430,7 +470,8 @@ def test_what_drawn_models_are_measured_by(
 
     def figures(objective: Any) -> list[tuple[float, Tensor]]:
         measure, found = Measure(model, tokens, objective, 3, seed=4), []
-        for step in range(5):
+        assert len(measure) == 3
+        for step in range(6):
             measure.turn(step)
             with shrinker.keeping(kept):
                 found.append((measure(), measure._tokens))
@@ -447,9 +488,9 @@ def test_what_drawn_models_are_measured_by(
         assert divergence == pytest.approx(float((teacher * (teacher.log() - log_small)).sum(-1).mean()), rel=1e-3)
         taken = log_small.gather(-1, windows[:, 1:, None])
         assert loss == pytest.approx(-float(taken.mean()), rel=1e-5)
-    for first in (0, 2):  # 8 windows in rounds of 2 batches
-        seen = [rows[tuple(window.tolist())] for _, windows in divergences[first : first + 2] for window in windows]
-        assert len(set(seen)) == 6
+    for first in (0, 3):  # 8 windows in rounds of 3 batches
+        seen = [rows[tuple(window.tolist())] for _, windows in divergences[first : first + 3] for window in windows]
+        assert sorted(seen) == list(range(8))
     monkeypatch.setattr("gpmetric.structured.measure._TEACHER_BYTES", 0)
     assert [one for one, _ in figures("kl")] == [one for one, _ in divergences]
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from gpmetric import slim_models
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.models import Layer, Model
 from gpmetric.provenance import finite, write_text
@@ -167,6 +168,8 @@ def write_checkpoint(
             copy = folder / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
+    if model.module.config.model_type.startswith("slim_"):
+        shutil.copyfile(slim_models.__file__, folder / slim_models.SLIM_FILE)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config = {key: value for key, value in config.items() if key not in FOREIGN_KEYS}
     config["gpmetric"] = {name: made[name] for name in ("metric", "target", "update")}

@@ -46,8 +46,15 @@ class _Text(BaseModel):
     sequence_length: Annotated[int, Field(ge=2)]
 
 
+class _Width(BaseModel):
+    heads: Count
+    channels: Count
+    attention_bias: bool
+    mlp_bias: bool
+
+
 class _Manifest(BaseModel):
-    """What is read of a manifest."""
+    """What is read of a manifest; the last two are those of `slim`."""
 
     version: Literal[1]
     kind: Literal["prune", "slim"] = "prune"
@@ -61,11 +68,15 @@ class _Manifest(BaseModel):
     layers: list[_Layer]
     tensors: list[str]
     files: dict[str, str]
+    parameters_after: Count | None = None
+    widths: list[_Width] | None = None
 
     @model_validator(mode="after")
     def _has_layers(self) -> Self:
         if not self.layers and self.kind == "prune":
             raise ValueError("layers is empty")
+        if self.kind == "slim" and (self.parameters_after is None or self.widths is None):
+            raise ValueError("parameters_after or widths is missing")
         return self
 
 
@@ -108,6 +119,7 @@ def verify(
         if dense is not None:
             problems += _differences(path, manifest, dense)
         model = load_model(str(path), device=device, dtype=manifest.dtype)
+        problems += _shape_problems(model, manifest)
         windows = _windows(model, manifest) if windows is None else windows
         found = None if windows is None else perplexity(mean_loss(model, windows))
     except (GpmetricError, SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -179,6 +191,20 @@ def _tensor_problems(folder: Path, manifest: _Manifest) -> Iterator[str]:
             yield from _layer_problems(_read(places[layer.tensor], layer.tensor), layer)
         else:
             yield f"layer {layer.name} has no tensor"
+
+
+def _shape_problems(model: Model, manifest: _Manifest) -> Iterator[str]:
+    """Numbers of parameters, and widths where a config tells them, that are not those that `slim` wrote."""
+    if manifest.kind != "slim":
+        return
+    count = sum(parameter.numel() for parameter in model.module.parameters())
+    if count != manifest.parameters_after:
+        yield f"the model has {count} parameters, the manifest says {manifest.parameters_after}"
+    widths = [one.model_dump() for one in manifest.widths or ()]
+    told = getattr(model.module.config, "widths", widths)
+    there, said = ([one for one in listed if any(one.values())] for listed in (told, widths))
+    if there != said:
+        yield "the layers of the model have other widths than the manifest says"
 
 
 def _layer_problems(stored: Tensor, layer: _Layer) -> Iterator[str]:

@@ -12,7 +12,7 @@ from gpmetric.structured.budget import find_space, top_units
 from gpmetric.structured.groups import Groups
 from gpmetric.structured.plan import pools_of, uniform_counts, uniform_pools
 from gpmetric.structured.request import RULES
-from gpmetric.structured.scores import Features, standardised, unit_scores
+from gpmetric.structured.scores import Features, unit_scores
 
 __all__ = ["choose"]
 
@@ -28,8 +28,8 @@ def choose(
 ) -> Tensor:
     """The units [units], bool, that stay by a rule.
 
-    A `uniform` rule keeps as many heads and channels in every block, a `global` one compares units of all parts by
-    their standardised scores. Block influence takes whole blocks, the last of them in part, by position.
+    A `uniform` rule keeps as many heads and channels in every block, a `global` one compares units of all parts. Block
+    influence takes whole blocks, the last of them in part, by position.
 
     Args:
         name: a key of RULES.
@@ -44,5 +44,4 @@ def choose(
         heads = range(groups.parts[0].units + 1)
         pools = uniform_pools(groups, space, uniform_counts(groups, sparsity, ("head", "channel"), heads))
         return top_units(scores, space, pools)
-    worth = scores if name in ("random", "block_influence") else standardised(groups, scores)
-    return top_units(worth, space, pools_of(groups, space, sparsity, groups.cost))
+    return top_units(scores, space, pools_of(groups, space, sparsity, groups.cost))

@@ -107,10 +107,10 @@ def find_space(groups: Groups, kinds: Sequence[Kind], *, layers: bool, cost: Ten
 
 
 def project(values: Tensor, space: Space, pools: Sequence[Pool]) -> Tensor:
-    """The probabilities [entries] nearest to `values` whose expected cost is each pool's budget.
+    """Probabilities [entries] whose expected cost is each pool's budget: clip(values - shift, 0, 1), by bisection.
 
-    Distances count as the costs do, so that all that has a cost is shifted alike: clip(values - shift, 0, 1), the shift
-    by bisection. (Nearest in plain distance, whatever is dear would pay for the rest, heads for channels.)
+    Without gates they are the nearest ones where distances count as the costs do. (In plain distance, whatever is dear
+    would pay for the rest, heads for channels.)
     """
     found = values.clamp(0, 1)
     for pool in pools:

@@ -92,6 +92,7 @@ def deliver(
             "generated": found["generated"].tolist(),
             "logits_off": gap,
             "widths": slimmed.widths(),
+            "repaired": len(slimmed.repairs),
             "bytes": sum((folder / name).stat().st_size for name in files_of(folder) if name.endswith(".safetensors")),
             "layers": [],
         }

@@ -15,18 +15,18 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from gpmetric import slim_models
-from gpmetric.errors import InputError
+from gpmetric.errors import InputError, ModelError
 from gpmetric.models import Model, load_model
 from gpmetric.pruning.checkpoint import tensors
-from gpmetric.slim_models import SLIM_MODELS
+from gpmetric.slim_models import SLIM_FILE, SLIM_MODELS
 from gpmetric.structured.groups import Groups, find_groups
 from gpmetric.structured.shrink import Repair, Shrinker
 
-__all__ = ["Slimmed", "check_format", "stored_dtype", "write_model"]
+__all__ = ["Slimmed", "check_format", "stored_dtypes", "write_model"]
 
 _MODELLING = Path(slim_models.__file__)
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors calls them
-_REMOTE = "modeling_slim"  # the file's name in a folder
+_REMOTE = SLIM_FILE.removesuffix(".py")
 
 
 @dataclass(frozen=True)
@@ -82,21 +82,35 @@ def check_format(model: Model, kind: str, *, biases: bool) -> None:
         )
 
 
-def stored_dtype(model: Model) -> torch.dtype:
-    """The dtype of the largest tensor of a model's files."""
+def stored_dtypes(model: Model) -> tuple[dict[str, torch.dtype], torch.dtype]:
+    """By name of a tensor of the model, the dtype that its files hold it in, and that of the largest.
+
+    Raises:
+        ModelError: they hold no dtype that can be written.
+    """
     assert model.folder is not None
-    shapes: dict[torch.dtype, int] = {}
+    prefix = f"{model.module.base_model_prefix}."
+    known = model.module.state_dict().keys()
+    found: dict[str, torch.dtype] = {}
+    sizes: dict[torch.dtype, int] = {}
+    others: set[str] = set()
     for name, path in tensors(model.folder).items():
         with safe_open(path, framework="pt") as file:
             part = file.get_slice(name)
             dtype = _DTYPES.get(part.get_dtype())
-            if dtype is not None:
-                shapes[dtype] = max(shapes.get(dtype, 0), math.prod(part.get_shape()))
-    return max(shapes, key=lambda dtype: shapes[dtype])
+            if dtype is None:
+                others.add(part.get_dtype())
+                continue
+            found[name if name in known else prefix + name] = dtype
+            sizes[dtype] = max(sizes.get(dtype, 0), math.prod(part.get_shape()))
+    if not sizes:
+        told = ", ".join(sorted(others))
+        raise ModelError(f"{model.name!r} is stored as {told}: accepted are {', '.join(_DTYPES)}")
+    return found, max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def write_model(model: Model, shrinker: Shrinker, slimmed: Slimmed, kind: str, folder: Path) -> None:
-    """Writes config and weights, in the dtype of the dense model's files, and for `hetero` the modelling file.
+    """Writes config and weights, in the dtypes of the dense model's files, and for `hetero` the modelling file.
 
     Weights that stay are those of the files, also where the model was loaded in a dtype that rounds them.
 
@@ -104,23 +118,25 @@ def write_model(model: Model, shrinker: Shrinker, slimmed: Slimmed, kind: str, f
         kind: a key of FORMATS.
         folder: empty.
     """
-    dtype = stored_dtype(model)
-    if model.dtype not in ("float32", str(dtype).removeprefix("torch.")):
-        model = load_model(str(model.folder), device="cpu", dtype=str(dtype).removeprefix("torch."))
+    dtypes, dtype = stored_dtypes(model)
+    if model.dtype != "float32" and any(str(one) != f"torch.{model.dtype}" for one in dtypes.values()):
+        model = load_model(str(model.folder), device="cpu", dtype="float32")
         slimmed = replace(slimmed, groups=find_groups(model))
         shrinker = Shrinker(model, slimmed.groups)
     make = {"hetero": _hetero, "uniform": _uniform, "padded": _padded}[kind]
     config, state, made = make(model, shrinker, slimmed)
     with torch.device("meta"):
         module = made(config)
-    module.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True, strict=True)
+    module.load_state_dict(state, assign=True, strict=True)
     module.tie_weights()
     module.config.dtype = dtype
     module.generation_config = model.module.generation_config
     module.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors' files are their owner's alone
     model.tokenizer.save_pretrained(folder)
     if kind == "hetero":
-        shutil.copyfile(_MODELLING, folder / f"{_REMOTE}.py")
+        shutil.copyfile(_MODELLING, folder / SLIM_FILE)
 
 
 def _hetero(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> tuple[Any, dict[str, Tensor], Any]:
@@ -194,10 +210,10 @@ def _padded(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> tuple[Any, di
             columns = part.columns[mine].flatten()
             turned = not isinstance(layer, nn.Linear)
             fitted = repair.weight.t() if turned else repair.weight
-            weight = weight.index_copy(0 if turned else 1, columns, fitted.cpu())
+            weight = weight.index_copy(0 if turned else 1, columns, fitted.to(weight))
         state[f"{name}.weight"] = weight
         if repair.bias is not None:
-            state[f"{name}.bias"] = repair.bias.cpu()
+            state[f"{name}.bias"] = repair.bias.cpu().to(state.get(f"{name}.bias", weight).dtype)
         elif not mine.any() and layer.bias is not None:
             state[f"{name}.bias"] = torch.zeros_like(state[f"{name}.bias"])
     return _stock(model, _settings(model), state, slimmed.widths())
@@ -217,7 +233,7 @@ def _stock(
     for name, value in wanted.items():
         if name not in state:
             assert name.endswith(".bias"), name
-            state[name] = torch.zeros(value.shape)
+            state[name] = torch.zeros(value.shape, dtype=stored_dtypes(model)[1])
     return config, state, made
 
 
@@ -230,7 +246,9 @@ def _settings(model: Model) -> dict[str, Any]:
 
 
 def _state(model: Model) -> dict[str, Tensor]:
-    return {name: value.detach().cpu() for name, value in model.module.state_dict().items()}
+    """The model as it is, in the dtypes of its files."""
+    dtypes, others = stored_dtypes(model)
+    return {name: one.detach().cpu().to(dtypes.get(name, others)) for name, one in model.module.state_dict().items()}
 
 
 def _prefix(model: Model) -> str:

@@ -21,7 +21,8 @@ _TEACHER_BYTES = 2**30  # of the dense model's predictions; those of further bat
 class Measure:
     """The objective of a model on the windows of a step.
 
-    Every window comes once before any comes again, always with the same others.
+    Every window comes once before any comes again, always with the same others. The dense model's predictions are
+    computed when they are first wanted, and kept up to 1 GiB; beyond that a step has one more forward pass.
 
     Args:
         model: dense now.
@@ -35,10 +36,7 @@ class Measure:
         self.objective = objective
         self._model, self._seed = model, seed
         order = np.random.default_rng([seed, 1]).permutation(len(windows))
-        size = min(batch, len(windows))
-        self._pieces = [
-            windows[torch.from_numpy(order[at : at + size])] for at in range(0, len(order) - size + 1, size)
-        ]
+        self._pieces = windows[torch.from_numpy(order)].split(batch)
         self._kept: dict[int, list[Teacher]] = {}
         self._bytes = 0
         self._tokens = self._pieces[0]
@@ -53,10 +51,9 @@ class Measure:
         if self.objective == "kl":
             self._teachers = self._kept.get(index) or self._taught(index)
 
-    @property
-    def windows(self) -> int:
-        """Of a step."""
-        return len(self._tokens)
+    def __len__(self) -> int:
+        """Steps until every window has come once."""
+        return len(self._pieces)
 
     @property
     def tokens(self) -> int:

@@ -68,7 +68,7 @@ def uniform_counts(groups: Groups, sparsity: float, kinds: Sequence[Kind], heads
     """Heads (key/value groups) and channels that every block keeps: heads in proportion, channels to meet the budget.
 
     Args:
-        heads: counts that are possible, rising.
+        heads: counts that are possible, rising; the last is all.
 
     Raises:
         InputError: blocks differ already, or no counts remove that much.
@@ -80,10 +80,10 @@ def uniform_counts(groups: Groups, sparsity: float, kinds: Sequence[Kind], heads
     blocks, target = len(groups.parts) // 2, sparsity * groups.parameters
     kept_heads = attention.units
     if "head" in kinds:
-        enough = [count for count in heads if count >= (1 - sparsity) * attention.units - 1e-9]
-        counts = heads or [attention.units]
-        nearest = _nearest(counts, attention, blocks, target)
-        kept_heads = nearest if "channel" not in kinds else enough[0] if enough else counts[-1]
+        if "channel" in kinds:
+            kept_heads = next(count for count in heads if count >= (1 - sparsity) * attention.units - 1e-9)
+        else:
+            kept_heads = _nearest(heads, attention, blocks, target)
     left = target - blocks * (attention.units - kept_heads) * attention.cost
     gone = max(0, int(left / (blocks * mlp.cost) + 1e-9)) if "channel" in kinds else 0
     if gone >= mlp.units:
@@ -102,12 +102,15 @@ def uniform_pools(groups: Groups, space: Space, counts: tuple[int, int]) -> list
 
 
 def accepted_heads(groups: Groups, config: Any) -> list[int]:
-    """Counts of key/value groups that a stock config takes: attention heads must divide the hidden size."""
-    attention = groups.parts[0]
-    if not hasattr(config, "num_key_value_heads"):  # GPT-2, whose heads span the hidden size
-        return [attention.units]
+    """Counts of key/value groups that a stock config takes, rising."""
+    whole = groups.parts[0].units
+    if config.model_type == "gpt2":  # its heads span the hidden size
+        return [whole]
+    counts = range(1, whole + 1)
+    if config.model_type != "llama":
+        return list(counts)
     per_group = config.num_attention_heads // config.num_key_value_heads
-    return [count for count in range(1, attention.units + 1) if config.hidden_size % (count * per_group) == 0]
+    return [count for count in counts if config.hidden_size % (count * per_group) == 0]  # LlamaConfig asks for it
 
 
 def _nearest(heads: Sequence[int], attention: Part, blocks: int, target: float) -> int:

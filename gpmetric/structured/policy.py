@@ -22,6 +22,7 @@ _WINDOW = 5  # steps of the published moving average
 _EDGE = 1e-7  # of the published code: keeps a score finite where a probability is 0 or 1
 _SPREAD_WINDOW = 50  # steps of rloo's moving average
 _LIMIT = 3.0  # standard deviations of an advantage: one dead model among those drawn is no reason to leap
+_CEILING = 50.0  # of a loss that is not finite, or as good as
 _AJAR = 0.05  # of a gate: what is behind a closed one has a cost all the same
 
 
@@ -41,7 +42,8 @@ class Policy:
     average: float | None = None
 
     def update(self, draws: Sequence[Tensor], losses: Sequence[float], rate: float) -> None:
-        """One step against the losses of draws [entries], 0 or 1, all measured on the same windows.
+        """One step against the losses of draws [entries], 0 or 1, all measured on the same windows; infinite for a dead
+        model.
 
         `rloo` compares the two of an antithetic pair, which cancels what the windows have in common, in deviations of
         such differences, so that one rate serves all models. Its step is the natural gradient's: (draw - probability),
@@ -61,12 +63,16 @@ class Policy:
         self.probabilities = project(chances - rate * step, self.space, self.pools)
 
     def _advantages(self, losses: Sequence[float]) -> list[float]:
-        if self.estimator == "rloo":  # of two, less the other's
-            gaps = [loss - losses[place ^ 1] for place, loss in enumerate(losses)]
-            spread = math.sqrt(self._averaged(math.fsum(gap * gap for gap in gaps) / len(gaps), _SPREAD_WINDOW))
-            return [max(-_LIMIT, min(_LIMIT, gap / spread)) if spread else 0.0 for gap in gaps]
-        average = self._averaged(math.fsum(losses) / len(losses), _WINDOW)
-        return [loss - average for loss in losses]
+        capped = [min(loss, _CEILING) for loss in losses]
+        if self.estimator == "paper":
+            average = self._averaged(math.fsum(capped) / len(capped), _WINDOW)
+            return [loss - average for loss in capped]
+        gaps = [loss - capped[place ^ 1] for place, loss in enumerate(capped)]  # of two, less the other's
+        alive = [gap * gap for gap, loss in zip(gaps, losses, strict=True) if max(abs(gap), loss) < _CEILING / 2]
+        if alive:
+            self._averaged(math.fsum(alive) / len(alive), _SPREAD_WINDOW)
+        spread = math.sqrt(self.average or 0.0)
+        return [max(-_LIMIT, min(_LIMIT, gap / spread)) if spread else 0.0 for gap in gaps]
 
     def _averaged(self, value: float, window: int) -> float:
         """The moving average, the value already in it."""

@@ -33,7 +33,7 @@ Objective = Literal["kl", "loss"]
 Placing = Literal["uniform", "global"]
 
 ESTIMATORS: dict[Estimator, str] = {
-    "rloo": "each draw against the mean of the others, in antithetic pairs",
+    "rloo": "the two of an antithetic pair against each other",
     "paper": "against a moving average, as published",
 }
 
@@ -87,8 +87,10 @@ class Rule:
 # name -> a published way of choosing; what has no metric scores units, not weights
 RULES: Mapping[str, Rule] = {
     "magnitude_sp": Rule("W*W", "uniform", "norm of a unit's output weights"),
-    "wanda_sp": Rule("wanda", "uniform", "Wanda summed over a unit, as in the code of FLAP (An et al. 2024)"),
-    "flap": Rule(None, "global", "An et al. 2024 (FLAP), equation 5: variance of a feature times the squared norm"),
+    "wanda_sp": Rule("wanda", "uniform", "Wanda summed over a unit (code of An et al. 2024), of the dense model"),
+    "flap": Rule(
+        None, "global", "An et al. 2024 (FLAP), equations 5 and 6: variance of a feature times the squared norm"
+    ),
     "random": Rule(None, "global", "uniform noise"),
     "block_influence": Rule(
         None, "global", "Men et al. 2024 (ShortGPT), equation 1: blocks that turn their input least"

@@ -1,7 +1,7 @@
 """What each unit is worth by a rule: the start of a policy, and the published baselines.
 
 A rule scores the weights of a part's output layer, [out, features]; a unit's score is the mean over its features of the
-sums over the outputs. Scores of a part are standardised before parts are compared.
+sums over the outputs.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def collect_features(model: Model, groups: Groups, tokens: Tensor, *, products: 
 def unit_scores(
     model: Model, groups: Groups, name: str, tokens: Tensor, features: Sequence[Features], generator: torch.Generator
 ) -> Tensor:
-    """Score of each unit [units], fp64, larger means keep, comparable between units of a part.
+    """Score of each unit [units], fp64, larger means keep; comparable within a part, by RULES' global ones everywhere.
 
     Args:
         name: a key of RULES, or a metric or formula of weights.
@@ -92,14 +92,10 @@ def unit_scores(
     if name == "block_influence":
         return block_influence(model, groups, tokens)
     if name == "flap":
-        weights = [
-            read_output(part).double().square().sum(dim=0) * one.variance for part, one in _pairs(groups, features)
-        ]
+        scores = [_fluctuation(part, one) for part, one in zip(groups.parts, features, strict=True)]
     else:
-        weights = _scored(model, groups, name if rule is None or rule.metric is None else rule.metric, tokens)
-    found = torch.cat(
-        [column.cpu()[part.columns].mean(dim=1) for part, column in zip(groups.parts, weights, strict=True)]
-    )
+        scores = _scored(model, groups, name if rule is None or rule.metric is None else rule.metric, tokens)
+    found = torch.cat([one.cpu()[part.columns].mean(dim=1) for part, one in zip(groups.parts, scores, strict=True)])
     if not found.isfinite().all():
         raise GpmetricError(f"{name!r} gives units scores that are not finite")
     return found
@@ -108,7 +104,7 @@ def unit_scores(
 def standardised(groups: Groups, scores: Tensor) -> Tensor:
     """Scores [units] less the mean of their part, in its standard deviations; 0 where all of a part are alike.
 
-    Source: FLAP, equation 6.
+    Source: the published code of Gao et al. 2025, whose probabilities begin with the logistic function of it.
     """
     return torch.cat([_standard(mine) for mine in groups.split(scores)])
 
@@ -157,8 +153,13 @@ def _layer(model: Model, part: Part) -> Layer:
     return next(layer for layer in model.blocks[part.block].layers if layer.module is module)
 
 
-def _pairs(groups: Groups, features: Sequence[Features]) -> zip[tuple[Part, Features]]:
-    return zip(groups.parts, features, strict=True)
+def _fluctuation(part: Part, features: Features) -> Tensor:
+    """FLAP's score of each feature [features]: variance times squared norm of its weights, standardised in the part.
+
+    Source: An et al. 2024, equations 5 and 6; their code squares those of attentions before.
+    """
+    found = read_output(part).double().square().sum(dim=0) * features.variance
+    return _standard(found.square() if part.kind == "head" else found)
 
 
 def _standard(scores: Tensor) -> Tensor:

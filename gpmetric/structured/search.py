@@ -22,8 +22,8 @@ __all__ = ["RATES", "Settings", "learn"]
 # estimator -> rate of the first step
 RATES = {"rloo": 0.02, "paper": 0.01}
 _REPORT = 25  # steps between two lines of the ledger
-_STATE = 4  # lines between two that a search can go on from
-_CEILING = 50.0  # of a loss that is not finite, or as good as
+_STATE = 4  # lines between two that a search can go on from,
+_SECONDS = 30.0  # or so long
 
 
 @dataclass(frozen=True)
@@ -64,38 +64,44 @@ def learn(
     assert not any(parameter.requires_grad for parameter in model.module.parameters())
     state = ledger.state or State(0, policy.probabilities)
     policy.probabilities, policy.average = state.probabilities, state.average
-    step, tokens, start = state.step, state.tokens, time.monotonic() - state.seconds
+    start = time.monotonic() - state.seconds
     losses: list[float] = []
-    finite, saved = step > 0, step
-    while (done := _share(settings, step, time.monotonic() - start)) < 1:
-        measure.turn(step)
-        drawn = draw(policy.probabilities, settings.draws, settings.seed, step, antithetic=policy.estimator == "rloo")
-        found = []
-        for one in drawn:
-            kept = space.kept(space.stays(one))
-            with shrinker.passing(kept, repairer.repairs(kept)):
-                found.append(measure())
-        finite = finite or any(math.isfinite(loss) for loss in found)
-        losses.append(sum(found) / len(found))
-        policy.update(
-            drawn, [min(loss, _CEILING) for loss in found], settings.rate * (1 + math.cos(math.pi * done)) / 2
-        )
-        step += 1
-        tokens += len(drawn) * measure.tokens
-        if step % _REPORT == 0:
-            _check_finite(finite)
+    finite, saved = state.step > 0, state
+
+    def report() -> None:
+        """A line of the ledger, with the state where it is the last one or time to save it."""
+        nonlocal saved, losses
+        _check_finite(finite)
+        over = _share(settings, state)
+        saves = over >= 1 or state.step % (_REPORT * _STATE) == 0 or state.seconds - saved.seconds >= _SECONDS
+        saved = state if saves else saved
+        line = _report(policy, measure, state, losses)
+        ledger.write(line, state if saves else None)
+        on_report(line, over)
+        losses = []
+
+    try:
+        while (done := _share(settings, state)) < 1:
+            measure.turn(state.step)
+            antithetic = policy.estimator == "rloo"
+            drawn = draw(policy.probabilities, settings.draws, settings.seed, state.step, antithetic=antithetic)
+            found = []
+            for one in drawn:
+                kept = space.kept(space.stays(one))
+                with shrinker.passing(kept, repairer.repairs(kept)):
+                    found.append(measure())
+            finite = finite or any(math.isfinite(loss) for loss in found)
+            losses.append(sum(found) / len(found))
+            policy.update(drawn, found, settings.rate * (1 + math.cos(math.pi * done)) / 2)
+            tokens = state.tokens + len(drawn) * measure.tokens
             seconds = time.monotonic() - start
-            state = State(step, policy.probabilities, policy.average, seconds, tokens)
-            report = _report(policy, measure, state, losses)
-            keeps = step % (_REPORT * _STATE) == 0 or _share(settings, step, seconds) >= 1
-            saved = step if keeps else saved
-            ledger.write(report, state if keeps else None)
-            on_report(report, _share(settings, step, seconds))
-            losses = []
-    state = State(step, policy.probabilities, policy.average, time.monotonic() - start, tokens)
-    _check_finite(finite)
-    if saved < step or not ledger.reports:
-        ledger.write(_report(policy, measure, state, losses), state)
+            state = State(state.step + 1, policy.probabilities, policy.average, seconds, tokens)
+            if state.step % _REPORT == 0 or _share(settings, state) >= 1:
+                report()
+    except KeyboardInterrupt:
+        if saved.step < state.step:
+            ledger.write(_report(policy, measure, state, losses), state)
+        raise
     return state
 
 
@@ -104,26 +110,26 @@ def _check_finite(finite: bool) -> None:
         raise GpmetricError("no model that was drawn has a finite loss (--sparsity, --dtype)")
 
 
-def _share(settings: Settings, step: int, seconds: float) -> float:
+def _share(settings: Settings, state: State) -> float:
     """How much of the search is over."""
     shares = [0.0]
     if settings.steps is not None:
-        shares.append(step / settings.steps)
+        shares.append(state.step / settings.steps)
     if settings.minutes is not None:
-        shares.append(seconds / 60 / settings.minutes)
+        shares.append(state.seconds / 60 / settings.minutes)
     return max(shares)
 
 
 def _report(policy: Policy, measure: Measure, state: State, losses: list[float]) -> dict[str, Any]:
     """A line of the ledger; `loss` is the mean objective of the models drawn since the last one, None if infinite."""
-    stays = policy.space.stays(policy.probabilities)
+    stays = policy.space.stays(state.probabilities)
     expected = float((policy.space.cost * stays).sum() / policy.space.cost.sum())
     loss = sum(losses) / len(losses) if losses else math.nan
     return {
         "step": state.step,
         "objective": measure.objective,
         "loss": loss if math.isfinite(loss) else None,
-        "entropy": entropy(policy.probabilities),
+        "entropy": entropy(state.probabilities),
         "kept": expected,
         "seconds": round(state.seconds, 3),
         "tokens": state.tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ from gpmetric.provenance import versions
 from gpmetric.pruning.checkpoint import check_folder, replacing
 from gpmetric.structured.budget import Pool, Space, find_space, project, top_units
 from gpmetric.structured.deliver import deliver
-from gpmetric.structured.export import Slimmed, check_format, stored_dtype
+from gpmetric.structured.export import Slimmed, check_format, stored_dtypes
 from gpmetric.structured.groups import Groups, find_groups
 from gpmetric.structured.ledger import Ledger
 from gpmetric.structured.measure import Measure
@@ -36,7 +37,7 @@ from gpmetric.structured.shrink import Repair, Shrinker
 __all__ = ["Loaded", "Prepared", "SlimListener", "load", "prepare", "run_slim", "search", "slim"]
 
 _SHARES = (0.0, 0.125, 0.25, 0.5, 1.0)
-_JUDGED = 64  # windows that they are judged on
+_JUDGED = 64  # steps' windows that they are judged on
 _OPEN = 0.9  # probability that a gate begins with
 _MINUTES = 6.0  # of a search without a budget
 
@@ -88,7 +89,7 @@ class Prepared:
 
     def slimmed(self, kept: Tensor) -> Slimmed:
         """Units [units], bool, that stay, with their repairs, rounded as they will be stored."""
-        dtype = stored_dtype(self.loaded.model)
+        dtype = stored_dtypes(self.loaded.model)[1]
         repairs = {
             index: Repair(
                 *(None if one is None else one.to(dtype).to(one.dtype) for one in (repair.weight, repair.bias))
@@ -101,25 +102,25 @@ class Prepared:
         """What stays by probabilities [entries]."""
         return self.slimmed(top_units(self.space.stays(probabilities), self.space, self.pools))
 
-    def best(self, policy: Policy, measure: Measure) -> tuple[Slimmed, float]:
-        """What a search delivers: on the way from its start to what it found, where the objective is lowest.
+    def best(self, policy: Policy, measure: Measure) -> tuple[Slimmed, float, int]:
+        """What a search delivers, the share of the way from its start to what it found, and the tokens that it took.
 
         What is found is signal and noise, in parts that depend on the model and the length of the search; on the way,
-        there is less of both. Shares are compared on the same windows of the search text.
+        there is less of both. So the objective of some shares is compared on the same windows of the search text.
         """
-        steps = range(math.ceil(_JUDGED / measure.windows))
-        figures = []
+        figures, tokens = [], 0
         for share in _SHARES:
             moved = self.start + share * (policy.probabilities - self.start)
             slimmed = self.chosen(project(moved, self.space, self.pools))
             total = 0.0
-            for step in steps:
+            for step in range(min(_JUDGED, len(measure))):
                 measure.turn(step)
                 with self.shrinker.keeping(slimmed.kept, slimmed.repairs):
                     total += measure()
+                tokens += measure.tokens
             figures.append((total, share, slimmed))
         _, share, slimmed = min(figures, key=lambda figure: figure[:2])
-        return slimmed, share
+        return slimmed, share, tokens
 
     def loss(self, slimmed: Slimmed, split: str) -> float:
         """Mean loss on a split's windows, in nats."""
@@ -195,11 +196,12 @@ def load(request: SlimRequest) -> Loaded:
     """Model and texts.
 
     Raises:
-        InputError: model or texts cannot be used.
+        InputError, ModelError: model or texts cannot be used.
     """
     model = load_model(request.model, device=request.device, dtype=request.dtype)
     groups = find_groups(model)
     check_format(model, request.format, biases=request.add_bias)
+    stored_dtypes(model)
     splits = read_splits(
         model,
         request.model,
@@ -251,11 +253,13 @@ def search(
     )
     policy = Policy(prepared.space, prepared.pools, prepared.start, request.estimator)
     told = listener or SlimListener()
-    model, tokens = prepared.loaded.model, prepared.loaded.splits["search"].tokens
-    measure = Measure(model, tokens, request.objective, request.batch, request.seed)
+    model, windows = prepared.loaded.model, prepared.loaded.splits["search"].tokens
+    measure = Measure(model, windows, request.objective, request.batch, request.seed)
     state = learn(policy, prepared.shrinker, prepared.repairer, measure, settings, ledger, told.report)
-    best, share = prepared.best(policy, measure)
-    return best, {"share": share, "steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
+    begun = time.monotonic()
+    best, share, tokens = prepared.best(policy, measure)
+    seconds = state.seconds + time.monotonic() - begun
+    return best, {"share": share, "steps": state.step, "tokens": state.tokens + tokens, "seconds": seconds}
 
 
 def _worth(request: SlimRequest, loaded: Loaded, space: Space) -> Tensor:
