@@ -109,8 +109,8 @@ def find_space(groups: Groups, kinds: Sequence[Kind], *, layers: bool, cost: Ten
 def project(values: Tensor, space: Space, pools: Sequence[Pool]) -> Tensor:
     """Probabilities [entries] whose expected cost is each pool's budget: clip(values - shift, 0, 1), by bisection.
 
-    Without gates they are the nearest ones where distances count as the costs do. (In plain distance, whatever is dear
-    would pay for the rest, heads for channels.)
+    Without gates they are the nearest ones where distances count as the costs do. In plain distance, whatever is dear
+    would pay for the rest, heads for channels (gpt2-3m at 0.2: excess of the start 0.043 instead of 0.025).
     """
     found = values.clamp(0, 1)
     for pool in pools:

@@ -36,6 +36,8 @@ from gpmetric.structured.shrink import Repair, Shrinker
 
 __all__ = ["Loaded", "Prepared", "SlimListener", "load", "prepare", "run_slim", "search", "slim"]
 
+# Of what a search found. Excess on validation at 0.2, 800 steps, by share: gpt2-3m 0.025, 0.020, 0.018, 0.017, 0.016,
+# llama-4m 0.057, 0.044, 0.043, 0.057, 0.072; on 48 windows of the search text the divergence has the same order.
 _SHARES = (0.0, 0.125, 0.25, 0.5, 1.0)
 _JUDGED = 64  # steps' windows that they are judged on
 _OPEN = 0.9  # probability that a gate begins with
