@@ -46,12 +46,13 @@ def test_every_method_at_the_same_size(bench: ModuleType, command: list[str], tm
     assert bench.main([*command, "--seeds", "2", "--json", str(path), *files]) == 0
     runs = read(path)
     assert {run["method"] for run in runs} == {*bench.METHODS, "start:W*W*D"}
+    searches = importlib.import_module("structured_runs").SEARCHES
     groups = find_groups(importlib.import_module("gpmetric.models").load_model(command[0], device="cpu"))
     for run in runs:
         most = 3 if run["method"] in ("uniform", "wanda_sp", "magnitude_sp") else 1
         least = 0.4 - most * groups.parts[1].cost / groups.parameters
         assert least <= run["removed"] <= 0.4 + sum(part.rest for part in groups.parts) / groups.parameters
-        assert (run["tokens"] > 0) == (run["method"] in (*bench.SEARCHES, "uniform", "start:W*W*D"))
+        assert (run["tokens"] > 0) == (run["method"] in (*searches, "uniform", "start:W*W*D"))
     spent = {run["tokens"] for run in runs if run["tokens"]}
     assert len(spent) == 1
     rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))

@@ -20,6 +20,7 @@ from rich.console import Console
 from gpmetric import cli
 from gpmetric.errors import GpmetricError, LedgerError, MaskError
 from gpmetric.evolution.ledger import Ledger
+from gpmetric.options import resume_command
 from gpmetric.pruning.metrics import BASELINES
 
 CONSOLE_SCRIPT = Path(sys.executable).with_name("gpmetric")
@@ -591,7 +592,7 @@ def test_interrupted_is_130(run: Run, monkeypatch: pytest.MonkeyPatch, number: s
 )
 def test_how_to_go_on(monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: str) -> None:
     monkeypatch.setattr(sys, "argv", ["gpmetric", *arguments])
-    assert cli._resume_command(Path("my ledger")) == expected
+    assert resume_command(Path("my ledger")) == expected
 
 
 # As a user runs it

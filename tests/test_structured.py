@@ -222,9 +222,9 @@ def test_multiply_accumulates_of_a_head(groups: Groups) -> None:
 # The policy
 
 
-def test_rloo_is_the_natural_gradient_over_the_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The expected step over every antithetic pair of draws of 3 units, against 2 s (1 - s) / c times the true
-    gradient; all differences of losses have the deviation 1."""
+def test_rloo_is_the_natural_gradient_over_the_root_of_the_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The expected step over every antithetic pair of draws of 3 units, against 2 s (1 - s) / sqrt(c) times the
+    true gradient; all differences of losses have the deviation 1."""
     monkeypatch.setattr(Policy, "_averaged", lambda *_: 1.0)
     space, _ = simple_space([1.0, 1.0, 4.0])
     chances = torch.tensor([0.2, 0.5, 0.7], dtype=torch.float64)
@@ -251,7 +251,7 @@ def test_rloo_is_the_natural_gradient_over_the_cost(monkeypatch: pytest.MonkeyPa
             if place != unit
         )
         true[unit] += (1 if bits[unit] else -1) * others * loss
-    assert torch.allclose(expected, 2 * chances * (1 - chances) / space.cost * true, atol=1e-9)
+    assert torch.allclose(expected, 2 * chances * (1 - chances) / space.cost.sqrt() * true, atol=1e-9)
 
 
 def test_rloo_steps_in_deviations_of_the_differences() -> None:

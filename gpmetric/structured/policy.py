@@ -23,6 +23,9 @@ _EDGE = 1e-7  # of the published code: keeps a score finite where a probability 
 _SPREAD_WINDOW = 50  # steps of rloo's moving average
 _LIMIT = 3.0  # standard deviations of an advantage: one dead model among those drawn is no reason to leap
 _CEILING = 50.0  # of a loss that is not finite, or as good as
+# Of the probabilities to begin with. The sharper, the nearer are drawn models to the one that would be delivered:
+# llama-4m at 0.5, 800 steps of rloo, excess on validation 0.292 from 3, 0.298 from 1 as published, 0.301 of the start.
+_SHARPNESS: dict[Estimator, float] = {"rloo": 3.0, "paper": 1.0}
 _AJAR = 0.05  # of a gate: what is behind a closed one has a cost all the same
 
 
@@ -47,20 +50,22 @@ class Policy:
 
         `rloo` compares the two of an antithetic pair, which cancels what the windows have in common, in deviations of
         such differences, so that one rate serves all models. Its step is the natural gradient's: (draw - probability),
-        times max(p, 1 - p) since the pair is not independent (Dong et al. 2020, DisARM, equation 7), over the cost,
-        since what a unit is worth is weighed against what it costs. `paper` compares with a moving average, divides by
-        the deviation of the draw, and by one draw too few, as published.
+        times max(p, 1 - p) since the pair is not independent (Dong et al. 2020, DisARM, equation 7), over the root of
+        the cost: undivided, noise decides of what is dear; over the cost, it hardly moves. `paper` compares with a
+        moving average, divides by the deviation of the draw, and by one draw too few, as published.
         """
         chances = self.probabilities
+        slopes = self.space.slopes(chances.clamp_min(_AJAR), self.space.cost)
+        dear = (slopes / self.space.cost.min()).clamp_min(1).sqrt()
         step = torch.zeros_like(chances)
         for drawn, advantage in zip(draws, self._advantages(losses), strict=True):
             step += advantage * (drawn - chances)
         if self.estimator == "paper":
             step /= ((chances + _EDGE) * (1 - chances + _EDGE)).sqrt() * (len(draws) - 1)
         else:
-            step *= 2 * torch.maximum(chances, 1 - chances) / len(draws)
-            step *= (self.space.cost.min() / self.space.slopes(chances.clamp_min(_AJAR), self.space.cost)).clamp_max(1)
-        self.probabilities = project(chances - rate * step, self.space, self.pools)
+            step *= 2 * torch.maximum(chances, 1 - chances) / len(draws) / dear
+        weights = None if self.estimator == "paper" else dear
+        self.probabilities = project(chances - rate * step, self.space, self.pools, weights)
 
     def _advantages(self, losses: Sequence[float]) -> list[float]:
         capped = [min(loss, _CEILING) for loss in losses]
@@ -80,15 +85,16 @@ class Policy:
         return self.average
 
 
-def initial(space: Space, pools: Sequence[Pool], worth: Tensor, gates: float) -> Tensor:
-    """Probabilities [entries] to begin with: the logistic function of standardised scores, brought to the budgets.
+def initial(space: Space, pools: Sequence[Pool], worth: Tensor, gates: float, estimator: Estimator = "rloo") -> Tensor:
+    """Probabilities [entries] to begin with: the logistic function of scaled scores, brought to the budgets.
 
     Args:
         worth: of each atom, [atoms], standardised; 0 for all begins with equal probabilities.
         gates: probability that a gate is open.
+        estimator: the published one begins less decided.
     """
     values = torch.full((space.entries,), gates, dtype=torch.float64)
-    values[: len(worth)] = torch.sigmoid(worth)
+    values[: len(worth)] = torch.sigmoid(_SHARPNESS[estimator] * worth)
     return project(values, space, pools)
 
 

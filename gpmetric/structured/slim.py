@@ -230,7 +230,7 @@ def prepare(request: SlimRequest, loaded: Loaded) -> Prepared:
         pools = uniform_pools(groups, space, counts)
     else:
         pools = pools_of(groups, space, request.sparsity, cost, by_kind=request.budget == "kind")
-    start = initial(space, pools, _worth(request, loaded, space), _OPEN)
+    start = initial(space, pools, _worth(request, loaded, space), _OPEN, request.estimator)
     removed = float(cost[~top_units(space.stays(start), space, pools)].sum() / cost.sum())
     if removed < request.sparsity / 2:
         raise InputError(
