@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from allocation_report import short
-from results import row
+from results import peak_memory, row
 from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.pytorch_utils import Conv1D
 
@@ -34,8 +33,6 @@ from gpmetric.pruning.prune import score_weight
 WINDOWS, LENGTH = 4, 64  # of calibration
 PARTS = (1, 2, 4, 12)  # chunks that --memory cuts the layers into: 48, 24, 12 and 4 layers each
 STEP = 4  # levels that a gene moves by
-
-_MIB = 1024  # ru_maxrss is in KiB
 
 
 def memory_rows(blocks: int, width: int, repeats: int) -> list[dict[str, str]]:
@@ -83,7 +80,7 @@ def measure_chunk(blocks: int, width: int, size: int) -> dict[str, float]:
     tokens = torch.randint(model.vocabulary, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
     deaths = []
     _forget_peak()  # of building the model: 140 MiB above what it takes at 12x768
-    before, start = _peak(), time.perf_counter()
+    before, start = peak_memory(), time.perf_counter()
     for chunk in collect_chunks(model, tokens, gram=False, chunk_layers=size):
         for name, statistics in chunk.items():
             index, layer = layers[name]
@@ -91,7 +88,7 @@ def measure_chunk(blocks: int, width: int, size: int) -> dict[str, float]:
             deaths.append(death_levels(score, ladder.targets[index], nested=True))
         chunk.clear()
     seconds = time.perf_counter() - start
-    return {"peak": _peak() - before, "before": before, "seconds": seconds}
+    return {"peak": peak_memory() - before, "before": before, "seconds": seconds}
 
 
 def random_gpt2(blocks: int, width: int) -> Model:
@@ -111,10 +108,6 @@ def random_gpt2(blocks: int, width: int) -> Model:
         for index, block in enumerate(module.transformer.h)
     ]
     return Model("random GPT-2", module, None, tuple(found))
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MIB
 
 
 def _forget_peak() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import platform
+import resource
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from pathlib import Path
@@ -47,6 +48,15 @@ def in_turn(runs: Sequence[Callable[[], object]], repeats: int, clock: Callable[
             run()
             times[i, repeat] = clock() - start
     return times
+
+
+def peak_memory() -> float:
+    """MiB that this process held at most; getrusage's figure is, where that is more, the process's that started it."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def cpu_name() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import row
+from results import peak_memory, row
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gpmetric.demo.text import demo_text
@@ -85,6 +84,6 @@ def measure(folder: str, repeats: int) -> dict[str, Any]:
     return {
         "parameters": [sum(one.numel() for one in model.module.parameters())],
         "bytes": [sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))],
-        "MiB peak": [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024],
+        "MiB peak": [peak_memory()],
         "tokens/s": speeds[1:],
     }
