@@ -37,8 +37,8 @@ ESTIMATORS: dict[Estimator, str] = {
     "paper": "against a moving average, as published",
 }
 
-# Of the variance of what a pair of drawn models differs by on one window of 256 tokens, the window's part was 0.23 to 0.87
-# for the loss and 0.15 to 0.53 for the divergence (ten pairs each on four models at 0.2 and 0.5; most of it at 0.2).
+# Of the variance of what a pair of drawn models differs by on one window of 256 tokens, the window's part was 0.23 to
+# 0.87 for the loss and 0.15 to 0.53 for the divergence (ten pairs on each of four models at 0.2 and 0.5; more at 0.2).
 OBJECTIVES: dict[Objective, str] = {
     "kl": "divergence from the dense model's predictions",
     "loss": "log-loss, as published",
