@@ -172,7 +172,7 @@ def draw(table: Table, path: Path) -> None:
             figures = [[run["excess"] for run in runs] for _, runs in shown]
             means, lows, highs = (np.array([of(values) for values in figures]) for of in (np.mean, np.min, np.max))
             axis.errorbar(places, means, (means - lows, highs - means), label=method, lw=1, **style)
-            lowest = min(lowest, *lows)
+            lowest = min([lowest, *lows])
         axis.set_title(f"{short(panel[0])}, {short(panel[1])}", fontsize=9)
         axis.set_yscale("log" if lowest > 0 else "linear")
         axis.grid(axis="y", lw=0.4)
