@@ -1,4 +1,4 @@
-# make test | demo | lint | clean. Everything happens in .venv, made on first use by $(PYTHON), 3.11 or later.
+# make test | quick | demo | lint | clean. Everything happens in .venv, made on first use by $(PYTHON), 3.11 or later.
 # On Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes: torch's CPU build.
 
 PYTHON ?= python3
@@ -11,11 +11,15 @@ BASELINES := magnitude magnitude_row wanda ria gblm_l1 gblm_l2 pruner_zero spars
 # Not 0.7: a model this small is destroyed there (perplexity 13 becomes 144 to 434), and ranks by chance.
 TARGETS := 0.5 0.6 2:4
 
-.PHONY: test demo lint clean
+.PHONY: test quick demo lint clean
 
-# Two processes of one thread each; a file's tests stay together, since they share what they set up.
+# Two processes of one thread each; one that has nothing left takes over half of what the other still has to do.
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What is worth waiting for between two edits: all but lanes of kernels, searches killed everywhere, wheels and types.
+quick: .venv/installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 # A second `make demo` resumes the ledger of the first one. The formula holds * and ( ), hence the quoted variable.
 demo: .venv/installed

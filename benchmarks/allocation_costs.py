@@ -19,16 +19,15 @@ from results import peak_memory, row
 from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.pytorch_utils import Conv1D
 
-from gpmetric.allocation.deaths import death_levels
-from gpmetric.allocation.levels import Levels, quantum_ladder
-from gpmetric.allocation.meter import Meter
-from gpmetric.allocation.prepare import prepare
-from gpmetric.allocation.request import Request
+from gpmetric.allocation.candidate_objective import CandidateObjective
+from gpmetric.allocation.level_masks import level_codes
+from gpmetric.allocation.levels import Levels, level_table
+from gpmetric.allocation.prepare import calibrate
+from gpmetric.allocation.request import AllocateRequest
 from gpmetric.calibration.collect import collect_chunks
 from gpmetric.errors import GpmetricError, InputError
+from gpmetric.metrics import resolve_metric
 from gpmetric.models import Block, Layer, Model
-from gpmetric.pruning.metrics import resolve_metric
-from gpmetric.pruning.prune import score_weight
 
 WINDOWS, LENGTH = 4, 64  # of calibration
 PARTS = (1, 2, 4, 12)  # chunks that --memory cuts the layers into: 48, 24, 12 and 4 layers each
@@ -75,17 +74,17 @@ def measure_chunk(blocks: int, width: int, size: int) -> dict[str, float]:
     """MiB and seconds of one calibration of a random GPT-2, as `gpmetric allocate` does it for W*W*H."""
     model = random_gpt2(blocks, width)
     metric = resolve_metric("W*W*H")
-    ladder = quantum_ladder(model, "row")
+    table = level_table(model, "row")
     layers = {layer.name: (index, layer) for index, layer in enumerate(model.layers)}
     tokens = torch.randint(model.vocabulary, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    deaths = []
+    codes = []
     _forget_peak()  # of building the model: 140 MiB above what it takes at 12x768
     before, start = peak_memory(), time.perf_counter()
-    for chunk in collect_chunks(model, tokens, gram=False, chunk_layers=size):
+    for chunk in collect_chunks(model, tokens, metric.operands, chunk_layers=size):
         for name, statistics in chunk.items():
             index, layer = layers[name]
-            score = score_weight(layer.weight, metric, statistics)
-            deaths.append(death_levels(score, ladder.targets[index], nested=True))
+            score = metric(layer.weight, **statistics.operands)
+            codes.append(level_codes(score, table.targets[index], nested=True))
         chunk.clear()
     seconds = time.perf_counter() - start
     return {"peak": peak_memory() - before, "before": before, "seconds": seconds}
@@ -116,27 +115,28 @@ def _forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def split_rows(request: Request, repeats: int) -> list[dict[str, str]]:
+def split_rows(request: AllocateRequest, repeats: int) -> list[dict[str, str]]:
     """Seconds of masks, forward and backward of one candidate on all search windows.
 
     Raises:
         GpmetricError: model, text or metric cannot be used.
     """
-    prepared = prepare(request, lambda *told: None)
+    calibrated = calibrate(request, lambda *told: None)
     assert request.sparsity is not None
-    meter = Meter(prepared.pruned, prepared.splits["search"].tokens, request.objective)
-    near = prepared.ladder.nearest([request.sparsity] * len(prepared.ladder.genes))
+    windows, table = calibrated.session.windows, calibrated.table
+    objective = CandidateObjective(calibrated.pruned, windows["search"].tokens, request.objective)
+    near = table.nearest([request.sparsity] * len(table.genes))
     away = tuple(level - STEP for level in near)
     genes = len(near)
-    one = _measured(meter, [near, (*near[:-1], away[-1])], repeats)
-    every = _measured(meter, [near, away], repeats)
+    one = _measured(objective, [near, (*near[:-1], away[-1])], repeats)
+    every = _measured(objective, [near, away], repeats)
     back = {"backward": []} | {step: values for step, values in every.items() if step == "forward"}
     for _ in range(repeats):
-        before = meter.seconds["backward"]
-        meter.slopes(near, len(meter))
-        back["backward"].append(meter.seconds["backward"] - before)
+        before = objective.seconds["backward"]
+        objective.slopes(near, len(objective))
+        back["backward"].append(objective.seconds["backward"] - before)
     name = f"{short(str(request.model))} {request.metric}"
-    tokens = sum(meter.tokens)
+    tokens = sum(objective.tokens)
     forward = f"forward of {tokens:,} tokens"
     return [
         _told(f"{name}: masks, one gene of {genes}", one["masks"], every["masks"]),
@@ -147,15 +147,15 @@ def split_rows(request: Request, repeats: int) -> list[dict[str, str]]:
     ]
 
 
-def _measured(meter: Meter, candidates: Sequence[Levels], repeats: int) -> dict[str, list[float]]:
+def _measured(objective: CandidateObjective, candidates: Sequence[Levels], repeats: int) -> dict[str, list[float]]:
     """By step, its seconds each time one candidate takes the other's place."""
     found: dict[str, list[float]] = {"masks": [], "forward": []}
     for number, levels in enumerate(islice(cycle(candidates), repeats + 1)):
-        before = dict(meter.seconds)
-        meter.measure(levels, 0, len(meter))
+        before = dict(objective.seconds)
+        objective.measure(levels, 0, len(objective))
         for step, values in found.items():
             if number:  # the first has nothing to differ from
-                values.append(meter.seconds[step] - before[step])
+                values.append(objective.seconds[step] - before[step])
     return found
 
 

@@ -1,7 +1,7 @@
 """Which allocator is best for the same tokens? `python benchmarks/bench_allocation.py MODEL --calibration T --test T`
 
 For every model, metric and seed, the levels at which each weight goes are prepared once and shared; then each allocator
-makes its allocations at all sparsities, from an archive of its own, and all are brought to the weights that the uniform
+makes its allocations at all sparsities, from a log of its own, and all are brought to the weights that the uniform
 mask removes. A seed draws the windows and is the search's own. Test texts are read to judge, never to search. Every
 (model, metric, seed) goes to the JSON file as soon as it is over (--resume goes on there), the outcome to results.csv.
 
@@ -38,12 +38,12 @@ from allocation_runs import make_request, run_case
 from cases import finished, one_thread, opened, save, told
 from results import RESULTS, append
 
-from gpmetric.allocation.request import ALLOCATORS, check_request
+from gpmetric.allocation.request import ALLOCATORS
 from gpmetric.errors import GpmetricError, InputError
-from gpmetric.evaluation.windows import open_text
-from gpmetric.models import check_path
-from gpmetric.provenance import check_output, check_picture
-from gpmetric.pruning.metrics import UPDATES
+from gpmetric.files import check_output, check_picture
+from gpmetric.loading import check_path
+from gpmetric.pruning.updaters import UPDATERS
+from gpmetric.session.splits import open_text
 
 PROTOCOLS = ("one-shot", "sequential")
 OUTSIDE = ("models", "metric", "seeds", "jobs", "json", "resume", "csv", "plot", "memory", "memory_chunk", "split")
@@ -140,7 +140,7 @@ def check(options: argparse.Namespace) -> None:
     for model in options.models:
         check_path(model)
         for metric in options.metric:
-            check_request(make_request(vars(options), model, metric, 0))
+            make_request(vars(options), model, metric, 0).check()
     texts = {open_text(options.calibration).digest: "--calibration"}
     for source in options.test:
         digest = open_text(source).digest
@@ -163,7 +163,7 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--evopress-sparsity", type=float, nargs="+", help="the one nearest to --focus by default")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=3_000_000, help="of a search")
-    parser.add_argument("--update", nargs="+", default=["none"], choices=UPDATES)
+    parser.add_argument("--update", nargs="+", default=["none"], choices=UPDATERS)
     parser.add_argument("--protocol", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS)
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--search-windows", type=int, default=32)

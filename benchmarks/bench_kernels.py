@@ -29,7 +29,7 @@ from results import RESULTS, append, cpu_name, in_turn, row
 from torch import Tensor
 
 from gpmetric.pruning.mask import _lowest_by_partition, _lowest_by_rank, _lowest_by_sort, select_mask
-from gpmetric.pruning.target import parse_target
+from gpmetric.targets import parse_target
 
 # model -> (blocks, [out, in] of the linear layers of one)
 MODELS: dict[str, tuple[int, list[Shape]]] = {
@@ -97,7 +97,7 @@ def bench_cpu(repeats: int, widths: Sequence[int], path: Path) -> list[Result]:
     generator = torch.Generator().manual_seed(0)
     results, rows = [], []
     for shape, text in CPU_CASES:
-        score, target = torch.randn(shape, generator=generator), parse_target(text)
+        score, target = torch.randn(shape, generator=generator), parse_target(text).resolved("row")
         ours, theirs = partial(select_mask, score, target), partial(MASKS[target.granularity], score, target)
         case = f"{shape[0]}x{shape[1]} {'rows ' if target.granularity == 'row' else ''}{text}"
         if not torch.equal(ours(), ~theirs()):

@@ -6,7 +6,7 @@ metric there. They are compared at equal numbers of full evaluations, and at equ
 used these are wall seconds without the machine's other work. Every run goes to the JSON file as soon as it is over
 (`--resume` goes on from there), and the outcome to results.csv.
 
-ours         a campaign as `gpmetric discover` plans it. What is screened out after a few windows is paid for in seconds
+ours         a campaign as `gpmetric discover` makes it. What is screened out after a few windows is paid for in seconds
              but is no full evaluation; `no_screening` has none of that.
 random       the same without start formulas, every formula drawn at random
 rows_only    scores compete within rows, as the baselines' do; `ours` evolves where they compete
@@ -50,14 +50,15 @@ from gpmetric.evolution import breeding, screening
 from gpmetric.evolution.campaign import Campaign
 from gpmetric.evolution.evaluator import Evaluator
 from gpmetric.evolution.executors import Serial
+from gpmetric.evolution.fitness import mean_excess
 from gpmetric.evolution.ledger import Ledger
-from gpmetric.evolution.objectives import mean_excess
-from gpmetric.evolution.plan import Plan, make_plan
-from gpmetric.evolution.request import Request
-from gpmetric.evolution.screening import Rung
-from gpmetric.evolution.sites import collect, open_sites
+from gpmetric.evolution.request import DiscoverRequest
+from gpmetric.evolution.rungs import PROBE, Rung
+from gpmetric.evolution.search_config import SearchConfig, make_config
+from gpmetric.evolution.tasks import ExcessTask, Task
+from gpmetric.evolution.workplace import collect_statistics, open_sessions
+from gpmetric.metrics import BASELINES, masks_only
 from gpmetric.provenance import versions
-from gpmetric.pruning.metrics import BASELINES, masks_only
 
 TARGETS = ("0.5", "0.6", "2:4")  # the demo model is destroyed at 0.7, where metrics rank by chance
 POPULATION = 20  # of every search
@@ -68,20 +69,21 @@ HIGHEST = 1.4  # in the plot: a random formula's excess can be many times that o
 
 @dataclass(frozen=True)
 class Variant:
-    """A campaign that differs from ours in what it is asked for, in its plan or in constants of our modules."""
+    """A campaign that differs from ours in what it is asked for, in its config or in constants of our modules."""
 
     request: dict[str, Any] = field(default_factory=dict)
-    plan: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
     constants: tuple[tuple[ModuleType, str, Any], ...] = ()
 
 
 _UNREFINED = ((breeding, "_REFINED", 0),)
+_UNSCREENED = ((screening, "PROBE", replace(PROBE, keep=1.0)),)
 CAMPAIGNS = {"ours": Variant(), "random": Variant({}, {"breeding": False, "start": ()}, _UNREFINED)}
 ABLATIONS = {
     "no_breeding": Variant({}, {"breeding": False}, _UNREFINED),  # the baselines, then random formulas
     "no_seeding": Variant({}, {"start": ()}),
     "no_fingerprints": Variant({}, {"fingerprints": False}),
-    "no_screening": Variant({}, {"rungs": ()}, ((screening, "_PROBE_KEEPS", 1.0),)),  # (): one rung, of all windows
+    "no_screening": Variant({}, {"rungs": ()}, _UNSCREENED),  # (): one rung, of all windows
     "no_refinement": Variant({}, {}, _UNREFINED),
     "one_target": Variant({}, {"targets": ("0.5",)}),
     "loss": Variant({"objective": "loss"}),
@@ -141,53 +143,51 @@ class Lab:
 
     def __init__(self, options: argparse.Namespace) -> None:
         texts = {name: getattr(options, name) for name in TEXTS}
-        self.request = Request(
+        self.request = DiscoverRequest(
             model=options.model, **texts, target=TARGETS, population=POPULATION, samples=options.samples,
             sequence_length=options.sequence_length, search_windows=options.search_windows, windows=options.windows,
             device="cpu",
         )  # fmt: skip
-        self.sites = open_sites(self.request)
-        (self.site,) = self.sites.values()
-        self.file = collect(self.request, self.site, "none", lambda done, total: None)
-        self._statistics = load_statistics(self.file)
-        self._tokens = {split: windows.tokens for split, windows in self.site.splits.items()}
-        self.windows = len(self._tokens["search"])
-        self._judge = Evaluator(
-            self.site.model, self._statistics, self._tokens | {"search": self._tokens["validation"]}, TARGETS, "none"
-        )
+        self.sessions = open_sessions(self.request)
+        (self.session,) = self.sessions.values()
+        self.file = collect_statistics(self.request, self.session, lambda what, done, total: None)
+        self._dense = replace(self.session, dense=load_statistics(self.file))
+        self.windows = len(self.session.windows["search"].tokens)
+        held_out = self.session.windows["validation"]
+        session = replace(self._dense, windows={**self.session.windows, "search": held_out})
+        self._judge = Evaluator(session, TARGETS, "none")
 
-    def plan(self, variant: Variant, seed: int) -> Plan:
-        """The plan of `gpmetric discover`, changed as the variant says, without a budget."""
-        usual = make_plan(replace(self.request, **variant.request), self.sites, TARGETS)
-        changed = replace(usual, seed=seed, generations=None, evaluations=None, **variant.plan)
+    def config(self, variant: Variant, seed: int) -> SearchConfig:
+        """What `gpmetric discover` would search for, changed as the variant says, without a budget."""
+        usual = make_config(replace(self.request, **variant.request), self.sessions, TARGETS)
+        changed = replace(usual, seed=seed, generations=None, evaluations=None, **variant.config)
         return changed if changed.rungs else replace(changed, rungs=(Rung("all", 0, self.windows, 1.0),))
 
     def evaluator(self, targets: Sequence[str]) -> Evaluator:
-        return Evaluator(self.site.model, self._statistics, self._tokens, targets, "none")
+        return Evaluator(self._dense, targets, "none")
 
     def held_out(self, metric: str) -> float:
         """Mean excess over TARGETS on the validation windows; infinite where the metric cannot be applied."""
-        task = {"kind": "excess", "metric": metric, "first": 0, "last": len(self._tokens["validation"])}
         try:
-            return mean_excess(self._judge(task)["loss"])
+            return mean_excess(self._judge(ExcessTask(self.session.metric(metric)))["loss"])
         except GpmetricError:
             return math.inf
 
 
 def run_campaign(lab: Lab, variant: Variant, seed: int, budget: Mapping[str, float]) -> dict[str, Any]:
     """A campaign until both budgets are spent: its incumbents, and what it cost."""
-    plan = lab.plan(variant, seed)
-    evaluator = lab.evaluator(plan.targets)
+    config = lab.config(variant, seed)
+    evaluator = lab.evaluator(config.targets)
     paid: list[tuple[str, float]] = []  # metric and time of every full evaluation, failed ones included
     clear_cache()  # sympy's: a run must not profit from the one before
     wall, start = time.monotonic(), time.process_time()
 
-    def traced(task: Mapping[str, Any]) -> Any:
+    def traced(task: Task) -> Any:
         try:
             return evaluator(task)
         finally:
-            if task["kind"] == "excess" and task["last"] == lab.windows:
-                paid.append((task["metric"], time.process_time() - start))
+            if isinstance(task, ExcessTask) and task.last == lab.windows:
+                paid.append((task.metric.name, time.process_time() - start))
 
     def is_over() -> bool:
         return len(paid) >= budget["evaluations"] and time.process_time() - start >= budget["seconds"]
@@ -197,7 +197,7 @@ def run_campaign(lab: Lab, variant: Variant, seed: int, budget: Mapping[str, flo
             stack.enter_context(patch.object(module, name, value))
         folder = stack.enter_context(TemporaryDirectory())
         book = stack.enter_context(Ledger.open(Path(folder) / "ledger.sqlite", {}, resume=False))
-        campaign = Campaign(plan, book, Serial(traced), out_of_time=is_over)
+        campaign = Campaign(config, book, Serial(traced), out_of_time=is_over)
         campaign.run()
         seconds, counts = time.process_time() - start, book.counts()
         figures = {one.text: one.mean for one in campaign.individuals()}
@@ -212,15 +212,14 @@ def run_pruner_zero(lab: Lab, seed: int, budget: Mapping[str, float]) -> dict[st
     Candidates are really measured as ours are, on the search windows with dense statistics, and charged the published
     procedure, which would take over ten minutes a run.
     """
-    published = published_procedure(lab.request, lab.site, lab.file)
+    published = published_procedure(lab.session, lab.file)
     charge = published["common"] + published["whole text"]
     evaluator = lab.evaluator(("0.5",))
-    sample = lab.site.splits["calibration"].tokens.shape
+    sample = lab.session.tokens.shape
 
     def fitness(tree: Tree) -> float:
-        task = {"kind": "excess", "metric": formula(tree, *sample), "first": 0, "last": lab.windows}
         try:
-            return float(evaluator(task)["loss"]["0.5"])
+            return float(evaluator(ExcessTask(lab.session.metric(formula(tree, *sample))))["loss"]["0.5"])
         except GpmetricError:  # scores that are not finite; the published code would sort them
             return math.inf
 

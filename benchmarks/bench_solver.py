@@ -18,11 +18,11 @@ from torch import Tensor
 from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.expression import Expression
 from gpmetric.expression.evaluate import evaluate
-from gpmetric.pruning import prune, sparsegpt
+from gpmetric.metrics import Metric, resolve_metric
+from gpmetric.pruning import obs, sparsegpt
 from gpmetric.pruning.mask import select_mask
-from gpmetric.pruning.metrics import Metric, resolve_metric
-from gpmetric.pruning.prune import prune_weights
-from gpmetric.pruning.target import Target, parse_target
+from gpmetric.pruning.updaters import prune_weights
+from gpmetric.targets import Target, parse_target
 
 Layers = Sequence[tuple[Tensor, LayerStatistics]]
 
@@ -43,8 +43,8 @@ def main() -> None:
     rows += [constant(sparsegpt, "_STEP", value, 128, "8 of 512x192", large, 7) for value in (4, 8, 16, 32)]
     rows += [evolved("35 of 64x64 to 64x192", small, 11), evolved("8 of 512x192", large, 5)]
     sizes = (2**15, 2**17, 2**19, 2**21)
-    rows += [constant(prune, "_TOGETHER", value, 1, "35 of 64x64 to 64x192", small, 21) for value in sizes]
-    rows += [constant(prune, "_TOGETHER", value, 1, "8 of 512x192", large, 7) for value in sizes]
+    rows += [constant(obs, "_TOGETHER", value, 1, "35 of 64x64 to 64x192", small, 21) for value in sizes]
+    rows += [constant(obs, "_TOGETHER", value, 1, "8 of 512x192", large, 7) for value in sizes]
     append(rows)
 
 
@@ -65,11 +65,11 @@ def evolved(case: str, layers: Layers, repeats: int) -> dict[str, str]:
         return solve(layers, SEARCH, metric)
 
     def theirs() -> list[Tensor]:
-        quick, prune.ColumnScores = prune.ColumnScores, WholeMatrix
+        quick, obs.ColumnScores = obs.ColumnScores, WholeMatrix
         try:
             return solve(layers, SEARCH, metric)
         finally:
-            prune.ColumnScores = quick
+            obs.ColumnScores = quick
 
     return compare(f"evolved: {case}", ours, theirs, repeats)
 
@@ -111,14 +111,14 @@ def solve(layers: Layers, targets: Sequence[Target], metric: Metric = WANDA) -> 
 def plain_solver(weight: Tensor, statistics: LayerStatistics, target: Target) -> Tensor:
     """Wanda in SparseGPT's algorithm 1 as it is written, a target and a column at a time."""
     weights, factor, group = weight.clone(), statistics.factor, target.group
-    rule = target if group else target.with_granularity("layer")
+    rule = target if group else target.within("layer")
     for start in range(0, weights.shape[1], 128):
         end = min(start + 128, weights.shape[1])
         errors = torch.zeros_like(weights[:, start:end])
         for column in range(start, end):
             if column == start or (group and column % group == 0):
                 reach = slice(column, column + group if group else end)
-                keep = select_mask(weights[:, reach].abs() * statistics.X[reach], rule)
+                keep = select_mask(weights[:, reach].abs() * statistics["X"][reach], rule)
             kept = torch.where(keep[:, column - reach.start], weights[:, column], 0)
             error = (weights[:, column] - kept) / factor[column, column]
             errors[:, column - start] = error
@@ -136,7 +136,7 @@ def make_layer(rows: int, columns: int) -> tuple[Tensor, LayerStatistics]:
     gram = inputs.t() @ inputs / len(inputs)
     weight = torch.randn(rows, columns, generator=generator)
     G, F = torch.rand(2, rows, columns, generator=generator)
-    return weight, LayerStatistics(gram.diagonal().sqrt(), G=G, F=F, gram=gram)
+    return weight, LayerStatistics(X=gram.diagonal().sqrt(), G=G, F=F, gram=gram)
 
 
 def compare(

@@ -46,10 +46,10 @@ from structured_runs import METHODS, make_request, run_case
 from structured_speed import measure, speed_rows
 
 from gpmetric.errors import GpmetricError, InputError
-from gpmetric.evaluation.windows import open_text
-from gpmetric.models import check_path
-from gpmetric.provenance import check_output, check_picture
-from gpmetric.structured.request import REPAIRS, check_request
+from gpmetric.files import check_output, check_picture
+from gpmetric.loading import check_path
+from gpmetric.session.splits import open_text
+from gpmetric.structured.request import REPAIRS
 
 OUTSIDE = (
     "models",
@@ -217,7 +217,7 @@ def check(options: argparse.Namespace) -> None:
     for model, sparsity in product(options.models, options.sparsity):
         check_path(model)
         for start in ("wanda_sp", *options.start):
-            check_request(replace(make_request(vars(options), model, sparsity, 0), start=start))
+            replace(make_request(vars(options), model, sparsity, 0), start=start).check()
     texts = {open_text(options.calibration).digest: "--calibration"}
     for source in options.test:
         digest = open_text(source).digest

@@ -2,8 +2,9 @@
 
 Each case is timed, by the processor's clock and the wall's, against `plain`: torch as one would write it, one formula
 after the other, with a new tensor for every result. `evaluate` is ours for one formula; `memo` keeps every value it has
-computed, `single` is a tape with row blocks for each formula alone, `whole` one tape without blocks, `tape` what `Tape`
-does. The formulas are random ones, or 44 children of 4 parents. Blocks of other sizes are the evidence for `_BLOCK`.
+computed, `single` is a program with row blocks for each formula alone, `whole` one without blocks, `tape` what
+`SharedProgram` does. The formulas are random ones, or 44 children of 4 parents. Blocks of other sizes are the evidence
+for `_BLOCK`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from results import append, row
 from torch import Tensor
 
 from gpmetric.evolution.variation import Variation
-from gpmetric.expression import PRIMITIVES, Expression, tape
+from gpmetric.expression import PRIMITIVES, Expression, shared_program
 from gpmetric.expression.evaluate import evaluate
-from gpmetric.expression.tape import Tape
+from gpmetric.expression.shared_program import SharedProgram
 from gpmetric.expression.torch_forms import EXP_LIMIT, TINY
 from gpmetric.operands import OPERANDS
 
@@ -42,7 +43,7 @@ def main() -> None:
         for kind in ("random", "converged"):
             formulas, operands = population(kind), make_operands(*shape)
             runs = {"plain": plain(formulas, operands), "evaluate": naive(formulas, operands)}
-            runs["tape"] = taped(formulas, operands, tape._BLOCK)
+            runs["tape"] = taped(formulas, operands, shared_program._BLOCK)
             if shape != (4096, 4096):  # takes 10 GB
                 runs |= {"memo": memo(formulas, operands), "single": single(formulas, operands)}
             if shape == (1024, 4096):  # the smaller ones are one block
@@ -90,27 +91,27 @@ def naive(formulas: Sequence[Expression], operands: Mapping[str, Tensor]) -> Run
 
 
 def taped(formulas: Sequence[Expression], operands: Mapping[str, Tensor], block: int) -> Run:
-    program = Tape(formulas)
+    program = SharedProgram(formulas)
     return lambda: drain([program], operands, block)
 
 
 def memo(formulas: Sequence[Expression], operands: Mapping[str, Tensor]) -> Run:
-    program = Tape(formulas)
+    program = SharedProgram(formulas)
     program._released = {}
     return lambda: drain([program], operands, WHOLE)
 
 
 def single(formulas: Sequence[Expression], operands: Mapping[str, Tensor]) -> Run:
-    programs = [Tape([formula]) for formula in formulas]
-    return lambda: drain(programs, operands, tape._BLOCK)
+    programs = [SharedProgram([formula]) for formula in formulas]
+    return lambda: drain(programs, operands, shared_program._BLOCK)
 
 
-def drain(programs: Sequence[Tape], operands: Mapping[str, Tensor], block: int) -> None:
-    usual, tape._BLOCK = tape._BLOCK, block
+def drain(programs: Sequence[SharedProgram], operands: Mapping[str, Tensor], block: int) -> None:
+    usual, shared_program._BLOCK = shared_program._BLOCK, block
     for program in programs:
         for _ in program.scores(operands):
             pass
-    tape._BLOCK = usual
+    shared_program._BLOCK = usual
 
 
 def compare(case: str, runs: Mapping[str, Run], repeats: int) -> list[dict[str, str]]:

@@ -16,8 +16,9 @@ import torch
 from results import cpu_name
 
 from gpmetric.errors import GpmetricError, InputError
-from gpmetric.models import pick_device
-from gpmetric.provenance import versions, write_text
+from gpmetric.files import write_text
+from gpmetric.loading import pick_device
+from gpmetric.provenance import versions
 
 Case = tuple[Any, ...]
 Run = Callable[..., dict[str, Any]]

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpmetric.export.triton import load_functions
+from gpmetric.codegen.loading import load_functions
 from gpmetric.expression import Expression, parse
 from gpmetric.expression.evaluate import evaluate
+from gpmetric.metrics import BASELINES, resolve_metric
 from gpmetric.operands import OPERANDS
 from gpmetric.pruning.fused import _prune, _unpacked
 from gpmetric.pruning.mask import select_mask
-from gpmetric.pruning.metrics import BASELINES, resolve_metric
-from gpmetric.pruning.target import Target, parse_target
+from gpmetric.targets import Target, parse_target
 
 FORMULAS = ("abs(W)*X", "abs(W)*G", "abs(W)")  # the last has many ties where W is bf16
 TARGETS = tuple(parse_target(text) for text in ("0.5", "0.7", "2:4", "4:8", "layer:0.5"))
@@ -88,7 +88,7 @@ def fused(functions: ModuleType, which: int = 0, form: str = "new") -> Prune:
 
 def stable_mask(scores: Tensor, target: Target) -> Tensor:
     """True = kept, by a stable sort of every group."""
-    size = target.group_size(scores.shape)
+    ((_, size),) = target.groups(scores.shape)
     removed = target.removed(size)
     groups = scores.reshape(-1, size)
     order = groups.sort(dim=1, stable=True).indices[:, :removed]
@@ -106,7 +106,7 @@ def check(case: str, prune: Prune, expression: Expression, named: Named, target:
     pruned = prune(named, target)
     if pruned.shape != weight.shape or pruned.dtype != weight.dtype:
         raise CheckError(f"{case}: {pruned.dtype} {list(pruned.shape)} instead of {weight.dtype} {list(weight.shape)}")
-    size = target.group_size(weight.shape)
+    ((_, size),) = target.groups(weight.shape)
     removed = target.removed(size)
     wrong = (pruned != weight.where(stable_mask(scores, target), 0)).reshape(-1, size)  # NaN is wrong too
     differing = wrong.any(dim=1)

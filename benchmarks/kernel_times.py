@@ -18,10 +18,10 @@ from published import OTHERS, Step, published
 from results import row
 from torch import Tensor
 
-from gpmetric.export.triton import load_functions
+from gpmetric.codegen.loading import load_functions
 from gpmetric.expression import parse
 from gpmetric.pruning.fused import _prune
-from gpmetric.pruning.target import Target, parse_target
+from gpmetric.targets import Target, parse_target
 
 Shape = tuple[int, int]
 Run = Callable[[], object]
@@ -164,7 +164,7 @@ def moved_bytes(weight: Tensor, others: Sequence[Tensor], target: Target) -> int
 def measure(case: Case, shape: Shape, machine: Machine) -> Result:
     """A kernel over as many buffers as the cache would hold three times."""
     formula, target_text, dtype = case
-    target = parse_target(target_text)
+    target = parse_target(target_text).resolved("row")
     size = dtype.itemsize * shape[0] * shape[1]
     drawn = [
         _Drawn(formula, dtype, shape, machine.device, seed) for seed in range(max(2, -(-3 * machine.cache // size)))
@@ -220,7 +220,7 @@ def compare(result: Result, weight: Tensor, square: Tensor, target: Target, mach
 def measure_model(case: Case, shapes: Sequence[Shape], blocks: int, machine: Machine) -> dict[str, np.ndarray]:
     """Seconds for all linear layers of a model: again and again those of one block, which no cache holds."""
     formula, target_text, dtype = case
-    target = parse_target(target_text)
+    target = parse_target(target_text).resolved("row")
     block = [_Drawn(formula, dtype, shape, machine.device, seed).run(target) for seed, shape in enumerate(shapes)]
     return {
         "as called": machine.seconds(block * blocks, REPEATS, queued=False),

@@ -16,16 +16,12 @@ from typing import Any
 import numpy as np
 
 from gpmetric.calibration.cache import load_statistics
-from gpmetric.calibration.collect import token_batches
-from gpmetric.calibration.replay import record_calls
 from gpmetric.evaluation.perplexity import mean_loss
-from gpmetric.evaluation.windows import read_windows
-from gpmetric.evolution.request import Request
-from gpmetric.evolution.sites import Site
-from gpmetric.models import load_model
-from gpmetric.pruning.metrics import resolve_metric
-from gpmetric.pruning.prune import prune_sequential
-from gpmetric.pruning.target import parse_target
+from gpmetric.loading import load_model
+from gpmetric.pruning.protocol import Protocol, Rule
+from gpmetric.session.session import Session
+from gpmetric.session.splits import read_windows
+from gpmetric.targets import parse_target
 
 Tree = str | tuple[Any, ...]  # a terminal, or an operation and its arguments
 
@@ -144,12 +140,11 @@ def evolve(fitness: Callable[[Tree], float], size: int, rng: random.Random) -> I
         population = sorted([*population, (value, tree)], key=lambda one: one[0])[:size]
 
 
-def published_procedure(request: Request, site: Site, gradients: Path) -> dict[str, float]:
+def published_procedure(session: Session, gradients: Path) -> dict[str, float]:
     """Processor seconds that one candidate takes as published, its formula being theirs.
 
     Args:
-        request: names the model and the number of calibration windows.
-        site: the texts.
+        session: says which model, which texts and how many calibration windows.
         gradients: a file of the statistics cache.
 
     Returns:
@@ -158,13 +153,16 @@ def published_procedure(request: Request, site: Site, gradients: Path) -> dict[s
         importing torch are left out.
     """
     ticks = [time.process_time()]
-    model = load_model(request.models[0], device="cpu")
-    statistics = load_statistics(gradients)
-    texts, length = site.splits, site.splits["search"].tokens.shape[1]
-    sample = read_windows(model, texts["calibration"].text, length, request.samples).tokens
+    request, texts = session.inputs, session.windows
+    model, length = load_model(request.models[0], device="cpu"), texts["search"].tokens.shape[1]
+    sample = read_windows(model, texts["calibration"].text, length, request.samples)
     whole = read_windows(model, texts["search"].text, length, None).tokens
-    metric = resolve_metric("pruner_zero", *sample.shape)
-    prune_sequential(model, metric, parse_target("0.5"), record_calls(model, token_batches(sample)), statistics)
+    protocol = Protocol(
+        Session(request, model, {"calibration": sample}, dense=load_statistics(gradients)), one_shot=False
+    )
+    rule = Rule(protocol.session.metric("pruner_zero"), parse_target("0.5"))
+    protocol.prepare([rule.metric], rule.update)
+    protocol.prune(rule)
     ticks.append(time.process_time())
     for tokens in (whole, texts["search"].tokens):
         mean_loss(model, tokens)

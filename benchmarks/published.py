@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gpmetric.pruning.target import Target
+from gpmetric.targets import Target
 
 Step = Callable[[Tensor, Tensor, Target], None]
 

@@ -5,27 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from gpmetric.data import check_disjoint
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
-from gpmetric.evaluation.windows import read_windows
-from gpmetric.structured.baselines import choose
+from gpmetric.session.splits import open_text, read_windows
+from gpmetric.structured.cost_budgets import pools_of, uniform_counts, uniform_pools
 from gpmetric.structured.export import Slimmed
-from gpmetric.structured.ledger import Ledger
-from gpmetric.structured.request import RULES, Estimator, Objective, SlimRequest
+from gpmetric.structured.request import UNIT_RULES, SlimRequest
+from gpmetric.structured.scores import UnitSession, unit_scores
+from gpmetric.structured.search_log import SearchLog
 from gpmetric.structured.shrink import Shrinker
-from gpmetric.structured.slim import Loaded, load, prepare, search
+from gpmetric.structured.slim import open_units, prepare, search
+from gpmetric.structured.unit_space import find_space, top_units
 
 Settings = Mapping[str, Any]  # options of bench_structured.py, plain values
 
 # method -> estimator and objective
-SEARCHES: dict[str, tuple[Estimator, Objective]] = {
+SEARCHES: dict[str, tuple[str, str]] = {
     "rloo": ("rloo", "kl"),
     "rloo on the loss": ("rloo", "loss"),
     "paper": ("paper", "loss"),
 }
-METHODS = (*RULES, "start", *SEARCHES, "uniform")
+METHODS = (*UNIT_RULES, "start", *SEARCHES, "uniform")
 
 
 def make_request(settings: Settings, model: str, sparsity: float, seed: int) -> SlimRequest:
@@ -43,6 +48,7 @@ def make_request(settings: Settings, model: str, sparsity: float, seed: int) -> 
     )
     return SlimRequest(
         model=model,
+        output=Path("nowhere"),  # nothing is written
         sparsity=sparsity,
         windows=1,  # of validation, which nobody reads here
         add_bias=settings["repair"] != "none" and not settings["no_bias"],
@@ -60,17 +66,17 @@ def run_case(settings: Settings, model: str, sparsity: float, seed: int) -> dict
     """
     start = time.monotonic()
     request = make_request(settings, model, sparsity, seed)
-    loaded = load(request)
-    length = loaded.splits["search"].tokens.shape[1]
-    tests = [read_windows(loaded.model, source, length, settings["windows"]) for source in settings["test"]]
+    units = open_units(request)
+    length = units.session.tokens.shape[1]
+    tests = [read_windows(units.model, open_text(one), length, settings["windows"]) for one in settings["test"]]
     for test in tests:
-        check_disjoint({**loaded.splits, "test": test})
-    dense = [mean_loss(loaded.model, test.tokens) for test in tests]
+        check_disjoint({**units.session.windows, "test": test})
+    dense = [mean_loss(units.model, test.tokens) for test in tests]
     runs = []
-    for method, kept, cost in found(settings, request, loaded):
+    for method, kept, cost in found(settings, request, units):
         for test, before in zip(tests, dense, strict=True):
-            with Shrinker(loaded.model, loaded.groups).keeping(kept.kept, kept.repairs):
-                loss = mean_loss(loaded.model, test.tokens)
+            with Shrinker(units.model, units.groups).keeping(kept.kept, kept.repairs):
+                loss = mean_loss(units.model, test.tokens)
             runs.append(
                 {
                     "model": model, "sparsity": sparsity, "seed": seed, "method": method, "repair": request.repair,
@@ -82,30 +88,51 @@ def run_case(settings: Settings, model: str, sparsity: float, seed: int) -> dict
     return {"runs": runs, "seconds": time.monotonic() - start}
 
 
-def found(settings: Settings, request: SlimRequest, loaded: Loaded) -> Iterator[tuple[str, Slimmed, Mapping[str, Any]]]:
+def found(
+    settings: Settings, request: SlimRequest, units: UnitSession
+) -> Iterator[tuple[str, Slimmed, Mapping[str, Any]]]:
     """Each method, what it keeps, and the tokens and seconds that it took."""
-    tokens = loaded.splits["calibration"].tokens
-    prepared = prepare(request, loaded)
+    begun = prepare(request, units)
     for name in settings["method"]:
         start = time.monotonic()
-        if name in RULES:
-            kept = choose(loaded.model, loaded.groups, name, request.sparsity, tokens, loaded.features, request.seed)
-            yield name, prepared.slimmed(kept), spent(start)
+        if name in UNIT_RULES:
+            yield name, begun.slimmed(choose(name, units, request.sparsity)), spent(start)
         elif name == "start":
-            yield name, prepared.chosen(prepared.start), spent(start)
+            yield name, begun.chosen(begun.start), spent(start)
         elif name == "uniform":
-            yield name, *searched(replace(request, format="uniform"), loaded)
+            yield name, *searched(replace(request, format="uniform"), units)
         else:
             estimator, objective = SEARCHES[name]
-            yield name, *searched(replace(request, estimator=estimator, objective=objective), loaded)
+            yield name, *searched(replace(request, estimator=estimator, objective=objective), units)
     for metric in settings["start"]:
-        yield f"start:{metric}", *searched(replace(request, start=metric), loaded)
+        yield f"start:{metric}", *searched(replace(request, start=metric), units)
+
+
+def choose(name: str, units: UnitSession, sparsity: float) -> Tensor:
+    """The units [units], bool, that stay by a rule.
+
+    A `uniform` rule keeps as many heads and channels in every block, a `global` one compares units everywhere. Block
+    influence takes whole blocks, the last of them in part, by position.
+
+    Args:
+        name: a key of UNIT_RULES.
+        units: of a dense model.
+        sparsity: share of the parameters inside the blocks that goes.
+    """
+    groups = units.groups
+    space = find_space(groups, groups.kinds, layers=False)
+    scores = unit_scores(name, units)
+    if UNIT_RULES[name].placing == "uniform":
+        heads = range(groups.sublayers[0].units + 1)
+        pools = uniform_pools(groups, space, uniform_counts(groups, sparsity, groups.kinds, heads))
+        return top_units(scores, space, pools)
+    return top_units(scores, space, pools_of(groups, space, sparsity, groups.cost))
 
 
 def spent(start: float) -> dict[str, Any]:
     return {"tokens": 0, "seconds": time.monotonic() - start}
 
 
-def searched(request: SlimRequest, loaded: Loaded) -> tuple[Slimmed, dict[str, Any]]:
+def searched(request: SlimRequest, units: UnitSession) -> tuple[Slimmed, dict[str, Any]]:
     """What a search delivers."""
-    return search(request, prepare(request, loaded), Ledger(None, {}))
+    return search(request, prepare(request, units), SearchLog(None, {}))

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gpmetric.demo.text import demo_text
 from gpmetric.errors import GpmetricError
-from gpmetric.models import DEMO_MODEL, load_model
+from gpmetric.loading import DEMO_MODEL, load_model
 from gpmetric.structured.slim import slim
 
 TOKENS = 512  # of the prefill that is timed

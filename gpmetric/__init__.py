@@ -14,33 +14,34 @@ if TYPE_CHECKING:
     from gpmetric.allocation.allocate import allocate
     from gpmetric.analysis.analyse import analyse
     from gpmetric.errors import GpmetricError
-    from gpmetric.evaluation.evaluate import evaluate_model as evaluate
     from gpmetric.evolution.discover import discover
-    from gpmetric.models import load, load_model
+    from gpmetric.loading import load, load_model
+    from gpmetric.metrics import BASELINES, Metric
     from gpmetric.pruning.bench import bench
     from gpmetric.pruning.mask import select_mask
-    from gpmetric.pruning.metrics import BASELINES, Metric
-    from gpmetric.pruning.prune_model import prune_model as prune
-    from gpmetric.pruning.target import parse_target
+    from gpmetric.pruning.prune import prune
     from gpmetric.pruning.verify import verify
+    from gpmetric.session.evaluate import evaluate
     from gpmetric.structured.slim import slim
+    from gpmetric.targets import parse_target
 
+# name -> the module it is in
 _HOMES = {
-    "BASELINES": ("pruning.metrics", "BASELINES"),
-    "GpmetricError": ("errors", "GpmetricError"),
-    "Metric": ("pruning.metrics", "Metric"),
-    "allocate": ("allocation.allocate", "allocate"),
-    "analyse": ("analysis.analyse", "analyse"),
-    "bench": ("pruning.bench", "bench"),
-    "discover": ("evolution.discover", "discover"),
-    "evaluate": ("evaluation.evaluate", "evaluate_model"),
-    "load": ("models", "load"),
-    "load_model": ("models", "load_model"),
-    "parse_target": ("pruning.target", "parse_target"),
-    "prune": ("pruning.prune_model", "prune_model"),
-    "select_mask": ("pruning.mask", "select_mask"),
-    "slim": ("structured.slim", "slim"),
-    "verify": ("pruning.verify", "verify"),
+    "BASELINES": "metrics",
+    "GpmetricError": "errors",
+    "Metric": "metrics",
+    "allocate": "allocation.allocate",
+    "analyse": "analysis.analyse",
+    "bench": "pruning.bench",
+    "discover": "evolution.discover",
+    "evaluate": "session.evaluate",
+    "load": "loading",
+    "load_model": "loading",
+    "parse_target": "targets",
+    "prune": "pruning.prune",
+    "select_mask": "pruning.mask",
+    "slim": "structured.slim",
+    "verify": "pruning.verify",
 }
 
 __all__ = [
@@ -65,8 +66,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'gpmetric' has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    return getattr(import_module(f"gpmetric.{module}"), attribute)
+    return getattr(import_module(f"gpmetric.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

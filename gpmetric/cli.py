@@ -1,54 +1,33 @@
-"""The command line: `gpmetric discover | bench | export | allocate | prune | slim | verify | evaluate | analyse`.
+"""The command line, made of the table of commands: each option is a field of a command's request.
 
 Options and formulas are checked before torch is imported; the work is in the functions that `import gpmetric` offers.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import MISSING
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from gpmetric.commands import allocate, prune, slim, verify
+from gpmetric.commands import COMMANDS, Command
+from gpmetric.config import load_config
 from gpmetric.errors import GpmetricError, InputError
-from gpmetric.evolution.ledger import is_ledger, winner_of
-from gpmetric.evolution.request import Request, check_group, check_objective, check_request
-from gpmetric.expression import PRIMITIVES
-from gpmetric.operands import OPERANDS
-from gpmetric.options import (
-    CalibrationOption,
-    ConfigOption,
-    DeviceOption,
-    DtypeOption,
-    ExcludeOption,
-    IncludeOption,
-    JsonOption,
-    LengthOption,
-    ModelsOption,
-    SamplesOption,
-    SearchTargetOption,
-    SeedOption,
-    ShuffleOption,
-    TargetOption,
-    TextOption,
-    UpdateOption,
-    WindowsOption,
-    resume_command,
-    tables,
-)
-from gpmetric.provenance import check_output, check_picture, gpmetric_version, write_json
-from gpmetric.pruning.metrics import BASELINES, check_update, resolve_metric
-from gpmetric.pruning.target import parse_target
+from gpmetric.files import STDOUT, write_json
+from gpmetric.options import Described, check_request, described, make_request
+from gpmetric.provenance import gpmetric_version
 
-__all__ = ["analyse", "app", "bench", "discover", "evaluate", "export", "main"]
+__all__ = ["app", "main", "resume_command"]
 
 app = typer.Typer(
     name="gpmetric",
@@ -59,6 +38,10 @@ app = typer.Typer(
 )
 
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # typer carries its own copy of click, or does not
+_JSON = typer.Option("--json", metavar="FILE", help="Write the full result as JSON; - for standard output.")
+_CONFIG = typer.Option(
+    "--config", metavar="FILE.toml", is_eager=True, callback=load_config, help="Option values by long name."
+)
 
 
 def _version(wanted: bool) -> None:
@@ -76,296 +59,77 @@ def _root(
     """Shared by every command."""
 
 
-@app.command()
-def evaluate(
-    model: Annotated[str | None, typer.Argument(help="Hugging Face directory or name; the demo model if none.")] = None,
-    text: TextOption = None,
-    sequence_length: LengthOption = None,
-    windows: WindowsOption = None,
-    shuffle: ShuffleOption = False,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = None,
-    json: JsonOption = None,
-    config: ConfigOption = None,
-) -> None:
-    """Perplexity of a model on texts."""
-    check_output("--json", json)
-    from gpmetric.evaluation.evaluate import evaluate_model
+def _add(name: str, command: Command) -> None:
+    """Makes a command's function, whose parameters are the options of its request, known to typer."""
 
-    result = evaluate_model(
-        model,
-        text=text or (),
-        sequence_length=sequence_length,
-        windows=windows,
-        shuffle=shuffle,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        on_text=lambda name, ppl: print(f"{name}: perplexity {ppl:.4f}", flush=True, file=tables(json)),
-    )
-    write_json(json, result)
-    size = f"{result['windows']} windows of {result['sequence_length']} tokens"
-    print(f"{size}, {result['dtype']}, {result['device']}", file=tables(json))
+    def call(json: Path | None, config: Path | None, **options: Any) -> None:
+        _run(command, options, json)
+
+    shared = [("json", Path | None, _JSON), ("config", Path | None, _CONFIG)]
+    parameters = [_parameter(field) for field in described(command.request)]
+    parameters += [_keyword(field, Annotated[kind, option], None) for field, kind, option in shared]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app.command(name, help=command.help)(call)
 
 
-@app.command()
-def discover(
-    model: ModelsOption = None,
-    calibration: CalibrationOption = None,
-    search: Annotated[str | None, typer.Option(help="Text every candidate is evaluated on.")] = None,
-    validation: Annotated[str | None, typer.Option(help="Text the winner is chosen on.")] = None,
-    test: Annotated[str | None, typer.Option(help="Text read once, at the end.")] = None,
-    text: Annotated[str | None, typer.Option(help="One text to cut into the four splits instead.")] = None,
-    target: SearchTargetOption = None,
-    operands: Annotated[str, typer.Option(help="What formulas may use; W,X needs no gradients.")] = ",".join(OPERANDS),
-    primitives: Annotated[str, typer.Option(help="Operations formulas may use.")] = ",".join(PRIMITIVES),
-    start: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FORMULA",
-            help="Formula or baseline to start from, layer: or block: before it or not; may be repeated.",
-        ),
-    ] = None,
-    forbid: Annotated[
-        list[str] | None, typer.Option(metavar="OUTER(INNER)", help="Nesting no formula may have; may be repeated.")
-    ] = None,
-    update: UpdateOption = "none",
-    objective: Annotated[
-        str, typer.Option(help="What candidates are compared by: kl (divergence from the dense model) or loss.")
-    ] = "kl",
-    group: Annotated[
-        str, typer.Option(help="Where plain-number targets compete: row, layer, block, or search, which evolves it.")
-    ] = "search",
-    population: Annotated[int, typer.Option(help="Formulas per generation.")] = 40,
-    generations: Annotated[int | None, typer.Option(help="Generations at most.")] = None,
-    evaluations: Annotated[int | None, typer.Option(help="Evaluations paid for at most; 300 if no budget.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Wall time of the whole command.")] = None,
-    max_nodes: Annotated[int, typer.Option(help="Size of a formula at most.")] = 30,
-    ledger: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The campaign's SQLite file; campaign-DATE.sqlite by default.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the ledger if it is there.")] = False,
-    workers: Annotated[
-        int | None, typer.Option(help="Worker processes; one per core for small models on a CPU by default.")
-    ] = None,
-    cache: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Statistics cache; ~/.cache/gpmetric by default.")
-    ] = None,
-    chunk_layers: Annotated[
-        int | None, typer.Option(help="Layers whose gradients are accumulated at once, to save memory.")
-    ] = None,
-    samples: SamplesOption = 128,
-    sequence_length: LengthOption = None,
-    search_windows: Annotated[
-        int,
-        typer.Option(
-            help="Windows of the search text: an eighth for every candidate, half and all for the better ones."
-        ),
-    ] = 32,
-    windows: Annotated[int | None, typer.Option(min=1, help="Windows of validation and of test.")] = 128,
-    calibration_seeds: Annotated[
-        int, typer.Option(help="Draws of calibration windows for the confidence interval of the winner's gain.")
-    ] = 3,
-    shuffle: ShuffleOption = False,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = None,
-    include: IncludeOption = None,
-    exclude: ExcludeOption = None,
-    json: JsonOption = None,
-    config: ConfigOption = None,
-) -> None:
-    """Evolves metrics for a model and puts the winner beside every baseline."""
-    started = time.monotonic()
-    request = Request(
-        model=tuple(model) if model else None,
-        calibration=calibration,
-        search=search,
-        validation=validation,
-        test=test,
-        text=text,
-        target=tuple(dict.fromkeys(target or Request.target)),
-        update=update,
-        objective=check_objective(objective),
-        group=check_group(group),
-        operands=_names(operands),
-        primitives=_names(primitives),
-        start=tuple(start or ()),
-        forbid=tuple(forbid or ()),
-        population=population,
-        generations=generations,
-        evaluations=evaluations,
-        minutes=minutes,
-        max_nodes=max_nodes,
-        samples=samples,
-        sequence_length=sequence_length,
-        search_windows=search_windows,
-        windows=windows,
-        calibration_seeds=calibration_seeds,
-        shuffle=shuffle,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        include=include,
-        exclude=exclude,
-        chunk_layers=chunk_layers,
-        cache=cache,
-        workers=workers,
-    )
-    check_request(request)
-    path = ledger or Path(f"campaign-{datetime.now():%Y%m%d-%H%M%S}.sqlite")
-    _check_outputs(json, "--ledger", path)
-    from gpmetric import terminal
-    from gpmetric.evolution.discover import run_campaign
-
-    try:
-        with terminal.DiscoverReport(Console(stderr=True)) as listener:
-            result = run_campaign(request, path, resume=resume, listener=listener, started=started)
-    except KeyboardInterrupt:
-        print(f"stopped; go on with: {resume_command(path)}", file=sys.stderr)
-        raise
-    write_json(json, result)
-    terminal.print_discover(Console(file=tables(json)), result, path)
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-@app.command()
-def bench(
-    model: ModelsOption = None,
-    calibration: CalibrationOption = None,
-    text: TextOption = None,
-    metric: Annotated[
-        list[str] | None, typer.Option(help=f"{', '.join(BASELINES)}, or a formula; may be repeated. All by default.")
-    ] = None,
-    target: TargetOption = None,
-    update: UpdateOption = "none",
-    one_shot: Annotated[
-        bool, typer.Option("--one-shot/--sequential", help="Dense statistics everywhere, or block after pruned block.")
-    ] = False,
-    samples: SamplesOption = 128,
-    sequence_length: LengthOption = None,
-    windows: WindowsOption = None,
-    shuffle: ShuffleOption = False,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = None,
-    include: IncludeOption = None,
-    exclude: ExcludeOption = None,
-    json: JsonOption = None,
-    config: ConfigOption = None,
-) -> None:
-    """Benchmarks metrics: perplexity of the model pruned by each metric to each target.
+def _parameter(field: Described) -> inspect.Parameter:
+    """A field of a request as typer reads it."""
+    option, default, kind = field.option, field.default, field.kind
+    if field.several and option.listed:
+        kind, default = str, ",".join(default)
+    elif field.several:
+        kind, default = list[str] | None, None  # so that the help shows no default: the sentence says it
+    elif field.optional:
+        kind = kind | None
+    if option.argument:
+        place = typer.Argument(metavar=option.metavar, help=field.help)
+    else:
+        place = typer.Option(*option.names or (field.spelled,), metavar=option.metavar, help=field.help)
+    return _keyword(field.name, Annotated[kind, place], inspect.Parameter.empty if default is MISSING else default)
 
-    With several models, a last table says where each metric wins and loses against Wanda. A metric or model that fails
-    costs the others nothing: the result holds the reason, and the exit status is 1.
+
+def _run(command: Command, options: Mapping[str, Any], json: Path | None) -> None:
+    """Checks, runs, writes the result, shows it.
+
+    Raises:
+        GpmetricError: the work failed; whatever there is of it has been written and shown.
     """
-    targets = _check_request(metric or (), target or ("0.5",), update, json)
-    from gpmetric import terminal
-    from gpmetric.pruning.bench import bench as run
-    from gpmetric.pruning.bench import bench_failures
-
-    with terminal.BenchReport(Console(stderr=True)) as listener:
-        result = run(
-            model or (),
-            calibration=calibration,
-            text=text or (),
-            metric=metric or (),
-            target=targets,
-            update=update,
-            one_shot=one_shot,
-            samples=samples,
-            sequence_length=sequence_length,
-            windows=windows,
-            shuffle=shuffle,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            include=include,
-            exclude=exclude,
-            listener=listener,
-        )
-    write_json(json, result)
-    terminal.print_bench(Console(file=tables(json)), result)
-    if failures := bench_failures(result):
-        raise GpmetricError(failures[0])
+    started = time.monotonic()
+    request = make_request(command.request, dict(options)).completed()
+    check_request(request, json)
+    keywords = {"started": started} if command.timed else {}
+    tables = Console(stderr=json == STDOUT)  # standard output is the JSON's own then
+    told = tables if command.live else Console(stderr=True)
+    try:
+        with command.listener(told) if command.listener else nullcontext() as listener:
+            document = command.run(request, *([listener] if command.listener else []), **keywords)
+    except KeyboardInterrupt:
+        ledger = getattr(request, "ledger", None) if hasattr(request, "resume") else None
+        if ledger is not None:
+            print(f"stopped; go on with: {resume_command(ledger)}", file=sys.stderr)
+        raise
+    write_json(json, document)
+    command.write(document, request)
+    command.show(tables, document, request)
+    if failure := command.failure(document):
+        raise GpmetricError(failure)
 
 
-@app.command()
-def export(
-    formula: Annotated[str, typer.Argument(metavar="FORMULA|LEDGER", help="A formula, a metric's name, or a ledger.")],
-    format: Annotated[str, typer.Option("--format", help="python, triton, latex, sympy or json.")] = "python",
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="File to write.")] = None,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    json: JsonOption = None,
-    config: ConfigOption = None,
-) -> None:
-    """Writes a formula, or the winner of a campaign, as a self-contained file."""
-    if output is None:
-        raise InputError("--output (-o) FILE is needed")
-    _check_outputs(json, "--output", output)
-    # GBLM's balance depends on the sample; here that of its paper, 128 sequences of 2048 tokens
-    named = winner_of(Path(formula)) if is_ledger(formula) else formula
-    metric = resolve_metric(named, 128, 2048)
-    from gpmetric.export import export_expression
-
-    record = export_expression(metric.expression, format, output, gpmetric_version(), metric.granularity)
-    write_json(json, record)
+def resume_command(ledger: Path) -> str:
+    """The present command line with the ledger named and --resume, quoted for a shell."""
+    words = ["gpmetric", *sys.argv[1:]]
+    if not any(word.partition("=")[0] in ("--ledger", "--archive") for word in words):
+        words += ["--ledger", str(ledger)]
+    return shlex.join(words if "--resume" in words else [*words, "--resume"])
 
 
-for _command in (allocate, prune, slim, verify):
-    app.command()(_command)
-
-
-@app.command()
-def analyse(
-    ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="A campaign's ledger, finished or not.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Page of plots to write: .png or .pdf.")
-    ] = None,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    json: JsonOption = None,
-    config: ConfigOption = None,
-) -> None:
-    """Shows which operands, operations, sub-expressions and masks go with good fitness in a campaign."""
-    check_output("--json", json)
-    if output is not None:
-        _check_outputs(json, "--output", output)
-    from gpmetric.analysis.analyse import analyse as run
-    from gpmetric.analysis.plot import draw_page
-
-    if output is not None:
-        check_picture("--output", output)
-    result = run(ledger, seed=seed)
-    if output is not None:
-        draw_page(result, output)
-    write_json(json, result)
-    from gpmetric import terminal
-
-    terminal.print_analysis(Console(file=tables(json)), result)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-
-
-def _check_request(metrics: Sequence[str], targets: Sequence[str], update: str, json: Path | None) -> list[str]:
-    """Refuses what is wrong on the face of it; returns the targets without repetitions."""
-    check_output("--json", json)
-    check_update(update)
-    for name in metrics:
-        resolve_metric(name)
-    for text in targets:
-        parse_target(text)
-    return list(dict.fromkeys(targets))
-
-
-def _check_outputs(json: Path | None, option: str, path: Path) -> None:
-    check_output("--json", json)
-    check_output(option, path)
-    if json is not None and json.absolute() == path.absolute():
-        raise InputError(f"--json and {option} are the same file {str(path)!r}")
+for _name, _command in COMMANDS.items():
+    _add(_name, _command)
 
 
 def main() -> None:

@@ -32,8 +32,9 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
         raise InputError(f"{where} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{where} is not TOML: {error}") from error
-    known = {_long_name(option): option for option in context.command.params}
-    accepted = ", ".join(sorted(known.keys() - {"config", "help"}))
+    known = {name: option for option in context.command.params for name in _long_names(option)}
+    first = {_long_names(option)[0] for option in context.command.params}
+    accepted = ", ".join(sorted(first - {"config", "help"}))
     context.default_map = {}
     for key, value in values.items():
         option = known.get(key.replace("_", "-"))
@@ -45,10 +46,10 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def _long_name(option: Any) -> str:
-    """Of an option, what stands behind its --; of an argument, its name."""
+def _long_names(option: Any) -> list[str]:
+    """Of an option, what stands behind its --, older spellings last; of an argument, its name."""
     names = [name.removeprefix("--") for name in option.opts if name.startswith("--")]
-    return names[0] if names else str(option.name).replace("_", "-")
+    return names or [str(option.name).replace("_", "-")]
 
 
 def _as_typed(option: Any, value: object, where: str) -> bool | str | list[str]:

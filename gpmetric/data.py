@@ -218,8 +218,8 @@ def _parse(place: str, content: str) -> Any:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow  # type: ignore[import-untyped]  # 0.3 s to import: only tables need it
-    from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
+    import pyarrow  # 0.3 s to import: only tables need it
+    from pyarrow.parquet import ParquetFile
 
     try:
         with ParquetFile(path) as file:

@@ -1,14 +1,20 @@
-"""The operands a metric may use: statistics of one linear layer with weight [out, in]. One row each."""
+"""The operands a metric may use: statistics of one linear layer with weight [out, in]. One row each.
+
+How a row is accumulated from calibration text is the row of the same name in `gpmetric.calibration.accumulators`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["OPERANDS", "Axes", "Cost", "Operand"]
+__all__ = ["GRAM", "OPERANDS", "Axes", "Operand", "Source", "needs_gradients", "shape_of"]
 
 Axes = Literal["out,in", "in"]
-Cost = Literal["none", "activations", "gradients", "curvature"]
+Source = Literal["weight", "inputs", "gram", "gradients"]
+
+GRAM = "gram"  # X^T X / n [in, in]: what solvers ask for by name like an operand, though no formula can use it
 
 
 @dataclass(frozen=True)
@@ -19,26 +25,46 @@ class Operand:
         name: one capital letter, as written in a formula.
         axes: "out,in" for a matrix of the weight's shape, "in" for one number per input.
         meaning: what is measured, in one sentence.
-        cost: what has to be collected to have it: nothing, activations, gradients or the Gram matrix.
+        source: what it is measured on: the weight itself, the layer's inputs, their Gram matrix, or gradients.
         latex: how it is written in mathematics.
+        signed: whether it can be negative.
     """
 
     name: str
     axes: Axes
     meaning: str
-    cost: Cost
+    source: Source
     latex: str
+    signed: bool = False
 
+    @property
+    def cost(self) -> float:
+        """What collecting it takes, in rough multiples of a forward pass over the calibration text."""
+        return _COSTS[self.source]
+
+
+_COSTS: dict[Source, float] = {"weight": 0.0, "inputs": 1.0, "gram": 2.0, "gradients": 3.0}
 
 _ROWS = (
-    Operand("W", "out,in", "the signed weight", "none", r"W"),
-    Operand(
-        "X", "in", "root mean square over calibration tokens of the input activation", "activations", r"\lVert X\rVert"
-    ),
+    Operand("W", "out,in", "the signed weight", "weight", r"W", signed=True),
+    Operand("X", "in", "root mean square over calibration tokens of the input activation", "inputs", r"\lVert X\rVert"),
     Operand("G", "out,in", "mean over calibration sequences of the absolute gradient of the loss", "gradients", r"G"),
     Operand("H", "out,in", "Hessian diagonal, empirical Fisher: mean of the squared gradient", "gradients", r"H"),
-    Operand("D", "in", "OBS curvature: 1 / diag((X^T X / n + damping)^-1)", "curvature", r"D"),
+    Operand("D", "in", "OBS curvature: 1 / diag((X^T X / n + damping)^-1)", "gram", r"D"),
     Operand("F", "out,in", "H token by token: mean of the sum of every token's squared gradient", "gradients", r"F"),
 )
 
 OPERANDS: dict[str, Operand] = {row.name: row for row in _ROWS}
+
+
+def shape_of(name: str, weight: Sequence[int]) -> tuple[int, ...]:
+    """Shape of an operand, or of the Gram matrix, that goes with a weight [out, in]."""
+    rows, columns = weight
+    if name == GRAM:
+        return columns, columns
+    return (columns,) if OPERANDS[name].axes == "in" else (rows, columns)
+
+
+def needs_gradients(names: Iterable[str]) -> bool:
+    """Whether one of these statistics is measured on gradients of the dense model."""
+    return any(name in OPERANDS and OPERANDS[name].source == "gradients" for name in names)

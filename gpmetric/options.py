@@ -1,106 +1,279 @@
-"""Options that several commands share, checked where that needs no torch, and where commands print."""
+"""Requests: what a command is asked for, as a dataclass whose fields are the command's options.
+
+A field is annotated with its option, `samples: Annotated[int, Option("Calibration windows.", least=1)] = 128`. From
+these annotations come the command line, the keywords of the Python function, and the checks that need no model.
+"""
 
 from __future__ import annotations
 
-import shlex
-import sys
-from collections.abc import Callable
+import inspect
+import math
+import re
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, TextIO
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
-import typer
+from gpmetric.errors import InputError, one_of
+from gpmetric.files import STDOUT, check_output, check_picture
 
-from gpmetric.config import load_config
-from gpmetric.errors import one_of
-from gpmetric.evolution.request import Request
-from gpmetric.provenance import STDOUT
-from gpmetric.pruning.metrics import UPDATES
-
-__all__ = [
-    "CalibrationOption",
-    "ConfigOption",
-    "DeviceOption",
-    "DtypeOption",
-    "ExcludeOption",
-    "IncludeOption",
-    "JsonOption",
-    "LengthOption",
-    "ModelsOption",
-    "SamplesOption",
-    "SearchTargetOption",
-    "SeedOption",
-    "ShuffleOption",
-    "TargetOption",
-    "TextOption",
-    "UpdateOption",
-    "WindowsOption",
-    "resume_command",
-    "tables",
-]
+__all__ = ["Described", "Option", "Request", "as_function", "check_request", "described", "make_request"]
 
 
-def _one_of(option: str, *accepted: str) -> Callable[[str | None], str | None]:
-    """A check of an option's value that needs no torch."""
+@dataclass(frozen=True)
+class Option:
+    """What a field is on the command line.
 
-    def check(value: str | None) -> str | None:
-        return None if value is None else one_of(option, value, accepted)
+    Attributes:
+        help: one sentence; `{default}` and `{choices}` are filled in.
+        metavar: what stands for the value in the help.
+        names: spelled otherwise than --field-name, `("--output", "-o")`, or a flag's two, `("--a/--b",)`.
+        argument: whether it is an argument instead.
+        choices: what is accepted, where that is a table or a list.
+        listed: a tuple that is written as one text with commas, `--operands W,X`, instead of repeating the option.
+        least: the smallest number accepted.
+        above, below: bounds that a number may not reach.
+        reads: whether the value names something that is read, and must not be written.
+        writes: what the command writes there: a "file", a "picture" or a "folder".
+    """
 
-    return check
-
-
-ModelsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--model", help="Hugging Face directory or name; may be repeated. The embedded demo model by default."
-    ),
-]
-CalibrationOption = Annotated[
-    str | None, typer.Option(help="Text the statistics are measured on: a file, JSONL, Parquet or hf:dataset:split.")
-]
-TextOption = Annotated[list[str] | None, typer.Option(help="Text to evaluate; may be repeated.")]
-_TARGETS = "0.5 (within rows), layer:0.5, block:0.5 (128 columns) or 2:4; may be repeated."
-TargetOption = Annotated[list[str] | None, typer.Option(help=f"{_TARGETS} 0.5 by default.")]
-SearchTargetOption = Annotated[
-    list[str] | None,
-    typer.Option(help=f"{_TARGETS} By default {', '.join(Request.target[:-1])} and {Request.target[-1]}."),
-]
-UpdateOption = Annotated[str, typer.Option(help=f"Kept weights: {', '.join(UPDATES)}.")]
-SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
-LengthOption = Annotated[int | None, typer.Option(help="Tokens per window; the model's context, at most 2048.")]
-WindowsOption = Annotated[int | None, typer.Option(min=1, help="Windows of each text evaluated; all by default.")]
-ShuffleOption = Annotated[bool, typer.Option("--shuffle", help="Draw windows with --seed instead of the first ones.")]
-SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
-DeviceOption = Annotated[
-    str, typer.Option(help="auto, cpu or cuda.", callback=_one_of("--device", "auto", "cpu", "cuda"))
-]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option(
-        help="float32, bfloat16 or float16; float32 on a CPU, as stored on CUDA.",
-        callback=_one_of("--dtype", "float32", "bfloat16", "float16"),
-    ),
-]
-IncludeOption = Annotated[str | None, typer.Option(metavar="REGEX", help="Prune only layers whose name matches.")]
-ExcludeOption = Annotated[str | None, typer.Option(metavar="REGEX", help="Leave layers whose name matches dense.")]
-JsonOption = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the full result as JSON; - for standard output.")
-]
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", metavar="FILE.toml", is_eager=True, callback=load_config, help="Option values by long name."
-    ),
-]
+    help: str
+    metavar: str | None = None
+    names: tuple[str, ...] = ()
+    argument: bool = False
+    choices: Collection[str] | None = None
+    listed: bool = False
+    least: int | None = None
+    above: float | None = None
+    below: float | None = None
+    reads: bool = False
+    writes: Literal["file", "picture", "folder"] | None = None
 
 
-def tables(json: Path | None) -> TextIO:
-    """Where tables go: standard output, unless the JSON has it for itself."""
-    return sys.stderr if json == STDOUT else sys.stdout
+@dataclass(frozen=True)
+class Described:
+    """A field of a request with its option: name, type without None, whether None is accepted, and the default."""
+
+    name: str
+    kind: Any
+    optional: bool
+    option: Option
+    default: Any = MISSING
+
+    @property
+    def help(self) -> str:
+        """The option's sentence, with choices and bounds."""
+        option = self.option
+        bounds = (("at least", option.least), ("above", option.above), ("below", option.below))
+        told = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None and bound < 2**63)
+        sentence = option.help.replace("{choices}", ", ".join(option.choices or ()))
+        return f"{sentence} {told.capitalize()}." if told else sentence
+
+    @property
+    def spelled(self) -> str:
+        """The option as messages call it."""
+        long = next((name for name in self.option.names if name.startswith("--")), None)
+        return (long or f"--{self.name.replace('_', '-')}").split("/")[0]
+
+    @property
+    def several(self) -> bool:
+        """Whether it takes several texts."""
+        return get_origin(self.kind) is tuple
 
 
-def resume_command(ledger: Path) -> str:
-    """The present command line with the ledger named and --resume, quoted for a shell."""
-    words = ["gpmetric", *sys.argv[1:]]
-    if "--ledger" not in words and not any(word.startswith("--ledger=") for word in words):
-        words += ["--ledger", str(ledger)]
-    return shlex.join(words if "--resume" in words else [*words, "--resume"])
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Base of all requests."""
+
+    unused: ClassVar[frozenset[str]] = frozenset()  # inherited fields that a command has no use for
+
+    def check(self) -> None:
+        """Refuses what is wrong whatever the model.
+
+        Raises:
+            InputError: naming option, value and what is accepted.
+        """
+        for field in described(type(self)):
+            value = getattr(self, field.name)
+            for one in value if isinstance(value, tuple) else (value,):
+                if one is not None:
+                    _check(field, one)
+
+    def completed(self) -> Self:
+        """The request with what is filled in when it runs, the name of a new file for instance."""
+        return self
+
+
+def _check(field: Described, value: Any) -> None:
+    option = field.option
+    if option.choices is not None:
+        one_of(field.spelled, value, option.choices)
+    if option.least is not None and not value >= option.least:  # nor NaN
+        raise InputError(f"{field.spelled} must be at least {option.least}, but got {value}")
+    if option.writes == "picture":
+        check_picture(field.spelled, value)
+    low, high = option.above, option.below
+    if (low is not None and not low < value < math.inf) or (high is not None and not value < high):
+        bounds = [f"{word} {bound}" for word, bound in (("above", low), ("below", high)) if bound is not None]
+        raise InputError(f"{field.spelled} must be {' and '.join(bounds)}, but got {value}")
+
+
+def check_request(request: Request, json: Path | None = None) -> None:
+    """Refuses a request that is wrong whatever the model, or whose results could not be written at the end.
+
+    Args:
+        request: what is asked for.
+        json: where the command line writes the result.
+
+    Raises:
+        InputError: naming option, value and what is accepted, or what is in the way.
+    """
+    request.check()
+    fields = described(type(request))
+    written: dict[str, Path | None] = {"--json": json}
+    for field in fields:
+        if field.option.writes in ("file", "picture"):
+            written[field.spelled] = getattr(request, field.name)
+            if written[field.spelled] == STDOUT:
+                raise InputError(f"{field.spelled} -: only --json goes to standard output")
+    for option, path in written.items():
+        check_output(option, path)
+    folders = {field.spelled: getattr(request, field.name) for field in fields if field.option.writes == "folder"}
+    read = {place for field in fields if field.option.reads for place in _places(getattr(request, field.name))}
+    seen: dict[Path, str] = {}
+    for option, path in (written | folders).items():
+        if path is None or path == STDOUT:
+            continue
+        if "\0" in str(path):
+            raise InputError(f"{option} {str(path)!r} holds a null character")
+        if option in written and path.resolve() in read:
+            raise InputError(f"{option} {str(path)!r} is also read")
+        other = seen.setdefault(path.resolve(), option)
+        if other != option:
+            raise InputError(f"{other} and {option} are the same file {str(path)!r}")
+
+
+def _places(value: Any) -> Iterator[Path]:
+    """Where what a field names is, if it is a file or folder here."""
+    for one in value if isinstance(value, tuple) else (value,):
+        with suppress(OSError, ValueError):  # a formula that no file could be called
+            if one is not None and Path(str(one)).exists():
+                yield Path(str(one)).resolve()
+
+
+def described(request: type[Request]) -> tuple[Described, ...]:
+    """The options of a request, in order: the model, then its own fields, then those that it inherits.
+
+    Of a field that takes one text or several, an option is several, and an argument is one.
+    """
+    hints = get_type_hints(request, include_extras=True)
+    own = {name for name in request.__annotations__ if name != "unused"}
+    found = []
+    for field in fields(request):
+        if field.name in request.unused:
+            continue
+        plain, option = get_args(hints[field.name])[:2]
+        parts = get_args(plain) if isinstance(plain, UnionType) else (plain,)
+        several = [part for part in parts if get_origin(part) is tuple and not option.argument]
+        kind = (several or [part for part in parts if part is not NoneType])[0]
+        found.append(Described(field.name, kind, NoneType in parts, option, field.default))
+    return tuple(sorted(found, key=lambda one: 0 if one.name == "model" else 2 - (one.name in own)))
+
+
+Kind = TypeVar("Kind", bound=Request)
+
+
+def make_request(kind: type[Kind], options: dict[str, Any]) -> Kind:
+    """The request of keywords, in the types of its fields: a text for a path or for one of several is taken, too.
+
+    Raises:
+        InputError: a keyword that is no option, or several values for one that takes one.
+    """
+    known = {field.name: field for field in described(kind)}
+    older = {name[2:]: field.name for field in known.values() for name in field.option.names if name[:2] == "--"}
+    given: dict[str, Any] = {}
+    for name, value in options.items():
+        field = known.get(name) or known.get(older.get(name, ""))
+        if field is None:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise InputError(f"unknown option {name!r}: {hint}accepted are {', '.join(known)}")
+        if value is not None or field.optional:
+            given[field.name] = _converted(field, value)
+    return kind(**given)
+
+
+def _converted(field: Described, value: Any) -> Any:
+    if value is None:
+        return None
+    if field.several:
+        texts = value.split(",") if field.option.listed and isinstance(value, str) else value
+        items = texts if isinstance(texts, list | tuple) else [texts]
+        return tuple(dict.fromkeys(_single(field, item).strip() if field.option.listed else _single(field, item)
+                                   for item in items))  # fmt: skip
+    return _single(field, value)
+
+
+def _single(field: Described, value: Any) -> Any:
+    """One value in the type of a field; texts are made of numbers and paths, and paths of texts."""
+    kind = str if field.several else field.kind
+    accepted = {str: (str, Path, int, float), Path: (str, Path), int: (int,), float: (int, float), bool: (bool,)}[kind]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        wanted = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "True or False"}[kind]
+        raise InputError(f"{field.spelled} must be {wanted}, but got {value!r:.60}")
+    return kind(value) if kind in (str, Path) else value
+
+
+def as_function(
+    name: str,
+    kind: type[Kind],
+    run: Callable[..., dict[str, Any]],
+    *positional: str,
+    write: Callable[[dict[str, Any], Kind], None] = lambda document, request: None,
+) -> Callable[..., dict[str, Any]]:
+    """A function of keywords, `bench("DIR", metric=["wanda"])`, that checks them and runs the request they make.
+
+    Args:
+        name: that it is known by.
+        kind: of the request.
+        run: called with the request, and with `listener` where one is given.
+        positional: fields that may be given without their names.
+        write: called with what `run` gives, and the request.
+    """
+
+    def call(*arguments: Any, listener: Any = None, **options: Any) -> dict[str, Any]:
+        if len(arguments) > len(positional):
+            raise TypeError(f"at most {len(positional)} arguments without a name, but got {len(arguments)}")
+        placed = dict(zip(positional, arguments, strict=False))
+        if twice := placed.keys() & options.keys():
+            raise TypeError(f"two values for the argument {min(twice)!r}")
+        request = make_request(kind, placed | options).completed()
+        check_request(request)
+        document = run(request) if listener is None else run(request, listener)
+        write(document, request)
+        return document
+
+    parameters = sorted(_parameters(kind, positional), key=lambda one: one.kind)
+    call.__signature__ = inspect.Signature(parameters, return_annotation=dict[str, Any])  # type: ignore[attr-defined]
+    call.__name__ = call.__qualname__ = name
+    call.__module__, call.__doc__ = run.__module__, _documented(kind, inspect.getdoc(run) or "")
+    return call
+
+
+def _documented(kind: type[Request], told: str) -> str:
+    """The docstring of a function that runs a request, with the options in place of the request among its arguments."""
+    options = "".join(f"\n    {field.name}: {field.help}" for field in described(kind))
+    return re.sub(r"(?<=\nArgs:)\n    request: [^\n]*(\n        [^\n]*)*", lambda _: options, told)
+
+
+def _parameters(kind: type[Request], positional: Collection[str]) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(kind)
+    for field in described(kind):
+        named = inspect.Parameter.KEYWORD_ONLY
+        place = inspect.Parameter.POSITIONAL_OR_KEYWORD if field.name in positional else named
+        default = inspect.Parameter.empty if field.default is MISSING else field.default
+        yield inspect.Parameter(field.name, place, default=default, annotation=hints[field.name])
+    yield inspect.Parameter("listener", inspect.Parameter.KEYWORD_ONLY, default=None)

@@ -1,36 +1,12 @@
-"""What every result says of where it came from, and how it is written down."""
+"""What every result says of where it came from: the versions of what can change a figure."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import platform
-import secrets
-import stat
-import sys
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
 
-from gpmetric.errors import GpmetricError, InputError
-
-__all__ = [
-    "STDOUT",
-    "check_output",
-    "check_picture",
-    "finite",
-    "gpmetric_version",
-    "versions",
-    "write_json",
-    "write_text",
-]
-
-_PICTURES = (".png", ".pdf")
-
-STDOUT = Path("-")  # what --json writes to standard output for
+__all__ = ["gpmetric_version", "versions"]
 
 
 def gpmetric_version() -> str:
@@ -48,93 +24,3 @@ def versions() -> dict[str, str]:
     with suppress(PackageNotFoundError):  # it is for Linux
         found["triton"] = version("triton")
     return found | {name: version(name) for name in packages}
-
-
-def check_output(option: str, path: Path | None) -> None:
-    """Refuses an output path that could not be written at the end, before any work is done.
-
-    Raises:
-        InputError: no such folder, not a file, or not writable; a link is followed.
-    """
-    if path is None or (path == STDOUT and option == "--json"):
-        return
-    where = f"{option} {str(path)!r}"
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        mode = None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise InputError(f"{where} cannot be written: {_reason(error)}") from error
-    if os.path.islink(path) and path.absolute().is_relative_to("/dev"):  # /dev/stdout, were it a file
-        raise InputError(f"{where} is a device; a file is wanted")
-    if mode is not None and not stat.S_ISREG(mode):  # a device would be replaced by a file
-        raise InputError(
-            f"{where} is {'a directory' if stat.S_ISDIR(mode) else 'not a regular file'}; a file is wanted"
-        )
-    folder = _followed(path).parent
-    if not folder.is_dir():
-        raise InputError(f"{where}: the directory {str(folder)!r} does not exist")
-    for needed in [folder] if mode is None else [folder, path]:  # a new file is moved into its place
-        if not os.access(needed, os.W_OK):
-            raise InputError(f"{where}: {str(needed)!r} is not writable")
-
-
-def check_picture(option: str, path: Path) -> None:
-    """Refuses a file name whose suffix is no format that plots are written in.
-
-    Raises:
-        InputError: neither .png nor .pdf.
-    """
-    if path.suffix.lower() not in _PICTURES:
-        raise InputError(f"{option} {str(path)!r} must end in {' or '.join(_PICTURES)}")
-
-
-def write_text(path: Path, content: str, check: Callable[[Path], None] | None = None) -> None:
-    """Writes a whole file or nothing: beside it first, then, when `check` has read it, in one rename.
-
-    Raises:
-        GpmetricError: the file cannot be written; also whatever `check` raises. `path` is then as it was before.
-    """
-    place = _followed(path)
-    partial = place.with_name(f".{place.stem[:40]}.{secrets.token_hex(6)}.partial{path.suffix}")
-    try:
-        partial.write_text(content, encoding="utf-8", newline="\n")
-        if check:
-            check(partial)
-        os.replace(partial, place)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise GpmetricError(f"{str(path)!r} cannot be written: {_reason(error)}") from error
-    finally:
-        with suppress(OSError, ValueError):
-            partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path | None, result: Mapping[str, Any]) -> None:
-    """Writes a result as JSON, to standard output for `-`, nowhere for None; what is not finite becomes null."""
-    if path is None:
-        return
-    content = json.dumps(finite(result), indent=1, allow_nan=False) + "\n"
-    if path == STDOUT:
-        sys.stdout.write(content)
-    else:
-        write_text(path, content)
-
-
-def finite(value: Any) -> Any:
-    """The same document with null for NaN and infinity, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _followed(path: Path) -> Path:
-    """What a link leads to; any other path as it is."""
-    return Path(os.path.realpath(path)) if os.path.islink(path) else path
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)

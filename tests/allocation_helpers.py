@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import random
 
-from gpmetric.allocation.deaths import PrunedModel, death_levels
-from gpmetric.allocation.levels import Ladder, Levels
+from gpmetric.allocation.level_masks import PrunedModel, level_codes
+from gpmetric.allocation.levels import Levels, LevelTable
 from gpmetric.models import Model
 
 
-def pruned_model(model: Model, ladder: Ladder) -> PrunedModel:
+def pruned_model(model: Model, table: LevelTable) -> PrunedModel:
     """By magnitude."""
-    pairs = zip(model.layers, ladder.targets, strict=True)
-    deaths = [death_levels(layer.weight.abs(), targets, nested=ladder.nested) for layer, targets in pairs]
-    return PrunedModel(model, ladder, deaths)
+    pairs = zip(model.layers, table.targets, strict=True)
+    codes = [level_codes(layer.weight.abs(), targets, nested=table.nested) for layer, targets in pairs]
+    return PrunedModel(model, table, codes)
 
 
-def drawn(ladder: Ladder, rng: random.Random) -> Levels:
+def drawn(table: LevelTable, rng: random.Random) -> Levels:
     """A candidate."""
-    return ladder.nearest([rng.uniform(0.3, 0.8) for _ in ladder.genes])
+    return table.nearest([rng.uniform(0.3, 0.8) for _ in table.genes])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from gpmetric.errors import MaskError
+from gpmetric.evolution.tasks import ExcessTask, MaskFingerprint, NoMasks, ProbeTask, Task
 
 TARGETS = ("0.5", "2:4")
 KILLER = "abs(W)*tanh(X)"  # kills its worker
@@ -37,11 +38,13 @@ def collapses(text: str) -> bool:
     return not fails(text) and number("collapses", mask(text)) < 1 / 8
 
 
-def evaluate(task: Mapping[str, Any]) -> Any:
-    """Answers the task kinds of a search."""
-    if task["kind"] == "probe":
-        return [_probe(text) for text in task["metrics"]]
-    text, windows = task["metric"], range(task["first"], task["last"])
+def evaluate(task: Task) -> Any:
+    """Answers the tasks of a search."""
+    if isinstance(task, ProbeTask):
+        return [probe(metric.name) for metric in task.metrics]
+    assert isinstance(task, ExcessTask)
+    assert task.last is not None
+    text, windows = task.metric.name, range(task.first, task.last)
     if collapses(text) and 7 in windows:
         raise MaskError("the scores ran away")
     return {
@@ -50,22 +53,23 @@ def evaluate(task: Mapping[str, Any]) -> Any:
     }
 
 
-def _probe(text: str) -> dict[str, Any]:
+def probe(text: str) -> MaskFingerprint | NoMasks:
     if fails(text):
-        return {"error": "3 of 8 scores are NaN or infinite"}
-    errors = {target: 0.1 * figure(text, "probe", target, -1) for target in TARGETS}
-    return {"error": None, "fingerprint": str(mask(text)), "sketch": "ff", "reconstruction": errors}
+        return NoMasks("3 of 8 scores are NaN or infinite")
+    return MaskFingerprint(
+        str(mask(text)), "ff", {target: 0.1 * figure(text, "probe", target, -1) for target in TARGETS}
+    )
 
 
-def make_evaluator() -> Callable[[Mapping[str, Any]], Any]:
+def make_evaluator() -> Callable[[Task], Any]:
     return evaluate
 
 
-def make_deadly() -> Callable[[Mapping[str, Any]], Any]:
+def make_deadly() -> Callable[[Task], Any]:
     """The same, but one formula ends the process it is probed in."""
 
-    def answer(task: Mapping[str, Any]) -> Any:
-        if KILLER in task.get("metrics", ()):
+    def answer(task: Task) -> Any:
+        if isinstance(task, ProbeTask) and KILLER in [metric.name for metric in task.metrics]:
             os._exit(7)
         return evaluate(task)
 

@@ -9,14 +9,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+# A shell that starts a command in the background lets it ignore Ctrl-C, and so would every process started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+LONGEST = ("test_kernels.py", "test_readme.py")  # tests of a minute each
 CONTEXT = 64  # positions of the tiny models
 WORDS = "the a one small large old metric weight layer model token prunes keeps scores reads of in under with and"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that none of them is all that is left to one of several processes."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def make_text(seed: int, sentences: int) -> str:

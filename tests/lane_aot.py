@@ -20,12 +20,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
+from gpmetric.codegen.loading import load_functions
 from gpmetric.evolution.variation import Variation
-from gpmetric.export.triton import load_functions
 from gpmetric.expression import PRIMITIVES, parse
 from gpmetric.kernels import launch, layer, pattern, reduce, rows
+from gpmetric.metrics import BASELINES, resolve_metric
 from gpmetric.operands import OPERANDS
-from gpmetric.pruning.metrics import BASELINES, resolve_metric
 
 pytestmark = pytest.mark.aot
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpmetric.errors import MaskError
 from gpmetric.pruning.mask import select_mask
-from gpmetric.pruning.target import Granularity, Target
+from gpmetric.targets import Target
 
 SMALL = [(1, 1), (1, 2), (1, 7), (1, 8), (1, 23), (5, 1), (3, 5), (2, 9)]
 LARGE = [(2, 300), (7, 130), (5, 4097), (300, 2)]
@@ -33,7 +33,7 @@ DTYPES = list(FIRST_BITS)
 KINDS = ["distinct", "ties", "equal", "zeros", "subnormal", "huge", "negative"]
 
 
-def stable_sort(score: Tensor, granularity: Granularity, removed: int, group: int = 0) -> Tensor:
+def stable_sort(score: Tensor, granularity: str, removed: int, group: int = 0) -> Tensor:
     """The `removed` first of each group in torch's stable order are False."""
     shapes = {"row": score.shape, "layer": (1, -1), "n:m": (-1, group)}
     groups = score.contiguous().view(shapes[granularity])  # [groups, size]
@@ -82,7 +82,7 @@ def test_rows_and_layers(shape: tuple[int, int], kind: str, dtype: torch.dtype) 
     for k in removals(shape[1]):
         assert torch.equal(select_mask(score, row(k, shape[1])), stable_sort(score, "row", k)), k
     for k in removals(score.numel()):
-        target = row(k, score.numel()).with_granularity("layer")
+        target = row(k, score.numel()).within("layer")
         assert torch.equal(select_mask(score, target), stable_sort(score, "layer", k)), k
 
 
@@ -122,7 +122,7 @@ def test_every_width(dtype: torch.dtype) -> None:
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(data=st.data(), granularity=st.sampled_from(["row", "layer", "n:m"]), dtype=st.sampled_from(DTYPES))
-def test_any_k_of_any_scores(data: st.DataObject, granularity: Granularity, dtype: torch.dtype) -> None:
+def test_any_k_of_any_scores(data: st.DataObject, granularity: str, dtype: torch.dtype) -> None:
     """Of few distinct numbers, among them the ends of the dtype's range, at any k."""
     rows, group = data.draw(st.integers(1, 6)), data.draw(st.sampled_from(GROUPS))
     columns = group * data.draw(st.integers(1, 10)) if granularity == "n:m" else data.draw(st.integers(1, 400))

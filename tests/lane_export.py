@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpmetric.export.loading import load_module
-from gpmetric.export.triton_file import triton_source
+from gpmetric.codegen.loading import load_module
+from gpmetric.export import Formula
+from gpmetric.export.triton import triton_text
 from gpmetric.expression import parse
 from gpmetric.expression.evaluate import evaluate
 from gpmetric.pruning.mask import select_mask
-from gpmetric.pruning.target import parse_target
+from gpmetric.targets import parse_target
 
 pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
@@ -23,7 +24,7 @@ CASES = [("W*W*G/rowsum(G)", "row"), ("abs(W)", "layer"), ("abs(W)*X", "block")]
 
 def written(formula: str, group: str, folder: Path) -> ModuleType:
     path = folder / "metric.py"
-    path.write_text(triton_source(parse(formula), "0.1", group), encoding="utf-8")
+    path.write_text(triton_text(Formula(parse(formula), "0.1", group)), encoding="utf-8")
     return load_module(path)
 
 

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 from gpmetric.calibration.accumulators import LayerStatistics
-from gpmetric.calibration.collect import collect_statistics
 from gpmetric.errors import ExpressionError, MaskError
-from gpmetric.evaluation.windows import read_windows
 from gpmetric.evolution.evaluator import Evaluator
+from gpmetric.evolution.tasks import ExcessTask, MaskFingerprint, ProbeTask
 from gpmetric.expression import parse
-from gpmetric.models import load_model
+from gpmetric.loading import load_model
+from gpmetric.metrics import resolve_metric
 from gpmetric.pruning import fused
 from gpmetric.pruning.bench import bench
 from gpmetric.pruning.mask import select_mask
-from gpmetric.pruning.metrics import resolve_metric
-from gpmetric.pruning.prune import measured, prune_weights
-from gpmetric.pruning.target import parse_target
+from gpmetric.pruning.updaters import prune_weights
+from gpmetric.targets import GRANULARITIES, Granularity, parse_target
+from tests.pruning_helpers import session_of, windows_of
 
 pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
-TARGETS = [parse_target(text) for text in ("0.5", "2:4", "layer:0.6", "block:0.3", "8:16", "0")]
+TARGETS = [parse_target(text) for text in ("0.5", "2:4", "layer:0.6", "block:0.3", "8:16", "0", "row:0.9")]
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def sample(dtype: torch.dtype = torch.float32) -> tuple[Tensor, LayerStatistics]
     inputs = torch.randn(300, 160, generator=generator)
     gradients = torch.rand(5, 160, generator=generator)
     gram = inputs.t() @ inputs / 300
-    return weight, LayerStatistics(gram.diagonal().sqrt(), G=gradients, H=gradients**2, gram=gram)
+    return weight, LayerStatistics(X=gram.diagonal().sqrt(), G=gradients, H=gradients**2, gram=gram)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,21 @@ def test_pruned_as_without_kernels(metric: str, update: str, monkeypatch: pytest
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("row", [Granularity("", columns=32), Granularity("", columns=48, across_rows=True)])
+@pytest.mark.parametrize("metric", ["wanda", "ria"])
+def test_a_comparison_group_that_is_new(metric: str, row: Granularity, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row in targets.py, and the kernels know it: sums in a formula are still those of the whole matrix."""
+    weight, statistics = sample()
+    monkeypatch.setitem(GRANULARITIES, "tile", row)
+    target = parse_target("tile:0.6")
+    assert fused.usable(weight, [target])
+    ((found,),) = prune_weights([weight], resolve_metric(metric), [target], [statistics])
+    monkeypatch.setenv("GPMETRIC_KERNELS", "0")
+    ((expected,),) = prune_weights([weight], resolve_metric(metric), [target], [statistics])
+    assert torch.equal(found, expected)
+    assert int((found == 0).sum()) == target.removes(weight.shape)
+
+
 def test_what_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _ = sample()
     assert all(fused.usable(weight, [target]) for target in TARGETS)
@@ -80,11 +95,11 @@ def test_what_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weights_keep_their_dtype_and_views_are_read(dtype: torch.dtype) -> None:
     weight, statistics = sample(dtype)
     stored = weight.t().contiguous()
-    pruned = fused.prune(stored.t(), parse("abs(W)*X"), measured(statistics), TARGETS)
-    kept = fused.masks(stored.t(), parse("abs(W)*X"), measured(statistics), TARGETS)
+    pruned = fused.prune(stored.t(), parse("abs(W)*X"), statistics.operands, TARGETS)
+    kept = fused.masks(stored.t(), parse("abs(W)*X"), statistics.operands, TARGETS)
     for target, one, mask in zip(TARGETS, pruned, kept, strict=True):
         assert one.dtype == dtype
-        assert torch.equal(mask, select_mask(weight.float().abs() * statistics.X, target))
+        assert torch.equal(mask, select_mask(weight.float().abs() * statistics["X"], target))
         assert torch.equal(one, weight.masked_fill(~mask, 0))
 
 
@@ -93,7 +108,7 @@ def test_bad_scores_and_operands() -> None:
     weight[2, 7], weight[3, 1] = torch.nan, torch.inf
     for target in TARGETS:
         with pytest.raises(MaskError, match=r"^2 of 800 scores are NaN or infinite$"):
-            fused.prune(weight, parse("abs(W)*X"), measured(statistics), [TARGETS[0], target])
+            fused.prune(weight, parse("abs(W)*X"), statistics.operands, [TARGETS[0], target])
     with pytest.raises(MaskError, match="2 of 800 scores"):
         select_mask(weight, TARGETS[0])
     with pytest.raises(ExpressionError, match="needs the operand D"):
@@ -102,7 +117,7 @@ def test_bad_scores_and_operands() -> None:
 
 def test_formulas_compiled_together_prune_as_alone() -> None:
     weight, statistics = sample()
-    operands = measured(statistics)
+    operands = statistics.operands
     formulas = [parse(text) for text in ("abs(W)*X", "W*W*G/rowsum(G)", "log(abs(W))*X")]
     alone = [fused.prune(weight, formula, operands, TARGETS) for formula in formulas]
     fused._groups.clear()
@@ -116,7 +131,7 @@ def test_formulas_compiled_together_prune_as_alone() -> None:
 def test_a_group_that_does_not_serve_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Because another of its formulas wants what this call does not have, or because it failed."""
     weight, statistics = sample()
-    operands, formulas = measured(statistics), [parse("abs(W)*X"), parse("W*W*G")]
+    operands, formulas = statistics.operands, [parse("abs(W)*X"), parse("W*W*G")]
     fused.compile_together(formulas, [(weight, operands)], TARGETS, bits=False)
     few = {"X": operands["X"]}
     assert fused._find(formulas[0], few)[0] is not fused._find(formulas[0], operands)[0]
@@ -138,32 +153,33 @@ def test_a_group_that_waits_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("TRITON_INTERPRET")
     with fused._compiling:
         fused.compile_together(formulas, [], TARGETS, bits=False)
-        assert fused._find(formulas[1], measured(statistics))[1] == 0
+        assert fused._find(formulas[1], statistics.operands)[1] == 0
     assert fused._groups[formulas[1]][0].result(timeout=60).LAYOUT.matrices == ("G",)
-    assert fused._find(formulas[1], measured(statistics))[1] == 1
+    assert fused._find(formulas[1], statistics.operands)[1] == 1
 
 
 def test_no_cache_folder_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, statistics = sample()
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    expected = weight.abs() * statistics.X
-    (pruned,) = fused.prune(weight, parse("X*abs(W)*1"), measured(statistics), TARGETS[:1])
+    expected = weight.abs() * statistics["X"]
+    (pruned,) = fused.prune(weight, parse("X*abs(W)*1"), statistics.operands, TARGETS[:1])
     assert torch.equal(pruned != 0, select_mask(expected, TARGETS[0]))
 
 
 def test_a_probe_compiles_what_the_next_rung_prunes_by(tiny_llama: Path, tiny_text: Path) -> None:
     model = load_model(str(tiny_llama), device="cpu", include="layers.0.self_attn.(q|k)_proj")
-    tokens = read_windows(model, str(tiny_text), 32, 2).tokens
-    statistics = collect_statistics(model, tokens, gram=True)
-    evaluator = Evaluator(model, statistics, {"calibration": tokens, "search": tokens}, ["2:4"], "none")
-    metrics = ["abs(W)*X", "W*W*X", "W/X"]
-    (first, *_) = evaluator({"kind": "probe", "metrics": metrics})
-    assert first["error"] is None
-    assert [fused._groups[parse(metric)][1] for metric in metrics] == [0, 1, 2]
-    figures = evaluator({"kind": "excess", "metric": metrics[1], "first": 0, "last": 1})
+    windows = windows_of(model, tiny_text, count=2)
+    session = session_of(model, windows)
+    session.windows = {"calibration": windows, "search": windows}
+    session.statistics(["X", "gram"])
+    evaluator = Evaluator(session, ["2:4"], "none")
+    metrics = tuple(resolve_metric(text) for text in ("abs(W)*X", "W*W*X", "W/X"))
+    (first, *_) = evaluator(ProbeTask(metrics))
+    assert isinstance(first, MaskFingerprint)
+    assert [fused._groups[metric.expression][1] for metric in metrics] == [0, 1, 2]
+    figures = evaluator(ExcessTask(metrics[1], 0, 1))
     fused._groups.clear()
-    again = evaluator({"kind": "excess", "metric": metrics[1], "first": 0, "last": 1})
-    assert figures == again
+    assert evaluator(ExcessTask(metrics[1], 0, 1)) == figures
 
 
 def test_bench_on_the_kernels(tiny_gpt2: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

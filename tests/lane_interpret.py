@@ -15,15 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpmetric.export.triton import load_functions
+from gpmetric.codegen.loading import load_functions
 from gpmetric.expression import PRIMITIVES, parse
 from gpmetric.expression.evaluate import evaluate
 from gpmetric.kernels import layer, pattern, rows
 from gpmetric.kernels.launch import Operands
 from gpmetric.kernels.reduce import prepare
+from gpmetric.metrics import BASELINES, resolve_metric
 from gpmetric.pruning.mask import select_mask
-from gpmetric.pruning.metrics import BASELINES, resolve_metric
-from gpmetric.pruning.target import parse_target
+from gpmetric.targets import parse_target
 
 pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 

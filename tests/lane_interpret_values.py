@@ -1,6 +1,6 @@
 """What kernels compute before they choose: primitives, sums and extremes, in the interpreter against torch.
 
-`test_kernels.py` runs this file in one process with `lane_interpret.py`.
+`test_kernels.py` runs this file in a process of its own, as it does `lane_interpret.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpmetric.export.triton import load_functions
+from gpmetric.codegen.loading import load_functions
 from gpmetric.expression import PRIMITIVES, parse
 from gpmetric.expression.evaluate import evaluate
 from gpmetric.kernels.launch import Operands, scored

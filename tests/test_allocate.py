@@ -12,13 +12,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from gpmetric.allocation.allocate import allocate
-from gpmetric.allocation.levels import quantum_ladder
-from gpmetric.allocation.transfer import transferred
+from gpmetric.allocation.levels import level_table
+from gpmetric.allocation.profile_transfer import transferred
 from gpmetric.errors import GpmetricError, InputError
-from gpmetric.models import load_model
-from gpmetric.pruning.allocation import Allocation, removed_weights
-from gpmetric.pruning.prune_model import prune_model
-from gpmetric.pruning.target import parse_target
+from gpmetric.loading import load_model
+from gpmetric.pruning.allocation import Allocation
+from gpmetric.pruning.prune import prune
+from gpmetric.targets import parse_target
 
 SMALL: dict[str, Any] = {"samples": 4, "search_windows": 8, "windows": 4, "sequence_length": 32, "evaluations": 40}
 
@@ -29,7 +29,7 @@ def run(model: Path, text: Path, **options: Any) -> dict[str, Any]:
 
 def budget(model: Path, target: str) -> int:
     layers = load_model(str(model), device="cpu").layers
-    return sum(removed_weights(layer.weight.shape, parse_target(target)) for layer in layers)
+    return sum(parse_target(target).removes(layer.weight.shape) for layer in layers)
 
 
 @pytest.mark.parametrize("granularity", ["row", "layer", "block"])
@@ -66,7 +66,7 @@ def test_prune_gives_the_loss_that_allocate_told(tiny_llama: Path, tiny_text: Pa
     )
     file = tmp_path / "allocation.json"
     file.write_text(json.dumps(found["allocation"]))
-    pruned = prune_model(
+    pruned = prune(
         str(tiny_llama), output=tmp_path / "pruned", calibration=calibration, text=validation, target="0.6",
         allocation=file, one_shot=True, samples=4, windows=4, sequence_length=32,
     )  # fmt: skip
@@ -104,15 +104,16 @@ def test_a_loss_ratio_of_a_mix_of_patterns(save_model: Any, tiny_text: Path) -> 
     assert lost["front"]
 
 
+@pytest.mark.slow
 def test_the_same_front_after_a_kill(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
-    archive = tmp_path / "a.jsonl"
-    whole = run(tiny_llama, tiny_text, sparsity=0.6, archive=str(archive))
+    ledger = tmp_path / "a.jsonl"
+    whole = run(tiny_llama, tiny_text, sparsity=0.6, ledger=str(ledger))
     with pytest.raises(InputError, match="exists"):
-        run(tiny_llama, tiny_text, sparsity=0.6, archive=archive)
-    content = archive.read_bytes()
-    archive.write_bytes(content[: len(content) // 2])
-    again = run(tiny_llama, tiny_text, sparsity=0.6, archive=archive, resume=True)
-    other = run(tiny_llama, tiny_text, sparsity=0.7, archive=archive, resume=True)
+        run(tiny_llama, tiny_text, sparsity=0.6, ledger=ledger)
+    content = ledger.read_bytes()
+    ledger.write_bytes(content[: len(content) // 2])
+    again = run(tiny_llama, tiny_text, sparsity=0.6, ledger=ledger, resume=True)
+    other = run(tiny_llama, tiny_text, sparsity=0.7, ledger=ledger, resume=True)
     volatile = {"seconds", "seconds_by_step", "after_search"}
     assert {key: whole[key] for key in whole.keys() - volatile} == {key: again[key] for key in again.keys() - volatile}
     assert other["front"] == whole["front"]
@@ -136,33 +137,35 @@ def test_profiles_move_by_relative_depth(tiny_llama: Path) -> None:
     targets = {name: parse_target(str(value)) for name, value in zip(names, values, strict=True)}
     deeper = Allocation("row", targets)
     model = load_model(str(tiny_llama), device="cpu", include="q_proj|up_proj")
-    ladder = quantum_ladder(model, "row")
-    assert transferred(deeper, ladder, 3) == pytest.approx([0.1, 0.15, 0.3, 0.35, 0.5, 0.55])
+    table = level_table(model, "row")
+    assert transferred(deeper, table, 3) == pytest.approx([0.1, 0.15, 0.3, 0.35, 0.5, 0.55])
     part = load_model(str(tiny_llama), device="cpu", include=r"layers\.[01]\..*(q_proj|up_proj)")
     same = Allocation("row", {name: target for name, target in targets.items() if int(name.split(".")[2]) < 3})
-    assert transferred(same, quantum_ladder(part, "row"), 3) == pytest.approx([0.1, 0.15, 0.2, 0.25])
+    assert transferred(same, level_table(part, "row"), 3) == pytest.approx([0.1, 0.15, 0.2, 0.25])
 
 
+@pytest.mark.slow
 def test_a_search_begins_with_profiles(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
     first = run(tiny_llama, tiny_text, sparsity=0.6, seed=1)
     file = tmp_path / "first.json"
     file.write_text(json.dumps(first["allocation"]))
     again = run(tiny_llama, tiny_text, sparsity=0.6, init=str(file))
     assert again["picked"]["removed"] == pytest.approx(first["picked"]["removed"], abs=64)
-    with pytest.raises(InputError, match="--init"):
+    with pytest.raises(InputError, match="--init needs --allocator nsga2"):
         run(tiny_llama, tiny_text, sparsity=0.6, init=str(file), allocator="owl")
 
 
 def test_a_search_of_one_sparsity_is_not_gone_on_with_at_another(
     tiny_llama: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
-    options = {"allocator": "evopress", "archive": tmp_path / "a.jsonl", "resume": True}
+    options = {"allocator": "evopress", "ledger": tmp_path / "a.jsonl", "resume": True}
     first = run(tiny_llama, tiny_text, sparsity=0.6, **options)
     assert run(tiny_llama, tiny_text, sparsity=0.6, **options)["picked"] == first["picked"]
     with pytest.raises(InputError, match=r"another search's: searched is 0.6 there, 0.7 here"):
         run(tiny_llama, tiny_text, sparsity=0.7, **options)
 
 
+@pytest.mark.slow
 def test_probes_have_half_of_the_minutes_at_most(tiny_llama: Path, tiny_text: Path) -> None:
     """4 probes for each of 21 matrices, which the baseline has all the same."""
     short = run(tiny_llama, tiny_text, evaluations=None, minutes=1e-6)
@@ -171,6 +174,7 @@ def test_probes_have_half_of_the_minutes_at_most(tiny_llama: Path, tiny_text: Pa
     assert run(tiny_llama, tiny_text, evaluations=200, minutes=60)["evaluations"] >= 4 * 21
 
 
+@pytest.mark.slow
 def test_a_loss_ratio_picks_no_less_than_the_front_has() -> None:
     """Whatever the ratio, here just above each member's; the demo model, since random ones gain from pruning."""
     options = {**SMALL, "genes": "block", "device": "cpu"}
@@ -189,9 +193,14 @@ def test_a_rule_picks_its_own_knee(tiny_llama: Path, tiny_text: Path) -> None:
     assert found["picked"] == found["front"][found["knee"] or len(found["front"]) // 2]
 
 
-def test_an_archive_is_no_directory(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+def test_memory_is_asked_for_before_the_calibration(tiny_llama: Path, tiny_text: Path) -> None:
+    with pytest.raises(InputError, match="--memory 90KB: model and statistics need about"):
+        run(tiny_llama, tiny_text, sparsity=0.6, memory="90KB")
+
+
+def test_a_ledger_is_no_directory(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a directory"):
-        run(tiny_llama, tiny_text, sparsity=0.6, archive=tmp_path)
+        run(tiny_llama, tiny_text, sparsity=0.6, ledger=tmp_path)
 
 
 def test_nothing_measured_in_the_range(tiny_llama: Path, tiny_text: Path) -> None:

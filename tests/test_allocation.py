@@ -14,18 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpmetric.allocation import meter as meter_module
-from gpmetric.allocation.deaths import PrunedModel, death_levels, kept
-from gpmetric.allocation.levels import Ladder, Levels, find_genes, mix_ladder, quantum_ladder
-from gpmetric.allocation.meter import Meter
+from gpmetric.allocation import candidate_objective as objective_module
+from gpmetric.allocation.candidate_objective import CandidateObjective
+from gpmetric.allocation.level_masks import PrunedModel, kept_at, level_codes
+from gpmetric.allocation.levels import Levels, LevelTable, find_genes, level_table
 from gpmetric.allocation.variation import switch
 from gpmetric.data import cut_windows, read_text
 from gpmetric.errors import InputError, MaskError
 from gpmetric.evaluation import perplexity
-from gpmetric.models import Model, load_model
-from gpmetric.pruning.allocation import layer_target, mean_sparsity, read_allocation, removed_weights
+from gpmetric.loading import load_model
+from gpmetric.models import Model
+from gpmetric.pruning.allocation import layer_target, mean_sparsity, read_allocation
 from gpmetric.pruning.mask import select_mask
-from gpmetric.pruning.target import Granularity, Target, parse_target
+from gpmetric.targets import Target, parse_target
 from tests.allocation_helpers import drawn, pruned_model
 
 MODELS = ["tiny_llama", "tiny_gpt2"]
@@ -59,20 +60,20 @@ def tokens(gpt2: Model, tiny_text: Path) -> Tensor:
 @pytest.fixture(autouse=True)
 def _two_windows_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perplexity, "_BATCH_TOKENS", 48)
-    monkeypatch.setattr(meter_module, "_STAGES", 1)
+    monkeypatch.setattr(objective_module, "_STAGES", 1)
 
 
 @pytest.fixture
 def pruned(model: Model) -> Iterator[PrunedModel]:
     """Each sub-module a gene, rows."""
-    found = pruned_model(model, quantum_ladder(model, "row", "module"))
+    found = pruned_model(model, level_table(model, "row", "module"))
     yield found
     found.dense()
 
 
-def by_hand(model: Model, ladder: Ladder, levels: Levels) -> list[Tensor]:
+def by_hand(model: Model, table: LevelTable, levels: Levels) -> list[Tensor]:
     """The masks of a candidate, from the model's present weights."""
-    pairs = zip(model.layers, ladder.targets_of(levels), strict=True)
+    pairs = zip(model.layers, table.targets_of(levels), strict=True)
     return [select_mask(layer.weight.abs(), target) for layer, target in pairs]
 
 
@@ -81,26 +82,26 @@ def by_hand(model: Model, ladder: Ladder, levels: Levels) -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", GENES)
 @pytest.mark.parametrize("granularity", ["row", "layer", "block"])
-def test_levels_are_steps_of_equal_weight_counts(model: Model, granularity: Granularity, kind: Any) -> None:
+def test_levels_are_steps_of_equal_weight_counts(model: Model, granularity: str, kind: Any) -> None:
     """A 250th of the largest gene, to within one weight per comparison group of its matrices."""
-    ladder = quantum_ladder(model, granularity, kind)
-    quantum = math.ceil(max(ladder.sizes) / 250)
+    table = level_table(model, granularity, kind)
+    quantum = math.ceil(max(table.sizes) / 250)
     groups = {"row": lambda out, _: out, "layer": lambda *_: 1, "block": lambda _, columns: -(-columns // 128)}
-    assert ladder.nested
-    assert ladder.entries == sum(layer.weight.numel() for layer in model.layers)
-    for members, table, size in zip(ladder.genes, ladder.removed, ladder.sizes, strict=True):
+    assert table.nested
+    assert table.entries == sum(layer.weight.numel() for layer in model.layers)
+    for members, counts, size in zip(table.genes, table.removed, table.sizes, strict=True):
         counted = [
-            sum(removed_weights(ladder.shapes[layer], ladder.targets[layer][level]) for layer in members)
-            for level in range(len(table))
+            sum(table.targets[layer][level].removes(table.shapes[layer]) for layer in members)
+            for level in range(len(counts))
         ]
-        assert table.tolist() == counted
-        assert table[0] == 0
-        assert (np.diff(table) >= 0).all()
-        assert table[-1] < size
-        slack = sum(groups[granularity](*ladder.shapes[layer]) for layer in members)
-        assert np.abs(table - quantum * np.arange(len(table))).max() <= slack
-        assert size - table[-1] <= quantum + slack
-        assert len(table) <= 251
+        assert counts.tolist() == counted
+        assert counts[0] == 0
+        assert (np.diff(counts) >= 0).all()
+        assert counts[-1] < size
+        slack = sum(groups[granularity](*table.shapes[layer]) for layer in members)
+        assert np.abs(counts - quantum * np.arange(len(counts))).max() <= slack
+        assert size - counts[-1] <= quantum + slack
+        assert len(counts) <= 251
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -116,31 +117,31 @@ def test_genes(load: Callable[[str], Model], name: str, kind: Any) -> None:
 
 
 @pytest.mark.parametrize("granularity", ["row", "layer", "block", "n:m"])
-def test_candidates_and_their_files(gpt2: Model, granularity: Granularity, tmp_path: Path) -> None:
-    """The nearest candidate by brute force; its file, read again, removes what the ladder says."""
-    ladder = mix_ladder(gpt2) if granularity == "n:m" else quantum_ladder(gpt2, granularity, "module")
+def test_candidates_and_their_files(gpt2: Model, granularity: str, tmp_path: Path) -> None:
+    """The nearest candidate by brute force; its file, read again, removes what the table says."""
+    table = level_table(gpt2, granularity, "matrix" if granularity == "n:m" else "module")
     rng = random.Random(0)
     for _ in range(5):
-        wanted = [rng.random() for _ in ladder.genes]
-        levels = ladder.nearest(wanted)
-        profile = ladder.profile(levels)
-        for table, size, share, got in zip(ladder.removed, ladder.sizes, wanted, profile, strict=True):
-            assert abs(got - share) == min(abs(int(count) / size - share) for count in table)
-        assert ladder.removes(ladder.nearest(profile)) == ladder.removes(levels)
-        assert ladder.sparsity(levels) == ladder.removes(levels) / ladder.entries
+        wanted = [rng.random() for _ in table.genes]
+        levels = table.nearest(wanted)
+        profile = table.profile(levels)
+        for counts, size, share, got in zip(table.removed, table.sizes, wanted, profile, strict=True):
+            assert abs(got - share) == min(abs(int(count) / size - share) for count in counts)
+        assert table.removes(table.nearest(profile)) == table.removes(levels)
+        assert table.sparsity(levels) == table.removes(levels) / table.entries
         path = tmp_path / "a.json"
-        path.write_text(json.dumps(ladder.allocation(levels).document()))
+        path.write_text(json.dumps(table.allocation(levels).document()))
         read = read_allocation(path)
-        assert read == ladder.allocation(levels)
-        assert round(mean_sparsity(gpt2.layers, read.targets) * ladder.entries) == ladder.removes(levels)
+        assert read == table.allocation(levels)
+        assert round(mean_sparsity(gpt2.layers, read.targets) * table.entries) == table.removes(levels)
 
 
 def test_the_levels_of_a_mix(gpt2: Model) -> None:
-    ladder = mix_ladder(gpt2, ("1:4", "2:4", "dense", "4:8"))
-    assert not ladder.nested
+    table = level_table(gpt2, "n:m", patterns=("1:4", "2:4", "dense", "4:8"))
+    assert not table.nested
     sizes = [layer.weight.numel() for layer in gpt2.layers]
-    assert [table.tolist() for table in ladder.removed] == [[0, n // 2, n // 2, 3 * n // 4] for n in sizes]
-    texts = [target.text for target in ladder.targets[0]]
+    assert [counts.tolist() for counts in table.removed] == [[0, n // 2, n // 2, 3 * n // 4] for n in sizes]
+    texts = [target.text for target in table.targets[0]]
     assert texts == ["0.0", "2:4", "4:8", "1:4"]  # of equal sparsity in the order given
 
 
@@ -159,7 +160,7 @@ def test_the_levels_of_a_mix(gpt2: Model) -> None:
 )
 def test_what_is_no_mix(gpt2: Model, patterns: tuple[str, ...], told: str) -> None:
     with pytest.raises(InputError, match=told):
-        mix_ladder(gpt2, patterns)
+        level_table(gpt2, "n:m", patterns=patterns)
 
 
 # Masks
@@ -173,7 +174,7 @@ def scores(shape: tuple[int, int], seed: int = 0) -> list[Tensor]:
 
 @pytest.mark.parametrize("granularity", ["row", "layer", "block"])
 @pytest.mark.parametrize("shape", [(6, 42), (3, 300), (1, 7)])
-def test_the_mask_of_every_level(granularity: Granularity, shape: tuple[int, int]) -> None:
+def test_the_mask_of_every_level(granularity: str, shape: tuple[int, int]) -> None:
     size = {"row": shape[1], "layer": shape[0] * shape[1], "block": shape[0] * min(128, shape[1])}[granularity]
     counts = sorted({*range(0, size, max(1, size // 40)), size - 1})
     targets = [layer_target(granularity, shape, count) for count in [0, *counts, size - 1]]  # some levels are equal
@@ -182,8 +183,8 @@ def test_the_mask_of_every_level(granularity: Granularity, shape: tuple[int, int
 
 
 def test_the_mask_of_every_level_of_a_model(model: Model) -> None:
-    ladder = quantum_ladder(model, "layer")
-    for layer, targets in list(zip(model.layers, ladder.targets, strict=True))[:7]:
+    table = level_table(model, "layer")
+    for layer, targets in list(zip(model.layers, table.targets, strict=True))[:7]:
         assert_every_level(layer.weight, targets, nested=True)
 
 
@@ -195,10 +196,10 @@ def test_the_mask_of_every_pattern(shape: tuple[int, int]) -> None:
 
 
 def assert_every_level(score: Tensor, targets: Sequence[Target], *, nested: bool) -> None:
-    deaths = death_levels(score, targets, nested=nested)
-    assert (deaths.dtype, deaths.shape) == (torch.uint8, score.shape)  # one byte per weight
+    codes = level_codes(score, targets, nested=nested)
+    assert (codes.dtype, codes.shape) == (torch.uint8, score.shape)  # one byte per weight
     for level, target in enumerate(targets):
-        assert torch.equal(kept(deaths, level, nested=nested), select_mask(score, target)), target
+        assert torch.equal(kept_at(codes, level, nested=nested), select_mask(score, target)), target
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -207,18 +208,18 @@ def test_scores_that_are_not_finite(value: float, text: str) -> None:
     score = torch.ones(4, 8)
     score[2, 3] = value
     with pytest.raises(MaskError, match="1 of 32 scores are NaN or infinite"):
-        death_levels(score, [parse_target(text)], nested=text != "2:4")
+        level_codes(score, [parse_target(text)], nested=text != "2:4")
 
 
 def test_a_model_at_any_levels_is_one_pruned_by_hand(load: Callable[[str], Model], pruned: PrunedModel) -> None:
-    model, ladder, rng = pruned.model, pruned.ladder, random.Random(0)
+    model, table, rng = pruned.model, pruned.table, random.Random(0)
     ids = torch.arange(1, 25)[None]
     weights = [layer.weight.clone() for layer in model.layers]
     storages = [layer.parameter.data_ptr() for layer in model.layers]
     for _ in range(3):
-        levels = drawn(ladder, rng)
+        levels = drawn(table, rng)
         pruned.dense()
-        masks = by_hand(model, ladder, levels)
+        masks = by_hand(model, table, levels)
         pruned.set(levels)
         logits = model.module(input_ids=ids).logits
         with model.holding([weight * mask for weight, mask in zip(weights, masks, strict=True)]):
@@ -232,10 +233,10 @@ def test_a_model_at_any_levels_is_one_pruned_by_hand(load: Callable[[str], Model
 
 def test_only_what_differs_is_masked_again(pruned: PrunedModel) -> None:
     """Marks on the weights stay where a layer's level stays."""
-    model, ladder = pruned.model, pruned.ladder
-    first = ladder.nearest([0.5] * len(ladder.genes))
+    model, table = pruned.model, pruned.table
+    first = table.nearest([0.5] * len(table.genes))
     second = tuple(level + (gene in (1, 4)) * 40 for gene, level in enumerate(first))
-    differ = [gene in (1, 4) for gene in ladder.gene_of]
+    differ = [gene in (1, 4) for gene in table.gene_of]
     pruned.set(first)
     storages = [layer.parameter.data_ptr() for layer in model.layers]
     for layer in model.layers:
@@ -243,9 +244,9 @@ def test_only_what_differs_is_masked_again(pruned: PrunedModel) -> None:
     pruned.set(second)
     assert [bool((layer.weight != 7).any()) for layer in model.layers] == differ
     assert [layer.parameter.data_ptr() for layer in model.layers] == storages
-    assert pruned.levels == tuple(second[gene] for gene in ladder.gene_of)
+    assert pruned.levels == tuple(second[gene] for gene in table.gene_of)
     pruned.dense()
-    masks = by_hand(model, ladder, second)
+    masks = by_hand(model, table, second)
     pruned.set(second)  # every layer, the marked ones too
     for layer, mask in zip(model.layers, masks, strict=True):
         assert torch.equal(layer.weight != 0, mask)
@@ -257,26 +258,26 @@ def test_only_what_differs_is_masked_again(pruned: PrunedModel) -> None:
 @pytest.mark.parametrize("objective", ["kl", "loss"])
 def test_measurements_do_not_depend_on_those_before(pruned: PrunedModel, tokens: Tensor, objective: Any) -> None:
     """20 candidates a few genes apart, on some batches each, others setting the model between, against fresh meters."""
-    ladder, rng = pruned.ladder, random.Random(0)
-    meter = Meter(pruned, tokens, objective)
+    table, rng = pruned.table, random.Random(0)
+    meter = CandidateObjective(pruned, tokens, objective)
     assert (len(meter), sum(meter.tokens)) == (4, tokens.numel())
-    levels = drawn(ladder, rng)
+    levels = drawn(table, rng)
     for step in range(20):
-        levels = switch(ladder, levels, rng) if step % 5 else drawn(ladder, rng)
+        levels = switch(table, levels, rng) if step % 5 else drawn(table, rng)
         first, last = sorted(rng.sample(range(len(meter) + 1), 2))
         found = meter.measure(levels, first, last)
-        rng.choice([pruned.dense, lambda: pruned.set(drawn(ladder, rng)), lambda: None])()
+        rng.choice([pruned.dense, lambda: pruned.set(drawn(table, rng)), lambda: None])()
         if step % 4 == 1:
             assert meter.measure(levels, 0, len(meter))[first:last] == found
         if step % 2:  # a fresh one sets the model, too
-            assert Meter(pruned, tokens, objective).measure(levels, first, last) == found
+            assert CandidateObjective(pruned, tokens, objective).measure(levels, first, last) == found
         assert not any("forward" in vars(block.module) for block in pruned.model.blocks)
-    assert meter.measure(tuple(0 for _ in ladder.genes), 0, 4) == pytest.approx([0] * 4, abs=1e-3)
+    assert meter.measure(tuple(0 for _ in table.genes), 0, 4) == pytest.approx([0] * 4, abs=1e-3)
 
 
 def test_a_meter_against_the_definitions(pruned: PrunedModel, tokens: Tensor) -> None:
     """KL(dense || pruned) and excess loss per prediction, in double precision."""
-    levels = pruned.ladder.nearest([0.6] * len(pruned.ladder.genes))
+    levels = pruned.table.nearest([0.6] * len(pruned.table.genes))
     with torch.no_grad():
         dense = pruned.model.module(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
         pruned.set(levels)
@@ -284,7 +285,7 @@ def test_a_meter_against_the_definitions(pruned: PrunedModel, tokens: Tensor) ->
     kl = (dense.exp() * (dense - sparse)).sum(-1)
     loss = (dense - sparse).gather(-1, tokens[:, 1:, None])[..., 0]
     for objective, expected in (("kl", kl), ("loss", loss)):
-        found = Meter(pruned, tokens, objective).measure(levels, 0, 4)  # type: ignore[arg-type]
+        found = CandidateObjective(pruned, tokens, objective).measure(levels, 0, 4)  # type: ignore[arg-type]
         assert found == pytest.approx(expected.view(4, -1).mean(1).tolist(), rel=1e-3, abs=2e-5)
 
 
@@ -294,8 +295,8 @@ def test_blocks_before_the_first_change_are_not_computed(pruned: PrunedModel, to
         block.layers[0].module.register_forward_pre_hook(lambda *_, index=index: computed.append(index))
         for index, block in enumerate(pruned.model.blocks)
     ]
-    meter = Meter(pruned, tokens)
-    first = pruned.ladder.nearest([0.5] * 6)
+    meter = CandidateObjective(pruned, tokens)
+    first = pruned.table.nearest([0.5] * 6)
     for levels, blocks in ((first, [0, 1, 2]), ((*first[:4], 3, 4), [2]), (first, [2]), (first, [])):
         computed.clear()
         meter.measure(levels, 1, 2)
@@ -308,8 +309,8 @@ def test_a_failure_leaves_the_model_as_it_was(pruned: PrunedModel, tokens: Tenso
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    meter = Meter(pruned, tokens)
-    first, second = (pruned.ladder.nearest([share] * 6) for share in (0.5, 0.6))
+    meter = CandidateObjective(pruned, tokens)
+    first, second = (pruned.table.nearest([share] * 6) for share in (0.5, 0.6))
     meter.measure(first, 0, 4)
     for act in (lambda: meter.measure(second, 0, 4), lambda: meter.slopes(second, 4)):
         hook = pruned.model.blocks[1].layers[-1].module.register_forward_pre_hook(fail)
@@ -319,20 +320,20 @@ def test_a_failure_leaves_the_model_as_it_was(pruned: PrunedModel, tokens: Tenso
         assert not any("forward" in vars(block.module) for block in pruned.model.blocks)
         assert not any(parameter.requires_grad for parameter in pruned.model.module.parameters())
     again = meter.measure(second, 0, 4)
-    assert again == Meter(pruned, tokens).measure(second, 0, 4)
+    assert again == CandidateObjective(pruned, tokens).measure(second, 0, 4)
 
 
 def test_a_dead_model_is_infinitely_bad(pruned: PrunedModel, tokens: Tensor) -> None:
-    meter = Meter(pruned, tokens)
+    meter = CandidateObjective(pruned, tokens)
     hook = pruned.model.blocks[-1].module.register_forward_hook(lambda *_: torch.full((2, 24, 32), torch.nan))
-    assert meter.measure(pruned.ladder.nearest([0.5] * 6), 0, 2) == [math.inf] * 2
+    assert meter.measure(pruned.table.nearest([0.5] * 6), 0, 2) == [math.inf] * 2
     hook.remove()
 
 
 def test_predictions_that_would_not_fit(pruned: PrunedModel) -> None:
     many = torch.zeros(1, 1, dtype=torch.int64).expand(2**13, 2**10)
     with pytest.raises(InputError, match=r"--objective kl would keep 4\.\d GiB of predictions, of 4 allowed"):
-        Meter(pruned, many)
+        CandidateObjective(pruned, many)
 
 
 @pytest.mark.parametrize("objective", ["kl", "loss"])
@@ -343,21 +344,21 @@ def test_slopes_are_derivatives(
     """Central differences in double precision: weights W * (mask + t * (other mask - mask)) at t = +-0.003."""
     model = load(name)
     model.module.double()
-    ladder = quantum_ladder(model, "row", "module") if nested else mix_ladder(model, kind="module")
-    pruned = pruned_model(model, ladder)
+    table = level_table(model, "row", "module") if nested else level_table(model, "n:m", "module")
+    pruned = pruned_model(model, table)
     dense = [layer.weight for layer in model.layers]
-    meter = Meter(pruned, tokens, objective)
+    meter = CandidateObjective(pruned, tokens, objective)
     with torch.no_grad():
         logits = model.module(input_ids=tokens[:6]).logits[:, :-1]
     expected = logits.float().softmax(-1).half().double()  # as the teacher keeps them
     if objective == "loss":
         expected = torch.nn.functional.one_hot(tokens[:6, 1:], model.vocabulary).double()
-    levels = ladder.nearest([0.55] * 6)
+    levels = table.nearest([0.55] * 6)
     found = meter.slopes(levels, 3)
     assert all(not parameter.requires_grad and parameter.grad is None for parameter in model.module.parameters())
     assert not any(layer.parameter._post_accumulate_grad_hooks for layer in model.layers)
-    assert [len(table) for table in found] == [len(table) for table in ladder.removed]
-    assert [table[level] for table, level in zip(found, levels, strict=True)] == [0] * 6
+    assert [len(counts) for counts in found] == [len(counts) for counts in table.removed]
+    assert [counts[level] for counts, level in zip(found, levels, strict=True)] == [0] * 6
 
     @torch.no_grad()
     def value(masks: Sequence[Tensor]) -> float:
@@ -366,10 +367,10 @@ def test_slopes_are_derivatives(
         return -(expected * sparse).sum(-1).mean().item()
 
     pruned.dense()
-    now = by_hand(model, ladder, levels)
+    now = by_hand(model, table, levels)
     for gene in (0, 3, 5):
         for level in (levels[gene] - 8, levels[gene] + 12, len(found[gene]) - 1) if nested else range(4):
-            there = by_hand(model, ladder, (*levels[:gene], level, *levels[gene + 1 :]))
+            there = by_hand(model, table, (*levels[:gene], level, *levels[gene + 1 :]))
             pairs = list(zip(now, there, strict=True))
             ends = [
                 value([mask + t * (other.double() - mask.double()) for mask, other in pairs]) for t in (3e-3, -3e-3)
@@ -380,10 +381,10 @@ def test_slopes_are_derivatives(
 def test_few_windows_are_looked_at_in_stages(gpt2: Model, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     tokens = cut_windows(read_text(str(tiny_text)), gpt2.tokenizer, 24, 9, vocabulary=gpt2.vocabulary).tokens
-    pruned = pruned_model(gpt2, quantum_ladder(gpt2, "row", "block"))
+    pruned = pruned_model(gpt2, level_table(gpt2, "row", "block"))
     try:
-        assert Meter(pruned, tokens).windows == [2, 2, 2, 2, 1]
-        assert Meter(pruned, tokens[:8]).windows == [1] * 8
-        assert Meter(pruned, tokens[:2]).windows == [1, 1]
+        assert CandidateObjective(pruned, tokens).windows == [2, 2, 2, 2, 1]
+        assert CandidateObjective(pruned, tokens[:8]).windows == [1] * 8
+        assert CandidateObjective(pruned, tokens[:2]).windows == [1, 1]
     finally:
         pruned.dense()

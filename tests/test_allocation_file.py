@@ -16,23 +16,25 @@ from typer.testing import CliRunner
 
 from gpmetric.cli import app
 from gpmetric.errors import InputError
-from gpmetric.evaluation.windows import read_windows
-from gpmetric.models import Model, load_model
+from gpmetric.loading import load_model
+from gpmetric.metrics import resolve_metric
+from gpmetric.models import Model
 from gpmetric.pruning.allocation import (
     Allocation,
     check_allocation,
+    group_count,
     layer_target,
     mean_sparsity,
     read_allocation,
-    removed_weights,
 )
-from gpmetric.pruning.bench import Bench
+from gpmetric.pruning.bench import measure
 from gpmetric.pruning.checkpoint import MANIFEST
 from gpmetric.pruning.mask import select_mask
-from gpmetric.pruning.metrics import resolve_metric
-from gpmetric.pruning.prune_model import prune_model
-from gpmetric.pruning.target import Granularity, Target, parse_target
+from gpmetric.pruning.protocol import Protocol, Rule
+from gpmetric.pruning.prune import prune
 from gpmetric.pruning.verify import verify
+from gpmetric.targets import Target, parse_target, plain_granularities
+from tests.pruning_helpers import session_of, windows_of
 
 QUICK = {"samples": 4, "windows": 4, "sequence_length": 32, "device": "cpu"}
 SHAPES = [(3, 7), (5, 49), (4, 128), (6, 300)]
@@ -44,7 +46,8 @@ def write(path: Path, allocation: Allocation) -> Path:
 
 
 def uniform(names: Sequence[str], text: str) -> Allocation:
-    target = parse_target(text)
+    target = parse_target(text).resolved("row")
+    assert target.granularity is not None
     return Allocation(target.granularity, dict.fromkeys(names, target))
 
 
@@ -58,7 +61,7 @@ def test_a_layer_target_removes_exactly_what_it_is_asked_to(size: int) -> None:
         for granularity, shape in (("row", (3, size)), ("layer", (size, 1)), ("block", (size, 1))):
             target = layer_target(granularity, shape, removed)
             assert target.removed(size) == removed
-            assert parse_target(target.text) == target
+            assert parse_target(target.text).resolved("row") == target
             assert target.granularity == granularity
 
 
@@ -68,18 +71,23 @@ def test_some_plain_quotients_would_remove_one_less() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("text", ["0", "0.5", "0.37", "layer:0.41", "block:0.41", "block:0.003", "2:4", "1:7"])
-def test_removed_weights_are_those_of_the_mask(text: str, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("text", ["0", "0.5", "row:0.37", "layer:0.41", "block:0.41", "block:0.003", "2:4", "1:7"])
+def test_what_a_target_removes_is_what_its_mask_does(text: str, shape: tuple[int, int]) -> None:
     target = parse_target(text)
-    if target.group and shape[1] % target.group:
+    if not target.fits(shape[1]):
         return
     score = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    assert removed_weights(shape, target) == int((~select_mask(score, target)).sum())
+    assert target.removes(shape) == int((~select_mask(score, target)).sum())
 
 
-@pytest.mark.parametrize("granularity", ["row", "layer", "block"])
+def test_groups_are_counted_by_hand() -> None:
+    counted = {"0.5": 6, "row:0.5": 6, "layer:0.5": 1, "block:0.5": 3, "2:4": 6 * 75, "1:3": 600}
+    assert {text: group_count((6, 300), parse_target(text)) for text in counted} == counted
+
+
+@pytest.mark.parametrize("granularity", plain_granularities())
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_layer_targets_mask(granularity: Granularity, shape: tuple[int, int]) -> None:
+def test_a_layer_targets_mask(granularity: str, shape: tuple[int, int]) -> None:
     rows, columns = shape
     size = {"row": columns, "layer": rows * columns, "block": rows * min(columns, 128)}[granularity]
     score = torch.rand(shape, generator=torch.Generator().manual_seed(0))
@@ -92,7 +100,7 @@ def test_a_layer_targets_mask(granularity: Granularity, shape: tuple[int, int]) 
 @pytest.mark.parametrize(
     "allocation",
     [
-        Allocation("row", {"a": parse_target("0.71"), "b": parse_target("0.0")}),
+        Allocation("row", {"a": Target("0.71", "row", 0.71), "b": Target("0.0", "row", 0.0)}),
         Allocation("row", {"a": layer_target("row", (2, 49), 11), "b": layer_target("row", (2, 49), 0)}),
         Allocation("layer", {"a": parse_target("layer:0.3"), "b": layer_target("layer", (7, 9), 62)}),
         Allocation("block", {"a": parse_target("block:1e-05")}),
@@ -140,7 +148,7 @@ PATTERN = '{"version": 1, "granularity": "n:m", "sparsity": %s, "pattern": %s}'
         ),
         (
             b'{"version": 1, "granularity": "column", "sparsity": {"a": 0.5}}',
-            "granularity is 'column': Input should be 'row', 'layer', 'block' or 'n:m'",
+            "granularity is 'column': Value error, accepted are row, layer, block, n:m",
         ),
         (ROW % '{"m.a": 1.0}', "sparsity.'m.a' is 1.0: Input should be less than 1"),
         (ROW % '{"m.a": -0.1}', "sparsity.'m.a' is -0.1: Input should be greater than or equal to 0"),
@@ -182,16 +190,17 @@ FOUR = layers_of({"a": (10, 40), "b": (20, 40), "c": (40, 20), "d": (10, 20)})
 
 def test_a_budget_is_met_to_within_one_weight_per_group_of_one_matrix() -> None:
     """By hand: half of 400 + 800 + 800 + 200 weights is 1,100, and c has the most rows, 40."""
-    exact = dict.fromkeys("abcd", parse_target("0.5"))
+    half = parse_target("row:0.5")
+    exact = dict.fromkeys("abcd", half)
     more = exact | {"c": layer_target("row", (40, 20), 11)}  # 40 weights more
     for targets in (exact, more):
-        check_allocation(FOUR, Allocation("row", targets), parse_target("0.5"))
+        check_allocation(FOUR, Allocation("row", targets), half)
     assert mean_sparsity(FOUR, more) == 1140 / 2200
     beyond = Allocation("row", more | {"a": layer_target("row", (10, 40), 21)}, file="f.json")
     with pytest.raises(InputError) as caught:
-        check_allocation(FOUR, beyond, parse_target("0.5"))
+        check_allocation(FOUR, beyond, half)
     assert str(caught.value) == (
-        "--allocation 'f.json' removes 1,150 weights, a mean sparsity of 0.5227, but --target '0.5' removes 1,100; "
+        "--allocation 'f.json' removes 1,150 weights, a mean sparsity of 0.5227, but --target 'row:0.5' removes 1,100; "
         "accepted: that, to within 40"
     )
     check_allocation(FOUR, beyond, None)
@@ -222,7 +231,7 @@ def test_budgets_of_other_groups(text: str, slack: int) -> None:
 )
 def test_allocations_that_do_not_fit(allocation: Allocation, target: str | None, told: str) -> None:
     with pytest.raises(InputError, match=told):
-        check_allocation(FOUR, allocation, None if target is None else parse_target(target))
+        check_allocation(FOUR, allocation, None if target is None else parse_target(target).resolved("row"))
 
 
 def mixed(model: Model, kind: str) -> Allocation:
@@ -232,13 +241,14 @@ def mixed(model: Model, kind: str) -> Allocation:
         shape = tuple(layer.weight.shape)
         if kind == "n:m":
             chosen = ("2:4", "1:4", "0.0", "3:4", "1:2")[index % 5]
-            targets[layer.name] = parse_target(chosen)
+            targets[layer.name] = parse_target(chosen).resolved("row")
         else:
             size = {"row": shape[1], "layer": shape[0] * shape[1], "block": shape[0] * min(shape[1], 128)}[kind]
             targets[layer.name] = layer_target(kind, shape, 0 if index == 2 else size * (index % 7 + 2) // 11)
     return Allocation(kind, targets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2"])
 @pytest.mark.parametrize("one_shot", [False, True])
 @pytest.mark.parametrize(
@@ -269,17 +279,17 @@ def test_every_layer_gets_its_own(
     allocation = mixed(load_model(str(source), device="cpu"), kind)
     path = write(tmp_path / "a.json", allocation)
     options = {"metric": metric, "update": update, "one_shot": one_shot, "allocation": path} | QUICK
-    result = prune_model(str(source), output=tmp_path / "out", calibration=str(tiny_text), **options)
+    result = prune(str(source), output=tmp_path / "out", calibration=str(tiny_text), **options)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     blockwise = metric == "sparsegpt"
     removed = 0
     for layer in result["layers"]:
         target = allocation.targets[layer["name"]]
         if blockwise and not target.group:
-            target = target.with_granularity("block")
+            target = target.within("block")
         assert (layer["target"], layer["granularity"]) == (target.text, target.granularity)
-        assert int((stored[layer["tensor"]] == 0).sum()) == removed_weights(layer["shape"], target)
-        removed += removed_weights(layer["shape"], target)
+        assert int((stored[layer["tensor"]] == 0).sum()) == target.removes(layer["shape"])
+        removed += target.removes(layer["shape"])
         if kind == "row" and not blockwise:
             weight = stored[layer["tensor"]].t() if layer["transposed"] else stored[layer["tensor"]]
             assert len((weight == 0).sum(dim=1).unique()) == 1, "a metric's own group does not matter"
@@ -299,8 +309,8 @@ def test_a_uniform_allocation_is_no_allocation(
     names = [layer.name for layer in load_model(str(tiny_llama), device="cpu").layers]
     path = write(tmp_path / "a.json", uniform(names, target))
     options = {"calibration": str(tiny_text), "target": target, "update": update} | QUICK
-    plain = prune_model(str(tiny_llama), output=tmp_path / "plain", **options)
-    result = prune_model(str(tiny_llama), output=tmp_path / "allocated", allocation=path, **options)
+    plain = prune(str(tiny_llama), output=tmp_path / "plain", **options)
+    result = prune(str(tiny_llama), output=tmp_path / "allocated", allocation=path, **options)
     assert plain["allocation"] is None
     assert result["target"] == target
     assert [layer["zeros"] for layer in plain["layers"]] == [layer["zeros"] for layer in result["layers"]]
@@ -314,8 +324,9 @@ def test_a_plain_target_has_the_metrics_group(tiny_llama: Path, tiny_text: Path,
     options = {"calibration": str(tiny_text), "metric": "magnitude", "target": "0.5"} | QUICK
     row, layer = (write(tmp_path / f"{kind[:1]}.json", uniform(names, kind)) for kind in ("0.5", "layer:0.5"))
     with pytest.raises(InputError, match=r"granularity 'row', but --target '0\.5' with this metric has 'layer'"):
-        prune_model(str(tiny_llama), output=tmp_path / "out", allocation=row, **options)
-    prune_model(str(tiny_llama), output=tmp_path / "out", allocation=layer, **options)
+        prune(str(tiny_llama), output=tmp_path / "out", allocation=row, **options)
+    prune(str(tiny_llama), output=tmp_path / "out", allocation=layer, **options)
+    prune(str(tiny_llama), output=tmp_path / "of rows", allocation=row, **options | {"target": "row:0.5"})
 
 
 def test_a_layer_of_sparsity_0_stays_as_it_is(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
@@ -323,7 +334,7 @@ def test_a_layer_of_sparsity_0_stays_as_it_is(tiny_llama: Path, tiny_text: Path,
     model = load_model(str(tiny_llama), device="cpu")
     path = write(tmp_path / "a.json", mixed(model, "row"))
     options = {"calibration": str(tiny_text), "metric": "sparsegpt", "dtype": "bfloat16", "allocation": path} | QUICK
-    prune_model(str(tiny_llama), output=tmp_path / "out", **options)
+    prune(str(tiny_llama), output=tmp_path / "out", **options)
     name = f"{model.layers[2].name}.weight"
     stored = [load_file(folder / "model.safetensors")[name] for folder in (tiny_llama, tmp_path / "out")]
     assert torch.equal(*stored)
@@ -331,13 +342,18 @@ def test_a_layer_of_sparsity_0_stays_as_it_is(tiny_llama: Path, tiny_text: Path,
 
 def test_bench_measures_an_allocation(tiny_llama: Path, tiny_text: Path) -> None:
     model = load_model(str(tiny_llama), device="cpu")
-    tokens = read_windows(model, str(tiny_text), 32, 4).tokens
-    bench, metric = Bench(model, tokens), resolve_metric("wanda")
-    bench.prepare([metric], "none")
+    windows = windows_of(model, tiny_text, count=4)
+    protocol, metric = Protocol(session_of(model, windows), one_shot=False), resolve_metric("wanda")
+    protocol.prepare([metric], "none")
     names = [layer.name for layer in model.layers]
-    (plain,) = bench.losses(metric, parse_target("0.5"), "none", [tokens])
-    assert bench.losses(metric, uniform(names, "0.5"), "none", [tokens]) == [plain]
-    assert bench.losses(metric, mixed(model, "row"), "none", [tokens]) != [plain]
+    plain, same, other = (
+        measure(protocol, Rule(metric, plan), [windows.tokens])
+        for plan in (parse_target("0.5"), uniform(names, "0.5"), mixed(model, "row"))
+    )
+    assert (plain.losses, plain.sparsity) == (same.losses, same.sparsity)
+    assert plain.sparsity == 0.5
+    assert other.losses != plain.losses
+    assert other.sparsity == mean_sparsity(model.layers, mixed(model, "row").targets)
     assert not any((layer.weight == 0).any() for layer in model.layers)
 
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from gpmetric.allocation import plot
 from gpmetric.allocation.plot import draw_front, write_csv
 from gpmetric.errors import GpmetricError, InputError
-from gpmetric.provenance import check_picture
+from gpmetric.files import check_picture
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 LLAMA = [f"model.layers.{block}.{kind}" for block in range(5) for kind in KINDS]

@@ -1,4 +1,4 @@
-"""The search for allocations: variation, fronts and hypervolume by definition, and an archive that any kill may cut."""
+"""The search for allocations: variation, fronts and hypervolume by definition, and an log that any kill may cut."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpmetric.allocation import archive as archive_module
-from gpmetric.allocation import meter as meter_module
-from gpmetric.allocation.archive import RADIUS, Archive, Budget, Candidate
-from gpmetric.allocation.deaths import PrunedModel
-from gpmetric.allocation.levels import Ladder, Levels, mix_ladder, quantum_ladder
-from gpmetric.allocation.meter import Meter
-from gpmetric.allocation.nsga2 import REFERENCE, Settings, evolve, front, hypervolume
+from gpmetric.allocation import candidate_objective as objective_module
+from gpmetric.allocation import search_budget as budget_module
+from gpmetric.allocation.candidate_objective import CandidateObjective
+from gpmetric.allocation.evaluation_log import RADIUS, EvaluationLog, Measured
+from gpmetric.allocation.level_masks import PrunedModel
+from gpmetric.allocation.levels import Levels, LevelTable, level_table
+from gpmetric.allocation.nsga2 import REFERENCE, FrontSettings, evolve, front, hypervolume
+from gpmetric.allocation.search_budget import Budget
 from gpmetric.allocation.variation import crossover, guided_switches, repair, switch
 from gpmetric.data import cut_windows, read_text
 from gpmetric.errors import InputError
 from gpmetric.evaluation import perplexity
-from gpmetric.models import Model, load_model
+from gpmetric.loading import load_model
+from gpmetric.models import Model
 from tests.allocation_helpers import drawn, pruned_model
 
 
@@ -36,13 +38,13 @@ def model(tiny_gpt2: Path) -> Model:
 
 
 @pytest.fixture(scope="module", params=["row", "layer", "n:m", "blocks"])
-def ladder(model: Model, request: pytest.FixtureRequest) -> Ladder:
+def table(model: Model, request: pytest.FixtureRequest) -> LevelTable:
     """Rows have many equal levels here, whole matrices few, blocks are three genes."""
     if request.param == "n:m":
-        return mix_ladder(model)
+        return level_table(model, "n:m")
     if request.param == "blocks":
-        return quantum_ladder(model, "layer", "block")
-    return quantum_ladder(model, request.param, "module" if request.param == "row" else "matrix")
+        return level_table(model, "layer", "block")
+    return level_table(model, request.param, "module" if request.param == "row" else "matrix")
 
 
 @pytest.fixture(scope="module")
@@ -53,96 +55,96 @@ def tokens(model: Model, tiny_text: Path) -> Tensor:
 @pytest.fixture(autouse=True)
 def _two_windows_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perplexity, "_BATCH_TOKENS", 48)
-    monkeypatch.setattr(meter_module, "_STAGES", 1)
+    monkeypatch.setattr(objective_module, "_STAGES", 1)
 
 
 # Variation
 
 
-def in_range(ladder: Ladder, levels: Levels) -> bool:
-    return all(0 <= level < len(table) for level, table in zip(levels, ladder.removed, strict=True))
+def in_range(table: LevelTable, levels: Levels) -> bool:
+    return all(0 <= level < len(counts) for level, counts in zip(levels, table.removed, strict=True))
 
 
-def test_switches_and_crossover_stay_in_range(ladder: Ladder) -> None:
+def test_switches_and_crossover_stay_in_range(table: LevelTable) -> None:
     rng = random.Random(0)
-    candidates = [tuple(0 for _ in ladder.genes), tuple(len(table) - 1 for table in ladder.removed)]
-    candidates += [drawn(ladder, rng) for _ in range(8)]
+    candidates = [tuple(0 for _ in table.genes), tuple(len(counts) - 1 for counts in table.removed)]
+    candidates += [drawn(table, rng) for _ in range(8)]
     moved = 0
     for seed in range(300):
         first, second = rng.choices(candidates, k=2)
-        switched = switch(ladder, first, random.Random(seed))
-        assert in_range(ladder, switched)
+        switched = switch(table, first, random.Random(seed))
+        assert in_range(table, switched)
         assert sum(switched) == sum(first)  # as many levels up as down
         moved += switched != first
         crossed = crossover(first, second, random.Random(seed))
         assert all(level in pair for level, *pair in zip(crossed, first, second, strict=True))
-        again = switch(ladder, first, random.Random(seed)), crossover(first, second, random.Random(seed))
+        again = switch(table, first, random.Random(seed)), crossover(first, second, random.Random(seed))
         assert again == (switched, crossed)
     assert moved > 100
 
 
-def test_a_repaired_candidate_is_as_near_as_single_steps_lead(ladder: Ladder) -> None:
+def test_a_repaired_candidate_is_as_near_as_single_steps_lead(table: LevelTable) -> None:
     """By brute force: no gene has another level next to its own, equal ones left out, that is nearer to the budget."""
     rng = random.Random(0)
     for seed in range(60):
-        levels, removed = drawn(ladder, rng), int(rng.random() * ladder.entries)
-        found = repair(ladder, levels, removed, random.Random(seed))
-        assert found == repair(ladder, levels, removed, random.Random(seed))
-        assert in_range(ladder, found)
-        gap = abs(ladder.removes(found) - removed)
-        assert gap <= abs(ladder.removes(levels) - removed)
-        for gene, (table, level) in enumerate(zip(ladder.removed, found, strict=True)):
-            for beyond in (table[table > table[level]][:1], table[table < table[level]][-1:]):
+        levels, removed = drawn(table, rng), int(rng.random() * table.entries)
+        found = repair(table, levels, removed, random.Random(seed))
+        assert found == repair(table, levels, removed, random.Random(seed))
+        assert in_range(table, found)
+        gap = abs(table.removes(found) - removed)
+        assert gap <= abs(table.removes(levels) - removed)
+        for gene, (counts, level) in enumerate(zip(table.removed, found, strict=True)):
+            for beyond in (counts[counts > counts[level]][:1], counts[counts < counts[level]][-1:]):
                 for count in beyond:
-                    other = ladder.removes(found) - int(ladder.removed[gene][level]) + int(count)
+                    other = table.removes(found) - int(table.removed[gene][level]) + int(count)
                     assert abs(other - removed) >= gap
 
 
 def test_a_budget_is_met_to_half_a_step(model: Model) -> None:
     """Steps of whole matrices: a 250th of the largest, to one weight."""
-    ladder = quantum_ladder(model, "layer")
-    step = max(int(np.diff(table).max()) for table in ladder.removed)
+    table = level_table(model, "layer")
+    step = max(int(np.diff(counts).max()) for counts in table.removed)
     rng = random.Random(0)
     for _ in range(30):
-        removed = int(rng.uniform(0.1, 0.9) * ladder.entries)
-        assert abs(ladder.removes(repair(ladder, drawn(ladder, rng), removed, rng)) - removed) <= (step + 1) / 2
+        removed = int(rng.uniform(0.1, 0.9) * table.entries)
+        assert abs(table.removes(repair(table, drawn(table, rng), removed, rng)) - removed) <= (step + 1) / 2
 
 
 @pytest.mark.parametrize("radius", [4, 8, RADIUS])
-def test_guided_switches_pay_by_the_slopes(ladder: Ladder, radius: int) -> None:
+def test_guided_switches_pay_by_the_slopes(table: LevelTable, radius: int) -> None:
     rng = random.Random(0)
     moved = 0
     for seed in range(20):
-        levels = drawn(ladder, rng)
+        levels = drawn(table, rng)
         draw = np.random.default_rng(seed)
         slopes = []
-        for table, level in zip(ladder.removed, levels, strict=True):
-            slope = draw.normal(size=len(table)).cumsum()
+        for counts, level in zip(table.removed, levels, strict=True):
+            slope = draw.normal(size=len(counts)).cumsum()
             slope -= slope[level]
-            unknown = draw.random(len(table)) < 0.1
-            unknown |= np.abs(np.arange(len(table)) - level) > RADIUS
+            unknown = draw.random(len(counts)) < 0.1
+            unknown |= np.abs(np.arange(len(counts)) - level) > RADIUS
             unknown[level] = False
             slope[unknown] = np.nan
             slopes.append(slope)
         child = guided_switches(levels, slopes, radius, random.Random(seed))
         assert child == guided_switches(levels, slopes, radius, random.Random(seed))
-        assert in_range(ladder, child)
+        assert in_range(table, child)
         assert sum(child) == sum(levels)
         assert max(abs(new - old) for new, old in zip(child, levels, strict=True)) <= radius
         change = sum(float(slope[level]) for slope, level in zip(slopes, child, strict=True))
         assert change < 0 or child == levels  # and no NaN
         moved += child != levels
     assert moved > 10
-    silent = [np.full(len(table), np.nan) for table in ladder.removed]
+    silent = [np.full(len(counts), np.nan) for counts in table.removed]
     assert guided_switches(levels, silent, radius, rng) == levels
 
 
 # Fronts
 
 
-def candidates(*points: tuple[float, float]) -> list[Candidate]:
+def candidates(*points: tuple[float, float]) -> list[Measured]:
     """From (sparsity, objective)."""
-    return [Candidate((index,), sparsity, [value]) for index, (sparsity, value) in enumerate(points)]
+    return [Measured((index,), sparsity, [value]) for index, (sparsity, value) in enumerate(points)]
 
 
 def test_hypervolume_by_hand() -> None:
@@ -158,8 +160,8 @@ def test_hypervolume_against_moocore() -> None:
     draw = np.random.default_rng(0)
     for _ in range(20):
         points = draw.random((30, 2)) * (1, 2.5)
-        table = np.column_stack([points[:, 1], -points[:, 0]])
-        expected = moocore.hypervolume(table[table[:, 0] < REFERENCE], ref=[REFERENCE, 0.0])
+        counts = np.column_stack([points[:, 1], -points[:, 0]])
+        expected = moocore.hypervolume(counts[counts[:, 0] < REFERENCE], ref=[REFERENCE, 0.0])
         assert hypervolume(candidates(*points.tolist()), 1) == pytest.approx(float(expected))
 
 
@@ -184,15 +186,15 @@ def test_a_front_by_brute_force() -> None:
 
 def test_values_stay_where_logarithms_are_finite() -> None:
     for dead in (math.inf, math.nan, 1e9):
-        assert Candidate((0,), 0.5, [dead, 0.1]).value(2) == 50
-    assert Candidate((0,), 0.5, [-0.1]).value(1) == 1e-6
-    assert Candidate((0,), 0.5, [0.1, 0.3, 9.0]).value(2) == pytest.approx(0.2)
+        assert Measured((0,), 0.5, [dead, 0.1]).value(2) == 50
+    assert Measured((0,), 0.5, [-0.1]).value(1) == 1e-6
+    assert Measured((0,), 0.5, [0.1, 0.3, 9.0]).value(2) == pytest.approx(0.2)
 
 
-# The search and its archive
+# The search and its log
 
 
-class NotingMeter(Meter):
+class NotingObjective(CandidateObjective):
     """Notes what it is asked."""
 
     def __init__(self, pruned: PrunedModel, tokens: Tensor) -> None:
@@ -211,7 +213,7 @@ class NotingMeter(Meter):
 @pytest.fixture(params=["row", "n:m"])
 def pruned(model: Model, request: pytest.FixtureRequest) -> Iterator[PrunedModel]:
     mixed = request.param == "n:m"
-    found = pruned_model(model, mix_ladder(model) if mixed else quantum_ladder(model, "row", "module"))
+    found = pruned_model(model, level_table(model, "n:m") if mixed else level_table(model, "row", "module"))
     yield found
     found.dense()
 
@@ -220,18 +222,18 @@ SMALL = Budget(evaluations=50)
 MINE = {"seed": 1, "genes": "module"}
 
 
-def uniform(ladder: Ladder) -> list[Levels]:
-    return [ladder.nearest([share] * len(ladder.genes)) for share in (0.4, 0.5, 0.6, 0.7, 0.8)]
+def uniform(table: LevelTable) -> list[Levels]:
+    return [table.nearest([share] * len(table.genes)) for share in (0.4, 0.5, 0.6, 0.7, 0.8)]
 
 
 def search(
     pruned: PrunedModel, tokens: Tensor, path: Path | None, budget: Budget = SMALL, *, resume: bool = False
 ) -> tuple[Any, list[tuple[Any, ...]]]:
     """The population, evaluations and tokens; what was measured for them."""
-    meter, ladder = NotingMeter(pruned, tokens), pruned.ladder
-    with Archive(ladder, meter, path, MINE, resume=resume) as archive:
-        population = evolve(archive, uniform(ladder), Settings(population=6), budget, random.Random(1))
-        return (population, archive.evaluations, archive.tokens), meter.asked
+    meter, table = NotingObjective(pruned, tokens), pruned.table
+    with EvaluationLog(table, meter, path, MINE, resume=resume) as log:
+        population = evolve(log, uniform(table), FrontSettings(population=6), budget, random.Random(1))
+        return (population, log.evaluations, log.tokens), meter.asked
 
 
 def records(content: bytes) -> list[bytes]:
@@ -239,6 +241,7 @@ def records(content: bytes) -> list[bytes]:
     return [line for line in content.splitlines(keepends=True) if b'"seconds"' not in line]
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_wherever_it_was_killed(pruned: PrunedModel, tokens: Tensor, tmp_path: Path) -> None:
     """Cut at ends of lines, next to them and inside: the same population, no figure measured twice, the same file."""
     whole = tmp_path / "whole.jsonl"
@@ -256,7 +259,9 @@ def test_a_search_goes_on_wherever_it_was_killed(pruned: PrunedModel, tokens: Te
         path = tmp_path / "cut.jsonl"
         path.write_bytes(content[:cut])
         whole_lines = content[: max(end for end in (0, *ends) if end <= cut)] or content[: ends[0]]
-        Archive(pruned.ladder, Meter(pruned, tokens), path, MINE, resume=True).__exit__(None, None, None)
+        EvaluationLog(pruned.table, CandidateObjective(pruned, tokens), path, MINE, resume=True).__exit__(
+            None, None, None
+        )
         assert path.read_bytes() == whole_lines, cut
         known = len(records(whole_lines)) - 1
         found, more = search(pruned, tokens, path, resume=True)
@@ -277,23 +282,24 @@ def test_a_longer_budget_goes_on_behind(pruned: PrunedModel, tokens: Tensor, tmp
 
 
 def test_what_a_search_returns(pruned: PrunedModel, tokens: Tensor) -> None:
-    ladder = pruned.ladder
+    table = pruned.table
     (population, evaluations, _), asked = search(pruned, tokens, None)
     assert 30 <= evaluations <= 50
     assert evaluations == len({levels for kind, levels, *_ in asked if kind == "values"})
     assert population == front(population, 4)
-    fresh = Meter(pruned, tokens)
+    fresh = CandidateObjective(pruned, tokens)
     for one in population:
         assert one.values == fresh.measure(one.levels, 0, 4)
-        assert one.sparsity == ladder.sparsity(one.levels)
+        assert one.sparsity == table.sparsity(one.levels)
         assert 0.39 < one.sparsity < 0.81
-    begun = [Candidate(levels, ladder.sparsity(levels), fresh.measure(levels, 0, 4)) for levels in uniform(ladder)]
+    begun = [Measured(levels, table.sparsity(levels), fresh.measure(levels, 0, 4)) for levels in uniform(table)]
     assert hypervolume(population, 4) > hypervolume(begun, 4)
 
 
+@pytest.mark.slow
 def test_a_search_ends_where_there_is_nothing_new(model: Model, tokens: Tensor) -> None:
     """Three genes of four levels: 64 candidates, fewer than the budget asks for."""
-    pruned = pruned_model(model, mix_ladder(model, kind="block"))
+    pruned = pruned_model(model, level_table(model, "n:m", "block"))
     (population, evaluations, _), _ = search(pruned, tokens, None, Budget(evaluations=1000))
     assert evaluations <= 64
     assert population == front(population, 4)
@@ -315,37 +321,37 @@ def test_shares_of_a_budget(
 ) -> None:
     """By hand: 3 of 12 candidates, a batch of 48 tokens each, and three times as many for a backward pass."""
     now = iter([100.0, 106.0, 112.0, 500.0, 503.0])
-    monkeypatch.setattr(archive_module, "time", SimpleNamespace(monotonic=lambda: next(now)))
-    levels = [pruned.ladder.nearest([share] * len(pruned.ladder.genes)) for share in (0.1, 0.5, 0.75)]
+    monkeypatch.setattr(budget_module, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    levels = [pruned.table.nearest([share] * len(pruned.table.genes)) for share in (0.1, 0.5, 0.75)]
     for resume in (False, True):
-        with Archive(pruned.ladder, Meter(pruned, tokens), tmp_path / "a", resume=resume) as archive:
-            assert [archive.measure(one, 1).levels for one in levels] == levels
-            archive.slopes(levels[1], 1)
-            assert archive.tokens == 3 * 48 + 3 * 48
-            assert archive.spent(Budget(evaluations=12, tokens=576, minutes=1)) == 0.5
-            assert archive.spent(Budget(evaluations=12, minutes=0.5)) == 0.4
+        with EvaluationLog(pruned.table, CandidateObjective(pruned, tokens), tmp_path / "a", resume=resume) as log:
+            assert [log.measure(one, 1).levels for one in levels] == levels
+            log.slopes(levels[1], 1)
+            assert log.tokens == 3 * 48 + 3 * 48
+            assert log.spent(Budget(evaluations=12, tokens=576, minutes=1)) == 0.5
+            assert log.spent(Budget(evaluations=12, minutes=0.5)) == 0.4
             if resume:  # 3 s on from the last time known
-                assert archive.spent(Budget(minutes=1)) == 0.25
+                assert log.spent(Budget(minutes=1)) == 0.25
 
 
 def test_slopes_and_dead_candidates_are_kept(pruned: PrunedModel, tokens: Tensor, tmp_path: Path) -> None:
-    ladder = pruned.ladder
-    levels = ladder.nearest([0.5] * len(ladder.genes))
-    meter = Meter(pruned, tokens)
+    table = pruned.table
+    levels = table.nearest([0.5] * len(table.genes))
+    meter = CandidateObjective(pruned, tokens)
     exact = meter.slopes(levels, 2)
-    with Archive(ladder, meter, tmp_path / "a") as archive:
-        told = archive.slopes(levels, 2)
+    with EvaluationLog(table, meter, tmp_path / "a") as log:
+        told = log.slopes(levels, 2)
         hook = pruned.model.blocks[-1].module.register_forward_hook(lambda *_: torch.full((2, 24, 32), torch.nan))
-        dead = archive.measure(levels, 3)
+        dead = log.measure(levels, 3)
         hook.remove()
         assert dead.values == [math.inf] * 3
-    for table, found, level in zip(exact, told, levels, strict=True):
-        far = np.abs(np.arange(len(table)) - level) > RADIUS
+    for counts, found, level in zip(exact, told, levels, strict=True):
+        far = np.abs(np.arange(len(counts)) - level) > RADIUS
         assert np.isnan(found).tolist() == far.tolist()
-        assert np.allclose(found[~far], table[~far], rtol=1e-4, atol=0)
-    with Archive(ladder, meter, tmp_path / "a", resume=True) as archive:
-        assert archive.measure(levels, 3) == dead
-        for found, again in zip(told, archive.slopes(levels, 2), strict=True):
+        assert np.allclose(found[~far], counts[~far], rtol=1e-4, atol=0)
+    with EvaluationLog(table, meter, tmp_path / "a", resume=True) as log:
+        assert log.measure(levels, 3) == dead
+        for found, again in zip(told, log.slopes(levels, 2), strict=True):
             assert np.array_equal(found, again, equal_nan=True)
 
 
@@ -357,24 +363,24 @@ def written(pruned: PrunedModel, tokens: Tensor, tmp_path: Path) -> Path:
 
 def test_files_that_are_refused_stay_as_they_are(pruned: PrunedModel, tokens: Tensor, written: Path) -> None:
     content = written.read_bytes()
-    meter = Meter(pruned, tokens)
-    with pytest.raises(InputError, match=r"^--archive '.*a.jsonl' exists: go on with --resume, or name another$"):
-        Archive(pruned.ladder, meter, written, MINE)
+    meter = CandidateObjective(pruned, tokens)
+    with pytest.raises(InputError, match=r"^--ledger '.*a.jsonl' exists: go on with --resume, or name another$"):
+        EvaluationLog(pruned.table, meter, written, MINE)
     for settings, told in (
         (MINE | {"seed": 2}, "is another search's: seed is 1 there, 2 here"),
         ({"seed": 1}, "is another search's: genes is 'module' there, None here"),
         (MINE | {"more": [1]}, r"is another search's: more is None there, \[1\] here"),
     ):
         with pytest.raises(InputError, match=told):
-            Archive(pruned.ladder, meter, written, settings, resume=True)
+            EvaluationLog(pruned.table, meter, written, settings, resume=True)
     assert written.read_bytes() == content
     for foreign in (b"a poem", b"a poem\n", b"[1]\n", b'{"format": 0}\n', b"\xff\n"):
         written.write_bytes(foreign)
-        with pytest.raises(InputError, match=r"is no archive of gpmetric allocate|format is 0 there, 1 here"):
-            Archive(pruned.ladder, meter, written, resume=True)
+        with pytest.raises(InputError, match=r"is no ledger of gpmetric allocate|format is 0 there, 1 here"):
+            EvaluationLog(pruned.table, meter, written, resume=True)
         assert written.read_bytes() == foreign
     with pytest.raises(InputError, match="cannot be used: Is a directory"):
-        Archive(pruned.ladder, meter, written.parent, resume=True)
+        EvaluationLog(pruned.table, meter, written.parent, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -396,5 +402,5 @@ def test_damaged_lines(pruned: PrunedModel, tokens: Tensor, written: Path, line:
     lines = written.read_bytes().splitlines()
     lines[3] = line
     written.write_bytes(b"\n".join(lines) + b"\n")
-    with pytest.raises(InputError, match=r"^--archive '.*a.jsonl' is damaged at line 4$"):
+    with pytest.raises(InputError, match=r"^--ledger '.*a.jsonl' is damaged at line 4$"):
         search(pruned, tokens, written, resume=True)

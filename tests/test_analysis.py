@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 import gpmetric
-from gpmetric import cli
 from gpmetric.analysis.analyse import analyse
 from gpmetric.analysis.features import find_features, find_groups, powers
 from gpmetric.analysis.masks import distances, read_sketches
@@ -23,10 +22,11 @@ from gpmetric.analysis.plot import draw_page
 from gpmetric.analysis.principles import state_principles
 from gpmetric.analysis.statistics import add_q_values, compare, correlate, fitness_ranks, mantel
 from gpmetric.errors import GpmetricError, InputError, LedgerError
-from gpmetric.evolution.ledger import Candidate, Evaluation, Ledger
+from gpmetric.evolution.ledger import Ledger
+from gpmetric.evolution.records import Candidate, Evaluation
 from gpmetric.expression import Expression, parse
 from gpmetric.expression.canonical import canonical
-from gpmetric.pruning.metrics import resolve_metric, spelled
+from gpmetric.metrics import resolve_metric, spelled
 
 TARGETS = ("0.5", "2:4")
 SCALES = ("abs(W)", "sqr(W)", "tanh(W)", "sqrt(W)")
@@ -54,8 +54,8 @@ def write_ledger(
             expression = metric.expression
             form = spelled(canonical(expression), metric.granularity)
             row = Evaluation(
-                text, form, 0, "done", f"mask {position}", losses=losses(expression, rng), nodes=len(expression),
-                sketch=sketches[position] if sketches else None,
+                text, form, 0, "done", f"mask {position}", figures={"loss": losses(expression, rng)},
+                nodes=len(expression), sketch=sketches[position] if sketches else None,
             )  # fmt: skip
             ledger.record(Candidate(0, position, text, form, "evaluated"), row)
         lost = Evaluation("W*exp(W)", "W*exp(W)", 0, "failed", "mask", reason="screened out")
@@ -362,6 +362,8 @@ def test_principles_need_significance() -> None:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """`gpmetric analyse ARGUMENTS` in this process: exit status, output, errors."""
+
+    from gpmetric import cli
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setenv("COLUMNS", "200")

@@ -13,14 +13,25 @@ import torch
 
 from gpmetric.calibration import collect
 from gpmetric.errors import DataError, ExpressionError, InputError, ModelError
-from gpmetric.evaluation.evaluate import evaluate_model
-from gpmetric.evaluation.windows import read_windows
-from gpmetric.models import load_model
+from gpmetric.loading import load_model
+from gpmetric.metrics import BASELINES, resolve_metric
 from gpmetric.pruning import bench as bench_module
-from gpmetric.pruning.bench import Bench, BenchListener, BenchRow, bench, bench_failures, check_targets, unique_pairs
-from gpmetric.pruning.metrics import BASELINES, resolve_metric
-from gpmetric.pruning.target import parse_target
-from gpmetric.pruning.transfer import transfer
+from gpmetric.pruning.bench import (
+    BenchListener,
+    BenchRow,
+    Measured,
+    bench,
+    bench_failures,
+    bench_rows,
+    first_failure,
+    measure,
+)
+from gpmetric.pruning.protocol import Protocol, Rule, check_targets
+from gpmetric.pruning.win_loss import win_loss
+from gpmetric.session import session as session_module
+from gpmetric.session.evaluate import evaluate
+from gpmetric.targets import parse_target
+from tests.pruning_helpers import session_of, windows_of
 
 
 def run(model: Path | Sequence[Path], sample: Path, **options: Any) -> dict[str, Any]:
@@ -58,17 +69,17 @@ def test_the_document(tiny_llama: Path, tiny_text: Path) -> None:
     assert result["calibration"]["windows"] == 8
     assert result["calibration"]["tokens"] == 8 * 32
     assert [part["windows"] for part in result["texts"]] == [6, 6]
-    assert list(result) == [
+    assert result.keys() == {
         "model", "dtype", "device", "protocol", "sequence_length", "seed", "shuffle", "calibration", "texts", "layers",
         "dense", "results", "versions",
-    ]  # fmt: skip
+    }  # fmt: skip
     assert {"gpmetric", "torch", "transformers", "python"} <= result["versions"].keys()
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
 def test_dense_is_what_evaluate_says_and_nothing_pruned_is_dense(tiny_llama: Path, tiny_text: Path) -> None:
     result = run(tiny_llama, tiny_text, metric=["wanda"], target=["0"])
-    alone = evaluate_model(str(tiny_llama), text=[str(tiny_text)], sequence_length=32, windows=6, device="cpu")
+    alone = evaluate(str(tiny_llama), text=[str(tiny_text)], sequence_length=32, windows=6, device="cpu")
     assert result["dense"] == alone["ppl"]
     assert result["results"][0]["ppl"] == alone["ppl"]
     assert result["results"][0]["sparsity"] == 0
@@ -77,7 +88,7 @@ def test_dense_is_what_evaluate_says_and_nothing_pruned_is_dense(tiny_llama: Pat
 @pytest.mark.parametrize("one_shot", [False, True])
 def test_every_baseline_with_every_kind_of_target(tiny_gpt2: Path, tiny_text: Path, one_shot: bool) -> None:
     """All baselines when none is named; the sparsity reached is the target's, exactly, group by group."""
-    targets = ["0.5", "0.3", "layer:0.6", "2:4", "3:4"]
+    targets = ["0.5", "0.3", "row:0.3", "layer:0.6", "2:4", "3:4"]
     result = run(tiny_gpt2, tiny_text, target=targets, one_shot=one_shot, samples=4, windows=2)
     assert result["protocol"] == ("one-shot" if one_shot else "sequential")
     assert len(result["results"]) == len(BASELINES) * len(targets)
@@ -85,7 +96,9 @@ def test_every_baseline_with_every_kind_of_target(tiny_gpt2: Path, tiny_text: Pa
     total = sum(shape.numel() for shape in shapes)
     for row in result["results"]:
         target = parse_target(row["target"])
-        by_row = target.granularity == "row" and row["metric"] not in ("magnitude", "sparsegpt")
+        by_row = row["metric"] != "sparsegpt" and target.granularity in (
+            ("row",) if row["metric"] == "magnitude" else ("row", None)
+        )
         removed = sum(
             rows * int(columns * target.sparsity) if by_row else int(rows * columns * target.sparsity)
             for rows, columns in shapes
@@ -153,15 +166,15 @@ def test_the_listener_hears_the_dense_model_first(tiny_llama: Path, tiny_text: P
 
 @pytest.mark.parametrize("one_shot", [False, True])
 def test_what_a_later_metric_needs_is_collected_then(tiny_llama: Path, tiny_text: Path, one_shot: bool) -> None:
-    """One Bench, asked for W and X, then for gradients, then for an update: each as if asked for alone."""
+    """One session, asked for W and X, then for gradients, then for an update: each as if asked for alone."""
     model = load_model(str(tiny_llama), device="cpu")
-    sample = read_windows(model, str(tiny_text), 32, 4)
-    used = Bench(model, sample.tokens, one_shot=one_shot)
+    windows = windows_of(model, tiny_text, count=4)
+    used = Protocol(session_of(model, windows), one_shot=one_shot)
     for name in ("wanda", "gblm_l1", "sparsegpt", "W*W*D*G", "wanda"):
         metric = resolve_metric(name, 4, 32)
         rows = [
-            next(one.rows([metric], [parse_target("0.5")], "none", [sample]))
-            for one in (used, Bench(model, sample.tokens, one_shot=one_shot))
+            next(bench_rows(one, [metric], [parse_target("0.5")], "none"))
+            for one in (used, Protocol(session_of(model, windows), one_shot=one_shot))
         ]
         # with gradients, X is summed window by window
         assert rows[0].ppl[str(tiny_text)] == pytest.approx(rows[1].ppl[str(tiny_text)], rel=0.02), name
@@ -173,7 +186,7 @@ def test_no_gradients_are_collected_for_who_needs_none(
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("a pass over the calibration text that nobody needs")
 
-    monkeypatch.setattr(bench_module, "collect_statistics", refuse)
+    monkeypatch.setattr(session_module, "collect_chunks", refuse)
     run(tiny_llama, tiny_text, metric=["magnitude", "wanda", "ria", "sparsegpt"], target=["0.5"])
     monkeypatch.undo()
     monkeypatch.setattr(collect, "_with_gradients", refuse)
@@ -184,9 +197,26 @@ def test_a_model_pruned_to_death_has_infinite_perplexity(tiny_llama: Path, tiny_
     """Not an error: the row stands, and JSON holds null."""
     model = load_model(str(tiny_llama), device="cpu")
     model.module.model.norm.weight.data.fill_(3e38)
-    sample = read_windows(model, str(tiny_text), 32, 2)
-    rows = Bench(model, sample.tokens).rows([resolve_metric("wanda")], [parse_target("0.5")], "none", [sample])
-    assert [row.ppl[str(tiny_text)] for row in rows] == [math.inf]
+    protocol = Protocol(session_of(model, windows_of(model, tiny_text, count=2)), one_shot=False)
+    (row,) = bench_rows(protocol, [resolve_metric("wanda")], [parse_target("0.5")], "none")
+    assert (row.ppl[str(tiny_text)], row.error) == (math.inf, None)
+
+
+def test_a_measurement_leaves_the_model_dense(tiny_llama: Path, tiny_text: Path) -> None:
+    """Loss and sparsity are of the pruned model; several texts are measured of one pruning."""
+    model = load_model(str(tiny_llama), device="cpu")
+    windows = windows_of(model, tiny_text, count=4)
+    protocol, rule = (
+        Protocol(session_of(model, windows), one_shot=True),
+        Rule(resolve_metric("wanda"), parse_target("2:4")),
+    )
+    protocol.prepare([rule.metric], "none")
+    digest = [layer.weight.clone() for layer in model.layers]
+    found = measure(protocol, rule, [windows.tokens, windows.tokens[:2]])
+    assert (len(found.losses), found.sparsity) == (2, 0.5)
+    assert found.seconds > 0
+    assert measure(protocol, rule, [windows.tokens[:2]]).losses == found.losses[1:]
+    assert all(torch.equal(layer.weight, before) for layer, before in zip(model.layers, digest, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +258,7 @@ def test_several_models_are_benched_as_each_alone(tiny_llama: Path, tiny_gpt2: P
     alone = [run(model, tiny_text, **options) for model in (tiny_llama, tiny_gpt2)]
     assert list(result) == ["models", "transfer"]
     assert [untimed(document) for document in result["models"]] == [untimed(document) for document in alone]
-    assert result["transfer"] == transfer(alone)
+    assert result["transfer"] == win_loss(alone)
     assert bench_failures(result) == []
     assert heard == [str(tiny_llama), str(tiny_gpt2)]
 
@@ -253,7 +283,7 @@ def test_a_model_that_fails_costs_the_others_nothing(
     assert untimed(good) == untimed(run(tiny_llama, tiny_text, metric=["wanda"]))
     assert broken.keys() == {"model", "error"}
     assert [document["model"] for document in result["models"]] == [str(model) for model in models]
-    assert result["transfer"] == transfer([good])
+    assert result["transfer"] == win_loss([good])
     assert bench_failures(result) == [f"{tmp_path}: {broken['error']}"]
 
 
@@ -261,20 +291,20 @@ def test_rows_measured_before_a_model_fails_are_kept(
     tiny_llama: Path, tiny_gpt2: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The device is full at the second row of the second model; that model is in no comparison."""
-    measure, calls = Bench._measure, []
+    calls: list[str] = []
 
-    def full(self: Bench, *arguments: Any) -> Any:
-        calls.append(self.model.name)
+    def full(protocol: Protocol, *arguments: Any) -> Measured:
+        calls.append(protocol.session.model.name)
         if len(calls) == 4:
             raise torch.OutOfMemoryError("no memory is left")
-        return measure(self, *arguments)
+        return measure(protocol, *arguments)
 
-    monkeypatch.setattr(Bench, "_measure", full)
+    monkeypatch.setattr(bench_module, "measure", full)
     first, second = (result := run([tiny_llama, tiny_gpt2], tiny_text, metric=["wanda", "ria"]))["models"]
     assert "error" not in first
     assert second["error"] == "no memory is left"
     assert [row["metric"] for row in second["results"]] == ["wanda"]
-    assert result["transfer"] == transfer([first])
+    assert result["transfer"] == win_loss([first])
 
 
 @pytest.mark.parametrize(
@@ -297,7 +327,7 @@ def test_what_every_model_refuses_is_refused(
 def test_a_missing_model_is_refused_before_any_is_loaded(
     tiny_llama: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_module, "load_model", lambda *names, **options: pytest.fail("loaded"))
+    monkeypatch.setattr(session_module, "load_model", lambda *names, **options: pytest.fail("loaded"))
     with pytest.raises(ModelError, match="'/no/such/model' does not exist"):
         run([tiny_llama, Path("/no/such/model")], tiny_text)
     with pytest.raises(InputError, match="--text is needed"):
@@ -314,11 +344,31 @@ def test_a_pattern_that_leaves_a_remainder_names_the_layer(tiny_llama: Path, tin
     check_targets(model, [parse_target("7:11")])
 
 
-def test_unique_pairs_keep_the_order() -> None:
-    targets = [parse_target(text) for text in ("2:4", "0.5", "2:4")]
+def test_pairs_are_measured_once_in_their_order(tiny_llama: Path, tiny_text: Path) -> None:
+    model = load_model(str(tiny_llama), device="cpu", include=r"layers\.0\.mlp")
+    protocol = Protocol(session_of(model, windows_of(model, tiny_text, count=1)), one_shot=True)
+    targets = [parse_target(text) for text in ("2:4", "0.5", "2:4", "row:0.5")]
     metrics = [resolve_metric(name) for name in ("wanda", "ria", "wanda")]
-    pairs = [(target.text, metric.name) for target, metric in unique_pairs(targets, metrics)]
-    assert pairs == [("2:4", "wanda"), ("2:4", "ria"), ("0.5", "wanda"), ("0.5", "ria")]
+    pairs = [(row.target, row.metric) for row in bench_rows(protocol, metrics, targets, "none")]
+    assert pairs == [(text, name) for text in ("2:4", "0.5", "row:0.5") for name in ("wanda", "ria")]
+
+
+def test_failures_are_told_with_their_model() -> None:
+    good, bad = {"results": [{"error": None}]}, {"results": [{"error": "no"}, {"error": None}, {"error": "nor"}]}
+    assert (bench_failures(good), first_failure(good)) == ([], None)
+    assert (bench_failures(bad), first_failure(bad)) == (["no", "nor"], "no")
+    several = {"models": [good | {"model": "a"}, bad | {"model": "b"}, {"model": "c", "error": "gone"}]}
+    assert bench_failures(several) == ["b: no", "b: nor", "c: gone"]
+    assert first_failure(several) == "b: no"
+
+
+def test_row_beats_a_metrics_own_group(tiny_llama: Path, tiny_text: Path) -> None:
+    """`magnitude` compares within the matrix unless the target says otherwise."""
+    result = run(tiny_llama, tiny_text, metric=["magnitude", "magnitude_row"], target=["0.5", "row:0.5", "layer:0.5"])
+    ppl = {(row["metric"], row["target"]): row["ppl"] for row in result["results"]}
+    assert ppl["magnitude", "row:0.5"] == ppl["magnitude_row", "row:0.5"] == ppl["magnitude_row", "0.5"]
+    assert ppl["magnitude", "0.5"] == ppl["magnitude", "layer:0.5"] == ppl["magnitude_row", "layer:0.5"]
+    assert ppl["magnitude", "0.5"] != ppl["magnitude_row", "0.5"]
 
 
 TOLERANCE = {"sparsegpt": 0.04}  # the published code removes one weight more per block

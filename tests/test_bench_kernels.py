@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gpmetric.expression import parse
 from gpmetric.expression.evaluate import evaluate
-from gpmetric.pruning.target import Target, parse_target
+from gpmetric.targets import Target, parse_target
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHAPES = [(6, 40), (3, 123)]
@@ -138,7 +138,7 @@ def test_only_sums_may_differ_and_by_little(kernel_checks: ModuleType, formula: 
 @pytest.mark.parametrize("text", ["0.5", "0.7", "2:4", "3:4", "layer:0.5"])
 def test_published_steps_choose_as_a_stable_sort(kernel_checks: ModuleType, text: str) -> None:
     published = importlib.import_module("published")
-    named, target = kernel_checks.draw((6, 40), torch.float32, "cpu"), parse_target(text)
+    named, target = kernel_checks.draw((6, 40), torch.float32, "cpu"), parse_target(text).resolved("row")
     expected = named["W"].where(kernel_checks.stable_mask(named["W"].abs() * named["X"], target), 0)
     for step in {
         "row": [published.published, published.kthvalue],
@@ -175,6 +175,7 @@ def test_figures_by_hand(bench_kernels: ModuleType, kernel_times: ModuleType) ->
     assert [met for _, met in bench_kernels.goals([slower])] == [False, False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 def test_what_a_gpu_does_with_a_clock_that_stands_in(tmp_path: Path, kernel_times: ModuleType) -> None:
     table, plot = tmp_path / "results.csv", tmp_path / "kernels.png"

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpmetric.pruning.metrics import resolve_metric
+from gpmetric.metrics import resolve_metric
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SEQUENCES, LENGTH = 4, 8

@@ -47,11 +47,11 @@ def test_every_method_at_the_same_size(bench: ModuleType, command: list[str], tm
     runs = read(path)
     assert {run["method"] for run in runs} == {*bench.METHODS, "start:W*W*D"}
     searches = importlib.import_module("structured_runs").SEARCHES
-    groups = find_groups(importlib.import_module("gpmetric.models").load_model(command[0], device="cpu"))
+    groups = find_groups(importlib.import_module("gpmetric.loading").load_model(command[0], device="cpu"))
     for run in runs:
         most = 3 if run["method"] in ("uniform", "wanda_sp", "magnitude_sp") else 1
-        least = 0.4 - most * groups.parts[1].cost / groups.parameters
-        assert least <= run["removed"] <= 0.4 + sum(part.rest for part in groups.parts) / groups.parameters
+        least = 0.4 - most * groups.sublayers[1].cost / groups.parameters
+        assert least <= run["removed"] <= 0.4 + sum(one.rest for one in groups.sublayers) / groups.parameters
         assert (run["tokens"] > 0) == (run["method"] in (*searches, "uniform", "start:W*W*D"))
     spent = {run["tokens"] for run in runs if run["tokens"]}
     assert len(spent) == 1
@@ -94,14 +94,14 @@ def test_size_and_speed_of_a_small_llama(bench: ModuleType, tmp_path: Path, monk
     """The smaller ones have fewer parameters and smaller files; all in this process, to save the time of others."""
     speed = importlib.import_module("structured_speed")
     monkeypatch.setattr(speed, "in_process", lambda folder, repeats: speed.measure(str(folder), repeats))
-    deliver = importlib.import_module("gpmetric.structured.deliver")
+    checkpoint = importlib.import_module("gpmetric.structured.slim_checkpoint")
     reload = importlib.import_module("gpmetric.structured.reload")
 
     def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         reload.main(*command[3:])
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(deliver.subprocess, "run", run_here)
+    monkeypatch.setattr(checkpoint.subprocess, "run", run_here)
     table = tmp_path / "b.csv"
     small = ["--speed", "0.4", "--blocks", "2", "--width", "256", "--repeats", "1", "--csv", str(table)]
     assert bench.main(small) == 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import resource
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +18,29 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gpmetric.calibration.accumulators import (
+    ACCUMULATORS,
     DAMPING,
-    GradientMoments,
+    AbsoluteGradients,
+    FromGradients,
     InputMoments,
     LayerStatistics,
+    SquaredGradients,
+    SquareOfMeanGradient,
     TokenMoments,
     curvature,
     inverse_factor,
 )
-from gpmetric.calibration.cache import cache_key, cached_statistics, default_cache, estimate_bytes, load_statistics
-from gpmetric.calibration.collect import (
-    Statistics,
-    collect_block,
-    collect_chunks,
-    collect_statistics,
-    token_batches,
-)
+from gpmetric.calibration.cache import cache_key, cached_statistics, estimate_bytes, load_statistics
+from gpmetric.calibration.collect import Statistics, collect, collect_block, collect_chunks, token_batches
 from gpmetric.calibration.replay import record_calls
 from gpmetric.data import cut_windows, read_text
 from gpmetric.errors import GpmetricError, ModelError, SolverError
-from gpmetric.models import Layer, Model, load_model
+from gpmetric.loading import load_model
+from gpmetric.models import Layer, Model
+from gpmetric.operands import OPERANDS, needs_gradients, shape_of
 
-OPERANDS = [field.name for field in fields(LayerStatistics)]
+ALL = ("X", "G", "H", "D", "F", "gram")
+INPUTS = ("X", "D", "gram")
 
 
 def make_tokens(count: int, length: int, seed: int = 0) -> Tensor:
@@ -64,17 +65,18 @@ def tokens(model: Model, tiny_text: Path) -> Tensor:
 
 @pytest.fixture(scope="module")
 def statistics(model: Model, tokens: Tensor) -> Statistics:
-    return collect_statistics(model, tokens, fisher=True)
+    return collect(model, tokens, ALL)
 
 
-def assert_same_bits(left: Statistics, right: Statistics, names: list[str] = OPERANDS) -> None:
+def assert_same_bits(left: Statistics, right: Statistics, names: Collection[str] = ALL) -> None:
+    """Of these statistics, those that one has and the other too."""
     assert list(left.layers) == list(right.layers)
     assert (left.sequences, left.length) == (right.sequences, right.length)
     for layer in left.layers:
-        for name in names:
-            one, other = getattr(left.layers[layer], name), getattr(right.layers[layer], name)
-            assert (one is None) == (other is None), (layer, name)
-            assert one is None or torch.equal(one, other), (layer, name)
+        one, other = left.layers[layer].values, right.layers[layer].values
+        assert one.keys() & set(names) == other.keys() & set(names), layer
+        for name in one.keys() & set(names):
+            assert torch.equal(one[name], other[name]), (layer, name)
 
 
 # The statistics of a model
@@ -98,7 +100,7 @@ def test_inputs_against_all_activations_at_once(model: Model, tokens: Tensor, st
     for name, found in statistics.layers.items():
         x = inputs[name]
         assert len(x) == tokens.numel()
-        assert torch.allclose(found.X.double(), x.square().mean(dim=0).sqrt(), rtol=1e-5)
+        assert torch.allclose(found["X"].double(), x.square().mean(dim=0).sqrt(), rtol=1e-5)
         gram = x.t() @ x / len(x)
         assert found.gram is not None
         assert torch.allclose(found.gram.double(), gram, rtol=1e-4, atol=1e-5 * gram.diagonal().mean().item())
@@ -109,16 +111,14 @@ def test_gradients_against_a_plain_loop(model: Model, tokens: Tensor, statistics
     gradients = gradients_of_sequences(model, tokens)
     for name, g in gradients.items():
         found = statistics.layers[name]
-        assert found.G is not None
-        assert found.H is not None
-        assert torch.allclose(found.G, g.abs().mean(dim=0), rtol=1e-4, atol=1e-7)
-        assert torch.allclose(found.H, g.square().mean(dim=0), rtol=1e-4, atol=1e-9)
-    accumulated = collect_statistics(model, tokens, gram=False, accumulated=True)
+        assert torch.allclose(found["G"], g.abs().mean(dim=0), rtol=1e-4, atol=1e-7)
+        assert torch.allclose(found["H"], g.square().mean(dim=0), rtol=1e-4, atol=1e-9)
+    literal = ACCUMULATORS | {"H": FromGradients(SquareOfMeanGradient)}
+    accumulated = collect(model, tokens, "GH", accumulators=literal)
     for name, g in gradients.items():
         found = accumulated.layers[name]
-        assert found.H is not None
-        assert torch.allclose(found.H, g.mean(dim=0).square(), rtol=1e-3, atol=1e-9)
-        assert torch.equal(found.G, statistics.layers[name].G)  # type: ignore[arg-type]
+        assert torch.allclose(found["H"], g.mean(dim=0).square(), rtol=1e-3, atol=1e-9)
+        assert torch.equal(found["G"], statistics.layers[name]["G"])
 
 
 def test_token_gradients_against_every_token_alone(model: Model, tokens: Tensor, statistics: Statistics) -> None:
@@ -151,14 +151,50 @@ def test_token_gradients_against_every_token_alone(model: Model, tokens: Tensor,
         for layer in model.layers:
             layer.parameter.requires_grad_(False)
     for name, found in statistics.layers.items():
-        assert torch.allclose(found.F, squares[name], rtol=1e-3, atol=1e-9)  # type: ignore[arg-type]
-        assert torch.allclose(found.G, whole[name], rtol=1e-3, atol=1e-6)  # type: ignore[arg-type]
+        assert torch.allclose(found["F"], squares[name], rtol=1e-3, atol=1e-9)
+        assert torch.allclose(found["G"], whole[name], rtol=1e-3, atol=1e-6)
 
 
-def test_token_gradients_are_collected_only_where_asked(model: Model, tokens: Tensor, statistics: Statistics) -> None:
-    without = collect_statistics(model, tokens)
-    assert all(layer.F is None for layer in without.layers.values())
-    assert_same_bits(without, statistics, [name for name in OPERANDS if name != "F"])
+@pytest.mark.parametrize("names", ["", "X", "G", "H", "F", "GH", "XGF", "GHF", "D", "XDGH"])
+def test_only_what_is_asked_for_is_collected(
+    model: Model, tokens: Tensor, statistics: Statistics, monkeypatch: pytest.MonkeyPatch, names: str
+) -> None:
+    """Nothing else is accumulated; X alone is always there, and what is there is what it is beside all others."""
+    started: list[str] = []
+    for kind in (AbsoluteGradients, SquaredGradients, TokenMoments, InputMoments):
+        original = kind.__init__
+
+        def count(self: Any, *arguments: Any, original: Any = original, **options: Any) -> None:
+            started.append(type(self).__name__ + " with pairs" * options.get("gram", False))
+            original(self, *arguments, **options)
+
+        monkeypatch.setattr(kind, "__init__", count)
+    found = collect(model, tokens, names)
+    wanted = {"G": "AbsoluteGradients", "H": "SquaredGradients", "F": "TokenMoments"}
+    inputs = "InputMoments with pairs" if "D" in names else "InputMoments"
+    expected = sorted([inputs, *(wanted[name] for name in names if name in wanted)] * len(model.layers))
+    assert sorted(started) == expected
+    assert found.names == {"X", *names}
+    assert all(layer.values.keys() == {"X", *names} for layer in found.layers.values())
+    assert_same_bits(found, statistics, set("GHF") & set(names))
+    assert_close(found, statistics, {"X", *names})
+
+
+def test_the_gram_matrix_is_no_operand(statistics: Statistics) -> None:
+    for layer in statistics.layers.values():
+        assert layer.values.keys() == {*ALL}
+        assert layer.operands.keys() == {*ALL} - {"gram"}
+        assert layer.gradients.keys() == {"G", "H", "F"}
+        assert layer.gram is layer["gram"]
+        assert layer.factor is layer.factor, "factorised once"
+    empty = LayerStatistics(X=torch.ones(2), G=None)
+    assert (empty.operands.keys(), empty.gradients, empty.gram) == ({"X"}, {}, None)
+
+
+def assert_close(left: Statistics, right: Statistics, names: Collection[str]) -> None:
+    for layer, found in left.layers.items():
+        for name in names:
+            torch.testing.assert_close(found[name], right.layers[layer][name], rtol=1e-3, atol=1e-6)
 
 
 def gradients_of_sequences(model: Model, tokens: Tensor) -> dict[str, Tensor]:
@@ -183,23 +219,19 @@ def test_shapes_and_sample(model: Model, tokens: Tensor, statistics: Statistics)
     for layer in model.layers:
         out_features, in_features = layer.weight.shape
         found = statistics.layers[layer.name]
-        assert found.gram is not None
         shapes = {"X": (in_features,), "D": (in_features,), "gram": (in_features, in_features)}
         shapes |= dict.fromkeys("GHF", (out_features, in_features))
-        assert {name: tuple(getattr(found, name).shape) for name in OPERANDS} == shapes
-        assert all(getattr(found, name).dtype == torch.float32 for name in OPERANDS)
-        assert torch.equal(found.D, curvature(found.gram))  # type: ignore[arg-type]
+        assert {name: tuple(value.shape) for name, value in found.values.items()} == shapes
+        assert {name: shape_of(name, layer.weight.shape) for name in ALL} == shapes
+        assert all(value.dtype == torch.float32 for value in found.values.values())
+        assert torch.equal(found["D"], curvature(found["gram"]))
 
 
 @pytest.mark.parametrize("chunk_layers", [1, 3, 5, 100])
 def test_chunks_change_no_bit(model: Model, tokens: Tensor, statistics: Statistics, chunk_layers: int) -> None:
     steps: list[tuple[int, int]] = []
-    chunked = collect_statistics(
-        model,
-        tokens,
-        fisher=True,
-        chunk_layers=chunk_layers,
-        progress=lambda done, total: steps.append((done, total)),
+    chunked = collect(
+        model, tokens, ALL, chunk_layers=chunk_layers, progress=lambda done, total: steps.append((done, total))
     )
     assert_same_bits(chunked, statistics)
     total = -(-len(model.layers) // chunk_layers) * len(tokens)
@@ -211,7 +243,7 @@ def test_chunks_come_one_after_the_other(
     model: Model, tokens: Tensor, statistics: Statistics, chunk_layers: int | None
 ) -> None:
     size = chunk_layers or len(model.layers)
-    chunks = list(collect_chunks(model, tokens, fisher=True, chunk_layers=chunk_layers))
+    chunks = list(collect_chunks(model, tokens, ALL, chunk_layers=chunk_layers))
     assert [list(chunk) for chunk in chunks] == [
         [layer.name for layer in model.layers[start : start + size]] for start in range(0, len(model.layers), size)
     ]
@@ -219,10 +251,11 @@ def test_chunks_come_one_after_the_other(
     assert_same_bits(replace(statistics, layers=merged), statistics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", [True, False])
 def test_one_chunk_is_in_memory_at_a_time(model: Model, tokens: Tensor, gradients: bool) -> None:
     """No moment of another chunk is alive while one is collected, nor any statistics, without a garbage collection."""
-    kinds = (InputMoments, GradientMoments, TokenMoments, LayerStatistics)
+    kinds = (InputMoments, AbsoluteGradients, SquaredGradients, TokenMoments, LayerStatistics)
 
     def count() -> list[int]:
         found = [type(thing) for thing in gc.get_objects()]
@@ -236,8 +269,7 @@ def test_one_chunk_is_in_memory_at_a_time(model: Model, tokens: Tensor, gradient
         chunks = collect_chunks(
             model,
             tokens[:1],
-            gradients=gradients,
-            fisher=gradients,
+            ALL if gradients else INPUTS,
             chunk_layers=5,
             progress=lambda *_: alive.append([now - then for now, then in zip(count(), before, strict=True)]),
         )
@@ -248,18 +280,17 @@ def test_one_chunk_is_in_memory_at_a_time(model: Model, tokens: Tensor, gradient
     finally:
         gc.enable()
     sizes = [len(model.layers[start : start + 5]) for start in range(0, len(model.layers), 5)]
-    assert alive == [[size, size * gradients, size * gradients, 0] for size in sizes]
+    assert alive == [[size, *[size * gradients] * 3, 0] for size in sizes]
 
 
 def test_forward_only_agrees(model: Model, tokens: Tensor, statistics: Statistics) -> None:
     """To rounding: without gradients several windows go through the model at once."""
-    for gram in (False, True):
-        forward = collect_statistics(model, tokens, gradients=False, gram=gram)
+    for names in (("X",), INPUTS):
+        forward = collect(model, tokens, names)
         for name, found in forward.layers.items():
-            assert torch.allclose(found.X, statistics.layers[name].X, rtol=1e-5)
-            assert found.G is found.H is found.F is None
-            assert (found.gram is None) == (found.D is None) == (not gram)
-        assert_same_bits(forward, collect_statistics(model, tokens, gradients=False, gram=gram, chunk_layers=3))
+            assert torch.allclose(found["X"], statistics.layers[name]["X"], rtol=1e-5)
+            assert found.values.keys() == set(names)
+        assert_same_bits(forward, collect(model, tokens, names, chunk_layers=3))
 
 
 def test_a_model_is_left_as_it_was(model: Model, tokens: Tensor) -> None:
@@ -269,27 +300,27 @@ def test_a_model_is_left_as_it_was(model: Model, tokens: Tensor) -> None:
         assert any(layer.parameter.requires_grad for layer in model.layers)
         raise KeyboardInterrupt
 
-    collect_statistics(model, tokens[:1], chunk_layers=4)
+    collect(model, tokens[:1], ALL, chunk_layers=4)
     with pytest.raises(KeyboardInterrupt):
-        collect_statistics(model, tokens, progress=interrupt)
+        collect(model, tokens, ALL, progress=interrupt)
     for parameter in model.module.parameters():
         assert not parameter.requires_grad
         assert parameter.grad is None
         assert not parameter._post_accumulate_grad_hooks
-    assert not any(module._forward_pre_hooks for module in model.module.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.module.modules())
     assert Model(model.name, model.module, model.tokenizer, model.blocks).digest == digest
 
 
 def test_one_gradient_is_alive_at_a_time(model: Model, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[int] = []
-    add = GradientMoments.add
+    add = AbsoluteGradients.add
 
-    def count(self: GradientMoments, gradient: Tensor) -> None:
+    def count(self: AbsoluteGradients, gradient: Tensor) -> None:
         alive.append(sum(parameter.grad is not None for parameter in model.module.parameters()))
         add(self, gradient)
 
-    monkeypatch.setattr(GradientMoments, "add", count)
-    collect_statistics(model, tokens[:2], gram=False)
+    monkeypatch.setattr(AbsoluteGradients, "add", count)
+    collect(model, tokens[:2], "GH")
     assert alive == [1] * (2 * len(model.layers))
 
 
@@ -297,16 +328,24 @@ def test_a_layer_without_tokens_is_refused(llama: Model) -> None:
     """Zeros for its X would pass for a measurement: a decoder's cross-attention, a vision tower, an idle expert."""
     stray = Layer("blocks.0.idle", nn.Linear(4, 4))
     idle = replace(llama, blocks=(replace(llama.blocks[0], layers=(stray,)),))
-    for gradients in (False, True):
+    for names in ("", "X", "D", "G", "F"):
         with pytest.raises(ModelError, match=r"^layer blocks\.0\.idle is not reached by a text"):
-            collect_statistics(idle, make_tokens(1, 8), gradients=gradients)
+            collect(idle, make_tokens(1, 8), names)
 
 
 def test_overflowing_activations_are_an_error(llama: Model) -> None:
     with llama.restored(), torch.no_grad():
         llama.layers[3].weight.fill_(1e38)
         with pytest.raises(SolverError, match=r"^layer model\.layers\.0\.mlp\.gate_proj: .* holds NaN or infinity"):
-            collect_statistics(llama, make_tokens(1, 8), gradients=False)
+            collect(llama, make_tokens(1, 8), "D")
+
+
+def test_operands_and_accumulators_are_one_table() -> None:
+    """Every operand but the weight can be measured, the Gram matrix too; those of gradients by way of them."""
+    assert set(ACCUMULATORS) == set(OPERANDS) - {"W"} | {"gram"} == set(ALL)
+    assert [name for name in ALL if needs_gradients([name])] == ["G", "H", "F"]
+    assert not needs_gradients(["W", *INPUTS])
+    assert [OPERANDS[name].cost for name in "WXDG"] == sorted(OPERANDS[name].cost for name in "WXDG")
 
 
 def test_batches_hold_about_2048_tokens() -> None:
@@ -398,11 +437,10 @@ def test_every_matrix_of_a_block_is_a_layer(architecture: Model) -> None:
 
 def test_every_layer_is_calibrated(architecture: Model) -> None:
     """Layers are reached, and gradients too, whatever the order of the module's attributes."""
-    found = collect_statistics(architecture, make_tokens(2, 12))
+    found = collect(architecture, make_tokens(2, 12), ALL)
     for name, layer in found.layers.items():
-        assert layer.G is not None
-        assert (layer.X > 0).any(), name
-        assert (layer.G > 0).any(), name
+        for operand in "XGHF":
+            assert (layer[operand] > 0).any(), (name, operand)
 
 
 def test_equal_arguments_share_their_memory(llama: Model) -> None:
@@ -417,14 +455,16 @@ def test_equal_arguments_share_their_memory(llama: Model) -> None:
 
 def test_a_block_on_dense_inputs_has_the_dense_statistics(model: Model, tokens: Tensor) -> None:
     """Replayed block by block on the outputs of the dense blocks before: bit by bit what one pass collects."""
-    dense = collect_statistics(model, tokens, gradients=False)
+    dense = collect(model, tokens, INPUTS)
     calls = record_calls(model, token_batches(tokens))
     hidden = calls.hidden
     for index, block in enumerate(model.blocks):
-        found = collect_block(calls, index, block, hidden, gram=True)
+        found = collect_block(calls, index, block, hidden, ALL)
         for name, layer in found.items():
-            assert torch.equal(layer.X, dense.layers[name].X)
-            assert torch.equal(layer.gram, dense.layers[name].gram)  # type: ignore[arg-type]
+            assert layer.values.keys() == set(INPUTS), "what inputs alone tell"
+            assert all(torch.equal(layer[one], dense.layers[name][one]) for one in INPUTS)
+        (few, *_) = collect_block(calls, index, block, hidden, ["X"]).values()
+        assert few.values.keys() == {"X"}
         hidden = calls.replay(index, block, hidden)
 
 
@@ -439,9 +479,7 @@ def test_input_moments_by_hand() -> None:
         moments.add(torch.tensor([5.0, 0.0], dtype=torch.float16))
         assert moments.tokens == 3
         assert torch.allclose(moments.rms(), torch.tensor([35 / 3, 20 / 3]).sqrt())
-    found = moments.gram()
-    assert found is not None
-    assert torch.allclose(found, torch.tensor([[35.0, 14.0], [14.0, 20.0]]) / 3)
+    assert torch.allclose(moments.gram(), torch.tensor([[35.0, 14.0], [14.0, 20.0]]) / 3)
 
 
 def test_squares_of_half_precision_do_not_overflow() -> None:
@@ -452,11 +490,11 @@ def test_squares_of_half_precision_do_not_overflow() -> None:
 
 def test_gradient_moments_by_hand() -> None:
     """Gradients 1 and -3: mean |g| = 2, mean g^2 = 5, square of the mean = 1."""
-    for accumulated, second in ((False, 5.0), (True, 1.0)):
-        moments = GradientMoments(torch.Size((1, 1)), torch.device("cpu"), accumulated=accumulated)
+    for kind, expected in ((AbsoluteGradients, 2.0), (SquaredGradients, 5.0), (SquareOfMeanGradient, 1.0)):
+        moments = kind(torch.Size((1, 1)), torch.device("cpu"))
         for gradient in (1.0, -3.0):
             moments.add(torch.tensor([[gradient]]))
-        assert [value.item() for value in moments.result()] == [2.0, second]
+        assert moments.result(2).item() == expected
 
 
 def test_token_moments_by_hand() -> None:
@@ -554,40 +592,33 @@ def test_cache_round_trip(statistics: Statistics, tmp_path: Path) -> None:
 
 
 def test_cache_keeps_what_was_not_collected_apart(model: Model, tokens: Tensor, tmp_path: Path) -> None:
-    plain = collect_statistics(model, tokens, gradients=False, gram=False)
+    plain = collect(model, tokens, "X")
     cached_statistics(tmp_path, "plain", lambda: plain)
     again, _ = cached_statistics(tmp_path, "plain", fail)
     assert_same_bits(again, plain)
-    assert next(iter(again.layers.values())).G is None
+    assert again.names == {"X"}
 
 
 def test_cache_key_is_of_everything_that_counts(tiny_llama: Path, tiny_gpt2: Path) -> None:
-    settings = {"gradients": True, "gram": False}
+    names = ["G", "H"]
     tokens = make_tokens(2, 6)
     changed = load_model(str(tiny_llama))
     changed.layers[0].weight[0, 0] += 1
     one = tokens.clone()
     one[1, 5] += 1
     keys = [
-        cache_key(load_model(str(tiny_llama)), tokens, settings),
-        cache_key(load_model(str(tiny_gpt2)), tokens, settings),
-        cache_key(load_model(str(tiny_llama), dtype="bfloat16"), tokens, settings),
-        cache_key(load_model(str(tiny_llama), include="mlp"), tokens, settings),
-        cache_key(changed, tokens, settings),
-        cache_key(load_model(str(tiny_llama)), one, settings),
-        cache_key(load_model(str(tiny_llama)), tokens.view(3, 4), settings),
-        cache_key(load_model(str(tiny_llama)), tokens, settings | {"gram": True}),
+        cache_key(load_model(str(tiny_llama)), tokens, names),
+        cache_key(load_model(str(tiny_gpt2)), tokens, names),
+        cache_key(load_model(str(tiny_llama), dtype="bfloat16"), tokens, names),
+        cache_key(load_model(str(tiny_llama), include="mlp"), tokens, names),
+        cache_key(changed, tokens, names),
+        cache_key(load_model(str(tiny_llama)), one, names),
+        cache_key(load_model(str(tiny_llama)), tokens.view(3, 4), names),
+        cache_key(load_model(str(tiny_llama)), tokens, [*names, "gram"]),
+        cache_key(load_model(str(tiny_llama)), tokens, ["G"]),
     ]
     assert len(set(keys)) == len(keys)
-    assert cache_key(load_model(str(tiny_llama)), tokens.clone(), dict(reversed(settings.items()))) == keys[0]
-
-
-def test_default_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "gpmetric"
-    monkeypatch.setenv("XDG_CACHE_HOME", "")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_cache() == tmp_path / ".cache" / "gpmetric"
+    assert cache_key(load_model(str(tiny_llama)), tokens.clone(), {*reversed(names)}) == keys[0]
 
 
 def test_estimate_is_the_size_of_the_file(statistics: Statistics, model: Model, tokens: Tensor, tmp_path: Path) -> None:
@@ -596,9 +627,9 @@ def test_estimate_is_the_size_of_the_file(statistics: Statistics, model: Model, 
         with safe_open(path, framework="pt") as file:
             return sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
 
-    assert written(statistics, "all") == estimate_bytes(model, gradients=True, fisher=True, gram=True)
-    plain = collect_statistics(model, tokens, gradients=False, gram=False)
-    assert written(plain, "plain") == estimate_bytes(model, gradients=False, fisher=False, gram=False)
+    assert written(statistics, "all") == estimate_bytes(model, ALL)
+    for names in ("", "X", "D", "GF"):
+        assert written(collect(model, tokens[:1], names), f"of {names}") == estimate_bytes(model, names)
 
 
 def cut_short(path: Path) -> None:
@@ -641,11 +672,16 @@ def rewrite(path: Path, change: Callable[[dict[str, Tensor], str], Any]) -> None
     save_file(tensors, path, metadata=metadata)
 
 
+def no_gradients_of_one(path: Path) -> None:
+    rewrite(path, lambda tensors, layer: tensors.pop(f"{layer}/G"))
+
+
 @pytest.mark.parametrize(
-    "damage", [cut_short, empty, foreign, listed, unparsed, other_operand, no_activations, no_layer]
+    "damage",
+    [cut_short, empty, foreign, listed, unparsed, other_operand, no_activations, no_gradients_of_one, no_layer],
 )
 def test_a_damaged_cache_file_is_written_anew(damage: Callable[[Path], None], llama: Model, tmp_path: Path) -> None:
-    statistics = collect_statistics(llama, make_tokens(2, 8))
+    statistics = collect(llama, make_tokens(2, 8), ALL)
     path = cached_statistics(tmp_path, "k", lambda: statistics)[1]
     damage(path)
     found, _ = cached_statistics(tmp_path, "k", lambda: statistics)

@@ -6,7 +6,7 @@ import functools
 import math
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,19 +15,21 @@ from typing import Any
 import pytest
 
 from gpmetric.errors import GpmetricError, LedgerError, MaskError
-from gpmetric.evolution import breeding, store
+from gpmetric.evolution import breeding, sqlite_schema
 from gpmetric.evolution.breeding import _rounded
 from gpmetric.evolution.campaign import Campaign
 from gpmetric.evolution.executors import Executor, LocalProcesses, Outcome, Serial
+from gpmetric.evolution.fitness import best_of, hinge_penalty
 from gpmetric.evolution.grammar import nests
 from gpmetric.evolution.ledger import Ledger
-from gpmetric.evolution.objectives import best_of, surcharge
-from gpmetric.evolution.plan import Plan
 from gpmetric.evolution.refinement import neighbours
-from gpmetric.evolution.screening import PROBE, Rung
+from gpmetric.evolution.rungs import PROBE, Rung
+from gpmetric.evolution.search_config import SearchConfig, named
 from gpmetric.evolution.selection import Individual, select_survivors
+from gpmetric.evolution.tasks import ExcessTask, MaskFingerprint, ProbeTask, Task
 from gpmetric.expression import PRIMITIVES, parse
-from gpmetric.pruning.metrics import GROUPS, resolve_metric
+from gpmetric.metrics import Metric, resolve_metric
+from gpmetric.targets import plain_granularities
 from tests import campaign_helpers as fake
 from tests.campaign_helpers import TARGETS
 
@@ -42,7 +44,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("canonical", "cancel_opposites", "rank_form"):
         monkeypatch.setattr(breeding, name, REMEMBERED[name])
     connect = sqlite3.connect
-    monkeypatch.setattr(store.sqlite3, "connect", lambda *a, **k: connect(*a, **k, factory=Hasty))
+    monkeypatch.setattr(sqlite_schema.sqlite3, "connect", lambda *a, **k: connect(*a, **k, factory=Hasty))
 
 
 REMEMBERED = {name: functools.cache(getattr(breeding, name)) for name in ("canonical", "cancel_opposites", "rank_form")}
@@ -70,7 +72,7 @@ class Mortal(Serial):
             yield outcome
 
 
-def plan(**changes: Any) -> Plan:
+def config(**changes: Any) -> SearchConfig:
     values: dict[str, Any] = {
         "targets": TARGETS,
         "operands": ("W", "X", "G"),
@@ -83,12 +85,19 @@ def plan(**changes: Any) -> Plan:
         "generations": 5,
     }
     values |= changes
-    return Plan(**({"rivals": values["start"]} | values))
+    values["start"] = tuple(metric(text) for text in values["start"])
+    return SearchConfig(**({"rivals": values["start"]} | values))
+
+
+def metric(text: str) -> Metric:
+    """Named as a draw is."""
+    found = resolve_metric(text)
+    return named(found.expression, found.granularity)
 
 
 def run(path: Path, executor: Executor | None = None, *, resume: bool = False, **changes: Any) -> Tables:
     """Runs a campaign; returns the tables that two equal campaigns share."""
-    chosen = plan(**changes)
+    chosen = config(**changes)
     with Ledger.open(path, {"seed": chosen.seed}, resume=resume) as ledger:
         Campaign(chosen, ledger, executor or Mortal()).run()
         return ledger.comparable_tables()
@@ -104,7 +113,7 @@ def paid(tables: Tables) -> list[str]:
 def test_a_campaign_finishes_its_generations(tmp_path: Path) -> None:
     tables = run(tmp_path / "a")
     assert [row["number"] for row in tables["generations"]] == [0, 1, 2, 3, 4]
-    assert {row["status"] for row in tables["candidates"]} == {"evaluated", "duplicate", "failed"}
+    assert {row["status"] for row in tables["candidates"]} == {"evaluated", "duplicate", "screened", "failed"}
     assert [row["formula"] for row in tables["candidates"][:4]] == list(START)
     assert tables["candidates"][3]["status"] == "duplicate"  # abs(-W) is abs(W) once opposites cancel
     assert tables["candidates"][3]["evaluation"] == tables["candidates"][0]["evaluation"]
@@ -115,10 +124,10 @@ def test_figures_are_means_over_all_windows(tmp_path: Path) -> None:
     done = [row for row in run(tmp_path / "a")["evaluations"] if row["status"] == "done"]
     assert len(done) > 8
     for row in done:
-        for column, kind in (("losses", "loss"), ("divergences", "kl")):
+        for kind in ("loss", "kl"):
             for target in TARGETS:
                 expected = sum(fake.figure(row["formula"], kind, target, window) for window in range(8)) / 8
-                assert row[column][target] == pytest.approx(expected, rel=1e-12)
+                assert row["figures"][kind][target] == pytest.approx(expected, rel=1e-12)
 
 
 def test_each_candidate_has_what_simplification_left_of_it(tmp_path: Path) -> None:
@@ -129,18 +138,19 @@ def test_each_candidate_has_what_simplification_left_of_it(tmp_path: Path) -> No
     assert first["canonical"] == "rowsum(abs(W))+abs(W)*X"
     assert first["ranked"] == "abs(W)*X"  # the sum is one number for each row
     assert (second["status"], second["evaluation"]) == ("duplicate", first["evaluation"])
-    first, second = run(tmp_path / "b", start=(formula, alike), ranks="layer")["candidates"][:2]
+    first, second = run(tmp_path / "b", start=(formula, alike), rank_group="layer")["candidates"][:2]
     assert first["ranked"] == first["canonical"]
     assert second["status"] == "evaluated"
 
 
 def test_failures_are_recorded_with_their_reasons(tmp_path: Path) -> None:
     tables = run(tmp_path / "a", generations=24)
-    reasons = Counter(row["reason"] for row in tables["candidates"] if row["status"] == "failed")
-    assert set(reasons) == {
+    assert {row["reason"] for row in tables["candidates"] if row["status"] == "failed"} == {
         "3 of 8 scores are NaN or infinite",
         "the scores ran away",
         "equal to a formula that failed or was screened out",
+    }
+    assert {row["reason"] for row in tables["candidates"] if row["status"] == "screened"} == {
         "screened out after reconstruction",
         "screened out after 1 windows",
         "screened out after 4 windows",
@@ -151,15 +161,15 @@ def test_failures_are_recorded_with_their_reasons(tmp_path: Path) -> None:
     ran_away = [row for row in tables["evaluations"] if row["status"] == "failed"]
     assert ran_away
     for row in ran_away:
-        assert (row["reason"], row["losses"], row["divergences"]) == ("the scores ran away", {}, {})
+        assert (row["reason"], row["figures"]) == ("the scores ran away", {})
 
 
 @pytest.mark.parametrize("kind", ["loss", "kl"])
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_figure_that_is_not_finite_is_a_failure(tmp_path: Path, kind: str, bad: float) -> None:
-    def ruin(task: Mapping[str, Any]) -> Any:
+    def ruin(task: Task) -> Any:
         answer = fake.evaluate(task)
-        if task["kind"] == "excess" and fake.number("ruined", task["metric"]) < 0.3:
+        if isinstance(task, ExcessTask) and fake.number("ruined", task.metric.name) < 0.3:
             answer[kind]["2:4"] = bad
         return answer
 
@@ -176,8 +186,8 @@ def test_a_figure_that_is_not_finite_is_a_failure(tmp_path: Path, kind: str, bad
 def test_nothing_is_measured_twice(tmp_path: Path) -> None:
     executor = Mortal()
     tables = run(tmp_path / "a", executor, generations=12)
-    probed = [text for task in executor.tasks if task["kind"] == "probe" for text in task["metrics"]]
-    measured = [(task["metric"], task["first"]) for task in executor.tasks if task["kind"] == "excess"]
+    probed = [one.name for task in executor.tasks if isinstance(task, ProbeTask) for one in task.metrics]
+    measured = [(task.metric.name, task.first) for task in executor.tasks if isinstance(task, ExcessTask)]
     assert max(Counter(probed).values()) == max(Counter(measured).values()) == 1
     masks = Counter((fake.mask(text), first) for text, first in measured)
     assert max(masks.values()) == 1  # no mask either
@@ -189,11 +199,10 @@ def test_nothing_is_measured_twice(tmp_path: Path) -> None:
 def test_equal_masks_are_told_by_the_probe_alone(tmp_path: Path) -> None:
     """Everything of one mask: one candidate is measured, the others are its duplicates, and the search is over."""
 
-    def alike(task: Mapping[str, Any]) -> Any:
-        answer = fake.evaluate(task | ({"metric": "abs(W)"} if "metric" in task else {}))
-        if task["kind"] == "probe":
-            answer = [{"error": None, "fingerprint": "one", "sketch": "", "reconstruction": {}} for _ in answer]
-        return answer
+    def alike(task: Task) -> Any:
+        if isinstance(task, ProbeTask):
+            return [MaskFingerprint("one", "", {}) for _ in task.metrics]
+        return fake.evaluate(replace(task, metric=metric("abs(W)")))
 
     tables = run(tmp_path / "a", Mortal(function=alike))
     assert paid(tables) == ["abs(W)"]
@@ -215,19 +224,19 @@ def test_without_fingerprints_equal_masks_are_paid_for_again(tmp_path: Path) -> 
 
 
 def test_start_formulas_are_never_screened_out(tmp_path: Path) -> None:
-    def against(task: Mapping[str, Any]) -> Any:
-        answer = fake.evaluate(task)
+    def against(task: Task) -> Any:
         started = ("abs(W)", "abs(W)*X", "sqr(W)*mms(G)")
-        for text, part in zip(task.get("metrics", ()), answer, strict=False):
-            if text in started:
-                part |= {"error": None, "fingerprint": text, "sketch": "", "reconstruction": {"0.5": 9.0, "2:4": 9.0}}
-        if task.get("metric") in started:
-            answer = {kind: dict.fromkeys(TARGETS, 50.0) for kind in ("loss", "kl")}
-        return answer
+        if isinstance(task, ProbeTask):
+            worst = dict.fromkeys(TARGETS, 9.0)
+            names = [one.name for one in task.metrics]
+            return [MaskFingerprint(name, "", worst) if name in started else fake.probe(name) for name in names]
+        if task.metric.name in started:
+            return {kind: dict.fromkeys(TARGETS, 50.0) for kind in ("loss", "kl")}
+        return fake.evaluate(task)
 
     tables = run(tmp_path / "a", Mortal(function=against), generations=1)
     assert [row["status"] for row in tables["candidates"][:4]] == ["evaluated"] * 3 + ["duplicate"]
-    assert [row["losses"]["0.5"] for row in tables["evaluations"][:3]] == [50.0] * 3
+    assert [row["figures"]["loss"]["0.5"] for row in tables["evaluations"][:3]] == [50.0] * 3
     assert len(tables["evaluations"]) > 3  # the better ones climb beside them
 
 
@@ -245,7 +254,7 @@ def test_no_more_than_its_share_climbs(tmp_path: Path) -> None:
         distinct = {
             row["value"]["fingerprint"]
             for row in tables["measurements"]
-            if row["generation"] == number and row["rung"] == PROBE and row["value"]
+            if row["generation"] == number and row["rung"] == PROBE.name and row["value"]
         }
         counts = [len(distinct), *(climbed[rung.name] for rung in RUNGS)]
         for share, below, above in zip((0.8, 0.4, 0.5), counts, counts[1:], strict=False):
@@ -270,15 +279,14 @@ def test_the_better_part_climbs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("objective", ["kl", "loss"])
 def test_the_objective_orders_candidates(tmp_path: Path, objective: str) -> None:
-    chosen = plan(objective=objective)
+    chosen = config(objective=objective)
     with Ledger.open(tmp_path / "a", {}, resume=False) as ledger:
         campaign = Campaign(chosen, ledger, Mortal())
         campaign.run()
-        column = {"kl": "divergences", "loss": "losses"}[objective]
         rows = ledger.evaluations("done")
-        assert campaign.front()[0].text == min(rows, key=lambda row: sum(getattr(row, column).values())).formula
+        assert campaign.front()[0].text == min(rows, key=lambda row: sum(row.figures[objective].values())).formula
         for individual, row in zip(campaign.individuals(), rows, strict=True):
-            assert individual.searched == getattr(row, column)
+            assert individual.searched == row.figures[objective]
             assert individual.excess == row.losses
 
 
@@ -291,7 +299,7 @@ def test_the_objectives_lead_to_different_searches(tmp_path: Path) -> None:
 
 def test_the_front_holds_the_best_mean_and_nothing_dominated(tmp_path: Path) -> None:
     with Ledger.open(tmp_path / "a", {}, resume=False) as ledger:
-        campaign = Campaign(plan(), ledger, Mortal())
+        campaign = Campaign(config(), ledger, Mortal())
         campaign.run()
         front, everyone = campaign.front(), campaign.individuals()
     assert front[0].merit == min(one.merit for one in everyone)
@@ -310,7 +318,7 @@ def test_the_front_holds_the_best_mean_and_nothing_dominated(tmp_path: Path) -> 
 
 def test_groups_are_searched_with_the_formulas(tmp_path: Path) -> None:
     executor = Mortal()
-    tables = run(tmp_path / "a", executor, groups=GROUPS, generations=8, population=20)
+    tables = run(tmp_path / "a", executor, groups=plain_granularities(), generations=8, population=20)
     groups = {resolve_metric(text).granularity for text in paid(tables)}
     assert groups == {"row", "layer", "block"}
     for row in tables["candidates"]:
@@ -319,13 +327,13 @@ def test_groups_are_searched_with_the_formulas(tmp_path: Path) -> None:
         assert texts[0].rpartition(":")[0] in ("", "layer", "block")
     for number in range(8):
         assert all(text in paid(tables) for text in tables["generations"][number]["population"])
-    asked = {task["metric"] for task in executor.tasks if task["kind"] == "excess"}
+    asked = {task.metric.name for task in executor.tasks if isinstance(task, ExcessTask)}
     assert any(text.startswith("block:") for text in asked)
 
 
 def test_in_a_layer_what_is_constant_in_a_row_only_counts(tmp_path: Path) -> None:
     start = tuple(f"{group}abs(W)*X{term}" for group in ("", "layer:") for term in ("", "/rowsum(abs(W))"))
-    rows = run(tmp_path / "a", start=start, groups=GROUPS, generations=1)["candidates"][:4]
+    rows = run(tmp_path / "a", start=start, groups=plain_granularities(), generations=1)["candidates"][:4]
     forms = [row["ranked"] for row in rows]
     assert forms[0] == forms[1] == "abs(W)*X"
     assert forms[2] == "layer:abs(W)*X"
@@ -356,7 +364,7 @@ def test_constants_are_rounded_but_those_of_start_metrics(tmp_path: Path) -> Non
 
 def test_every_third_generation_begins_with_neighbours_of_the_best(tmp_path: Path) -> None:
     with Ledger.open(tmp_path / "a", {}, resume=False) as ledger:
-        campaign = Campaign(plan(generations=2), ledger, Mortal())
+        campaign = Campaign(config(generations=2), ledger, Mortal())
         campaign.run()
         population = [resolve_metric(text) for text in ledger.generations()[-1].population]
     expected = {str(one) for metric in population for one in neighbours(metric.expression, 1.5)}
@@ -369,9 +377,9 @@ def test_every_third_generation_begins_with_neighbours_of_the_best(tmp_path: Pat
 def test_without_breeding_every_formula_is_drawn_at_random(tmp_path: Path) -> None:
     """What is drawn does not depend on what was found, also in the generation that neighbours begin otherwise."""
 
-    def reversed_worth(task: Mapping[str, Any]) -> Any:
+    def reversed_worth(task: Task) -> Any:
         answer = fake.evaluate(task)
-        if task["kind"] == "excess":
+        if isinstance(task, ExcessTask):
             answer = {kind: {target: 4 - value for target, value in part.items()} for kind, part in answer.items()}
         return answer
 
@@ -433,11 +441,11 @@ def test_out_of_time_at_every_measurement_keeps_it_and_a_resume_goes_on(tmp_path
         path, executor = tmp_path / str(count), Mortal()
         with Ledger.open(path, {"seed": 1}, resume=False) as ledger:
             late = Campaign(
-                plan(generations=3), ledger, executor, out_of_time=lambda made=executor.tasks, n=count: len(made) >= n
+                config(generations=3), ledger, executor, out_of_time=lambda made=executor.tasks, n=count: len(made) >= n
             )
             with suppress(GpmetricError):  # nothing may be evaluated yet
                 late.run()
-            assert bool(ledger.evaluations("done")) == any(task.get("last") == 8 for task in executor.tasks)
+            assert bool(ledger.evaluations("done")) == any(getattr(task, "last", 0) == 8 for task in executor.tasks)
         # the last measurement of a rung is followed by the next rung's first before the clock is read again
         assert count <= len(executor.tasks) <= count + len(RUNGS) + 1
         assert run(path, generations=3, resume=True) == expected, f"out of time after {count} outcomes"
@@ -452,17 +460,17 @@ def test_same_seed_same_ledger_another_seed_another(tmp_path: Path) -> None:
     assert run(tmp_path / "c", seed=2)["candidates"] != first["candidates"]
 
 
-@pytest.mark.parametrize(("step", "changes"), [(1, {}), (4, {"groups": GROUPS, "fingerprints": False})])
+@pytest.mark.parametrize(("step", "changes"), [(1, {}), (4, {"groups": plain_granularities(), "fingerprints": False})])
 def test_stopped_after_every_outcome_and_resumed_equals_uninterrupted(
     tmp_path: Path, step: int, changes: dict[str, Any]
 ) -> None:
     whole = Mortal()
-    expected = run(tmp_path / "whole", whole, generations=4, **changes)
+    expected = run(tmp_path / "whole", whole, generations=3, **changes)  # the third begins with neighbours
     for life in range(0, len(whole.tasks), step):
         path, dying, reborn = tmp_path / str(life), Mortal(life), Mortal()
         with pytest.raises(KeyboardInterrupt):
-            run(path, dying, generations=4, **changes)
-        assert run(path, reborn, resume=True, generations=4, **changes) == expected, f"stopped after {life} outcomes"
+            run(path, dying, generations=3, **changes)
+        assert run(path, reborn, resume=True, generations=3, **changes) == expected, f"stopped after {life} outcomes"
         assert len(reborn.tasks) == len(whole.tasks) - life  # nothing is computed again
 
 
@@ -549,7 +557,7 @@ def test_a_space_without_anything_new_ends_the_campaign(tmp_path: Path) -> None:
 
 
 def test_nothing_evaluable_is_a_clear_error(tmp_path: Path) -> None:
-    def refuse(task: Mapping[str, Any]) -> Sequence[Any]:
+    def refuse(task: Task) -> Sequence[Any]:
         raise MaskError("8 of 8 scores are NaN or infinite")
 
     with pytest.raises(GpmetricError, match="no formula could be evaluated"):
@@ -566,13 +574,13 @@ def test_merit_adds_what_is_above_the_bar() -> None:
     """By hand: mean (0.5 + 0.3) / 2 of the divergence; each second figure is 0.1 above its bar less 2 %."""
     divergence, excess = {"0.5": 0.5, "2:4": 0.3}, {"0.5": 0.55, "2:4": 0.35}
     low, high = {"0.5": 0.6, "2:4": 0.2}, {"0.5": 0.6, "2:4": 0.25}
-    assert Individual("abs(W)", divergence, excess, low, high).merit == pytest.approx(0.4 + 0.104 + 0.105)
-    assert Individual("abs(W)", divergence, excess, {}, high).merit == pytest.approx(0.4 + 0.105)
-    assert surcharge({"a": 0.5, "b": 0.495}, {"a": 0.52, "b": 0.5}) == pytest.approx(0.005)  # a is clearly below
-    assert surcharge({"a": -0.01}, {"a": -0.01}) == pytest.approx(0.0002)  # pruning may help a little
+    assert Individual(metric("abs(W)"), divergence, excess, low, high).merit == pytest.approx(0.4 + 0.104 + 0.105)
+    assert Individual(metric("abs(W)"), divergence, excess, {}, high).merit == pytest.approx(0.4 + 0.105)
+    assert hinge_penalty({"a": 0.5, "b": 0.495}, {"a": 0.52, "b": 0.5}) == pytest.approx(0.005)  # a is clearly below
+    assert hinge_penalty({"a": -0.01}, {"a": -0.01}) == pytest.approx(0.0002)  # pruning may help a little
     assert best_of([{"a": 1.0, "b": 3.0}, {"a": 2.0, "b": math.inf}]) == {"a": 1.0, "b": 3.0}
     assert best_of([]) == {}
-    assert Individual("abs(W)", divergence, excess).merit == pytest.approx(0.4)
+    assert Individual(metric("abs(W)"), divergence, excess).merit == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("generations", [1, 3])
@@ -580,7 +588,7 @@ def test_the_bar_is_the_best_start_formula_at_each_target(tmp_path: Path, genera
     """Also where the campaign goes on from a ledger, which has no first generation of its own."""
     for resume in (False, True):
         with Ledger.open(tmp_path / "a", {}, resume=resume) as ledger:
-            campaign = Campaign(plan(generations=generations), ledger, Mortal())
+            campaign = Campaign(config(generations=generations), ledger, Mortal())
             campaign.run()
             places = {row.evaluation for row in ledger.candidates() if (row.generation, row.position) < (0, len(START))}
             started = [row for row in ledger.evaluations("done") if row.id in places]
@@ -592,19 +600,19 @@ def test_the_bar_is_the_best_start_formula_at_each_target(tmp_path: Path, genera
 @pytest.mark.parametrize("wanted", [False, True])
 def test_the_divergence_has_a_bar_where_it_is_wanted(tmp_path: Path, wanted: bool) -> None:
     with Ledger.open(tmp_path / "a", {}, resume=False) as ledger:
-        campaign = Campaign(replace(plan(generations=1), divergence_bar=wanted), ledger, Mortal())
+        campaign = Campaign(replace(config(generations=1), objective_bar=wanted), ledger, Mortal())
         campaign.run()
-        lowest = min(row.divergences[TARGETS[0]] for row in ledger.evaluations("done")[: len(START)])
+        lowest = min(row.figures["kl"][TARGETS[0]] for row in ledger.evaluations("done")[: len(START)])
         assert all(one.bar and bool(one.searched_bar) == wanted for one in campaign.individuals())
         assert not wanted or campaign.individuals()[0].searched_bar[TARGETS[0]] == lowest
 
 
 def test_few_of_the_elite_differ_in_constants_only() -> None:
     def individual(constant: float, figure: float) -> Individual:
-        return Individual(f"abs(W)**{constant}*X", {"0.5": figure}, {"0.5": figure})
+        return Individual(metric(f"abs(W)**{constant}*X"), {"0.5": figure}, {"0.5": figure})
 
     alike = [individual(1.1 + number / 10, 1 + number / 100) for number in range(8)]
-    others = [Individual(text, {"0.5": 2.0}, {"0.5": 2.0}) for text in ("abs(W)*G", "abs(W)*H", "abs(W)*D")]
+    others = [Individual(metric(text), {"0.5": 2.0}, {"0.5": 2.0}) for text in ("abs(W)*G", "abs(W)*H", "abs(W)*D")]
     kept = select_survivors([*alike, *others], 10)
     assert [one.text for one in kept[:3]] == [one.text for one in alike[:3]]
     assert {one.text for one in kept[3:5]} <= {one.text for one in others}

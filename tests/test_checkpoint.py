@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpmetric.errors import GpmetricError, InputError
-from gpmetric.models import load_model
-from gpmetric.pruning import prune_model as module
+from gpmetric.loading import load_model
+from gpmetric.pruning import prune as module
 from gpmetric.pruning.bench import bench
 from gpmetric.pruning.checkpoint import MANIFEST, check_folder
-from gpmetric.pruning.prune_model import prune_model
+from gpmetric.pruning.prune import prune
 from gpmetric.pruning.verify import verify
 
 QUICK = {"samples": 4, "windows": 4, "sequence_length": 32, "device": "cpu"}
@@ -31,7 +31,7 @@ QUICK = {"samples": 4, "windows": 4, "sequence_length": 32, "device": "cpu"}
 def pruned(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> Path:
     """The tiny Llama at 2:4."""
     folder = tmp_path / "pruned"
-    prune_model(str(tiny_llama), output=folder, calibration=str(tiny_text), target="2:4", **QUICK)
+    prune(str(tiny_llama), output=folder, calibration=str(tiny_text), target="2:4", **QUICK)
     return folder
 
 
@@ -69,7 +69,7 @@ def test_stock_transformers_reads_what_bench_measured(
 ) -> None:
     source = request.getfixturevalue(family)
     options = QUICK | {"calibration": str(tiny_text), "update": update}
-    result = prune_model(str(source), output=tmp_path / "out", metric=metric, target=target, **options)
+    result = prune(str(source), output=tmp_path / "out", metric=metric, target=target, **options)
     measured = bench(str(source), text=[str(tiny_text)], metric=[metric], target=[target], **options)
     (row,) = measured["results"]
     assert result["perplexity"] == pytest.approx(row["ppl"][str(tiny_text)], rel=1e-3)
@@ -94,7 +94,7 @@ def test_the_stored_dtype_is_kept(
     AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).save_pretrained(half)
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(half)
     options = QUICK | {"calibration": str(tiny_text), "update": update}
-    prune_model(str(half), output=tmp_path / "out", **options)
+    prune(str(half), output=tmp_path / "out", **options)
     assert {one.dtype for one in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
     assert verify(tmp_path / "out", against=str(half), device="cpu")["problems"] == []
 
@@ -175,17 +175,17 @@ def test_an_existing_folder_is_replaced_by_force_alone(
 ) -> None:
     options = QUICK | {"calibration": str(tiny_text)}
     with pytest.raises(InputError, match="exists already; --force"):
-        prune_model(str(tiny_llama), output=pruned, **options)
-    prune_model(str(tiny_llama), output=pruned, target="1:4", force=True, **options)
+        prune(str(tiny_llama), output=pruned, **options)
+    prune(str(tiny_llama), output=pruned, target="1:4", force=True, **options)
     assert json.loads((pruned / MANIFEST).read_text())["target"] == "1:4"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned"]
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("dear")
     with pytest.raises(InputError, match=r"holds 'thesis\.tex', which gpmetric did not write"):
-        prune_model(str(tiny_llama), output=mine, force=True, **options)
+        prune(str(tiny_llama), output=mine, force=True, **options)
     with pytest.raises(InputError, match="does not exist"):
-        prune_model(str(tiny_llama), output=tmp_path / "a" / "b", **options)
+        prune(str(tiny_llama), output=tmp_path / "a" / "b", **options)
     assert (mine / "thesis.tex").read_text() == "dear"
 
 
@@ -194,16 +194,18 @@ def test_a_failure_leaves_nothing(
 ) -> None:
     """Neither a new folder nor a change of the old one."""
     before = (pruned / MANIFEST).read_text()
-    monkeypatch.setattr(module, "verify", lambda *a, **k: {"ok": False, "problems": ["it rained"], "perplexity": 1.0})
+    monkeypatch.setattr(
+        module, "run_verify", lambda *a, **k: {"ok": False, "problems": ["it rained"], "perplexity": 1.0}
+    )
     for folder in (tmp_path / "new", pruned):
         with pytest.raises(GpmetricError, match="does not verify: it rained"):
-            prune_model(str(tiny_llama), output=folder, calibration=str(tiny_text), force=True, **QUICK)
+            prune(str(tiny_llama), output=folder, calibration=str(tiny_text), force=True, **QUICK)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned"]
     assert (pruned / MANIFEST).read_text() == before
 
 
 def test_masks_are_saved(tiny_gpt2: Path, tiny_text: Path, tmp_path: Path) -> None:
-    result = prune_model(
+    result = prune(
         str(tiny_gpt2),
         output=tmp_path / "out",
         calibration=str(tiny_text),
@@ -223,7 +225,7 @@ def test_a_sharded_checkpoint(tiny_llama: Path, tiny_text: Path, tmp_path: Path)
     source = tmp_path / "source"
     AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(source, max_shard_size="50KB")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(source)
-    prune_model(str(source), output=tmp_path / "out", calibration=str(tiny_text), **QUICK)
+    prune(str(source), output=tmp_path / "out", calibration=str(tiny_text), **QUICK)
     shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
     assert len(shards) > 1
     assert verify(tmp_path / "out", against=str(tiny_llama), device="cpu")["problems"] == []
@@ -235,17 +237,17 @@ def test_force_spares_what_is_not_ours(tiny_llama: Path, tiny_text: Path, pruned
     options = QUICK | {"calibration": str(tiny_text), "force": True}
     (pruned / "notes.md").write_text("dear")
     with pytest.raises(InputError, match=r"holds 'notes\.md', which gpmetric did not write"):
-        prune_model(str(tiny_llama), output=pruned, **options)
+        prune(str(tiny_llama), output=pruned, **options)
     (pruned / "notes.md").unlink()
     with pytest.raises(InputError, match="holds what is needed"):
-        prune_model(str(pruned), output=pruned, **options)
+        prune(str(pruned), output=pruned, **options)
     with pytest.raises(InputError, match="holds what is needed"):
-        prune_model(str(tiny_llama), output=pruned, save_masks=pruned / "masks.safetensors", **options)
+        prune(str(tiny_llama), output=pruned, save_masks=pruned / "masks.safetensors", **options)
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / MANIFEST).write_text("")
     with pytest.raises(InputError, match="which gpmetric did not write"):
-        prune_model(str(tiny_llama), output=empty, **options)
+        prune(str(tiny_llama), output=empty, **options)
 
 
 def test_a_name_of_the_hub_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +271,7 @@ def test_a_folder_that_appears_meanwhile_is_spared(
 
     monkeypatch.setattr(module, "write_checkpoint", slow)
     with pytest.raises(InputError, match="exists already"):
-        prune_model(str(tiny_llama), output=tmp_path / "out", calibration=str(tiny_text), **QUICK)
+        prune(str(tiny_llama), output=tmp_path / "out", calibration=str(tiny_text), **QUICK)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -288,7 +290,7 @@ def test_an_interrupt_between_the_renames_loses_nothing(
 
     monkeypatch.setattr(os, "rename", once)
     with pytest.raises(KeyboardInterrupt):
-        prune_model(str(tiny_llama), output=pruned, calibration=str(tiny_text), force=True, **QUICK)
+        prune(str(tiny_llama), output=pruned, calibration=str(tiny_text), force=True, **QUICK)
     assert (pruned / MANIFEST).read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
 
@@ -307,7 +309,7 @@ def test_every_tensor_keeps_its_dtype_and_every_file_its_place(
     (source / "config.json").write_text(json.dumps(config | {"dtype": "float16", "sparsity_config": {}}))
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
-    prune_model(str(source), output=tmp_path / "out", calibration=str(tiny_text), **QUICK | options)
+    prune(str(source), output=tmp_path / "out", calibration=str(tiny_text), **QUICK | options)
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert {name: one.dtype for name, one in found.items()} == {name: one.dtype for name, one in weights.items()}
     assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").is_file()
@@ -366,7 +368,7 @@ def allocated(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> Path:
     sparsity = dict.fromkeys(names, 0.5) | {names[0]: 10 / 32, names[-1]: 0.0}
     (tmp_path / "a.json").write_text(json.dumps({"version": 1, "granularity": "row", "sparsity": sparsity}))
     options = QUICK | {"calibration": str(tiny_text), "allocation": tmp_path / "a.json", "update": "obs"}
-    prune_model(str(tiny_llama), output=tmp_path / "allocated", **options)
+    prune(str(tiny_llama), output=tmp_path / "allocated", **options)
     return tmp_path / "allocated"
 
 
@@ -400,3 +402,14 @@ def test_verify_compares_a_dense_layer_whatever_the_update(allocated: Path, tiny
     edit(allocated, lambda weights: weights["model.layers.2.mlp.down_proj.weight"].mul_(1.001))
     told = "weights of layer model.layers.2.mlp.down_proj that were kept are not those of"
     assert any(told in one for one in verify(allocated, against=str(tiny_llama), device="cpu")["problems"])
+
+
+@pytest.mark.parametrize(("folder", "layers"), [("pruned", 14), ("slimmed", 0)])
+def test_a_checkpoint_of_the_last_version_still_verifies(
+    monkeypatch: pytest.MonkeyPatch, folder: str, layers: int
+) -> None:
+    """Written by version 0.1.0 before sessions; the text that its manifest names lies beside it."""
+    monkeypatch.chdir(Path(__file__).parent / "golden")
+    found = verify(folder, device="cpu")
+    assert (found["ok"], found["problems"], found["layers"]) == (True, [], layers)
+    assert found["perplexity"] is not None

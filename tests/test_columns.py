@@ -11,6 +11,7 @@ from gpmetric.expression import PRIMITIVES, parse
 from gpmetric.expression import columns as module
 from gpmetric.expression.columns import ColumnScores
 from gpmetric.expression.evaluate import evaluate
+from gpmetric.operands import OPERANDS, shape_of
 
 OUT, IN = 6, 20
 UNARY = [f"{name}(abs(W)*X)+0*{name}(F)" for name, row in PRIMITIVES.items() if row.arity == 1]
@@ -29,10 +30,11 @@ FORMULAS = [
 
 def layers(count: int, seed: int) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    matrices = [{name: torch.rand(OUT, IN, generator=generator) for name in "GHF"} for _ in range(count)]
-    vectors = [{name: torch.rand(IN, generator=generator) for name in "XD"} for _ in range(count)]
-    weights = [{"W": torch.randn(OUT, IN, generator=generator)} for _ in range(count)]
-    return [a | b | c for a, b, c in zip(matrices, vectors, weights, strict=True)]
+    draws = {True: torch.randn, False: torch.rand}
+    return [
+        {name: draws[row.signed](shape_of(name, (OUT, IN)), generator=generator) for name, row in OPERANDS.items()}
+        for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize("formula", FORMULAS)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from gpmetric.data import Text, cut_windows, read_text
-from gpmetric.errors import DataError, InputError, ModelError
-from gpmetric.evaluation.evaluate import evaluate_model
-from gpmetric.evaluation.perplexity import Teacher, batches, mean_loss, perplexity
-from gpmetric.evaluation.windows import check_length, default_text, open_text, read_windows
-from gpmetric.models import Model, load_model
-from gpmetric.provenance import write_json
+from gpmetric.errors import DataError, InputError
+from gpmetric.evaluation.objectives import OBJECTIVES
+from gpmetric.evaluation.perplexity import DenseLoss, Teacher, batches, mean_loss, perplexity
+from gpmetric.files import write_json
+from gpmetric.loading import load_model
+from gpmetric.models import Model
+from gpmetric.session.evaluate import EvaluateListener, evaluate
+from tests.pruning_helpers import windows_of
 
 
 @pytest.fixture(scope="module", params=["tiny_llama", "tiny_gpt2"])
@@ -34,7 +34,7 @@ def llama(tiny_llama: Path) -> Model:
 @pytest.mark.parametrize(("length", "count"), [(2, 5), (32, 7), (41, 70), (64, 64)])
 def test_mean_loss_is_transformers_own(model: Model, tiny_text: Path, length: int, count: int) -> None:
     """Window by window; 70 windows of 41 tokens are two batches of our own, of which the second is smaller."""
-    windows = read_windows(model, str(tiny_text), length, count)
+    windows = windows_of(model, tiny_text, length, count)
     with torch.no_grad():
         losses = [model.module(input_ids=row[None], labels=row[None]).loss.item() for row in windows.tokens]
     assert mean_loss(model, windows.tokens) == pytest.approx(sum(losses) / count, rel=1e-5)
@@ -73,13 +73,14 @@ def test_perplexity_of_a_loss() -> None:
     assert perplexity(701.0) == perplexity(math.inf) == perplexity(math.nan) == math.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "text"), [("llama-05m", "wikitext2-test.txt"), ("gpt2-05m", "ptb-test.txt")])
 def test_dense_perplexity_of_the_reference(name: str, text: str, shared: Path) -> None:
     """Made by the original authors' own code, to the digits it prints (seven)."""
     reference = json.loads((shared / "reference" / f"{name}.json").read_text())
     model = load_model(str(shared / "models" / name))
     count = reference["texts"][text]["windows"]
-    windows = read_windows(model, str(shared / "text" / text), reference["sequence_length"], count)
+    windows = windows_of(model, shared / "text" / text, reference["sequence_length"], count)
     assert perplexity(mean_loss(model, windows.tokens)) == pytest.approx(reference["dense"][text], rel=2e-6)
 
 
@@ -113,6 +114,34 @@ def test_a_pupil_pruned_to_death_is_not_finite(llama: Model) -> None:
         assert not teacher.compare(llama).isfinite().any()
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_is_zero_for_the_dense_model_and_has_gradients(model: Model, name: str) -> None:
+    """What its row says of it: nats over so many predictions, memory where predictions are kept and nowhere else."""
+    rows = torch.tensor([[5, 9, 200, 7], [1, 2, 3, 4]])
+    with torch.no_grad(), model.restored():
+        reference = OBJECTIVES[name].reference(model, rows)
+        assert reference.predictions == 6
+        assert reference.bytes == (6 * 300 * 2 if OBJECTIVES[name].keeps_predictions else 0)
+        assert abs(float(reference.excess(model))) < 1e-3
+        for layer in model.layers:
+            layer.weight.mul_(0.5)
+        excess = reference.excess(model)
+        assert excess.isfinite()
+        assert abs(float(excess)) > 1e-2
+        expected = Teacher if name == "kl" else DenseLoss
+        assert isinstance(reference, expected)
+        weight = model.layers[-1].parameter
+        with torch.enable_grad():
+            weight.requires_grad_(True)
+            traced = reference.excess(model)
+            traced.backward()
+            weight.requires_grad_(False)
+        assert float(traced.detach()) == pytest.approx(float(excess), rel=1e-4)
+        assert weight.grad is not None
+        assert weight.grad.abs().sum() > 0
+        weight.grad = None
+
+
 @pytest.mark.parametrize(("length", "count", "sizes"), [(32, 70, [64, 6]), (64, 33, [32, 1]), (2048, 2, [1, 1])])
 def test_batches_hold_two_thousand_tokens(llama: Model, length: int, count: int, sizes: list[int]) -> None:
     tokens = torch.arange(length * count).view(count, length)
@@ -121,75 +150,28 @@ def test_batches_hold_two_thousand_tokens(llama: Model, length: int, count: int,
     assert torch.equal(torch.cat(parts), tokens)
 
 
-# Which windows
+# evaluate
 
 
-@pytest.mark.parametrize(("length", "used"), [(None, 64), (2, 2), (64, 64)])
-def test_sequence_length(llama: Model, length: int | None, used: int) -> None:
-    assert check_length(llama, length) == used
-
-
-@pytest.mark.parametrize("length", [-1, 0, 1, 65])
-def test_sequence_lengths_that_are_refused(llama: Model, length: int) -> None:
-    message = rf"^--sequence-length must be at least 2 and at most 64, the positions of '.*', but got {length}$"
-    with pytest.raises(InputError, match=message):
-        check_length(llama, length)
-
-
-def test_sequence_length_of_a_model_without_positions(save_model: Callable[..., Path]) -> None:
-    """Bloom encodes distances: its config names no limit."""
-    bloom = load_model(str(save_model("bloom", hidden_size=16, n_layer=1, n_head=2)))
-    assert check_length(bloom, None) == 2048
-    assert check_length(bloom, 5000) == 5000
-    with pytest.raises(InputError, match=r"^--sequence-length must be at least 2, but got 1$"):
-        check_length(bloom, 1)
-
-
-def test_default_text() -> None:
-    assert default_text("model", "a.txt", "--text", "test") == "a.txt"
-    assert default_text(None, "a.txt", "--text", "test") == "a.txt"
-    assert default_text(None, None, "--text", "test") == "demo:test"
-    with pytest.raises(InputError, match=r"^--search is needed with --model: "):
-        default_text("model", None, "--search", "search")
-
-
-def test_open_text(tiny_text: Path) -> None:
-    assert open_text(str(tiny_text)) == read_text(str(tiny_text))
-    assert open_text("demo:validation").name == "demo:validation"
-    with pytest.raises(DataError, match=r"^unknown demo text 'demo:tset': accepted are demo:train, .*demo:test$"):
-        open_text("demo:tset")
-
-
-def test_read_windows_takes_a_text_or_its_name(llama: Model, tiny_text: Path) -> None:
-    text = read_text(str(tiny_text))
-    expected = cut_windows(text, llama.tokenizer, 16, 5, vocabulary=300, shuffle_seed=3)
-    for source in (str(tiny_text), text):
-        assert torch.equal(read_windows(llama, source, 16, 5, 3).tokens, expected.tokens)
-
-
-# evaluate_model
-
-
-def test_evaluate_model(tiny_llama: Path, tiny_text: Path, tmp_path: Path, llama: Model) -> None:
+def test_evaluate(tiny_llama: Path, tiny_text: Path, tmp_path: Path, llama: Model) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"text": tiny_text.read_text()[2000:4000]}))
-    told: list[tuple[str, float]] = []
+    told: list[tuple[str, int, int]] = []
+
+    class Listener(EvaluateListener):
+        def progress(self, what: str, done: int, total: int) -> None:
+            told.append((what, done, total))
+
     sources = [str(tiny_text), str(other), str(tiny_text)]  # a text named twice is read once
-    result = evaluate_model(
-        str(tiny_llama),
-        text=sources,
-        sequence_length=32,
-        windows=8,
-        on_text=lambda name, ppl: told.append((name, ppl)),
-    )
-    ppl = {source: perplexity(mean_loss(llama, read_windows(llama, source, 32, 8).tokens)) for source in sources}
-    assert result["ppl"] == ppl == dict(told)
-    assert len(told) == 2
+    result = evaluate(str(tiny_llama), text=sources, sequence_length=32, windows=8, listener=Listener())
+    ppl = {source: perplexity(mean_loss(llama, windows_of(llama, Path(source), 32, 8).tokens)) for source in sources}
+    assert result["ppl"] == ppl
+    assert told == [("texts", 0, 2), ("texts", 1, 2)]
     assert (result["windows"], result["tokens"]) == (16, 512)
     assert (result["model"], result["dtype"], result["device"]) == (str(tiny_llama), "float32", "cpu")
     assert (result["sequence_length"], result["seed"], result["shuffle"]) == (32, 0, False)
     assert [part["text"] for part in result["texts"]] == [str(tiny_text), str(other)]
-    assert result["texts"][0] == read_windows(llama, str(tiny_text), 32, 8).describe()
+    assert result["texts"][0] == windows_of(llama, tiny_text, 32, 8).describe()
     assert result["versions"]["torch"] == torch.__version__
     assert result["versions"]["python"] == platform.python_version()
     write_json(tmp_path / "result.json", result)
@@ -198,7 +180,7 @@ def test_evaluate_model(tiny_llama: Path, tiny_text: Path, tmp_path: Path, llama
 
 def test_evaluate_options(tiny_llama: Path, tiny_text: Path) -> None:
     def ppl(**options: Any) -> float:
-        result = evaluate_model(str(tiny_llama), text=str(tiny_text), sequence_length=16, windows=9, **options)
+        result = evaluate(str(tiny_llama), text=str(tiny_text), sequence_length=16, windows=9, **options)
         assert list(result["ppl"]) == [str(tiny_text)]  # one text needs no list
         assert result["dtype"] == options.get("dtype", "float32")
         return float(result["ppl"][str(tiny_text)])
@@ -214,7 +196,7 @@ def test_evaluate_options(tiny_llama: Path, tiny_text: Path) -> None:
 def test_everything_is_checked_before_the_model_runs(
     tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpmetric.evaluation.evaluate.mean_loss", lambda *_: pytest.fail("the model ran"))
+    monkeypatch.setattr("gpmetric.session.evaluate.mean_loss", lambda *_: pytest.fail("the model ran"))
     (tmp_path / "short.txt").write_text("Too short.")
     text = str(tiny_text)
     bad: list[tuple[dict[str, Any], type[InputError], str]] = [
@@ -222,24 +204,20 @@ def test_everything_is_checked_before_the_model_runs(
         ({"text": [text, str(tmp_path / "missing.txt")]}, DataError, "does not exist"),
         ({"text": [text, str(tmp_path / "short.txt")]}, DataError, "fewer than one window of 64"),
         ({"text": text, "sequence_length": 65}, InputError, "--sequence-length must be at least 2 and at most 64"),
-        ({"text": text, "windows": 0}, InputError, "at least 1 window is needed, but 0 were asked for"),
-        ({"text": text, "dtype": "int8"}, InputError, "--dtype must be one of"),
+        ({"text": text, "windows": 0}, InputError, "--windows must be at least 1, but got 0"),
+        (
+            {"text": text, "dtype": "int8"},
+            InputError,
+            "--dtype must be one of float32, bfloat16, float16, but got 'int8'",
+        ),
     ]
     for options, error, message in bad:
         with pytest.raises(error, match=message):
-            evaluate_model(str(tiny_llama), **options)
-
-
-def test_tokenizer_and_model_that_do_not_match(llama: Model) -> None:
-    """A token added after training: its id has no row in the embedding."""
-    llama = load_model(llama.name)
-    llama.tokenizer.add_tokens(["zebra"])
-    with pytest.raises(ModelError, match=r"^tokenizer and model do not match: text 't' holds token id 300, but "):
-        read_windows(llama, Text("t", "The small model reads a zebra."), 4, None)
+            evaluate(str(tiny_llama), **options)
 
 
 def test_the_demo_needs_no_model_and_no_text() -> None:
-    result = evaluate_model(windows=2, sequence_length=64)
+    result = evaluate(windows=2, sequence_length=64)
     assert result["model"] == "demo"
     assert list(result["ppl"]) == ["demo:test"]
     assert result["ppl"]["demo:test"] < 60  # trained; a uniform guess is its vocabulary, 1,024

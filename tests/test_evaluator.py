@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,22 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from gpmetric.calibration.collect import Statistics, collect_statistics
-from gpmetric.errors import GpmetricError, MaskError
-from gpmetric.evaluation.windows import read_windows
+from gpmetric.calibration.collect import Statistics, collect
+from gpmetric.data import Text, Windows
+from gpmetric.errors import MaskError
+from gpmetric.evaluation import references
+from gpmetric.evaluation.perplexity import Teacher
+from gpmetric.evaluation.references import References
 from gpmetric.evolution import evaluator as module
 from gpmetric.evolution.evaluator import Evaluator
-from gpmetric.models import Model, load_model
+from gpmetric.evolution.tasks import DenseTask, ExcessTask, MaskFingerprint, NoMasks, ProbeTask, SequentialTask
+from gpmetric.loading import load_model
+from gpmetric.metrics import resolve_metric
+from gpmetric.models import Model
+from gpmetric.operands import GRAM
+from gpmetric.session.inputs import Inputs
+from gpmetric.session.session import Session
+from gpmetric.session.splits import open_text, read_windows
 
 TARGETS = ("0.5", "layer:0.3", "2:4")
 BAD = "exp(abs(W)*50)*1e29"  # overflows for the largest weights
@@ -31,19 +42,34 @@ def model(request: pytest.FixtureRequest) -> Model:
 
 @pytest.fixture(scope="module")
 def tokens(model: Model, tiny_text: Path) -> dict[str, Tensor]:
-    windows = read_windows(model, str(tiny_text), 32, 30).tokens
+    windows = read_windows(model, open_text(str(tiny_text)), 32, 30).tokens
     names = ("calibration", "search", "validation", "test", "calibration-0")
     return {name: windows[6 * place : 6 * place + 6] for place, name in enumerate(names)}
 
 
 @pytest.fixture(scope="module")
 def statistics(model: Model, tokens: dict[str, Tensor]) -> Statistics:
-    return collect_statistics(model, tokens["calibration"])
+    return collect(model, tokens["calibration"], {"G", "H", "D", GRAM})
 
 
 @pytest.fixture
 def evaluator(model: Model, statistics: Statistics, tokens: dict[str, Tensor]) -> Evaluator:
-    return Evaluator(model, statistics, tokens, TARGETS, "none")
+    return evaluator_of(model, statistics, tokens)
+
+
+def evaluator_of(
+    model: Model, statistics: Statistics, tokens: dict[str, Tensor], targets: Any = TARGETS, update: str = "none"
+) -> Evaluator:
+    windows = {split: Windows(Text(split, ""), part) for split, part in tokens.items()}
+    return Evaluator(Session(Inputs(), model, windows, dense=statistics), targets, update)
+
+
+def excess(text: str, first: int = 0, last: int | None = 6) -> ExcessTask:
+    return ExcessTask(resolve_metric(text), first, last)
+
+
+def probe(*texts: str) -> ProbeTask:
+    return ProbeTask(tuple(resolve_metric(text) for text in texts))
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +88,7 @@ def naive(model: Model, statistics: Statistics, target: str, group: str = "row")
     for layer in model.layers:
         stored = pruned.get_submodule(layer.name).weight.data
         weight = stored.t() if isinstance(layer.module, Conv1D) else stored
-        score = (weight.abs() * statistics.layers[layer.name].X).tolist()
+        score = (weight.abs() * statistics.layers[layer.name]["X"]).tolist()
         places = [(row, column) for row in range(len(score)) for column in range(len(score[0]))]
         kind = {"0.5": group, "layer:0.3": "layer", "2:4": "2:4"}[target]
         groups: dict[Any, list[tuple[int, int]]] = {}
@@ -94,11 +120,11 @@ def test_excess_and_divergence_are_those_of_a_model_pruned_naively(
     evaluator: Evaluator, model: Model, statistics: Statistics, tokens: dict[str, Tensor], target: str
 ) -> None:
     pruned, windows = naive(model, statistics, target), tokens["search"][1:5]
-    found = evaluator({"kind": "excess", "metric": "abs(W)*X", "first": 1, "last": 5})
+    found = evaluator(excess("abs(W)*X", 1, 5))
     assert set(found) == {"loss", "kl"}
     assert set(found["loss"]) == set(found["kl"]) == set(TARGETS)
-    excess = losses(pruned, windows) - losses(model.module, windows)
-    assert found["loss"][target] == pytest.approx(excess, abs=1e-5)
+    lost = losses(pruned, windows) - losses(model.module, windows)
+    assert found["loss"][target] == pytest.approx(lost, abs=1e-5)
     # log-probabilities of the dense model are kept in fp16: 2**-11 of about 6
     assert found["kl"][target] == pytest.approx(divergence(model.module, pruned, windows), rel=2e-3)
 
@@ -106,28 +132,23 @@ def test_excess_and_divergence_are_those_of_a_model_pruned_naively(
 def test_a_group_before_a_metric_holds_for_plain_numbers(
     evaluator: Evaluator, model: Model, statistics: Statistics, tokens: dict[str, Tensor]
 ) -> None:
-    rows, layer = (
-        evaluator({"kind": "excess", "metric": metric, "first": 0, "last": 6})
-        for metric in ("abs(W)*X", "layer:abs(W)*X")
-    )
-    excess = losses(naive(model, statistics, "0.5", "layer"), tokens["search"]) - losses(model.module, tokens["search"])
-    assert layer["loss"]["0.5"] == pytest.approx(excess, abs=1e-5)
+    rows, layer = (evaluator(excess(metric)) for metric in ("abs(W)*X", "layer:abs(W)*X"))
+    lost = losses(naive(model, statistics, "0.5", "layer"), tokens["search"]) - losses(model.module, tokens["search"])
+    assert layer["loss"]["0.5"] == pytest.approx(lost, abs=1e-5)
     assert layer["loss"]["0.5"] != rows["loss"]["0.5"]
     for target in TARGETS[1:]:
         assert layer["loss"][target] == rows["loss"][target]
 
 
 def test_nothing_removed_is_nothing_lost(model: Model, statistics: Statistics, tokens: dict[str, Tensor]) -> None:
-    found = Evaluator(model, statistics, tokens, ("0",), "none")(
-        {"kind": "excess", "metric": "abs(W)", "first": 0, "last": 6}
-    )
+    found = evaluator_of(model, statistics, tokens, ("0",))(excess("abs(W)"))
     assert found["loss"]["0"] == 0
     assert abs(found["kl"]["0"]) < 1e-4  # fp16
 
 
 def test_windows_add_up(evaluator: Evaluator) -> None:
-    parts = [evaluator({"kind": "excess", "metric": "abs(W)*G", "first": a, "last": b}) for a, b in ((0, 2), (2, 6))]
-    (whole,) = (evaluator({"kind": "excess", "metric": "abs(W)*G", "first": 0, "last": last}) for last in (None,))
+    parts = [evaluator(excess("abs(W)*G", *bounds)) for bounds in ((0, 2), (2, 6))]
+    whole = evaluator(excess("abs(W)*G", 0, None))
     for kind in ("loss", "kl"):
         for target in TARGETS:
             mean = (2 * parts[0][kind][target] + 4 * parts[1][kind][target]) / 6
@@ -142,10 +163,11 @@ def test_kept_and_remade_predictions_give_the_same_figures(
     monkeypatch: pytest.MonkeyPatch,
     update: Any,
 ) -> None:
-    tasks = [{"kind": "excess", "metric": metric, "first": 0, "last": 6} for metric in ("abs(W)*X", "W*W*D", "abs(W)")]
-    kept, remade = (Evaluator(model, statistics, tokens, TARGETS, update) for _ in range(2))
+    tasks = [excess(metric) for metric in ("abs(W)*X", "W*W*D", "abs(W)")]
+    kept = evaluator_of(model, statistics, tokens, TARGETS, update)
     expected = [kept(task) for task in tasks]
     monkeypatch.setattr(module, "_TEACHER_BYTES", 0)
+    remade = evaluator_of(model, statistics, tokens, TARGETS, update)
     made: list[int] = []
     teacher = module.Teacher
     monkeypatch.setattr(module, "Teacher", lambda *arguments: made.append(1) or teacher(*arguments))
@@ -155,16 +177,15 @@ def test_kept_and_remade_predictions_give_the_same_figures(
     assert len(made) == len(tasks)  # made once, before
 
 
-def test_no_more_predictions_are_held_than_are_kept(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_predictions_are_held_than_are_kept(
+    model: Model, tokens: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those of a large vocabulary would not fit into memory together."""
-    monkeypatch.setattr(module, "batches", lambda model, windows: iter(windows.split(1)))
-    (size,) = {teacher.bytes for teacher in evaluator._taught(0, 6)}
-    evaluator._teachers.clear()
-    monkeypatch.setattr(module, "_TEACHER_BYTES", 2.5 * size)
+    monkeypatch.setattr(references, "batches", lambda model, windows: iter(windows.split(1)))
+    (size,) = {one.bytes for one in References(model, Teacher, 2**30).of("all", tokens["search"][:6])}
     alive: list[int] = []
-    teacher = module.Teacher
 
-    class Counted(teacher):  # type: ignore[misc, valid-type]
+    class Counted(Teacher):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             alive.append(1)
@@ -172,9 +193,8 @@ def test_no_more_predictions_are_held_than_are_kept(evaluator: Evaluator, monkey
         def __del__(self) -> None:
             alive.pop()
 
-    monkeypatch.setattr(module, "Teacher", Counted)
-    assert max(len(alive) for _ in evaluator._taught(0, 6)) <= 4  # two kept, the present one and the next
-    assert not evaluator._teachers
+    kept = References(model, Counted, int(2.5 * size))
+    assert max(len(alive) for _ in kept.of("all", tokens["search"][:6])) <= 4  # two kept, the present one and the next
     assert not alive
 
 
@@ -182,53 +202,39 @@ def test_no_more_predictions_are_held_than_are_kept(evaluator: Evaluator, monkey
 def test_errors_leave_the_model_dense(
     model: Model, statistics: Statistics, tokens: dict[str, Tensor], update: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluator = Evaluator(model, statistics, tokens, TARGETS, update)
-    (probed,) = evaluator({"kind": "probe", "metrics": [BAD]})
-    assert "NaN or infinite" in probed["error"]
-    for task in (
-        {"kind": "excess", "metric": BAD, "first": 0, "last": 2},
-        {
-            "kind": "sequential",
-            "metric": BAD,
-            "target": "0.5",
-            "split": "test",
-            "calibration": "calibration",
-            "update": update,
-        },
-    ):
+    evaluator = evaluator_of(model, statistics, tokens, TARGETS, update)
+    (probed,) = evaluator(probe(BAD))
+    assert isinstance(probed, NoMasks)
+    assert "NaN or infinite" in probed.error
+    for task in (excess(BAD, 0, 2), SequentialTask(resolve_metric(BAD), "0.5", "test", "calibration", update)):
         with pytest.raises(MaskError):
             evaluator(task)
     monkeypatch.setattr(module.Teacher, "compare", lambda *arguments: (_ for _ in ()).throw(RuntimeError("died")))
     with pytest.raises(RuntimeError, match="died"):
-        evaluator({"kind": "excess", "metric": "abs(W)", "first": 0, "last": 2})
-
-
-def test_a_formula_that_cannot_be_read_is_an_error_of_its_own(evaluator: Evaluator) -> None:
-    with pytest.raises(GpmetricError):
-        evaluator({"kind": "probe", "metrics": ["abs(W)", "abs(W)*Q"]})
+        evaluator(excess("abs(W)", 0, 2))
 
 
 def test_a_probe_answers_for_every_metric_in_order(evaluator: Evaluator) -> None:
-    answers = evaluator({"kind": "probe", "metrics": ["abs(W)*X", BAD, "2*abs(W)*X", "layer:abs(W)*X"]})
-    assert [one["error"] is None for one in answers] == [True, False, True, True]
+    answers = evaluator(probe("abs(W)*X", BAD, "2*abs(W)*X", "layer:abs(W)*X"))
+    assert [isinstance(one, MaskFingerprint) for one in answers] == [True, False, True, True]
     first, _, same, layer = answers
-    assert first["fingerprint"] == same["fingerprint"] != layer["fingerprint"]
-    assert set(first["reconstruction"]) == set(TARGETS)
+    assert first.fingerprint == same.fingerprint != layer.fingerprint
+    assert set(first.reconstruction) == set(TARGETS)
 
 
 @pytest.mark.parametrize("metric", ["abs(W)*X", "wanda", "magnitude", "gblm_l1", "sparsegpt", "layer:abs(W)*H"])
 def test_sequential_is_relative_to_the_dense_loss(evaluator: Evaluator, tokens: dict[str, Tensor], metric: str) -> None:
-    task = {"kind": "sequential", "metric": metric, "target": "0.5", "split": "validation", "update": "none"}
-    found = evaluator(task | {"calibration": "calibration"})
-    (dense,) = evaluator({"kind": "dense", "split": "validation"}).values()
-    assert found["loss"] - found["excess"] == pytest.approx(dense)
+    task = SequentialTask(resolve_metric(metric, 6, 32), "0.5", "validation", "calibration", "none")
+    found = evaluator(task)
+    (dense,) = evaluator(DenseTask("validation")).values()
+    assert found.loss - found.excess == pytest.approx(dense)
     assert dense == pytest.approx(losses(evaluator._model.module, tokens["validation"]), rel=1e-5)
-    other = evaluator(task | {"calibration": "calibration-0"})
+    other = evaluator(replace(task, calibration="calibration-0"))
     assert (other == found) == (metric == "magnitude")  # which reads no statistics
-    assert evaluator(task | {"calibration": "calibration"}) == found
+    assert evaluator(task) == found
 
 
 def test_dense_is_by_model(evaluator: Evaluator, model: Model) -> None:
-    found = evaluator({"kind": "dense", "split": "test"})
+    found = evaluator(DenseTask("test"))
     assert list(found) == [model.name]
     assert math.isfinite(found[model.name])

@@ -150,6 +150,7 @@ def test_close_leaves_no_worker(tmp_path: Path) -> None:
     executor.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_worker_outlives_its_driver(tmp_path: Path, number: signal.Signals) -> None:
     """The signal goes to the whole process group, as Ctrl-C does, but for the kill of the driver alone."""

@@ -10,32 +10,48 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sympy
 import torch
 
+from gpmetric.codegen.loading import load_module
 from gpmetric.errors import GpmetricError, InputError
-from gpmetric.export import FORMATS, export_expression, python, triton_file
+from gpmetric.export import FORMATS, Formula, export_expression, python, triton
 from gpmetric.export.latex import to_latex
-from gpmetric.export.loading import load_module
-from gpmetric.export.python import python_source, write_python
-from gpmetric.export.text import COMPARISON, to_json, to_sympy_text
+from gpmetric.export.python import python_text
+from gpmetric.export.triton import triton_text
 from gpmetric.expression import PRIMITIVES, Expression, parse
 from gpmetric.expression.canonical import canonical
 from gpmetric.expression.evaluate import evaluate
 from gpmetric.expression.tree import arity
 from gpmetric.operands import OPERANDS
-from gpmetric.pruning.target import GRANULARITIES
+from gpmetric.targets import plain_granularities
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is for Linux")
 each_format = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[needs_triton] if name == "triton" else []) for name in FORMATS]
+    "name", [pytest.param(name, marks=[needs_triton, pytest.mark.slow] if name == "triton" else []) for name in FORMATS]
 )
+# comparison group -> what a file says of it; nothing where it is the row
+COMPARISON = {
+    "row": "",
+    "layer": "Scores compete within the whole matrix.",
+    "block": "Scores compete within each 128 consecutive columns, over all rows.",
+}
 RIA = "(abs(W)/rowsum(abs(W))+abs(W)/colsum(abs(W)))*sqrt(X)"
+
+
+def write_python(expression: Expression, path: Path, version: str = "0", group: str = "row") -> None:
+    export_expression(expression, "python", path, version, group)
+
+
+def source_of_triton(formula: str, group: str) -> str:
+    return triton_text(Formula(parse(formula), "0.1", group))
 
 
 def random_expression(generator: random.Random, nodes: int) -> Expression:
@@ -52,22 +68,69 @@ def random_expression(generator: random.Random, nodes: int) -> Expression:
     return Expression(tuple(tokens))
 
 
+# What the primitives mean away from their guards, in double precision and on whole [out, in] matrices.
+MEANING: dict[str, Any] = {
+    "neg": lambda a: -a,
+    "abs": np.abs,
+    "sqr": lambda a: a * a,
+    "sqrt": lambda a: np.sqrt(np.abs(a)),
+    "log": lambda a: np.log(np.abs(a)),
+    "exp": np.exp,
+    "tanh": np.tanh,
+    "inv": lambda a: 1 / a,
+    "mms": lambda a: (a - a.min()) / np.ptp(a) if np.ptp(a) else 0 * a,
+    "zsn": lambda a: (a - a.mean()) / a.std() if np.ptp(a) else 0 * a,
+    "rowsum": lambda a: a.sum(axis=1, keepdims=True) + 0 * a,
+    "colsum": lambda a: a.sum(axis=0, keepdims=True) + 0 * a,
+    "rownorm": lambda a: np.sqrt((a * a).sum(axis=1, keepdims=True)) + 0 * a,
+    "colnorm": lambda a: np.sqrt((a * a).sum(axis=0, keepdims=True)) + 0 * a,
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "max": np.maximum,
+    "min": np.minimum,
+    "pow": lambda a, b: np.abs(a) ** b,
+}
+
+
+def drawn(shape: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:
+    """Operands of which none is near zero or large."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {name: shape if row.axes == "out,in" else shape[1:] for name, row in OPERANDS.items()}
+    operands = {name: 0.3 + torch.rand(size, generator=generator) for name, size in sizes.items()}
+    return operands | {"W": operands["W"] * (torch.rand(shape, generator=generator) - 0.5).sign()}
+
+
 @pytest.mark.parametrize("name", PRIMITIVES)
 def test_python_of_every_primitive(name: str, tmp_path: Path) -> None:
-    """`write_python` compares the written file with the evaluator bit for bit and raises where they differ."""
-    for argument in ("W", "X", "2", "W*X-G"):
-        text = f"{name}({argument})" if PRIMITIVES[name].arity == 1 else f"{name}({argument},D)"
-        expression = parse(f"W+{text}")
-        write_python(expression, tmp_path / "metric.py", "0")
-        write_python(Expression(expression.tokens[2:]), tmp_path / "metric.py", "0")
+    """The written file's scores are those of MEANING, which shares no code with the evaluator."""
+    operands = drawn((6, 42), seed=3)
+    W, X, G, D = (operands[one].double().numpy() + np.zeros((6, 42)) for one in "WXGD")
+    arguments = {"W": W, "X": X, "2": np.full_like(W, 2.0), "W*X-G": W * X - G}
+    for argument, value in arguments.items():
+        values = (value, D)[: PRIMITIVES[name].arity]
+        text = f"{name}({argument})" if len(values) == 1 else f"{name}({argument},D)"
+        for formula, expected in ((f"W+{text}", W + MEANING[name](*values)), (text, MEANING[name](*values))):
+            tokens = parse(f"W+{text}").tokens
+            expression = Expression(tokens if formula != text else tokens[2:])
+            write_python(expression, tmp_path / "metric.py", "0")
+            score = load_module(tmp_path / "metric.py").score(**operands)
+            np.testing.assert_allclose(score.numpy(), expected, rtol=1e-4, atol=1e-4, err_msg=formula)  # sums of fp32
 
 
-def test_python_of_random_trees(tmp_path: Path) -> None:
-    generator = random.Random(11)
+def test_python_of_random_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit the evaluator's scores, also where the writer's own comparison is off."""
+    monkeypatch.setattr(python, "check_python", lambda formula, written: None)
+    generator, operands = random.Random(11), drawn((5, 23), seed=4)
     for _ in range(60):
-        write_python(random_expression(generator, 30), tmp_path / "metric.py", "0")
+        expression = random_expression(generator, 30)
+        write_python(expression, tmp_path / "metric.py", "0")
+        found, expected = load_module(tmp_path / "metric.py").score(**operands), evaluate(expression, operands)
+        assert torch.equal(found.view(torch.int32), expected.view(torch.int32)), str(expression)
 
 
+@pytest.mark.slow
 def test_python_file_needs_torch_only_and_carries_its_primitives(tmp_path: Path) -> None:
     """Run in a process where gpmetric cannot be imported; RIA's score of a 1x2 layer by hand."""
     write_python(parse(RIA), tmp_path / "ria.py", "1.2.3")
@@ -89,7 +152,7 @@ def test_python_file_needs_torch_only_and_carries_its_primitives(tmp_path: Path)
 
 def test_python_usage_example_runs() -> None:
     """The docstring's pruning lines remove the lower half of every row."""
-    source = python_source(parse("abs(W)*X"), "0")
+    source = python_text(Formula(parse("abs(W)*X"), "0"))
     lines = source.split("torch.nn.Linear:")[1].split('"""')[0]
     assert "saliency = score(linear.weight, X=X)" in lines
     linear, activation = torch.nn.Linear(6, 3), torch.rand(6)
@@ -100,6 +163,7 @@ def test_python_usage_example_runs() -> None:
     assert (saliency[mask].view(3, 3).amin(dim=1) >= saliency[~mask].view(3, 3).amax(dim=1)).all()
 
 
+@pytest.mark.slow
 def test_python_usage_follows_the_group(tmp_path: Path) -> None:
     """Sum of what is kept of a 2x130 weight, by hand: rows of 2 and 1 whose last 2 columns are 0.25 and 0.5.
 
@@ -122,14 +186,15 @@ def test_python_usage_follows_the_group(tmp_path: Path) -> None:
 @each_format
 def test_every_format_says_where_scores_compete(name: str, tmp_path: Path) -> None:
     """Nothing where it is the row."""
-    assert set(COMPARISON) == set(GRANULARITIES) - {"n:m"}
+    assert set(COMPARISON) == set(plain_granularities())
     for group, words in COMPARISON.items():
         export_expression(parse("abs(W)*X"), name, tmp_path / "out", "0", group)
         text = (tmp_path / "out").read_text()
         if name == "json":
             assert json.loads(text)["group"] == group
         else:
-            assert (words in text) == (group != "row")
+            assert words in text
+            assert ("Scores compete" in text) == bool(words)
 
 
 def test_a_score_is_never_the_operand(tmp_path: Path) -> None:
@@ -184,7 +249,7 @@ def test_latex_is_balanced_for_random_trees() -> None:
 
 
 def test_json_record() -> None:
-    record = to_json(parse("X*abs(W)"))
+    record = Formula(parse("X*abs(W)"), "0").record()
     assert record == {
         "formula": "X*abs(W)",
         "group": "row",
@@ -196,13 +261,13 @@ def test_json_record() -> None:
         "depth": 3,
         "tokens": ["mul", "X", "abs", "W"],
     }
-    assert to_json(parse("((2*W)**900)**900"))["sympy"] is None
+    assert Formula(parse("((2*W)**900)**900"), "0").record()["sympy"] is None
 
 
 def test_sympy_text_is_a_sympy_expression() -> None:
     """Only here, on our own text, is sympify used; value against the evaluator where no guard acts."""
     formula = parse("sqrt(W)*log(X)+W**3/G")
-    form = sympy.sympify(to_sympy_text(formula))
+    form = sympy.sympify(Formula(formula, "0").sympy)
     values = {"W": -2.0, "X": 3.0, "G": 0.5}
     weight = torch.tensor([[values["W"]]])
     score = evaluate(formula, {"W": weight, "X": torch.tensor([values["X"]]), "G": torch.tensor([[values["G"]]])})
@@ -213,7 +278,7 @@ def test_sympy_text_is_a_sympy_expression() -> None:
 def test_every_format_replaces_its_file_and_leaves_nothing_else(name: str, tmp_path: Path) -> None:
     target = tmp_path / "out.txt"
     target.write_text("the old file")
-    FORMATS[name](parse(RIA), target, "0.1")
+    export_expression(parse(RIA), name, target, "0.1")
     text = target.read_text()
     assert text.isascii()
     assert text.endswith("\n")
@@ -227,7 +292,7 @@ def test_every_format_replaces_its_file_and_leaves_nothing_else(name: str, tmp_p
 @pytest.mark.parametrize("place", ["missing/out.txt", ".", "nul\0.txt", "x" * 300])
 def test_unwritable_output_is_one_line(name: str, place: str, tmp_path: Path) -> None:
     with pytest.raises(GpmetricError) as caught:
-        FORMATS[name](parse("W"), f"{tmp_path}/{place}", "0.1")
+        export_expression(parse("W"), name, f"{tmp_path}/{place}", "0.1")
     assert "cannot be written" in str(caught.value)
     assert str(caught.value).isprintable()
     assert not list(tmp_path.iterdir())
@@ -239,12 +304,14 @@ def test_export_expression_returns_the_record(tmp_path: Path) -> None:
     assert (record["format"], record["output"], record["canonical"]) == ("latex", str(target), "abs(W)*X")
     with pytest.raises(InputError, match="format must be one of python triton latex sympy json, but got 'pdf'"):
         export_expression(parse("W"), "pdf", target, "0.1")
+    with pytest.raises(InputError, match="group must be one of row layer block, but got 'n:m'"):
+        export_expression(parse("W"), "latex", target, "0.1", "n:m")
 
 
 @pytest.mark.parametrize("formula", ["abs(W)*X", "zsn(W*G)*tanh(H)/rowsum(F)", "mms(colnorm(W))*W**D"])
 @pytest.mark.parametrize("group", COMPARISON)
 def test_a_triton_file_imports_torch_and_triton_only(formula: str, group: str) -> None:
-    source = triton_file.triton_source(parse(formula), "0.1", group)
+    source = source_of_triton(formula, group)
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
     roots = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
     roots |= {str(node.module) for node in imports if isinstance(node, ast.ImportFrom)}
@@ -256,7 +323,7 @@ def test_a_triton_file_imports_torch_and_triton_only(formula: str, group: str) -
 def test_a_triton_file_is_well_formatted(group: str, tmp_path: Path) -> None:
     """No name is missing or unused, and a linter finds nothing to do."""
     path = tmp_path / "metric.py"
-    path.write_text(triton_file.triton_source(parse("W*W*G/rowsum(G)"), "0.1", group), encoding="utf-8")
+    path.write_text(source_of_triton("W*W*G/rowsum(G)", group), encoding="utf-8")
     options = ["--isolated", "--line-length", "120", "--no-cache"]
     for command in (["check", "--select", "E,F,I,W"], ["format", "--check"]):
         run = subprocess.run([sys.executable, "-m", "ruff", *command, *options, path], capture_output=True, text=True)
@@ -268,10 +335,11 @@ def test_no_name_is_in_two_kernel_files() -> None:
     seen: Counter[str] = Counter()
     for path in (Path(__file__).parents[1] / "kernels").glob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            seen.update(set(triton_file._defined(node)))
+            seen.update(set(triton._defined(node)))
     assert not [name for name, count in seen.items() if count > 1]
 
 
+@pytest.mark.slow
 @needs_triton
 def test_a_triton_file_checks_itself(tmp_path: Path) -> None:
     export_expression(parse("W*W*G/rowsum(G)"), "triton", tmp_path / "metric.py", "0")
@@ -287,6 +355,7 @@ def test_a_triton_file_checks_itself(tmp_path: Path) -> None:
     assert run.stdout == "19584 weights compared\n"
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize(
     ("right", "wrong"),
@@ -299,14 +368,12 @@ def test_a_triton_file_checks_itself(tmp_path: Path) -> None:
 def test_a_triton_file_that_differs_is_not_kept(
     right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = triton_file.triton_source
-
-    def broken(*arguments: Any) -> str:
-        text = source(*arguments)
+    def broken(formula: Formula) -> str:
+        text = triton_text(formula)
         assert right in text
         return text.replace(right, wrong)
 
-    monkeypatch.setattr(triton_file, "triton_source", broken)
+    monkeypatch.setitem(FORMATS, "triton", replace(FORMATS["triton"], text=broken))
     (tmp_path / "metric.py").write_text("before")
     with pytest.raises(
         GpmetricError, match="the check of the exported file failed; nothing written: RuntimeError: the masks"
@@ -317,7 +384,7 @@ def test_a_triton_file_that_differs_is_not_kept(
 
 
 def test_a_triton_file_needs_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_file, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton, "find_spec", lambda name: None)
     with pytest.raises(GpmetricError, match="the format triton needs Triton"):
         export_expression(parse("abs(W)*X"), "triton", tmp_path / "metric.py", "0")
     assert not list(tmp_path.iterdir())

@@ -117,11 +117,6 @@ def test_monotonicity_column_is_true(row: Primitive) -> None:
             assert direction is None or (steps * (1 if direction == "increasing" else -1) >= 0).all()
 
 
-def test_opposites_point_at_primitives() -> None:
-    for row in PRIMITIVES.values():
-        assert row.opposite is None or PRIMITIVES[row.opposite].opposite == row.name
-
-
 # Protected semantics, by hand
 
 

@@ -15,38 +15,35 @@ NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="needs Tri
 # Variables that would change what a lane tests; each lane sets its own.
 CHOOSING = ("TRITON_INTERPRET", "TRITON_CACHE_DIR", "TRITON_ALWAYS_COMPILE", "GPMETRIC_KERNELS", "PYTEST_ADDOPTS")
 
-# lane -> its files, and the variables of its process
+# lane -> the variables of its process
 LANES = {
-    "interpreter": (
-        ["lane_interpret.py", "lane_interpret_values.py", "lane_fused.py", "lane_export.py"],
-        {"TRITON_INTERPRET": "1"},
-    ),
-    "compiler": (["lane_aot.py"], {}),
-    "cpu": (["lane_cpu.py"], {"GPMETRIC_KERNELS": "0"}),
+    "interpret": {"TRITON_INTERPRET": "1"},
+    "interpret_values": {"TRITON_INTERPRET": "1"},
+    "fused": {"TRITON_INTERPRET": "1"},
+    "export": {"TRITON_INTERPRET": "1"},
+    "aot": {},
+    "cpu": {"GPMETRIC_KERNELS": "0"},
 }
 
 
 def test_every_lane_has_a_process() -> None:
-    listed = [file for files, _ in LANES.values() for file in files]
-    assert sorted(listed) == sorted(path.name for path in HERE.glob("lane_*.py"))
+    assert sorted(f"lane_{lane}.py" for lane in LANES) == sorted(path.name for path in HERE.glob("lane_*.py"))
 
 
-@pytest.mark.parametrize(
-    "lane",
-    [
-        pytest.param("interpreter", marks=[NEEDS_TRITON, pytest.mark.interpret]),
-        pytest.param("compiler", marks=[NEEDS_TRITON, pytest.mark.aot]),
-        "cpu",
-    ],
-)
+def marks(lane: str) -> list[pytest.MarkDecorator]:
+    kind = pytest.mark.interpret if "TRITON_INTERPRET" in LANES[lane] else pytest.mark.aot
+    return [] if lane == "cpu" else [NEEDS_TRITON, kind]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lane", [pytest.param(lane, marks=marks(lane)) for lane in LANES])
 def test_lane(lane: str) -> None:
     """All of a lane's tests pass, and none is skipped."""
-    files, variables = LANES[lane]
     command = [sys.executable, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", "--color=no"]
     inherited = {name: value for name, value in os.environ.items() if name not in CHOOSING}
     done = subprocess.run(
-        [*command, *(str(HERE / file) for file in files)],
-        env=inherited | variables,
+        [*command, str(HERE / f"lane_{lane}.py")],
+        env=inherited | LANES[lane],
         cwd=HERE.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

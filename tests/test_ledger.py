@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -18,14 +19,15 @@ from typing import Any
 import pytest
 
 from gpmetric.errors import LedgerError
-from gpmetric.evolution import store
-from gpmetric.evolution.ledger import BUDGET_KEYS, Candidate, Evaluation, Ledger, Measurement
+from gpmetric.evolution import driver_lock, sqlite_schema
+from gpmetric.evolution.ledger import BUDGET_KEYS, Ledger
+from gpmetric.evolution.records import Candidate, Evaluation, Measurement
 
 ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, Any] = {"model": "sha256:aa", "targets": ["0.5", "2:4"], "seed": 2, "generations": 3}
 EVALUATED = Candidate(0, 0, "abs(W)*X", "W*X", "evaluated", opposites="abs(W)*X", ranked="W*X", fingerprint="f1")
 PAID = Evaluation(
-    "abs(W)*X", "W*X", 0, "done", "f1", losses={"0.5": 0.25}, divergences={"0.5": 0.125}, nodes=4, operands="W,X",
+    "abs(W)*X", "W*X", 0, "done", "f1", figures={"loss": {"0.5": 0.25}, "kl": {"0.5": 0.125}}, nodes=4, operands="W,X",
     sketch="a0ff", seconds_loss=1.5,
 )  # fmt: skip
 
@@ -44,8 +46,8 @@ def campaign(path: Path, settings: dict[str, Any] = SETTINGS, size: int = 5, pau
                 time.sleep(pause)
                 draw(ledger, number, position, formula)
             population = rng.sample(drawn, 3)
-            hypervolume = abs(rng.gauss())  # the second half of the pair is part of the state
-            ledger.commit_generation(number, population, rng.getstate(), hypervolume)
+            rng.gauss()  # the second half of the pair is part of the state
+            ledger.commit_generation(number, population, rng.getstate())
         if ledger.result() is None:
             ledger.save_result({"winner": population[0], "counts": ledger.counts()})
 
@@ -60,7 +62,8 @@ def draw(ledger: Ledger, number: int, position: int, formula: str) -> None:
         ledger.record(Candidate(number, position, formula, canonical, "duplicate", known.id))
     else:
         status, fingerprint = ("failed", None) if formula.endswith("*7") else ("done", mask)
-        row = Evaluation(formula, canonical, number, status, fingerprint, losses={"0.5": len(formula) / 3})  # type: ignore[arg-type]
+        figures = {"loss": {"0.5": len(formula) / 3}}
+        row = Evaluation(formula, canonical, number, status, fingerprint, figures=figures)  # type: ignore[arg-type]
         ledger.record(Candidate(number, position, formula, canonical, "evaluated"), row)
 
 
@@ -108,17 +111,19 @@ class Mortal(sqlite3.Connection):
 @pytest.fixture
 def mortal(monkeypatch: pytest.MonkeyPatch) -> None:
     connect = sqlite3.connect
-    monkeypatch.setattr(store.sqlite3, "connect", lambda *a, **k: connect(*a, **k, factory=Mortal))
+    monkeypatch.setattr(sqlite_schema.sqlite3, "connect", lambda *a, **k: connect(*a, **k, factory=Mortal))
     monkeypatch.setattr(Mortal, "statements", 0)
     monkeypatch.setattr(Mortal, "deadline", float("inf"))
     starts = iter(range(10**6))
     # Every opening is another process here, and the one before it is dead.
-    monkeypatch.setattr(store, "_start_of", lambda pid: str(next(starts)))
+    monkeypatch.setattr(driver_lock, "_start_of", lambda pid: str(next(starts)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mortal")
 def test_resume_equals_the_uninterrupted_run_at_every_stopping_point(tmp_path: Path) -> None:
-    campaign(tmp_path / "whole")
+    settings, size = SETTINGS | {"seed": 7}, 3  # the work grows with the square of what is drawn
+    campaign(tmp_path / "whole", settings, size)
     total = Mortal.statements
     expected = tables(tmp_path / "whole")
     assert {row["status"] for row in expected["candidates"]} == {"evaluated", "duplicate", "failed"}
@@ -126,9 +131,9 @@ def test_resume_equals_the_uninterrupted_run_at_every_stopping_point(tmp_path: P
         path = tmp_path / f"killed{half}"
         Mortal.statements, Mortal.deadline = 0, half / 2
         with pytest.raises(Killed):
-            campaign(path)
+            campaign(path, settings, size)
         Mortal.deadline = float("inf")
-        campaign(path)
+        campaign(path, settings, size)
         assert tables(path) == expected
 
 
@@ -203,10 +208,10 @@ def test_rows_come_back_as_they_were_given(path: Path) -> None:
         assert ledger.candidate(0, 1) is None
         assert ledger.find_canonical("W*X") == ledger.find_fingerprint("f1") == evaluation
         assert ledger.find_canonical("W") is None
-        ledger.commit_generation(0, [["W", 0.1]], rng.getstate(), 0.5)
+        ledger.commit_generation(0, [["W", 0.1]], rng.getstate())
         stored = ledger.last_generation()
         assert stored is not None
-        assert (stored.population, stored.evaluations, stored.hypervolume) == ([["W", 0.1]], 1, 0.5)
+        assert (stored.population, stored.evaluations) == ([["W", 0.1]], 1)
         assert stored.rng_state == rng.getstate()
         assert ledger.settings == SETTINGS
 
@@ -214,9 +219,9 @@ def test_rows_come_back_as_they_were_given(path: Path) -> None:
 def test_a_candidate_is_recorded_once(path: Path) -> None:
     with Ledger.open(path, SETTINGS, resume=False) as ledger:
         first = ledger.record(EVALUATED, PAID)
-        assert ledger.record(EVALUATED, replace(PAID, losses={"0.5": 9.0})) == first
+        assert ledger.record(EVALUATED, replace(PAID, figures={"loss": {"0.5": 9.0}})) == first
         assert ledger.evaluations()[0].losses == {"0.5": 0.25}
-        with pytest.raises(LedgerError, match=r"has abs\(W\)\*X in place of W"):
+        with pytest.raises(LedgerError, match=r"has abs\(W\)\*X as candidate 0 of generation 0, but .* draws W;"):
             ledger.record(replace(EVALUATED, formula="W"), PAID)
 
 
@@ -298,10 +303,9 @@ def test_measurements_are_stored_all_or_none(path: Path) -> None:
 def test_nothing_infinite_is_stored(path: Path, bad: float) -> None:
     with Ledger.open(path, SETTINGS, resume=False) as ledger:
         attempts: list[Callable[[], object]] = [
-            lambda: ledger.record(EVALUATED, replace(PAID, losses={"0.5": bad})),
+            lambda: ledger.record(EVALUATED, replace(PAID, figures={"loss": {"0.5": bad}})),
             lambda: ledger.record(EVALUATED, replace(PAID, seconds_score=bad)),
             lambda: ledger.commit_generation(0, [bad], [3, [1], None]),
-            lambda: ledger.commit_generation(0, [], [3, [1], None], hypervolume=bad),
             lambda: ledger.save_result({"excess": bad}),
         ]
         for attempt in attempts:
@@ -330,7 +334,7 @@ def test_what_is_stored_is_durable_and_ours(path: Path) -> None:
         expected = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30000}
         for pragma, value in expected.items():
             assert ledger._connection.execute(f"PRAGMA {pragma}").fetchone()[0] == value
-    assert path.read_bytes()[68:72] == store.APPLICATION_ID.to_bytes(4, "big")
+    assert path.read_bytes()[68:72] == sqlite_schema.APPLICATION_ID.to_bytes(4, "big")
     assert [name.name for name in path.parent.iterdir()] == [path.name]  # closed: one file, no log beside it
 
 
@@ -395,7 +399,7 @@ def test_a_reused_process_number_is_not_the_owner(path: Path) -> None:
 
 def test_a_zombie_is_not_the_owner(path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
-    start = store._start_of(child.pid)
+    start = driver_lock._start_of(child.pid)
     assert child.stdout is not None
     child.stdout.read()  # it has ended, and nobody has waited for it
     own(path, pid=child.pid, started=start)
@@ -406,9 +410,9 @@ def test_a_zombie_is_not_the_owner(path: Path) -> None:
 
 
 def test_without_proc_a_living_process_owns(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "Path", lambda *parts: Path(*parts) if parts[0] == path else tmp_missing(path))
-    assert store._start_of(os.getpid()) == store._start_of(1) == "running"
-    assert store._start_of(2**22 + 1) == ""
+    monkeypatch.setattr(driver_lock, "Path", lambda *parts: Path(*parts) if parts[0] == path else tmp_missing(path))
+    assert driver_lock._start_of(os.getpid()) == driver_lock._start_of(1) == "running"
+    assert driver_lock._start_of(2**22 + 1) == ""
 
 
 def tmp_missing(path: Path) -> Path:
@@ -518,7 +522,7 @@ def no_folder(path: Path) -> None:
         (text_file, "cannot be used: file is not a database"),
         (foreign, "is a SQLite file of another program"),
         (marked_foreign, "is a SQLite file of another program"),
-        (newer, "has schema version 99, newer than 2"),
+        (newer, "has schema version 99, newer than 3"),
         (flipped_page, r"sqlite3 FILE \.recover"),
         (truncated, r"sqlite3 FILE \.recover"),
         (missing_table, "no such table: results"),
@@ -610,65 +614,73 @@ def test_a_full_disk_loses_nothing_committed(path: Path) -> None:
         assert ledger.counts()["paid"] == 1
 
 
-def test_the_first_schema_is_upgraded_and_keeps_its_rows(path: Path) -> None:
-    """A file as version 1 wrote it; what it could not know is absent, and it takes new rows."""
-    sql(path, *store.MIGRATIONS[0].split(";"), "PRAGMA user_version = 1")
-    sql(
-        path,
-        *(f"INSERT INTO meta VALUES ('{key}', '{store.to_json(value)}')" for key, value in SETTINGS.items()),
-        "INSERT INTO evaluations VALUES (1, 'abs(W)*X', 'W*X', 'f1', 0, 'done', NULL, '{\"0.5\":0.25}', 4, 'W,X', 0.5, "
-        "1.5, 'host', 12, 1, 100.0)",
-        "INSERT INTO candidates VALUES (1, 0, 0, 'abs(W)*X', 'W*X', 'evaluated', 1, NULL)",
-        "INSERT INTO candidates VALUES (2, 0, 1, 'W', NULL, 'failed', NULL, 'ties')",
-        "INSERT INTO generations VALUES (0, '[\"abs(W)*X\"]', '[3,[1],null]', 1, NULL, 101.0)",
-        "INSERT INTO results VALUES ('result', '{\"winner\":\"abs(W)*X\"}', '{}')",
-    )
-    with pytest.raises(LedgerError, match="older schema"):
-        Ledger.read(path)
-    with Ledger.open(path, SETTINGS, resume=True) as ledger:
-        assert ledger.settings == SETTINGS
-        assert ledger.result() == {"winner": "abs(W)*X"}
-        assert ledger.evaluations() == [
-            Evaluation(
-                "abs(W)*X", "W*X", 0, "done", "f1", losses={"0.5": 0.25}, nodes=4, operands="W,X", seconds_score=0.5,
-                seconds_loss=1.5, host="host", process=12, attempt=1, finished=100.0, id=1,
-            )
-        ]  # fmt: skip
-        assert ledger.candidates() == [
-            Candidate(0, 0, "abs(W)*X", "W*X", "evaluated", 1, id=1),
-            Candidate(0, 1, "W", None, "failed", reason="ties", id=2),
-        ]
-        assert ledger.measurements() == []
-        assert [row.population for row in ledger.generations()] == [["abs(W)*X"]]
-        ledger.record(
-            replace(EVALUATED, generation=1, formula="W*X"), replace(PAID, fingerprint="f2", divergences={"0.5": 0.1})
-        )
-        ledger.measure([Measurement(1, 0, "reconstruction", None, "ties", 0.1)])
-        assert ledger.evaluations()[1].divergences == {"0.5": 0.1}
-        assert ledger.counts()["paid"] == 2
-    assert tables(path)["measurements"]
+# Ledgers of the last version
+
+GOLDEN = ROOT / "tests" / "golden"
 
 
-def test_an_older_schema_is_upgraded_on_resume(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=["finished", "unfinished"])
+def golden(request: pytest.FixtureRequest, path: Path) -> Path:
+    """A copy of a campaign's ledger as version 2 wrote it, stopped inside its third generation or run to its end."""
+    path.write_bytes((GOLDEN / f"ledger-v2-{request.param}.sqlite").read_bytes())
+    return path
+
+
+def raw(path: Path, table: str) -> list[dict[str, Any]]:
+    connection = sqlite3.connect(path)
+    connection.row_factory = sqlite3.Row
+    rows = [dict(row) for row in connection.execute(f"SELECT * FROM {table} ORDER BY rowid")]
+    connection.close()
+    return rows
+
+
+def test_a_ledger_of_version_2_is_read_as_if_written_now(golden: Path) -> None:
+    before = golden.read_bytes()
+    with Ledger.read(golden) as ledger:
+        evaluations, candidates, measurements = ledger.evaluations(), ledger.candidates(), ledger.measurements()
+        assert [row.number for row in ledger.generations()] == [row["number"] for row in raw(golden, "generations")]
+        assert ledger.settings["target"] == ["0.5", "2:4"]
+    assert len(evaluations) > 5
+    for row, old in zip(evaluations, raw(golden, "evaluations"), strict=True):
+        figures = {"loss": json.loads(old["losses"]), "kl": json.loads(old["divergences"])}
+        assert (row.id, row.formula, row.sketch, row.figures) == (old["id"], old["formula"], old["sketch"], figures)
+    assert {row.status for row in candidates} == {"evaluated", "duplicate", "screened", "failed"}
+    for candidate, old in zip(candidates, raw(golden, "candidates"), strict=True):
+        screened = str(old["reason"]).startswith("screened out after ")
+        assert candidate.status == ("screened" if screened else old["status"])
+        assert (candidate.formula, candidate.reason, candidate.ranked) == (old["formula"], old["reason"], old["ranked"])
+    for measured, old in zip(measurements, raw(golden, "measurements"), strict=True):
+        value = json.loads(old["value"])
+        assert measured.value == (value and {key: one for key, one in value.items() if key != "error"})
+    assert golden.read_bytes() == before
+
+
+def test_a_ledger_of_version_2_is_upgraded_where_it_is_continued(golden: Path) -> None:
+    with Ledger.read(golden) as ledger:
+        settings, result, expected = ledger.settings, ledger.result(), ledger.comparable_tables()
+    with Ledger.open(golden, settings, resume=True) as ledger:
+        assert ledger.comparable_tables() == expected
+        assert ledger.result() == result
+        ledger.record(Candidate(99, 0, "W", "W", "screened", reason="screened out after 1 windows"))
+    new = golden.with_name("new")
+    Ledger.open(new, settings, resume=False).close()
+    for table in sqlite_schema.TABLES:
+        columns = [{column["name"] for column in raw(one, f"pragma_table_info('{table}')")} for one in (golden, new)]
+        assert columns[0] == columns[1]
+
+
+def test_a_version_that_was_never_released_is_refused(path: Path) -> None:
     campaign(path)
-    before = tables(path)
-    upgrade = "CREATE TABLE notes (id INTEGER PRIMARY KEY); ALTER TABLE candidates ADD COLUMN parent INTEGER"
-    monkeypatch.setattr(store, "MIGRATIONS", (*store.MIGRATIONS, upgrade, "CREATE TABLE worse (id)"))
-    with pytest.raises(LedgerError, match="older schema: its campaign cannot be continued"):
-        Ledger.read(path)
-    Ledger.open(path, SETTINGS, resume=True).close()
-    after = tables(path)
-    assert [{**row, "parent": None} for row in before["candidates"]] == after["candidates"]
-    assert {name: rows for name, rows in after.items() if name != "candidates"} == {
-        name: rows for name, rows in before.items() if name != "candidates"
-    }
+    sql(path, "PRAGMA user_version = 1")
+    for use in (lambda: Ledger.open(path, SETTINGS, resume=True), lambda: Ledger.read(path)):
+        with pytest.raises(LedgerError, match="has schema version 1, which no released gpmetric wrote"):
+            use()
 
 
-def test_an_upgrade_that_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    campaign(path)
-    before = tables(path)
-    monkeypatch.setattr(store, "MIGRATIONS", (*store.MIGRATIONS, "CREATE TABLE notes (id)", "CREATE TABLE notes (id)"))
-    with pytest.raises(LedgerError, match="table notes already exists"):
-        Ledger.open(path, SETTINGS, resume=True)
-    monkeypatch.undo()
-    assert tables(path) == before
+def test_an_upgrade_that_fails_changes_nothing(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = raw(golden, "evaluations")
+    steps = {2: (*sqlite_schema.UPGRADES[2], "CREATE TABLE meta (id)")}
+    monkeypatch.setattr(sqlite_schema, "UPGRADES", steps)
+    with pytest.raises(LedgerError, match="table meta already exists"):
+        Ledger.open(golden, {}, resume=True)
+    assert raw(golden, "evaluations") == before

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from gpmetric.errors import MaskError
 from gpmetric.pruning.mask import select_mask
-from gpmetric.pruning.target import parse_target
+from gpmetric.targets import parse_target
 
 WIDTHS = [1, 2, 3, 6, 7, 8, 9, 16, 42, 63, 64, 65, 123, 128, 129, 200, 256, 300]
 SPARSITIES = ["0", "0.1", "0.33", "0.5", "0.7", "0.99"]
+GROUPS = ["", "row:", "layer:", "block:"]
 PATTERNS = ["2:4", "4:8", "1:4", "3:4", "1:2", "8:16", "2:3", "5:7", "1:80"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SUBNORMAL = 1e-40
@@ -30,6 +31,7 @@ def brute_force(score: Tensor, text: str) -> Tensor:
     rows, columns = score.shape
     values = score.double().tolist()
     positions = [[(row, column) for column in range(columns)] for row in range(rows)]
+    text = text.removeprefix("row:")
     if ":" in text and not text.startswith(("layer:", "block:")):
         keep, group = map(int, text.split(":"))
         groups = [line[start : start + group] for line in positions for start in range(0, columns, group)]
@@ -72,7 +74,7 @@ KINDS = ["normal", "ties", "equal", "zeros", "signed zeros", "negative", "subnor
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("text", [group + sparsity for group in ("", "layer:", "block:") for sparsity in SPARSITIES])
+@pytest.mark.parametrize("text", [group + sparsity for group in GROUPS for sparsity in SPARSITIES])
 def test_rows_layers_and_blocks_are_the_brute_force(text: str, kind: str) -> None:
     generator = torch.Generator().manual_seed(7)
     for index, columns in enumerate(WIDTHS):
@@ -99,7 +101,7 @@ def test_patterns_are_the_brute_force(text: str, kind: str) -> None:
     rows=st.integers(1, 5),
     columns=st.one_of(st.integers(1, 90), st.integers(120, 300)),
     sparsity=st.floats(0, 1, exclude_max=True),
-    group=st.sampled_from(["", "layer:", "block:"]),
+    group=st.sampled_from(GROUPS),
     seed=st.integers(0, 2**32),
 )
 def test_any_shape_and_sparsity_is_the_brute_force(
@@ -138,6 +140,7 @@ def test_two_by_four_by_hand() -> None:
         "3:4": [[T, F, T, T], [T, T, T, F]],
         "1:4": [[T, F, F, F], [F, F, T, F]],
         "1:2": [[T, F, T, F], [F, T, T, F]],
+        "row:0.5": [[T, F, T, F], [F, T, T, F]],
         "layer:0.5": [[T, F, T, T], [F, F, T, F]],  # 0, then the first three of the four 1s in row-major order
         "layer:0.25": [[T, F, T, T], [T, T, T, F]],
         "block:0.5": [[T, F, T, T], [F, F, T, F]],  # a matrix of one block

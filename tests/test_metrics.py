@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from gpmetric.calibration.accumulators import LayerStatistics, curvature
-from gpmetric.errors import ExpressionError, InputError
+from gpmetric.errors import ExpressionError
+from gpmetric.expression.evaluate import evaluate
+from gpmetric.metrics import BASELINES, Metric, masks_only, resolve_metric, spelled
+from gpmetric.operands import GRAM, OPERANDS
 from gpmetric.pruning.mask import select_mask
-from gpmetric.pruning.metrics import BASELINES, UPDATES, check_update, resolve_metric
-from gpmetric.pruning.prune import prune_weight, score_weight
-from gpmetric.pruning.target import parse_target
+from gpmetric.pruning.updaters import needed_statistics
+from gpmetric.targets import GRANULARITIES, parse_target
+from tests.pruning_helpers import prune_weight
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,8 @@ class Sample:
         """The same sample in our operands, fp32."""
         rows = self.inputs.flatten(0, 1)  # [N * L, in]
         gram = (rows.t() @ rows / len(rows)).float()
-        X = rows.square().mean(dim=0).sqrt().float()
-        return LayerStatistics(
-            X, curvature(gram), self.g.abs().mean(dim=0).float(), self.g.square().mean(dim=0).float(), gram=gram
-        )
+        G, H = self.g.abs().mean(dim=0).float(), self.g.square().mean(dim=0).float()
+        return LayerStatistics(X=rows.square().mean(dim=0).sqrt().float(), D=curvature(gram), G=G, H=H, gram=gram)
 
 
 def make_sample(sequences: int, length: int, rows: int = 12, columns: int = 48) -> Sample:
@@ -89,20 +90,19 @@ def test_masks_are_the_published_ones(name: str, sequences: int, length: int) ->
     sample = make_sample(sequences, length)
     published, granularity = PUBLISHED[name]
     metric = resolve_metric(name, sequences, length)
-    for text in ("0.5", "0.3", "layer:0.6", "block:0.6", "2:4", "4:8"):
+    for text in ("0.5", "0.3", "row:0.6", "layer:0.6", "block:0.6", "2:4", "4:8"):
         if metric.update == "obs-blockwise" and ":" in text:
             continue  # chosen on updated weights: tests/test_sparsegpt.py
         target = parse_target(text)
         pruned = prune_weight(sample.w.float(), metric, target, sample.statistics(), metric.update or "none")
-        if target.granularity == "row" and granularity == "layer":
-            target = parse_target(f"layer:{text}")
-        assert torch.equal(pruned != 0, select_mask(published(sample), target)), text
+        assert torch.equal(pruned != 0, select_mask(published(sample), target.resolved(granularity))), text
 
 
 @pytest.mark.parametrize("name", [name for name in BASELINES if name != "sparsegpt"])
 def test_scores_are_the_published_ones_up_to_a_factor(name: str) -> None:
     sample = make_sample(5, 20)
-    score = score_weight(sample.w.float(), resolve_metric(name, 5, 20), sample.statistics()).double()
+    operands = sample.statistics().operands | {"W": sample.w.float()}
+    score = evaluate(resolve_metric(name, 5, 20).expression, operands).double()
     published = PUBLISHED[name][0](sample)
     # fp32 against float64, a handful of operations
     torch.testing.assert_close(score / score.mean(), published / published.mean(), rtol=1e-4, atol=1e-6)
@@ -127,7 +127,7 @@ def test_what_a_baseline_needs(name: str) -> None:
     metric = resolve_metric(name, 8, 16)
     assert metric.name == name
     assert metric.needs_gradients == (name in ("gblm_l1", "gblm_l2", "pruner_zero"))
-    assert metric.needs_gram == (name == "sparsegpt")
+    assert (("D" in metric.operands) and (GRAM in needed_statistics([metric], "none"))) == (name == "sparsegpt")
     assert metric.granularity == ("layer" if name == "magnitude" else "row")
     assert metric.update == ("obs-blockwise" if name == "sparsegpt" else None)
     assert BASELINES[name].source
@@ -143,13 +143,23 @@ def test_magnitudes_are_the_same_under_patterns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("formula", "gradients", "gram"),
-    [("abs(W)*X", False, False), ("W*G", True, False), ("W*sqrt(H)", True, False), ("W*W*D", False, True)],
+    ("formula", "gradients", "operands"),
+    [
+        ("abs(W)", False, ""),
+        ("abs(W)*X", False, "X"),
+        ("W*G", True, "G"),
+        ("W*sqrt(H)", True, "H"),
+        ("W*F", True, "F"),
+        ("W*W*D", False, "D"),
+        ("W*X*D", False, "XD"),
+    ],
 )
-def test_what_a_formula_needs(formula: str, gradients: bool, gram: bool) -> None:
+def test_what_a_formula_needs(formula: str, gradients: bool, operands: str) -> None:
     metric = resolve_metric(formula, 8, 16)
     assert (metric.name, str(metric.expression)) == (formula, formula)
-    assert (metric.needs_gradients, metric.needs_gram) == (gradients, gram)
+    assert (metric.needs_gradients, set(metric.operands)) == (gradients, set(operands))
+    assert needed_statistics([metric], "none") == set(operands)
+    assert needed_statistics([metric], "obs") == {*operands, GRAM}
     assert (metric.granularity, metric.update) == ("row", None)
 
 
@@ -190,15 +200,16 @@ def test_a_comparison_group_before_a_metric(group: str, rule: str) -> None:
     assert grouped == replace(plain, name=f"{group}:{rule}", granularity=group)
 
 
-@pytest.mark.parametrize("target", ["0.5", "layer:0.5", "block:0.5", "2:4"])
+@pytest.mark.parametrize("target", ["0.5", "row:0.5", "layer:0.5", "block:0.5", "2:4"])
 def test_a_comparison_group_holds_for_plain_numbers_only(target: str) -> None:
     generator = torch.Generator().manual_seed(5)
-    weight, statistics = torch.randn(6, 200, generator=generator), LayerStatistics(torch.rand(200, generator=generator))
+    weight, X = torch.randn(6, 200, generator=generator), torch.rand(200, generator=generator)
+    statistics = LayerStatistics(X=X)
     masks = {}
     for group in ("row", "layer", "block"):
         masks[group] = prune_weight(weight, resolve_metric(f"{group}:wanda"), parse_target(target), statistics) != 0
-        written = f"{group}:0.5".removeprefix("row:") if target == "0.5" else target
-        assert torch.equal(masks[group], select_mask(weight.abs() * statistics.X, parse_target(written)))
+        written = f"{group}:0.5" if target == "0.5" else target
+        assert torch.equal(masks[group], select_mask(weight.abs() * X, parse_target(written)))
     assert torch.equal(masks["layer"], masks["block"]) == (target != "0.5")
 
 
@@ -220,8 +231,41 @@ def test_a_mistyped_name_behind_a_group_is_answered_too(text: str) -> None:
         resolve_metric(text)
 
 
-def test_updates() -> None:
-    assert [check_update(name) for name in UPDATES] == ["none", "obs", "obs-blockwise"]
-    for text in ("", "OBS", "obs_blockwise", "all"):
-        with pytest.raises(InputError, match=f"--update must be one of none, obs, obs-blockwise, but got {text!r}"):
-            check_update(text)
+@pytest.mark.parametrize("group", [name for name, row in GRANULARITIES.items() if not row.counted])
+def test_spelled_is_what_resolve_metric_reads(group: str) -> None:
+    metric = resolve_metric(f"{group}:abs(W)*X**0.5")
+    again = resolve_metric(spelled(metric.expression, group))
+    assert (again.expression, again.granularity) == (metric.expression, group)
+    assert spelled(metric.expression, "row") == "abs(W)*X**0.5"
+
+
+def test_only_sparsegpt_updates() -> None:
+    assert [name for name in BASELINES if not masks_only(name)] == ["sparsegpt"]
+
+
+def test_a_metric_is_called_by_place_or_by_name() -> None:
+    """In the order of the table of operands; each of the shape that its row says."""
+    drawn = torch.Generator().manual_seed(0)
+    given = {
+        name: torch.rand((4, 6) if row.axes == "out,in" else (6,), generator=drawn) for name, row in OPERANDS.items()
+    }
+    metric = Metric.parse("W*X+G*H-D/F")
+    expected = given["W"] * given["X"] + given["G"] * given["H"] - given["D"] / given["F"]
+    torch.testing.assert_close(metric(**given), expected)
+    assert torch.equal(metric(*given.values()), metric(**given))
+    assert torch.equal(Metric.parse("abs(W)*D")(given["W"], D=given["D"]), given["W"].abs() * given["D"])
+    with pytest.raises(ExpressionError, match="needs operand F"):
+        metric(**given | {"F": None})
+    with pytest.raises(ExpressionError, match="operand X must have shape"):
+        metric(given["W"], given["G"], *list(given.values())[2:])
+    with pytest.raises(ExpressionError, match="unknown operand 'Q': accepted are W, X, G, H, D, F"):
+        metric(given["W"], Q=given["X"])
+
+
+def test_an_operand_given_twice_or_beyond_the_last_is_refused() -> None:
+    weight = torch.ones(2, 3)
+    for metric in (Metric.parse("abs(W)"), Metric.parse("abs(W)*X")):
+        with pytest.raises(ExpressionError, match="each operand is given once, in the order of W, X, G, H, D, F or by"):
+            metric(weight, torch.ones(3), X=torch.ones(3))
+        with pytest.raises(ExpressionError, match="each operand is given once"):
+            metric(weight, *[torch.ones(3)] * 6)

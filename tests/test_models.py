@@ -20,7 +20,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gpmetric.errors import InputError, ModelError
-from gpmetric.models import Model, _find_blocks, load_model, pick_device
+from gpmetric.loading import load_model, pick_device
+from gpmetric.models import Model, find_blocks
 
 EITHER = pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2"])
 
@@ -226,12 +227,12 @@ class Toy(nn.Module):
 
 def test_routers_are_left_out() -> None:
     linears = {name: nn.Linear(2, 2) for name in ("router", "gate", "gate_proj", "shared_gate", "up")}
-    found = _find_blocks(Toy(**linears, norm=nn.LayerNorm(2), table=nn.Embedding(3, 2)), None, None)
+    found = find_blocks(Toy(**linears, norm=nn.LayerNorm(2), table=nn.Embedding(3, 2)), None, None)
     assert [layer.name for layer in found[0].layers] == ["blocks.0.gate_proj", "blocks.0.shared_gate", "blocks.0.up"]
 
 
 def test_convolutions_are_no_experts() -> None:
-    found = _find_blocks(Toy(mixer=nn.Conv1d(2, 2, 3), up=nn.Linear(2, 2)), None, None)
+    found = find_blocks(Toy(mixer=nn.Conv1d(2, 2, 3), up=nn.Linear(2, 2)), None, None)
     assert [layer.name for layer in found[0].layers] == ["blocks.0.up"]
 
 

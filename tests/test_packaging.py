@@ -56,12 +56,14 @@ def contents(wheel: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_module(contents: dict[str, bytes]) -> None:
     modules = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("gpmetric/**/*.py")}
     assert modules - {"gpmetric/kernels/__init__.py"} <= contents.keys()
     assert "gpmetric/py.typed" in contents
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_kernels_as_a_subpackage(contents: dict[str, bytes]) -> None:
     """A top-level `kernels` would overwrite Hugging Face's package of that name; the shim is for checkouts only."""
     assert {name.partition("/")[0].partition("-")[0] for name in contents} == {"gpmetric"}
@@ -69,6 +71,7 @@ def test_wheel_holds_the_kernels_as_a_subpackage(contents: dict[str, bytes]) -> 
     assert shipped == {"gpmetric/kernels/README.md", *(f"gpmetric/kernels/{name}.py" for name in KERNELS)}
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_demo_model(contents: dict[str, bytes]) -> None:
     demo = ROOT / "gpmetric" / "demo"
     files = [path for path in [demo / "README.md", *demo.glob("model/*")] if path.is_file()]
@@ -76,6 +79,7 @@ def test_wheel_holds_the_demo_model(contents: dict[str, bytes]) -> None:
         assert contents[path.relative_to(ROOT).as_posix()] == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_wheel_metadata(contents: dict[str, bytes]) -> None:
     [info] = {name.partition("/")[0] for name in contents if ".dist-info/" in name}
     metadata = contents[f"{info}/METADATA"].decode()
@@ -85,6 +89,7 @@ def test_wheel_metadata(contents: dict[str, bytes]) -> None:
     assert f"{info}/licenses/LICENSE" in contents
 
 
+@pytest.mark.slow
 def test_installed_wheel_imports_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
     target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -17,10 +17,10 @@ from gpmetric.expression import PRIMITIVES, Expression, parse
 from gpmetric.expression.canonical import canonical
 from gpmetric.expression.rank import RankGroup, factorised, product, rank_form
 from gpmetric.expression.tree import arity
-from gpmetric.operands import OPERANDS
+from gpmetric.metrics import BASELINES, resolve_metric
+from gpmetric.operands import OPERANDS, Operand
 from gpmetric.pruning.mask import select_mask
-from gpmetric.pruning.metrics import BASELINES, resolve_metric
-from gpmetric.pruning.target import parse_target
+from gpmetric.targets import parse_target
 
 GROUPS: tuple[RankGroup, ...] = get_args(RankGroup)
 TARGETS: dict[RankGroup, tuple[str, ...]] = {"row": ("0.5", "0.7", "2:4"), "layer": ("layer:0.5",)}
@@ -113,10 +113,10 @@ def operands(seed: int) -> dict[str, Tensor]:
     """float64 operands of a 6x8 layer: W normal, the others log-normal."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(rows: int) -> Tensor:
-        return torch.randn(rows, 8, dtype=torch.float64, generator=generator)
+    def normal(row: Operand) -> Tensor:
+        return torch.randn(1 if row.axes == "in" else 6, 8, dtype=torch.float64, generator=generator)
 
-    return {"W": normal(6), **{name: normal(1 if name in "XD" else 6).exp() for name in ("X", "G", "H", "D", "F")}}
+    return {name: normal(row) if row.signed else normal(row).exp() for name, row in OPERANDS.items()}
 
 
 def score(expression: Expression, values: dict[str, Tensor]) -> Tensor | None:
@@ -154,6 +154,7 @@ def differences(value: Tensor) -> tuple[Tensor, Tensor]:
     return difference.sign(), difference.abs() > GAP * value.abs().amax()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_order_in_every_group_is_kept(group: RankGroup) -> None:
     """Of every pair of scores of a group, in float64; a tie on one side is one on the other. And the masks."""
@@ -173,6 +174,7 @@ def test_the_order_in_every_group_is_kept(group: RankGroup) -> None:
     assert checked > 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_idempotent_never_longer_and_with_W(group: RankGroup) -> None:
     for expression in formulas(300, seed=12):
@@ -182,6 +184,7 @@ def test_idempotent_never_longer_and_with_W(group: RankGroup) -> None:
         assert "W" in form.operands or form == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("name", BASELINES)
 def test_disguises_share_one_form(name: str, group: RankGroup) -> None:
@@ -226,6 +229,7 @@ for _ in range(80):
 """
 
 
+@pytest.mark.slow
 def test_the_same_in_every_process() -> None:
     """Independent of PYTHONHASHSEED."""
     runs = [

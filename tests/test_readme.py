@@ -28,6 +28,7 @@ def test_shell_examples_run_one_after_the_other(tmp_path: Path) -> None:
     assert "def score(" in (tmp_path / "metric.py").read_text()
 
 
+@pytest.mark.slow
 def test_python_examples_run(tmp_path: Path) -> None:
     (example,) = blocks("python")
     file = tmp_path / "example.py"

@@ -6,7 +6,7 @@ import pytest
 
 from gpmetric.evolution.refinement import neighbours, weighted
 from gpmetric.expression import Expression, parse
-from gpmetric.pruning.metrics import BASELINES, resolve_metric
+from gpmetric.metrics import BASELINES, resolve_metric
 
 
 def listed(text: str, factor: float) -> list[str]:

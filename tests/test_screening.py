@@ -1,27 +1,25 @@
-"""The ladder by hand: its rungs, who climbs, figures over the windows read so far, and what a ladder was worth."""
+"""Successive halving by hand: rungs, who climbs, figures over the windows read so far, what the rungs were worth."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpmetric.errors import MaskError
+from gpmetric.evolution.breeding import Draw
 from gpmetric.evolution.executors import Serial
-from gpmetric.evolution.ledger import Ledger, Measurement
-from gpmetric.evolution.screening import (
-    PROBE,
-    Ladder,
-    OutOfTime,
-    Rung,
-    cumulative,
-    describe_ladder,
-    ladder,
-    promote,
-)
+from gpmetric.evolution.ledger import Ledger
+from gpmetric.evolution.records import Measurement
+from gpmetric.evolution.rungs import PROBE, Rung, cumulative, describe_rungs, halving_rungs, promote
+from gpmetric.evolution.screening import Seen, SuccessiveHalving
+from gpmetric.evolution.search_config import SearchConfig
+from gpmetric.evolution.tasks import ExcessTask, MaskFingerprint, ProbeTask, Task
+from gpmetric.expression import parse
+from gpmetric.metrics import Metric
 
 INF, NAN = math.inf, math.nan
 RUNGS = (Rung("1 windows", 0, 1, 0.5), Rung("4 windows", 1, 4, 1.0))
@@ -40,7 +38,7 @@ RUNGS = (Rung("1 windows", 0, 1, 0.5), Rung("4 windows", 1, 4, 1.0))
 )
 def test_rungs(windows: int, bounds: list[int]) -> None:
     """An eighth, half and all of the windows, at least one; each rung reads what those before it did not."""
-    rungs = ladder(windows)
+    rungs = halving_rungs(windows)
     assert [rung.last for rung in rungs] == bounds
     assert [rung.first for rung in rungs] == [0, *bounds[:-1]]
     assert [rung.keep for rung in rungs] == [0.4] * (len(bounds) - 1) + [1.0]
@@ -79,26 +77,32 @@ def test_cumulative_weighs_by_windows() -> None:
     assert cumulative(parts[:1]) == parts[0][1]
 
 
-# A ladder that is climbed
+# Rungs that are climbed
 
-# metric -> reconstruction error, (loss, kl) on window 0, (loss, kl) on windows 1 to 3
+# operand that tells a metric -> reconstruction error, (loss, kl) on window 0, (loss, kl) on windows 1 to 3
 WORTH: dict[str, tuple[float, tuple[float, float], tuple[float, float]]] = {
-    "a": (0.1, (0.5, 0.9), (0.1, 0.1)),
-    "b": (0.2, (0.4, 0.3), (0.2, 0.3)),
-    "c": (0.3, (0.3, 0.2), (0.3, 0.2)),
-    "d": (0.4, (0.2, 0.6), (0.4, 0.4)),
-    "e": (0.5, (0.1, 0.1), (0.5, 0.5)),
+    "X": (0.1, (0.5, 0.9), (0.1, 0.1)),
+    "G": (0.2, (0.4, 0.3), (0.2, 0.3)),
+    "H": (0.3, (0.3, 0.2), (0.3, 0.2)),
+    "D": (0.4, (0.2, 0.6), (0.4, 0.4)),
+    "F": (0.5, (0.1, 0.1), (0.5, 0.5)),
 }
-METRICS = dict(enumerate(WORTH))
 
 
-def answer(task: Mapping[str, Any]) -> Any:
-    if task["kind"] == "probe":
-        return [
-            {"error": None, "fingerprint": text, "sketch": "", "reconstruction": {"0.5": WORTH[text][0]}}
-            for text in task["metrics"]
-        ]
-    loss, kl = WORTH[task["metric"]][1 if task["first"] == 0 else 2]
+def draw(text: str) -> Draw:
+    expression = parse(text)
+    metric = Metric(text, expression)
+    return Draw(metric, expression, expression, expression, metric)
+
+
+DRAWS = [draw(f"abs(W)*{name}") for name in WORTH]
+
+
+def answer(task: Task) -> Any:
+    if isinstance(task, ProbeTask):
+        return [MaskFingerprint(one.name, "", {"0.5": WORTH[one.name[-1]][0]}) for one in task.metrics]
+    assert isinstance(task, ExcessTask)
+    loss, kl = WORTH[task.metric.name[-1]][1 if task.first == 0 else 2]
     return {"loss": {"0.5": loss}, "kl": {"0.5": kl}}
 
 
@@ -108,104 +112,125 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
         yield opened
 
 
-def climbing(ledger: Ledger, objective: str = "loss", function: Any = answer, **options: Any) -> Ladder:
-    never = options.pop("out_of_time", lambda: False)
-    return Ladder(RUNGS, objective, ledger, Serial(function), 0, never, **options)
+def halving(
+    ledger: Ledger, objective: str = "loss", function: Any = answer, generation: int = 1, start: int = 0, **options: Any
+) -> SuccessiveHalving:
+    metrics = tuple(one.metric for one in DRAWS[:start])
+    config = SearchConfig(("0.5",), ("W",), (), metrics, (), 5, 9, 0, RUNGS, objective)
+    return SuccessiveHalving(config, ledger, Serial(function), Seen(), generation, **options)
 
 
-@pytest.mark.parametrize(("objective", "expected"), [("loss", [2, 3]), ("kl", [1, 2])])
-def test_who_climbs(ledger: Ledger, objective: str, expected: list[int]) -> None:
-    """The probe drops e, the last fifth; of a to d the first window sends on the better half by the objective."""
-    one = climbing(ledger, objective)
-    one.probe(METRICS)
-    assert one.screen(METRICS, frozenset()) == expected
-    assert one.measurement(4, "1 windows") is None
-    one.finish({position: METRICS[position] for position in expected})
-    for position in expected:
-        _, first, rest = WORTH[METRICS[position]]
+def statuses(ledger: Ledger) -> dict[str, str]:
+    return {row.formula[-1]: f"{row.status}: {row.reason}" if row.reason else row.status for row in ledger.candidates()}
+
+
+@pytest.mark.parametrize(("objective", "expected"), [("loss", "HD"), ("kl", "GH")])
+def test_who_climbs(ledger: Ledger, objective: str, expected: str) -> None:
+    """The probe drops F, the last fifth; of X to D the first window sends on the better half by the objective."""
+    halving(ledger, objective).run(DRAWS)
+    fates = statuses(ledger)
+    assert "".join(name for name, fate in fates.items() if fate == "evaluated") == expected
+    assert fates["F"] == "screened: screened out after reconstruction"
+    assert fates["X"] == "screened: screened out after 1 windows"
+    for row in ledger.evaluations("done"):
+        _, first, rest = WORTH[row.formula[-1]]
         for column, kind in enumerate(("loss", "kl")):
-            mean = (first[column] + 3 * rest[column]) / 4
-            assert one.figures(position, kind) == {"0.5": pytest.approx(mean)}
+            assert row.figures[kind] == {"0.5": pytest.approx((first[column] + 3 * rest[column]) / 4)}
 
 
 def test_those_of_the_start_climb_whatever_they_are_measured_at(ledger: Ledger) -> None:
-    one = climbing(ledger)
-    one.probe(METRICS)
-    assert one.screen(METRICS, frozenset({0, 4})) == [0, 2, 3, 4]  # half of five is three, and e is the best of them
+    """Half of X to F is three, of which F is the best."""
+    halving(ledger, generation=0, start=5).run(DRAWS)
+    assert set(statuses(ledger).values()) == {"evaluated"}
 
 
 def test_without_reconstruction_errors_the_probe_drops_nobody(ledger: Ledger) -> None:
     """No Gram matrix, no error: the order in which candidates were drawn says nothing about them."""
 
-    def blind(task: Mapping[str, Any]) -> Any:
-        found = answer(task)
-        return [part | {"reconstruction": {}} for part in found] if task["kind"] == "probe" else found
+    def blind(task: Task) -> Any:
+        if isinstance(task, ProbeTask):
+            return [MaskFingerprint(one.name, "", {}) for one in task.metrics]
+        return answer(task)
 
-    one = climbing(ledger, function=blind)
-    one.probe(METRICS)
-    assert one.screen(METRICS, frozenset()) == [2, 3, 4]
-    assert all(one.measurement(position, "1 windows") for position in METRICS)
+    halving(ledger, function=blind).run(DRAWS)
+    fates = statuses(ledger)
+    assert [name for name, fate in fates.items() if fate == "evaluated"] == ["H", "D", "F"]
+    assert {fates["X"], fates["G"]} == {"screened: screened out after 1 windows"}
 
 
 def test_what_fails_on_a_rung_stays_there_even_of_the_start(ledger: Ledger) -> None:
-    def fail(task: Mapping[str, Any]) -> Any:
-        if task.get("metric") == "d":
+    def fail(task: Task) -> Any:
+        if isinstance(task, ProbeTask):
+            return answer(task)
+        if task.metric.name.endswith("D"):  # type: ignore[union-attr]
             raise MaskError("no")
         found = answer(task)
-        if task.get("metric") == "c":
+        if task.metric.name.endswith("H"):  # type: ignore[union-attr]
             found["kl"] = {"0.5": INF}
         return found
 
-    one = climbing(ledger, function=fail)
-    one.probe(METRICS)
-    assert one.screen(METRICS, frozenset({2, 3})) == [0, 1]
-    found = {position: one.measurement(position, "1 windows") for position in (2, 3)}
-    assert {position: row and row.error for position, row in found.items()} == {
-        2: "loss or divergence is not finite at 0.5",
-        3: "no",
-    }
+    halving(ledger, function=fail, generation=0, start=5).run(DRAWS)
+    fates = statuses(ledger)
+    assert fates["H"] == "failed: loss or divergence is not finite at 0.5"
+    assert fates["D"] == "failed: no"
+    assert len(ledger.evaluations()) == 3
 
 
-def test_a_second_ladder_measures_nothing_again(ledger: Ledger) -> None:
-    first = climbing(ledger)
-    first.probe(METRICS)
-    first.finish(dict.fromkeys(()) or {3: "d"}) if first.screen(METRICS, frozenset()) else None
+def test_a_second_run_measures_nothing_again(ledger: Ledger) -> None:
+    first = halving(ledger).run(DRAWS)
+    before = ledger.comparable_tables()
 
-    def refuse(task: Mapping[str, Any]) -> Any:
+    def refuse(task: Task) -> Any:
         raise AssertionError(f"measured again: {task}")
 
-    again = climbing(ledger, function=refuse)
-    assert again.probe(METRICS) == {position: again.measurement(position, PROBE) for position in METRICS}
-    assert again.screen(METRICS, frozenset()) == [2, 3]
-    again.finish({3: "d"})
-    assert again.figures(3, "loss") == first.figures(3, "loss")
+    assert halving(ledger, function=refuse).run(DRAWS) == first == [1, 2]
+    assert ledger.comparable_tables() == before
+
+
+def test_what_is_not_affordable_is_left_for_later(ledger: Ledger) -> None:
+    """Of H and D only the first; what was drawn before it is decided."""
+    assert halving(ledger).run(DRAWS, affordable=1) is None
+    assert list(statuses(ledger)) == ["X", "G", "H"]
+    assert halving(ledger).run(DRAWS, affordable=2) == [1, 2]
+    assert list(statuses(ledger)) == list(WORTH)
 
 
 def test_batches_of_eight_and_one_by_one_where_a_batch_is_lost(ledger: Ledger) -> None:
     asked: list[list[str]] = []
 
-    def fragile(task: Mapping[str, Any]) -> Any:
-        asked.append(task["metrics"])
-        if "m3" in task["metrics"]:
+    def fragile(task: Task) -> Any:
+        if not isinstance(task, ProbeTask):
+            return {"loss": {"0.5": 1.0}, "kl": {"0.5": 1.0}}
+        asked.append([one.name for one in task.metrics])
+        if "abs(W)**3.5" in asked[-1]:
             raise MaskError("killed its worker")
-        return [{"error": None, "fingerprint": text, "sketch": "", "reconstruction": {}} for text in task["metrics"]]
+        return [MaskFingerprint(one.name, "", {}) for one in task.metrics]
 
-    metrics = {position: f"m{position}" for position in range(10)}
-    found = climbing(ledger, function=fragile).probe(metrics)
+    halving(ledger, function=fragile).run([draw(f"abs(W)**{number}.5") for number in range(10)])
     assert [len(batch) for batch in asked] == [8, 2, *[1] * 8]
-    assert [position for position, row in found.items() if row.error] == [3]
-    assert found[3].error == "killed its worker"
-    assert found[2].value["fingerprint"] == "m2"
-    assert list(found) == list(metrics)
+    probed = [row for row in ledger.measurements() if row.rung == PROBE.name]
+    assert [(row.position, row.error) for row in probed if row.error] == [(3, "killed its worker")]
+    by_position = {row.position: row for row in probed}
+    assert by_position[2].value["fingerprint"] == "abs(W)**2.5"
+    assert sorted(by_position) == list(range(10))
 
 
 def test_out_of_time_is_asked_after_every_measurement_but_the_last(ledger: Ledger) -> None:
     clock = iter([False, True])
-    one = climbing(ledger, out_of_time=lambda: next(clock))
-    one.probe(METRICS)  # one task: the clock is not read
-    with pytest.raises(OutOfTime):
-        one.screen(METRICS, frozenset())
+    one = halving(ledger, out_of_time=lambda: next(clock))
+    assert one.run(DRAWS) is None  # to probe is one task: the clock is not read
     assert [row.position for row in ledger.measurements() if row.rung == "1 windows"] == [0, 1]
+
+
+def test_equal_masks_in_a_generation_before_are_no_new_ones(ledger: Ledger) -> None:
+    first = halving(ledger, generation=0)
+    first.run(DRAWS)
+    one = halving(ledger)
+    one.seen = Seen(masks=first.seen.masks)
+    assert one.run([DRAWS[2], DRAWS[0]]) == []
+    duplicate, equal = ledger.candidates()[-2:]
+    assert (duplicate.status, duplicate.evaluation) == ("duplicate", 1)
+    assert (equal.status, equal.reason) == ("failed", "equal to a formula that failed or was screened out")
 
 
 # What it was worth
@@ -221,45 +246,45 @@ def kl(figure: float) -> dict[str, Any]:
 
 def probe(figure: float | None) -> dict[str, Any]:
     errors = {} if figure is None else {"0.5": figure}
-    return {"error": None, "fingerprint": "", "sketch": "", "reconstruction": errors}
+    return {"fingerprint": "", "sketch": "", "reconstruction": errors}
 
 
-def test_describe_ladder_by_hand() -> None:
+def test_describe_rungs_by_hand() -> None:
     """Over all windows 0.1, 0.2, 0.3 and 0.4; the first window says 0.2, 0.1, 0.3, 0.4, whose Spearman's rho is 0.8."""
     measured = [
-        *(row(place, PROBE, probe(error), 0.5) for place, error in enumerate([0.4, 0.3, 0.2, 0.1, 0.9])),
-        row(5, PROBE, None),
+        *(row(place, PROBE.name, probe(error), 0.5) for place, error in enumerate([0.4, 0.3, 0.2, 0.1, 0.9])),
+        row(5, PROBE.name, None),
         *(row(place, "1 windows", kl(figure), 2.0) for place, figure in enumerate([0.2, 0.1, 0.3, 0.4, 0.8])),
         *(
             row(place, "4 windows", kl((4 * whole - first) / 3), 4.0 + place)
             for place, (first, whole) in enumerate([(0.2, 0.1), (0.1, 0.2), (0.3, 0.3), (0.4, 0.4)])
         ),
     ]
-    described = describe_ladder(measured, RUNGS, "kl")
+    described = describe_rungs(measured, RUNGS, "kl")
     assert described == [
-        {"rung": PROBE, "measured": 5, "compared": 4, "spearman": pytest.approx(-1.0)},
+        {"rung": PROBE.name, "measured": 5, "compared": 4, "spearman": pytest.approx(-1.0)},
         {"rung": "1 windows", "measured": 5, "compared": 4, "spearman": pytest.approx(0.8)},
         {"rung": "4 windows", "measured": 4, "compared": 4, "spearman": pytest.approx(1.0)},
     ]
 
 
-def test_describe_ladder_of_too_little() -> None:
+def test_describe_rungs_of_too_little() -> None:
     """Two candidates, or equal figures, have no rank correlation; positions of other generations are other ones."""
-    assert [one["spearman"] for one in describe_ladder([], RUNGS, "kl")] == [None] * 3
+    assert [one["spearman"] for one in describe_rungs([], RUNGS, "kl")] == [None] * 3
     two = [
         row(0, rung, kl(figure), generation=place)
         for place, figure in enumerate([0.1, 0.2])
         for rung in ("1 windows", "4 windows")
     ]
-    described = describe_ladder(two, RUNGS, "kl")
+    described = describe_rungs(two, RUNGS, "kl")
     assert [(one["measured"], one["compared"], one["spearman"]) for one in described] == [
         (0, 0, None),
         (2, 2, None),
         (2, 2, None),
     ]
-    blind = [row(place, PROBE, probe(None)) for place in range(4)]
-    assert describe_ladder(blind, RUNGS, "kl")[0] == {
-        "rung": PROBE,
+    blind = [row(place, PROBE.name, probe(None)) for place in range(4)]
+    assert describe_rungs(blind, RUNGS, "kl")[0] == {
+        "rung": PROBE.name,
         "measured": 4,
         "compared": 0,
         "spearman": None,

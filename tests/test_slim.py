@@ -18,11 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import gpmetric
 from gpmetric.errors import GpmetricError, InputError
-from gpmetric.evaluation.evaluate import evaluate_model
+from gpmetric.pruning.prune import prune
 from gpmetric.pruning.verify import verify
+from gpmetric.session.evaluate import evaluate
 from gpmetric.slim_models import SLIM_FILE, SLIM_MODELS
-from gpmetric.structured import deliver as deliver_module
-from gpmetric.structured import reload
+from gpmetric.structured import reload, slim_checkpoint
 from gpmetric.structured.slim import slim
 
 SMALL: dict[str, Any] = {
@@ -42,7 +42,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
         reload.main(*command[3:])
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(deliver_module.subprocess, "run", run_here)
+    monkeypatch.setattr(slim_checkpoint.subprocess, "run", run_here)
 
 
 def stock(folder: Path) -> Any:
@@ -50,6 +50,7 @@ def stock(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
 @pytest.mark.parametrize(
     ("form", "repair"), [("hetero", "none"), ("hetero", "least-squares"), ("uniform", "bias"), ("padded", "bias")]
@@ -86,6 +87,7 @@ def test_every_format_holds_what_was_found(
     assert json.loads((output / "gpmetric_manifest.json").read_text(encoding="utf-8"))["format"] == form
 
 
+@pytest.mark.slow
 def test_a_hetero_folder_opens_with_trust_and_says_so_without(
     tiny_llama: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
@@ -228,7 +230,7 @@ def test_a_slimmed_model_is_pruned_and_verified_as_any(tiny_llama: Path, tiny_te
     """Transformers opens what `prune` makes of it; verify finds a manifest that is another model's."""
     run(tiny_llama, tiny_text, tmp_path / "small", sparsity=0.4)
     options: dict[str, Any] = {"samples": 4, "windows": 4, "sequence_length": 32, "device": "cpu"}
-    gpmetric.prune(
+    prune(
         str(tmp_path / "small"), output=tmp_path / "pruned", calibration=str(tiny_text), metric="magnitude", **options
     )
     assert verify(tmp_path / "pruned", device="cpu")["ok"]
@@ -246,13 +248,14 @@ def test_a_slimmed_model_is_pruned_and_verified_as_any(tiny_llama: Path, tiny_te
 @pytest.mark.usefixtures("here")
 def test_a_slimmed_model_is_evaluated_as_any(tiny_gpt2: Path, tiny_text: Path, tmp_path: Path) -> None:
     found = run(tiny_gpt2, tiny_text, tmp_path / "small", sparsity=0.4)
-    told = evaluate_model(str(tmp_path / "small"), text=[str(tiny_text)], sequence_length=32, windows=4, device="cpu")
+    told = evaluate(str(tmp_path / "small"), text=[str(tiny_text)], sequence_length=32, windows=4, device="cpu")
     assert told["ppl"][str(tiny_text)] > 1
     with pytest.raises(GpmetricError, match="is a slim_gpt2 model, whose channels"):
         run(tmp_path / "small", tiny_text, tmp_path / "smaller")
     assert found["parameters_after"] < found["parameters_before"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_a_resumed_search_writes_the_same_model(
     tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -265,7 +268,7 @@ def test_a_resumed_search_writes_the_same_model(
     assert again["widths"] == whole["widths"]
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
     assert all(torch.equal(one, second[name]) for name, one in first.items())
-    monkeypatch.setattr("gpmetric.structured.slim.collect_features", None)  # refused before that
+    monkeypatch.setattr("gpmetric.structured.slim.prepare", None)  # refused before that
     with pytest.raises(InputError, match=r"is another search's: sparsity is 0\.4 there, 0\.5 here"):
         run(tiny_llama, tiny_text, tmp_path / "other", ledger=ledger, resume=True, **options | {"sparsity": 0.5})
 
@@ -274,7 +277,7 @@ def test_a_resumed_search_writes_the_same_model(
 def test_what_is_not_what_was_found_is_not_delivered(
     tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = deliver_module.write_model
+    write = slim_checkpoint.write_model
 
     def damaged(model: Any, shrinker: Any, slimmed: Any, kind: str, folder: Path) -> None:
         write(model, shrinker, slimmed, kind, folder)
@@ -283,7 +286,7 @@ def test_what_is_not_what_was_found_is_not_delivered(
         stored["model.layers.1.mlp.down_proj.weight"] *= 2
         save_file(stored, path, metadata={"format": "pt"})
 
-    monkeypatch.setattr(deliver_module, "write_model", damaged)
+    monkeypatch.setattr(slim_checkpoint, "write_model", damaged)
     with pytest.raises(GpmetricError, match="is not the one that was found: its logits are off by"):
         run(tiny_llama, tiny_text, tmp_path / "small")
     assert not (tmp_path / "small").exists()

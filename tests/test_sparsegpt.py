@@ -12,13 +12,14 @@ from torch import Tensor
 
 from gpmetric.calibration.accumulators import DAMPING, LayerStatistics, curvature, inverse_factor
 from gpmetric.errors import MaskError, SolverError
-from gpmetric.pruning import prune
+from gpmetric.metrics import resolve_metric
+from gpmetric.pruning import obs
 from gpmetric.pruning import sparsegpt as sparsegpt_file
 from gpmetric.pruning.mask import select_mask
-from gpmetric.pruning.metrics import Update, resolve_metric
-from gpmetric.pruning.prune import prune_weight, prune_weights
 from gpmetric.pruning.sparsegpt import block_columns, reconstruct, reconstruct_blockwise
-from gpmetric.pruning.target import parse_target
+from gpmetric.pruning.updaters import prune_weights
+from gpmetric.targets import parse_target
+from tests.pruning_helpers import prune_weight
 
 SHAPES = [(1, 1), (3, 6), (5, 42), (4, 123), (4, 128), (4, 129), (3, 200), (2, 256), (6, 300)]
 # fp32 against float64: the inverse of a Gram matrix with condition number about 1e3 keeps four digits
@@ -116,7 +117,7 @@ def test_the_weight_itself_is_not_written_to() -> None:
 def test_reconstruction_helps(target: str, seed: int) -> None:
     """Its error lies between that of the mask alone and that of the best weights there are for the mask."""
     weight, gram = make_layer(6, 44, seed)
-    statistics = LayerStatistics(gram.diagonal().sqrt(), curvature(gram), gram=gram)
+    statistics = LayerStatistics(X=gram.diagonal().sqrt(), D=curvature(gram), gram=gram)
     metric, chosen = resolve_metric("wanda"), parse_target(target)
     masked = prune_weight(weight, metric, chosen, statistics)
     repaired = prune_weight(weight, metric, chosen, statistics, "obs")
@@ -132,7 +133,7 @@ def test_reconstruction_helps(target: str, seed: int) -> None:
 
 def sparsegpt(weight: Tensor, gram: Tensor, target: str) -> Tensor:
     """The baseline as `bench` runs it."""
-    statistics = LayerStatistics(gram.diagonal().sqrt(), curvature(gram), gram=gram)
+    statistics = LayerStatistics(X=gram.diagonal().sqrt(), D=curvature(gram), gram=gram)
     metric = resolve_metric("sparsegpt")
     assert metric.update == "obs-blockwise"
     return prune_weight(weight, metric, parse_target(target), statistics, metric.update)
@@ -180,14 +181,15 @@ def test_sparsegpt_patterns_are_chosen_when_reached(target: str, columns: int) -
     check_choices(weight, gram, pruned, group, by_row=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [1, 2**17])
 def test_layers_and_targets_solved_together_are_each_their_algorithm(
     together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever shapes, blocks and groups the others have: 2:3 has blocks of 126 columns, 100:132 of one group each."""
-    monkeypatch.setattr(prune, "_TOGETHER", together)
+    monkeypatch.setattr(obs, "_TOGETHER", together)
     layers = [make_layer(*shape, seed) for seed, shape in enumerate([(4, 264), (3, 132), (4, 264), (3, 264), (4, 264)])]
-    statistics = [LayerStatistics(gram.diagonal().sqrt(), gram=gram) for _, gram in layers]
+    statistics = [LayerStatistics(X=gram.diagonal().sqrt(), gram=gram) for _, gram in layers]
     targets = [parse_target(text) for text in ("0.5", "2:4", "0.3", "2:3", "1:4", "0.5", "100:132")]
     weights = [weight for weight, _ in layers]
     results = prune_weights(weights, resolve_metric("sparsegpt"), targets, statistics, "obs-blockwise")
@@ -203,11 +205,11 @@ def test_layers_and_targets_solved_together_are_each_their_algorithm(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("update", ["obs", "obs-blockwise"])
-def test_cuda_is_the_cpu(update: Update) -> None:
+def test_cuda_is_the_cpu(update: str) -> None:
     """The inner loop runs on tensors there and on numpy arrays here."""
     weight, gram = make_layer(6, 300)
     targets = [parse_target(text) for text in ("0.5", "2:4", "0.7")]
-    found = [LayerStatistics(on.diagonal().sqrt(), gram=on) for on in (gram, gram.cuda())]
+    found = [LayerStatistics(X=on.diagonal().sqrt(), gram=on) for on in (gram, gram.cuda())]
     here = prune_weights([weight] * 2, resolve_metric("wanda"), targets, [found[0]] * 2, update)
     there = prune_weights([weight.cuda()] * 2, resolve_metric("wanda"), targets, [found[1]] * 2, update)
     for one, other in zip(here, there, strict=True):
@@ -253,13 +255,13 @@ def test_reductions_are_taken_over_the_whole_matrix() -> None:
     """mms under obs-blockwise is scaled by the extremes of all columns; by those of the slice, the mask is another."""
     weight, gram = make_layer(2, 256)
     weight[:, 128:] *= 100
-    statistics = LayerStatistics(gram.diagonal().sqrt(), gram=gram)
+    statistics = LayerStatistics(X=gram.diagonal().sqrt(), gram=gram)
     metric = resolve_metric("abs(W)-9*mms(abs(W))*X")
     pruned = prune_weight(weight, metric, parse_target("0.5"), statistics, "obs-blockwise")
 
     def mask(extremes: Tensor) -> Tensor:
         scaled = (weight.abs() - extremes.min()) / (extremes.max() - extremes.min())
-        score = weight.abs() - 9 * scaled * statistics.X
+        score = weight.abs() - 9 * scaled * statistics["X"]
         return select_mask(score[:, :128], parse_target("layer:0.5"))
 
     assert torch.equal(pruned[:, :128] != 0, mask(weight.abs()))
@@ -281,7 +283,7 @@ def test_a_dead_input_is_pruned_first() -> None:
 @pytest.mark.parametrize("update", ["none", "obs", "obs-blockwise"])
 def test_a_remainder_is_refused_under_every_update(update: str) -> None:
     weight, gram = make_layer(2, 42)
-    statistics = LayerStatistics(gram.diagonal().sqrt(), gram=gram)
+    statistics = LayerStatistics(X=gram.diagonal().sqrt(), gram=gram)
     with pytest.raises(MaskError, match=r"^in = 42 is not divisible by 4 \(target 2:4\)$"):
         prune_weight(weight, resolve_metric("wanda"), parse_target("2:4"), statistics, update)
 
@@ -289,6 +291,6 @@ def test_a_remainder_is_refused_under_every_update(update: str) -> None:
 @pytest.mark.parametrize("update", ["obs", "obs-blockwise"])
 def test_a_gram_matrix_that_is_not_finite_is_refused(update: str) -> None:
     weight, gram = make_layer(2, 8)
-    statistics = LayerStatistics(gram.diagonal().sqrt(), gram=gram * torch.inf)
+    statistics = LayerStatistics(X=gram.diagonal().sqrt(), gram=gram * torch.inf)
     with pytest.raises(SolverError, match="NaN or infinity"):
         prune_weight(weight, resolve_metric("wanda"), parse_target("0.5"), statistics, update)

@@ -13,20 +13,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpmetric.data import cut_windows, read_text
+from gpmetric.data import Text, Windows, cut_windows, read_text
 from gpmetric.errors import GpmetricError, InputError, ModelError
-from gpmetric.models import Model, load_model
-from gpmetric.structured.budget import Pool, Space, find_space, project, top_units
-from gpmetric.structured.groups import Groups, find_groups, read_output
-from gpmetric.structured.ledger import Ledger
-from gpmetric.structured.measure import Measure
-from gpmetric.structured.plan import accepted_heads, macs, pools_of, uniform_counts, uniform_pools
+from gpmetric.evaluation.objectives import OBJECTIVES
+from gpmetric.loading import load_model
+from gpmetric.models import Model
+from gpmetric.session.session import Session
+from gpmetric.structured.cost_budgets import accepted_heads, macs, pools_of, uniform_counts, uniform_pools
+from gpmetric.structured.draw_objective import DrawObjective
+from gpmetric.structured.groups import Groups, find_groups
 from gpmetric.structured.policy import Policy, draw, entropy, initial
 from gpmetric.structured.repair import Repairer
-from gpmetric.structured.request import OBJECTIVES, RULES
-from gpmetric.structured.scores import collect_features, standardised, unit_scores
-from gpmetric.structured.search import Settings, learn
+from gpmetric.structured.request import UNIT_RULES, SlimRequest
+from gpmetric.structured.scores import UnitSession, standardised, unit_scores
+from gpmetric.structured.search import PolicySearch, Schedule
+from gpmetric.structured.search_log import SearchLog
 from gpmetric.structured.shrink import Repair, Shrinker
+from gpmetric.structured.unit_space import Pool, UnitSpace, find_space, project, top_units
 
 KINDS = ("tiny_llama", "tiny_gpt2")
 
@@ -47,7 +50,7 @@ def tokens(model: Model, tiny_text: Path) -> Tensor:
 
 
 def drawn(groups: Groups, seed: int = 0, share: float = 0.6) -> Tensor:
-    """Units that stay, the first part and the last but two losing all."""
+    """Units that stay, the first sublayer and the last but two losing all."""
     kept = torch.rand(groups.units, generator=torch.Generator().manual_seed(seed)) < share
     places = groups.split(torch.arange(groups.units))
     kept[places[0]] = False
@@ -72,8 +75,8 @@ def test_units_and_their_costs(model: Model, groups: Groups) -> None:
     """Each removed alone, against the parameters that are left."""
     shrinker, whole = Shrinker(model, groups), parameters(model)
     assert groups.parameters == whole
-    assert [part.kind for part in groups.parts] == ["head", "channel"] * 3
-    for unit in {0, 1, groups.parts[0].units, groups.units - 1}:
+    assert [one.unit for one in groups.sublayers] == ["head", "channel"] * 3
+    for unit in {0, 1, groups.sublayers[0].units, groups.units - 1}:
         kept = torch.ones(groups.units, dtype=torch.bool)
         kept[unit] = False
         with shrinker.keeping(kept):
@@ -101,10 +104,10 @@ def test_what_is_gathered_is_what_is_masked(model: Model, groups: Groups, tokens
         kept = drawn(groups, seed)
         repairs = {}
         if repaired:
-            for index, (part, mine) in enumerate(zip(groups.parts, groups.split(kept), strict=True)):
-                weight = read_output(part)
+            for index, (sublayer, mine) in enumerate(zip(groups.sublayers, groups.split(kept), strict=True)):
+                weight = sublayer.weight
                 repairs[index] = Repair(
-                    weight[:, part.columns[mine].flatten()] * 1.5 if index % 3 else None, torch.randn(len(weight))
+                    weight[:, sublayer.columns[mine].flatten()] * 1.5 if index % 3 else None, torch.randn(len(weight))
                 )
         with shrinker.keeping(kept, repairs):
             small = logits(model, tokens)
@@ -120,14 +123,15 @@ def test_what_is_gathered_is_what_is_masked(model: Model, groups: Groups, tokens
 # Budgets
 
 
-def simple_space(cost: Sequence[float]) -> tuple[Space, list[Pool]]:
+def simple_space(cost: Sequence[float]) -> tuple[UnitSpace, list[Pool]]:
     """Atoms without gates; half of the cost stays."""
     costs = torch.tensor(cost, dtype=torch.float64)
     count = len(costs)
-    space = Space(torch.arange(count), costs, torch.full((2, count), count), count)
+    space = UnitSpace(torch.arange(count), costs, torch.full((2, count), count), count)
     return space, [Pool(torch.arange(count), float(costs.sum()) / 2)]
 
 
+@pytest.mark.slow
 def test_the_projection_is_the_nearest_point_of_the_budget() -> None:
     """No point of 100 random ones on the budget is nearer, distances weighted by the costs."""
     generator = np.random.default_rng(0)
@@ -199,24 +203,26 @@ def test_budgets_by_kind(groups: Groups) -> None:
 def test_equal_counts(model: Model, groups: Groups) -> None:
     heads = accepted_heads(groups, model.module.config)
     counts = uniform_counts(groups, 0.3, ("head", "channel"), heads)
-    assert counts[0] in heads
+    assert counts["attention"] in heads
     space = find_space(groups, ("head", "channel"), layers=False)
     kept = top_units(torch.rand(len(space.cost), dtype=torch.float64), space, uniform_pools(groups, space, counts))
-    assert [int(mine.sum()) for mine in groups.split(kept)] == list(counts) * 3
-    assert 0 <= 0.3 * groups.parameters - groups.removed(kept) < 3 * groups.parts[1].cost
+    assert [int(mine.sum()) for mine in groups.split(kept)] == [counts["attention"], counts["mlp"]] * 3
+    assert 0 <= 0.3 * groups.parameters - groups.removed(kept) < 3 * groups.sublayers[1].cost
     with pytest.raises(InputError, match="no channel would be left"):
         uniform_counts(groups, 0.9, ("channel",), heads)
 
 
 def test_multiply_accumulates_of_a_head(groups: Groups) -> None:
     """Weights, and a score and a value for half of 100 tokens, for each feature of its queries."""
-    part = groups.parts[0]
+    sublayer = groups.sublayers[0]
     biases = sum(
-        rows.shape[0] * rows.shape[2] for name, rows in part.rows.items() if getattr(part.module, name).bias is not None
+        rows.shape[0] * rows.shape[2]
+        for name, rows in sublayer.rows.items()
+        if getattr(sublayer.module, name).bias is not None
     )
     found = macs(groups, 100)
-    assert float(found[0]) == part.cost - biases + 100 * part.columns.shape[1]
-    assert float(found[-1]) <= groups.parts[-1].cost
+    assert float(found[0]) == sublayer.cost - biases + 100 * sublayer.columns.shape[1]
+    assert float(found[-1]) <= groups.sublayers[-1].cost
 
 
 # The policy
@@ -307,10 +313,14 @@ def test_entropy_in_bits() -> None:
 # Scores and repairs
 
 
-@pytest.mark.parametrize("name", [*RULES, "abs(W)*X", "W*W*H", "W*W*D"])
+def unit_session(model: Model, groups: Groups, tokens: Tensor, *, products: bool = False) -> UnitSession:
+    windows = Windows(Text("tiny", ""), tokens)
+    return UnitSession(Session(SlimRequest(), model, {"calibration": windows}), groups, products)
+
+
+@pytest.mark.parametrize("name", [*UNIT_RULES, "abs(W)*X", "W*W*H", "W*W*D"])
 def test_every_rule_scores_every_unit(model: Model, groups: Groups, tokens: Tensor, name: str) -> None:
-    features = collect_features(model, groups, tokens)
-    scores = unit_scores(model, groups, name, tokens, features, torch.Generator().manual_seed(0))
+    scores = unit_scores(name, unit_session(model, groups, tokens))
     assert scores.shape == (groups.units,)
     assert scores.isfinite().all()
     means = [float(mine.mean()) for mine in groups.split(standardised(groups, scores))]
@@ -321,37 +331,36 @@ def test_every_rule_scores_every_unit(model: Model, groups: Groups, tokens: Tens
 def test_flap_and_wanda_by_hand(model: Model, groups: Groups, tokens: Tensor, index: int) -> None:
     """From the activations themselves, of an attention and an MLP; FLAP standardises features, a head is their mean."""
     seen: list[Tensor] = []
-    part = groups.parts[index]
-    layer = getattr(part.module, part.output)
+    sublayer = groups.sublayers[index]
+    layer = sublayer.output
     with layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1]))):
         logits(model, tokens)
-    inputs, weight = torch.cat(seen).double(), read_output(part).double()
-    per_unit = part.columns.shape[1]
-    features = collect_features(model, groups, tokens)
-    generator = torch.Generator()
-    flap = groups.split(unit_scores(model, groups, "flap", tokens, features, generator))[index]
+    inputs, weight = torch.cat(seen).double(), sublayer.weight.double()
+    per_unit = sublayer.columns.shape[1]
+    units = unit_session(model, groups, tokens)
+    flap = groups.split(unit_scores("flap", units))[index]
     expected = (inputs.var(dim=0, correction=0) * weight.square().sum(dim=0)) ** (2 if index == 0 else 1)
     expected = (expected - expected.mean()) / expected.std()
     assert torch.allclose(flap, expected.view(-1, per_unit).mean(dim=1), rtol=1e-4, atol=1e-6)
-    wanda = groups.split(unit_scores(model, groups, "wanda_sp", tokens, features, generator))[index]
+    wanda = groups.split(unit_scores("wanda_sp", units))[index]
     expected = (weight.abs() * inputs.square().mean(dim=0).sqrt()).sum(dim=0)
     assert torch.allclose(wanda, expected.view(-1, per_unit).mean(dim=1), rtol=1e-4)
 
 
 def test_repairs_against_least_squares(model: Model, groups: Groups, tokens: Tensor) -> None:
     """Of one MLP: the mean is that of what is gone; the fit leaves less than the constant, and what lstsq leaves."""
-    part, index = groups.parts[1], 1
+    sublayer, index = groups.sublayers[1], 1
     kept = torch.ones(groups.units, dtype=torch.bool)
     places = groups.split(torch.arange(groups.units))[index]
     kept[places[::2]] = False
     seen: list[Tensor] = []
-    layer = getattr(part.module, part.output)
+    layer = sublayer.output
     with layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1]))):
         logits(model, tokens)
-    inputs, weight = torch.cat(seen).double(), read_output(part).double()
+    inputs, weight = torch.cat(seen).double(), sublayer.weight.double()
     bias = 0 if layer.bias is None else layer.bias.double()
     wanted, stays = inputs @ weight.t() + bias, kept[places]
-    features = collect_features(model, groups, tokens, products=True)
+    features = unit_session(model, groups, tokens, products=True).features
 
     def left(repair: Repair) -> float:
         columns = weight[:, stays] if repair.weight is None else repair.weight.double()
@@ -382,19 +391,20 @@ def made_policy(model: Model, groups: Groups, tokens: Tensor) -> tuple[Policy, S
     space = find_space(groups, ("head", "channel"), layers=True)
     pools = pools_of(groups, space, 0.3, groups.cost)
     start = initial(space, pools, torch.zeros(len(space.cost), dtype=torch.float64), 0.9)
-    repairer = Repairer(groups, collect_features(model, groups, tokens), "bias")
+    repairer = Repairer(groups, unit_session(model, groups, tokens).features, "bias")
     return Policy(space, pools, start), Shrinker(model, groups), repairer
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_wherever_it_was_killed(model: Model, groups: Groups, tokens: Tensor, tmp_path: Path) -> None:
     """The same probabilities to the last bit; no gradient is computed, and the model is left as it was."""
-    settings = Settings(130, None, draws=2, rate=0.02, seed=1)
+    schedule = Schedule(130, None, draws=2, rate=0.02, seed=1)
     dense = logits(model, tokens)
 
     def run(path: Path | None, resume: bool = False) -> tuple[Policy, list[dict[str, Any]]]:
         policy, shrinker, repairer = made_policy(model, groups, tokens)
-        with Ledger(path, {"seed": 1}, resume=resume) as ledger:
-            learn(policy, shrinker, repairer, Measure(model, tokens, "kl", 2, 1), settings, ledger)
+        with SearchLog(path, {"seed": 1}, resume=resume) as ledger:
+            PolicySearch(policy, shrinker, repairer, DrawObjective(model, tokens, "kl", 2, 1), schedule, ledger).run()
         return policy, [{name: value for name, value in one.items() if name != "seconds"} for one in ledger.reports]
 
     whole = tmp_path / "whole.jsonl"
@@ -417,31 +427,31 @@ def test_an_interrupted_search_loses_no_step(
     model: Model, groups: Groups, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C in the middle of a step after step 7; resumed, it ends where it would have."""
-    settings = Settings(12, None, draws=2, rate=0.02, seed=1)
+    schedule = Schedule(12, None, draws=2, rate=0.02, seed=1)
 
     def run(path: Path | None, calls: int) -> Policy:
         policy, shrinker, repairer = made_policy(model, groups, tokens)
-        measure, measured = Measure(model, tokens, "kl", 2, 1), Measure.__call__
+        measure, measured = DrawObjective(model, tokens, "kl", 2, 1), DrawObjective.__call__
 
-        def interrupted(self: Measure) -> float:
+        def interrupted(self: DrawObjective) -> float:
             nonlocal calls
             calls -= 1
             if not calls:
                 raise KeyboardInterrupt
             return measured(self)
 
-        monkeypatch.setattr(Measure, "__call__", interrupted)
+        monkeypatch.setattr(DrawObjective, "__call__", interrupted)
         try:
-            with Ledger(path, {}, resume=True) as ledger:
-                learn(policy, shrinker, repairer, measure, settings, ledger)
+            with SearchLog(path, {}, resume=True) as ledger:
+                PolicySearch(policy, shrinker, repairer, measure, schedule, ledger).run()
         finally:
-            monkeypatch.setattr(Measure, "__call__", measured)
+            monkeypatch.setattr(DrawObjective, "__call__", measured)
         return policy
 
     path = tmp_path / "a.jsonl"
     with pytest.raises(KeyboardInterrupt):
         run(path, 16)
-    with Ledger(path, {}, resume=True) as ledger:
+    with SearchLog(path, {}, resume=True) as ledger:
         assert ledger.state is not None
         assert ledger.state.step == 7
     assert torch.equal(run(path, 0).probabilities, run(None, 0).probabilities)
@@ -458,7 +468,7 @@ def test_a_foreign_or_damaged_ledger_is_refused(tmp_path: Path) -> None:
     ):
         path.write_text(content, encoding="utf-8")
         with pytest.raises(InputError, match=told):
-            Ledger(path, {"seed": 1}, resume=True)
+            SearchLog(path, {"seed": 1}, resume=True)
         assert path.read_text(encoding="utf-8") == content
 
 
@@ -469,12 +479,12 @@ def test_what_drawn_models_are_measured_by(
     shrinker, kept, dense = Shrinker(model, groups), drawn(groups), logits(model, tokens)
 
     def figures(objective: Any) -> list[tuple[float, Tensor]]:
-        measure, found = Measure(model, tokens, objective, 3, seed=4), []
+        measure, found = DrawObjective(model, tokens, objective, 3, seed=4), []
         assert len(measure) == 3
         for step in range(6):
             measure.turn(step)
             with shrinker.keeping(kept):
-                found.append((measure(), measure._tokens))
+                found.append((measure(), measure._windows))
         return found
 
     with shrinker.keeping(kept):
@@ -491,7 +501,7 @@ def test_what_drawn_models_are_measured_by(
     for first in (0, 3):  # 8 windows in rounds of 3 batches
         seen = [rows[tuple(window.tolist())] for _, windows in divergences[first : first + 3] for window in windows]
         assert sorted(seen) == list(range(8))
-    monkeypatch.setattr("gpmetric.structured.measure._TEACHER_BYTES", 0)
+    monkeypatch.setattr("gpmetric.structured.draw_objective._REFERENCE_BYTES", 0)
     assert [one for one, _ in figures("kl")] == [one for one, _ in divergences]
 
 
@@ -511,6 +521,6 @@ def test_a_model_without_a_loss_ends_the_search(model: Model, groups: Groups, to
     with model.restored():
         for layer in model.layers:
             layer.weight.fill_(1e30)
-        measure, settings = Measure(model, tokens, objective, 2, 0), Settings(60, None, 2, 0.1, 0)
+        measure, schedule = DrawObjective(model, tokens, objective, 2, 0), Schedule(60, None, 2, 0.1, 0)
         with pytest.raises(GpmetricError, match="no model that was drawn has a finite loss"):
-            learn(policy, Shrinker(model, groups), repairer, measure, settings, Ledger(None, {}))
+            PolicySearch(policy, Shrinker(model, groups), repairer, measure, schedule, SearchLog(None, {})).run()

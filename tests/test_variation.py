@@ -13,17 +13,18 @@ import pytest
 
 from gpmetric.errors import InputError
 from gpmetric.evolution.grammar import FORBIDDEN, foreign_to, is_sensible, nests
-from gpmetric.evolution.request import Request, parse_nesting
+from gpmetric.evolution.request import DiscoverRequest, parse_nesting
 from gpmetric.evolution.variation import Variation, _expression
 from gpmetric.expression import PRIMITIVES, Expression, parse
 from gpmetric.expression.rank import factorised
+from gpmetric.metrics import BASELINES, resolve_metric
 from gpmetric.operands import OPERANDS
-from gpmetric.pruning.metrics import BASELINES, resolve_metric
 
 SCRIPT = """
 import random
 from gpmetric.evolution.variation import Variation
 from gpmetric.expression import PRIMITIVES, parse
+from gpmetric.metrics import BASELINES, resolve_metric
 from gpmetric.operands import OPERANDS
 variation = Variation(tuple(OPERANDS), tuple(PRIMITIVES), 20, random.Random(7))
 first, second = parse("abs(W)*X + 0.5*abs(W)*G"), parse("(abs(W)/rowsum(abs(W)) + abs(W)/colsum(abs(W)))*sqrt(X)")
@@ -67,6 +68,7 @@ def test_the_global_generator_is_left_as_it_was() -> None:
     assert random.getstate() == before
 
 
+@pytest.mark.slow
 def test_same_seed_same_draws_whatever_the_hash_seed() -> None:
     """DEAP draws from sets of types, whose order would depend on addresses and PYTHONHASHSEED."""
     runs = [
@@ -176,7 +178,7 @@ def test_a_nesting_that_is_none(text: str, message: str) -> None:
     ],
 )
 def test_foreign_to(formula: str, reason: str) -> None:
-    space = Request(operands=("W", "X"), primitives=("abs", "mul"), max_nodes=5)
+    space = DiscoverRequest(operands=("W", "X"), primitives=("abs", "mul"), max_nodes=5)
     assert foreign_to(space, parse(formula)) == reason
 
 

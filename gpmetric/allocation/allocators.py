@@ -1,95 +1,108 @@
-"""Named allocators: from a mean sparsity to the level of every gene, all at the budget of a uniform mask."""
+"""Rules of allocation: from a mean sparsity to the level of every gene, all at the budget of a uniform mask."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from gpmetric.allocation.archive import BARREN, Archive, Budget
-from gpmetric.allocation.levels import Ladder, Levels
-from gpmetric.allocation.request import Allocator
-from gpmetric.allocation.variation import repair, switch
-from gpmetric.models import Model
+from gpmetric.allocation.evaluation_log import EvaluationLog, Measured
+from gpmetric.allocation.exact_budget import uniform_budget
+from gpmetric.allocation.levels import Levels, LevelTable, Numbers
+from gpmetric.allocation.request import ALLOCATORS, AllocateRequest
+from gpmetric.allocation.variation import repair
+from gpmetric.pruning.allocation import Allocation
+from gpmetric.session.session import Progress
 
-__all__ = ["RULES", "Problem", "arithmetic", "evopress", "outlier_shares", "owl", "sensitivity", "uniform"]
+__all__ = ["OnGeneration", "Problem", "arithmetic", "diagonal", "owl", "search", "sensitivity", "uniform"]
 
-_OUTLIER, _SPREAD = 5.0, 0.08  # OWL's M and lambda
+# told of a generation: its number, its population, the batches that it is measured on, the share of the budget spent
+OnGeneration = Callable[[int, Sequence[Measured], int, float], None]
+
+_DIAGONAL = 5  # sparsities at which the rules stand in the first population, and as baselines beside the front
+_SPREAD = 0.08  # OWL's lambda
 _STEPS = 9  # of an arithmetic progression that are tried, 0 among them
 _PROBES = (0.4, 0.6, 0.8, 0.95)  # sparsities that a gene is probed at, the others dense
 _HIGHEST = 0.99  # sparsity of a gene that a rule may ask for
 
-_OFFSPRING = 16
-_STAGES = ((2, 4), (2, 2), (1, 1))  # (survivors, 1/part of the windows they are compared on)
-_JUMPS = (4, 8)  # levels that a switch moves: 2 to 3 % of the largest matrix, as in the published grid
-
 
 @dataclass(frozen=True)
 class Problem:
-    """What an allocator works with.
+    """What an allocator works with."""
 
-    Attributes:
-        archive: measures candidates, and knows the ladder.
-        blocks: by gene, the block it is in.
-        outliers: by block, OWL's outlier share in per cent.
-        budget: from a sparsity to the weights that the uniform mask of the same granularity removes.
-        progress: is told what has come how far: (what, done, total).
-    """
-
-    archive: Archive
-    blocks: Sequence[int]
-    outliers: Sequence[float]
-    budget: Callable[[float], int]
-    progress: Callable[[str, int, int], None] = lambda *told: None
+    log: EvaluationLog
+    blocks: Sequence[int]  # by gene, the block it is in
+    outliers: Sequence[float]  # by block, OWL's share of outliers in per cent
+    progress: Progress
 
     @property
-    def ladder(self) -> Ladder:
-        return self.archive.ladder
+    def table(self) -> LevelTable:
+        return self.log.table
 
-    def at_budget(self, sparsities: Sequence[float] | np.ndarray, sparsity: float) -> Levels:
+    def budget(self, sparsity: float) -> int:
+        """Weights that the uniform mask of that sparsity removes."""
+        return uniform_budget(self.table, sparsity)
+
+    def at_budget(self, sparsities: Sequence[float] | Numbers, sparsity: float) -> Levels:
         """The candidate nearest to the sparsities of its genes, all shifted alike, at the budget of a mean sparsity."""
-        shifted = np.asarray(sparsities) + sparsity - np.average(sparsities, weights=self.ladder.sizes)
-        levels = self.ladder.nearest(np.clip(shifted, 0.0, _HIGHEST).tolist())
-        return repair(self.ladder, levels, self.budget(sparsity), random.Random(0))
+        shifted = np.asarray(sparsities) + sparsity - np.average(sparsities, weights=self.table.sizes)
+        levels = self.table.nearest(np.clip(shifted, 0.0, _HIGHEST).tolist())
+        return repair(self.table, levels, self.budget(sparsity), random.Random(0))
 
     def cost_of_probes(self) -> tuple[int, int]:
         """Evaluations and tokens that `costs` takes."""
-        evaluations = len(_PROBES) * len(self.ladder.genes)
-        return evaluations, evaluations * self.archive.tokens_of(self.probe_batches)
+        evaluations = len(_PROBES) * len(self.table.genes)
+        return evaluations, evaluations * self.log.tokens_of(self.probe_batches)
 
     @property
     def probe_batches(self) -> int:
         """Batches that a gene alone is measured on."""
-        return max(1, self.archive.batches // 4)
+        return max(1, self.log.batches // 4)
 
     @cached_property
-    def costs(self) -> list[np.ndarray]:
+    def costs(self) -> list[Numbers]:
         """By gene, what each of its levels costs with the others dense, in nats per prediction, interpolated."""
-        dense = tuple(0 for _ in self.ladder.genes)
+        dense = tuple(0 for _ in self.table.genes)
         batches = self.probe_batches
         found = []
-        for gene, (table, size) in enumerate(zip(self.ladder.removed, self.ladder.sizes, strict=True)):
-            probed = sorted({int(np.abs(table - share * size).argmin()) for share in _PROBES})
+        for gene, (removed, size) in enumerate(zip(self.table.removed, self.table.sizes, strict=True)):
+            probed = sorted({int(np.abs(removed - share * size).argmin()) for share in _PROBES})
             values = [
-                self.archive.measure((*dense[:gene], level, *dense[gene + 1 :]), batches).value(batches)
-                for level in probed
+                self.log.measure((*dense[:gene], level, *dense[gene + 1 :]), batches).value(batches) for level in probed
             ]
-            costs = np.interp(table, [0, *table[probed]], [0.0, *np.maximum.accumulate(values)])
-            beyond = table > table[probed[-1]]
-            costs[beyond] = np.inf  # never measured
+            costs = np.interp(removed, [0, *removed[probed]], [0.0, *np.maximum.accumulate(values)])
+            costs[removed > removed[probed[-1]]] = np.inf  # never measured
             found.append(costs)
-            self.progress("genes alone", gene + 1, len(self.ladder.genes))
+            self.progress("genes alone", gene + 1, len(self.table.genes))
         return found
+
+
+def search(
+    request: AllocateRequest,
+    problem: Problem,
+    profiles: Sequence[Allocation] = (),
+    on_generation: OnGeneration = lambda *told: None,
+) -> list[Levels]:
+    """What an allocator finds within its budget: the candidates of a front, or one; it begins with profiles, too."""
+    row = ALLOCATORS[request.allocator]
+    if row.search is not None:
+        return row.search(problem, request, profiles, on_generation)
+    assert row.rule is not None
+    return [row.rule(problem, sparsity) for sparsity in diagonal(request, problem.log.focus)]
+
+
+def diagonal(request: AllocateRequest, focus: float | None) -> list[float]:
+    """Sparsities over the range of the front, one that is asked for among them."""
+    spaced: list[float] = np.linspace(request.lowest, request.highest, _DIAGONAL).round(4).tolist()
+    return sorted({*spaced, *([] if focus is None else [focus])})
 
 
 def uniform(problem: Problem, sparsity: float) -> Levels:
     """Every gene at the mean sparsity."""
-    return problem.at_budget([sparsity] * len(problem.ladder.genes), sparsity)
+    return problem.at_budget([sparsity] * len(problem.table.genes), sparsity)
 
 
 def owl(problem: Problem, sparsity: float) -> Levels:
@@ -117,14 +130,14 @@ def arithmetic(problem: Problem, sparsity: float) -> Levels:
         problem.at_budget((sparsity + step * (blocks - last / 2)).tolist(), sparsity)
         for step in np.linspace(0, steepest, _STEPS)
     ]
-    batches = max(1, problem.archive.batches // 2)
-    measured = [problem.archive.measure(levels, batches) for levels in dict.fromkeys(tried)]
+    batches = max(1, problem.log.batches // 2)
+    measured = [problem.log.measure(levels, batches) for levels in dict.fromkeys(tried)]
     return min(measured, key=lambda one: one.value(batches)).levels
 
 
 def sensitivity(problem: Problem, sparsity: float) -> Levels:
     """From the dense model on, always the level that costs least per weight, by what each gene costs alone."""
-    costs, tables = problem.costs, problem.ladder.removed
+    costs, tables = problem.costs, problem.table.removed
     levels = [0] * len(tables)
     removed, budget = 0, problem.budget(sparsity)
     ahead = [_cheapest(cost, table, 0) for cost, table in zip(costs, tables, strict=True)]
@@ -136,10 +149,10 @@ def sensitivity(problem: Problem, sparsity: float) -> Levels:
         removed += int(tables[gene][level] - tables[gene][levels[gene]])
         levels[gene] = level
         ahead[gene] = _cheapest(costs[gene], tables[gene], level)
-    return repair(problem.ladder, tuple(levels), budget, random.Random(0))
+    return repair(problem.table, tuple(levels), budget, random.Random(0))
 
 
-def _cheapest(costs: np.ndarray, removed: np.ndarray, level: int) -> tuple[float, int]:
+def _cheapest(costs: Numbers, removed: Numbers, level: int) -> tuple[float, int]:
     """The least price per weight of a level above this one, and the lowest level that begins at that price."""
     more = removed[level + 1 :] - removed[level]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -147,65 +160,3 @@ def _cheapest(costs: np.ndarray, removed: np.ndarray, level: int) -> tuple[float
     if not prices.size:
         return float("inf"), level
     return float(prices.min()), level + 1 + int(prices.argmin())
-
-
-# rule -> its level of every gene at a mean sparsity
-RULES: Mapping[Allocator, Callable[[Problem, float], Levels]] = {
-    "uniform": uniform,
-    "owl": owl,
-    "arithmetic": arithmetic,
-    "sensitivity": sensitivity,
-}
-
-
-def evopress(
-    problem: Problem,
-    sparsity: float,
-    budget: Budget,
-    rng: random.Random,
-) -> Levels:
-    """A (1 + lambda) search by level switches from the uniform allocation, offspring halved on ever more windows.
-
-    All offspring of a generation are compared on the same windows, the parent with the last of them.
-
-    Source: Sieberling et al. 2025 (EvoPress), algorithm 1; 16 offspring and a quarter, half and all of the windows,
-    since at the few million tokens of a small model their 64 offspring would see ten generations.
-    """
-    archive = problem.archive
-    parent = archive.measure(uniform(problem, sparsity), archive.batches)
-    removed = problem.budget(sparsity)
-    barren = 0
-    while (spent := archive.spent(budget)) < 1 and barren < BARREN:
-        problem.progress("search, % of the budget", int(100 * spent), 100)
-        before = archive.evaluations
-        drawn = [repair(problem.ladder, switch(problem.ladder, parent.levels, rng, _JUMPS), removed, rng)
-                 for _ in range(_OFFSPRING)]  # fmt: skip
-        rest = list(dict.fromkeys(levels for levels in drawn if levels != parent.levels))
-        for survivors, part in _STAGES:
-            batches = max(1, archive.batches // part)
-            measured = [archive.measure(levels, batches) for levels in rest]
-            measured += [parent] if survivors == 1 else []
-            measured.sort(key=lambda one: one.value(batches))
-            rest = [one.levels for one in measured[:survivors]]
-        parent = archive.measure(rest[0], archive.batches)
-        barren = 0 if archive.evaluations > before else barren + 1
-    return parent.levels
-
-
-@torch.no_grad()
-def outlier_shares(model: Model, norms: Mapping[str, Tensor]) -> list[float]:
-    """By block, the share of scores abs(W)*X more than 5 times their mean, in per cent.
-
-    Args:
-        norms: X [in] by layer name.
-    """
-    shares = []
-    for block in model.blocks:
-        scores = [layer.weight.abs().float() * norms[layer.name] for layer in block.layers]
-        entries = sum(score.numel() for score in scores)
-        if not entries:
-            shares.append(0.0)
-            continue
-        mean = sum(score.sum(dtype=torch.float64).item() for score in scores) / entries
-        shares.append(100 * sum(int((score > _OUTLIER * mean).sum()) for score in scores) / entries)
-    return shares

@@ -10,42 +10,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gpmetric.allocation.request import PATTERNS, Genes, parse_pattern
+from gpmetric.allocation.request import GENES, PATTERNS, parse_pattern
 from gpmetric.errors import InputError
 from gpmetric.models import Model
-from gpmetric.pruning.allocation import Allocation, layer_target, removed_weights
-from gpmetric.pruning.target import BLOCK, Granularity, Target
+from gpmetric.pruning.allocation import Allocation, layer_target
+from gpmetric.targets import GRANULARITIES, Target
 
-__all__ = ["Ladder", "Levels", "find_genes", "mix_ladder", "quantum_ladder"]
+__all__ = ["LevelTable", "Levels", "Numbers", "find_genes", "level_table"]
 
 Levels = tuple[int, ...]  # a candidate: the level of each gene
+Numbers = NDArray[Any]
 
 _LEVELS = 250  # of the largest gene; a byte tells at which one a weight goes
 _PATTERNS = 8  # of a mix; a byte tells in which ones a weight is kept
 
 
 @dataclass(frozen=True)
-class Ladder:
-    """What each level means for each layer.
+class LevelTable:
+    """What each level means for each layer."""
 
-    Attributes:
-        layers: names, in model order.
-        shapes: [out, in] of each layer.
-        genes: indices of the layers of each gene.
-        targets: by layer and level; level 0 removes nothing.
-        granularity: of all targets.
-        nested: whether a level removes all that the levels below it remove.
-    """
+    layers: tuple[str, ...]  # names, in model order
+    shapes: tuple[tuple[int, int], ...]  # [out, in] of each layer
+    genes: tuple[tuple[int, ...], ...]  # indices of the layers of each gene
+    targets: tuple[tuple[Target, ...], ...]  # by layer and level; level 0 removes nothing
+    granularity: str  # of all targets; a key of GRANULARITIES
 
-    layers: tuple[str, ...]
-    shapes: tuple[tuple[int, int], ...]
-    genes: tuple[tuple[int, ...], ...]
-    targets: tuple[tuple[Target, ...], ...]
-    granularity: Granularity
-    nested: bool
+    @property
+    def nested(self) -> bool:
+        """Whether a level removes all that the levels below it remove, as N:M patterns do not."""
+        return not GRANULARITIES[self.granularity].counted
 
     @cached_property
     def names(self) -> list[str]:
@@ -64,10 +62,10 @@ class Ladder:
         return [found[layer] for layer in range(len(self.layers))]
 
     @cached_property
-    def removed(self) -> list[np.ndarray]:
+    def removed(self) -> list[Numbers]:
         """By gene, the weights that each of its levels removes."""
         by_layer = [
-            np.array([removed_weights(shape, target) for target in targets])
+            np.array([target.removes(shape) for target in targets])
             for shape, targets in zip(self.shapes, self.targets, strict=True)
         ]
         return [np.sum([by_layer[layer] for layer in members], axis=0) for members in self.genes]
@@ -78,13 +76,13 @@ class Ladder:
         return sum(rows * columns for rows, columns in self.shapes)
 
     @cached_property
-    def sizes(self) -> np.ndarray:
+    def sizes(self) -> Numbers:
         """[genes]: weights of each gene."""
         return np.array([sum(int(np.prod(self.shapes[layer])) for layer in members) for members in self.genes])
 
     def removes(self, levels: Sequence[int]) -> int:
         """Weights that a candidate removes."""
-        return int(sum(table[level] for table, level in zip(self.removed, levels, strict=True)))
+        return int(sum(counts[level] for counts, level in zip(self.removed, levels, strict=True)))
 
     def sparsity(self, levels: Sequence[int]) -> float:
         """Fraction of the prunable weights that a candidate removes."""
@@ -93,11 +91,11 @@ class Ladder:
     def nearest(self, sparsities: Sequence[float]) -> Levels:
         """The candidate whose genes come nearest to these sparsities."""
         wanted = np.asarray(sparsities) * self.sizes
-        return tuple(int(np.abs(table - count).argmin()) for table, count in zip(self.removed, wanted, strict=True))
+        return tuple(int(np.abs(counts - one).argmin()) for counts, one in zip(self.removed, wanted, strict=True))
 
     def profile(self, levels: Sequence[int]) -> list[float]:
         """The sparsity of each gene."""
-        return [float(table[level] / size) for table, level, size in zip(self.removed, levels, self.sizes, strict=True)]
+        return [float(one[level] / size) for one, level, size in zip(self.removed, levels, self.sizes, strict=True)]
 
     def targets_of(self, levels: Sequence[int]) -> list[Target]:
         """The target of each layer."""
@@ -108,69 +106,68 @@ class Ladder:
         return Allocation(self.granularity, dict(zip(self.layers, self.targets_of(levels), strict=True)))
 
 
-def find_genes(model: Model, kind: Genes) -> tuple[tuple[int, ...], ...]:
-    """Indices of the layers of each gene, in model order."""
+def find_genes(model: Model, kind: str) -> tuple[tuple[int, ...], ...]:
+    """Indices of the layers of each gene, in model order; the kind is a key of GENES."""
     found: dict[tuple[int, str], list[int]] = {}
-    index = 0
-    for block_index, block in enumerate(model.blocks):
-        for layer in block.layers:
-            module = {"matrix": layer.name, "module": layer.name.rpartition(".")[0], "block": ""}[kind]
-            found.setdefault((block_index, module), []).append(index)
-            index += 1
+    layers = ((place, layer) for place, block in enumerate(model.blocks) for layer in block.layers)
+    for index, (place, layer) in enumerate(layers):
+        found.setdefault((place, GENES[kind].key(layer.name)), []).append(index)
     return tuple(map(tuple, found.values()))
 
 
-def quantum_ladder(model: Model, granularity: Granularity, kind: Genes = "matrix") -> Ladder:
-    """Levels of equal weight counts: a 250th of the largest gene each; the highest leaves something in every group."""
-    genes = find_genes(model, kind)
-    shapes = [(layer.weight.shape[0], layer.weight.shape[1]) for layer in model.layers]
-    sizes = [sum(shapes[layer][0] * shapes[layer][1] for layer in members) for members in genes]
-    quantum = -(-max(sizes) // _LEVELS)
-    targets: dict[int, tuple[Target, ...]] = {}
-    for members, size in zip(genes, sizes, strict=True):
-        shares = [level * quantum / size for level in range(size // quantum + 1)]
-        for layer in members:
-            targets[layer] = tuple(_target(granularity, shapes[layer], share) for share in shares)
-    return _ladder(model, shapes, genes, [targets[layer] for layer in range(len(shapes))], granularity, nested=True)
+def level_table(model: Model, granularity: str, kind: str = "matrix", patterns: Sequence[str] = PATTERNS) -> LevelTable:
+    """The levels of a model's layers: steps of equal weight counts, or N:M patterns.
 
-
-def mix_ladder(model: Model, patterns: Sequence[str] = PATTERNS, kind: Genes = "matrix") -> Ladder:
-    """N:M patterns as levels, in the order of their sparsity, `dense` first.
+    Args:
+        granularity: a key of GRANULARITIES.
+        kind: of genes, a key of GENES.
+        patterns: levels of an N:M mix, in any order, `dense` among them.
 
     Raises:
         InputError: a pattern is none, or some layer's input is not divisible by its M.
     """
-    shapes = [(layer.weight.shape[0], layer.weight.shape[1]) for layer in model.layers]
-    levels = [parse_pattern(text) for text in patterns]
-    levels.sort(key=lambda target: target.sparsity)
+    genes = find_genes(model, kind)
+    shapes = tuple((layer.weight.shape[0], layer.weight.shape[1]) for layer in model.layers)
+    if GRANULARITIES[granularity].counted:
+        targets = [_pattern_levels(model, patterns)] * len(shapes)
+    else:
+        targets = _equal_steps(shapes, genes, granularity)
+    return LevelTable(tuple(layer.name for layer in model.layers), shapes, genes, tuple(targets), granularity)
+
+
+def _equal_steps(
+    shapes: Sequence[tuple[int, int]], genes: Sequence[Sequence[int]], granularity: str
+) -> list[tuple[Target, ...]]:
+    """By layer, targets a 250th of the largest gene apart; the highest leaves something in every comparison group."""
+    sizes = [sum(shapes[layer][0] * shapes[layer][1] for layer in members) for members in genes]
+    step = -(-max(sizes) // _LEVELS)
+    found: dict[int, tuple[Target, ...]] = {}
+    for members, size in zip(genes, sizes, strict=True):
+        shares = [level * step / size for level in range(size // step + 1)]
+        for layer in members:
+            found[layer] = tuple(_nearest_target(granularity, shapes[layer], share) for share in shares)
+    return [found[layer] for layer in range(len(shapes))]
+
+
+def _nearest_target(granularity: str, shape: tuple[int, int], share: float) -> Target:
+    """The target nearest to a sparsity; at least one entry of every comparison group stays."""
+    size = Target("", granularity, 0.0).groups(shape)[0][1]
+    return layer_target(granularity, shape, min(round(share * size), size - 1))
+
+
+def _pattern_levels(model: Model, patterns: Sequence[str]) -> tuple[Target, ...]:
+    """N:M patterns in the order of their sparsity, `dense` first."""
+    levels = sorted(map(parse_pattern, patterns), key=lambda target: target.sparsity)
     if levels[0].sparsity != 0 or len({level.text for level in levels}) < max(2, len(levels)):
         raise InputError(f"--patterns {','.join(patterns)!r} must be `dense` and N:M patterns, each once")
     if len(levels) > _PATTERNS:
         raise InputError(f"--patterns {','.join(patterns)!r} are {len(levels)}; accepted: at most {_PATTERNS}")
     for layer in model.layers:
+        width = layer.weight.shape[1]
         for target in levels:
-            if target.group and layer.weight.shape[1] % target.group:
+            if not target.fits(width):
                 raise InputError(
-                    f"--patterns {target.text}: in = {layer.weight.shape[1]} of layer {layer.name} is not divisible by "
-                    f"{target.group} (--exclude)"
+                    f"--patterns {target.text}: in = {width} of layer {layer.name} is not divisible by {target.group} "
+                    "(--exclude)"
                 )
-    return _ladder(model, shapes, find_genes(model, kind), [tuple(levels)] * len(shapes), "n:m", nested=False)
-
-
-def _ladder(
-    model: Model,
-    shapes: Sequence[tuple[int, int]],
-    genes: tuple[tuple[int, ...], ...],
-    targets: Sequence[tuple[Target, ...]],
-    granularity: Granularity,
-    *,
-    nested: bool,
-) -> Ladder:
-    names = tuple(layer.name for layer in model.layers)
-    return Ladder(names, tuple(shapes), genes, tuple(targets), granularity, nested)
-
-
-def _target(granularity: Granularity, shape: tuple[int, int], share: float) -> Target:
-    """The target nearest to a sparsity; at least one entry of every comparison group stays."""
-    size = {"row": shape[1], "block": shape[0] * min(BLOCK, shape[1])}.get(granularity, shape[0] * shape[1])
-    return layer_target(granularity, shape, min(round(share * size), size - 1))
+    return tuple(levels)

@@ -11,18 +11,23 @@ Source: Deb et al. 2002 (NSGA-II); the level switch is EvoPress's (Sieberling et
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from deap import base, tools
 
-from gpmetric.allocation.archive import BARREN, RADIUS, Archive, Budget, Candidate
-from gpmetric.allocation.levels import Ladder, Levels
+from gpmetric.allocation.allocators import OnGeneration, Problem, diagonal, uniform
+from gpmetric.allocation.evaluation_log import BARREN, RADIUS, EvaluationLog, Measured
+from gpmetric.allocation.levels import Levels, LevelTable
+from gpmetric.allocation.profile_transfer import transferred
+from gpmetric.allocation.request import AllocateRequest, rules
+from gpmetric.allocation.search_budget import Budget
 from gpmetric.allocation.variation import crossover, guided_switches, repair, switch
 from gpmetric.pareto import pareto_front
+from gpmetric.pruning.allocation import Allocation
 
-__all__ = ["REFERENCE", "Settings", "evolve", "front", "hypervolume"]
+__all__ = ["REFERENCE", "FrontSettings", "evolve", "front", "hypervolume", "search_front"]
 
 REFERENCE = 2.0  # objective of the reference point of the hypervolume, in nats per prediction; its sparsity is 0
 
@@ -35,92 +40,128 @@ _GUIDED = 8  # parents per generation whose slopes are taken
 _RADII = (4, 8, RADIUS)  # levels that a child of slopes may be away: one child each
 _CROSSED, _SHIFTED = 0.7, 0.35  # of the other children: have two parents; change their sparsity, the others switch
 _SHIFT = 0.02  # standard deviation of a change of sparsity
-_DRAWN = 6  # parents, of which the nearest to the focus is taken
+_ATTENTION, _DRAWN = 0.5, 6  # share of the parents taken near the focus: the nearest of so many
 _NEIGHBOURS = 8  # in sparsity, among which the second parent is
 
 
-class _Fitness(base.Fitness):
+class _Fitness(base.Fitness):  # type: ignore[misc]
     weights = (-1.0, -1.0)  # logarithm of the objective, negated sparsity
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to search.
+class FrontSettings:
+    """How to search."""
 
-    Attributes:
-        population: survivors of a generation, and children besides those of slopes.
-        lowest, highest: sparsities of the front.
-        focus: sparsity that is to be picked, if one is.
-        attention: share of the parents that are taken near it.
-    """
-
-    population: int = 24
-    lowest: float = 0.4
+    population: int = 24  # survivors of a generation, and children besides those of slopes
+    lowest: float = 0.4  # sparsity of the front
     highest: float = 0.8
-    focus: float | None = None
-    attention: float = 0.5
+    focus: float | None = None  # sparsity that is to be picked, if one is; half of the parents are taken near it
 
 
 class _Individual:
-    def __init__(self, candidate: Candidate, batches: int) -> None:
+    def __init__(self, candidate: Measured, batches: int) -> None:
         self.candidate = candidate
         self.fitness = _Fitness((candidate.log(batches), -candidate.sparsity))
 
 
+def search_front(
+    problem: Problem, request: AllocateRequest, profiles: Sequence[Allocation], on_generation: OnGeneration
+) -> list[Levels]:
+    """The candidates of the front, the least sparse first; arguments as of `search`."""
+    focus = problem.log.focus
+    sparsities = diagonal(request, focus)
+    first = _first_candidates(problem, request, profiles, sparsities)
+    settings = FrontSettings(request.population, min(sparsities), max(sparsities), focus)
+    rng = random.Random(request.seed)
+    return [one.levels for one in evolve(problem.log, first, settings, request.budget, rng, on_generation)]
+
+
+def _first_candidates(
+    problem: Problem, request: AllocateRequest, profiles: Sequence[Allocation], sparsities: Sequence[float]
+) -> list[Levels]:
+    """Every rule at every sparsity; of rules that measure candidates, and of profiles, one shape that is shifted."""
+    table, focus = problem.table, problem.log.focus
+    centre = (request.lowest + request.highest) / 2 if focus is None else focus
+    affordable = {"nothing", "genes"} if _affords_probes(problem, request.budget, sparsities) else {"nothing"}
+    first, shapes = [], []
+    for row in rules().values():
+        assert row.rule is not None
+        if row.measures in affordable:
+            first += [row.rule(problem, sparsity) for sparsity in sparsities]
+    for row in rules().values():
+        if row.rule is not None and row.measures == "candidates":
+            shapes.append(table.profile(row.rule(problem, centre)))
+    shapes += [transferred(profile, table, len(problem.outliers)) for profile in profiles]
+    for shape in map(np.array, shapes):
+        shifts = [sparsity - np.average(shape, weights=table.sizes) for sparsity in sparsities]
+        first += [problem.at_budget(shape + shift, one) for shift, one in zip(shifts, sparsities, strict=True)]
+    return first
+
+
+def _affords_probes(problem: Problem, budget: Budget, sparsities: Sequence[float]) -> bool:
+    """Whether the probes of every gene alone take at most half of the budget, minutes as uniform candidates take."""
+    log = problem.log
+    evaluations, tokens = problem.cost_of_probes()
+    minutes = 0.0
+    if budget.minutes is not None:
+        for sparsity in sparsities:
+            log.measure(uniform(problem, sparsity), 1)
+        minutes = log.spent(Budget(minutes=1)) * tokens / log.tokens
+    limits = ((evaluations, budget.evaluations), (tokens, budget.tokens), (minutes, budget.minutes))
+    return all(limit is None or 2 * cost <= limit for cost, limit in limits)
+
+
 def evolve(
-    archive: Archive,
+    log: EvaluationLog,
     first: Iterable[Levels],
-    settings: Settings,
+    settings: FrontSettings,
     budget: Budget,
     rng: random.Random,
-    on_generation: Callable[[int, Sequence[Candidate], int, float], None] = lambda *told: None,
-) -> list[Candidate]:
+    on_generation: OnGeneration = lambda *told: None,
+) -> list[Measured]:
     """The front of all that was measured on all windows when the budget is spent, the least sparse first.
 
     Args:
-        archive: measures candidates.
         first: candidates to begin with.
-        settings: how to search.
         budget: when to end. The first candidates are measured whatever it is; a generation that would not fit is cut
             down or not begun.
-        rng: source of everything random.
         on_generation: called with its number, the population, the batches that it is measured on, and the share of
             the budget that was spent when it began.
     """
-    population = [archive.measure(levels, 1) for levels in dict.fromkeys(first)]
+    population = [log.measure(levels, 1) for levels in dict.fromkeys(first)]
     generation = 0
     for end, part in _ROUNDS:
-        batches = max(1, archive.batches // part)
-        population = _survivors(archive, population, batches, settings.population)
+        batches = max(1, log.batches // part)
+        population = _survivors(log, population, batches, settings.population)
         barren, size, before = 0, 1.0, None  # generations in a row; of a whole generation
         while barren < BARREN:
-            spent = archive.spent(budget)
+            spent = log.spent(budget)
             share = 0.0 if before is None else (spent - before) / size  # of the budget, what a whole one takes
             before = spent
             size = min(1.0, (end - spent) / share) if share > 0 else 1.0
             if spent >= end or size < (_LEAST if end == 1 else 1):
                 break
-            room = None if budget.evaluations is None else budget.evaluations - archive.evaluations
-            children = _bred(archive, population, batches, settings, rng, size, room)
+            room = None if budget.evaluations is None else budget.evaluations - log.evaluations
+            children = _bred(log, population, batches, settings, rng, size, room)
             barren = 0 if children else barren + 1
-            population = _survivors(archive, [*population, *children], batches, settings.population)
+            population = _survivors(log, [*population, *children], batches, settings.population)
             on_generation(generation, population, batches, spent)
             generation += 1
     for one in population:
-        archive.measure(one.levels, archive.batches)
+        log.measure(one.levels, log.batches)
     low, high = settings.lowest - _SHIFT, settings.highest + _SHIFT
-    whole = [one for one in archive.candidates.values() if len(one.values) == archive.batches]
-    return front((one for one in whole if low <= one.sparsity <= high), archive.batches)
+    whole = [one for one in log.candidates.values() if len(one.values) == log.batches]
+    return front((one for one in whole if low <= one.sparsity <= high), log.batches)
 
 
-def front(candidates: Iterable[Candidate], batches: int) -> list[Candidate]:
+def front(candidates: Iterable[Measured], batches: int) -> list[Measured]:
     """Those that no other beats in objective and sparsity, the least sparse first."""
     known = list(candidates)
     chosen = pareto_front([(one.log(batches), -one.sparsity) for one in known])
     return sorted((known[index] for index in chosen), key=lambda one: one.sparsity)
 
 
-def hypervolume(candidates: Iterable[Candidate], batches: int) -> float:
+def hypervolume(candidates: Iterable[Measured], batches: int) -> float:
     """Area between the front and the reference point (objective REFERENCE, sparsity 0), in nats per prediction."""
     area, reached = 0.0, 0.0
     for one in front(candidates, batches):
@@ -129,75 +170,74 @@ def hypervolume(candidates: Iterable[Candidate], batches: int) -> float:
     return area
 
 
-def _survivors(archive: Archive, candidates: Iterable[Candidate], batches: int, count: int) -> list[Candidate]:
+def _survivors(log: EvaluationLog, candidates: Iterable[Measured], batches: int, count: int) -> list[Measured]:
     """The survivors of NSGA-II, measured on so many batches."""
     distinct = dict.fromkeys(one.levels for one in candidates)
-    individuals = [_Individual(archive.measure(levels, batches), batches) for levels in sorted(distinct)]
+    individuals = [_Individual(log.measure(levels, batches), batches) for levels in sorted(distinct)]
     if len(individuals) > count:
         individuals = tools.selNSGA2(individuals, count, nd="log")
     return [one.candidate for one in individuals]
 
 
 def _bred(
-    archive: Archive,
-    population: Sequence[Candidate],
+    log: EvaluationLog,
+    population: Sequence[Measured],
     batches: int,
-    settings: Settings,
+    settings: FrontSettings,
     rng: random.Random,
     size: float,
     room: int | None,
-) -> list[Candidate]:
+) -> list[Measured]:
     """At most `room` children never measured before, the better half of a first comparison on few windows.
 
-    Args:
-        size: of the generation, 1 for a whole one.
+    A whole generation has `size` 1.
     """
-    ladder = archive.ladder
+    table = log.table
     parents = [_Individual(one, batches) for one in population]
     children: dict[Levels, None] = {}
     for _ in range(round(size * _GUIDED)):
         parent = _parent(parents, settings, rng)
-        slopes = archive.slopes(parent.levels, max(1, batches // _SLOPED))
+        slopes = log.slopes(parent.levels, max(1, batches // _SLOPED))
         for radius in _RADII:
             child = guided_switches(parent.levels, slopes, radius, rng)
             removed = (
-                _shifted(ladder, parent, settings, rng) if rng.random() < _SHIFTED else ladder.removes(parent.levels)
+                _shifted(table, parent, settings, rng) if rng.random() < _SHIFTED else table.removes(parent.levels)
             )
-            children[repair(ladder, child, removed, rng)] = None
+            children[repair(table, child, removed, rng)] = None
     for _ in range(round(size * settings.population)):
         parent = _parent(parents, settings, rng)
-        levels, removed = parent.levels, ladder.removes(parent.levels)
+        levels, removed = parent.levels, table.removes(parent.levels)
         if rng.random() < _CROSSED:
             near = sorted(population, key=lambda one: (abs(one.sparsity - parent.sparsity), one.levels))
             levels = crossover(levels, rng.choice(near[: _NEIGHBOURS + 1]).levels, rng)
         if rng.random() < _SHIFTED:
-            removed = _shifted(ladder, parent, settings, rng)
+            removed = _shifted(table, parent, settings, rng)
         else:
-            levels = switch(ladder, levels, rng)
-        children[repair(ladder, levels, removed, rng)] = None
-    new = sorted([levels for levels in children if levels not in archive.candidates][:room])
+            levels = switch(table, levels, rng)
+        children[repair(table, levels, removed, rng)] = None
+    new = sorted([levels for levels in children if levels not in log.candidates][:room])
     few = max(1, batches // _SCREEN)
-    screened = [archive.measure(levels, few) for levels in new]
+    screened = [log.measure(levels, few) for levels in new]
     return _better_half(screened, front(population, few), few)
 
 
-def _parent(parents: Sequence[_Individual], settings: Settings, rng: random.Random) -> Candidate:
+def _parent(parents: Sequence[_Individual], settings: FrontSettings, rng: random.Random) -> Measured:
     """The winner of a tournament of two, or the nearest of a few to the sparsity that is to be picked."""
     focus = settings.focus
-    if focus is not None and rng.random() < settings.attention:
+    if focus is not None and rng.random() < _ATTENTION:
         drawn = rng.sample(parents, min(_DRAWN, len(parents)))
         return min(drawn, key=lambda one: abs(one.candidate.sparsity - focus)).candidate
     first, second = rng.choice(parents), rng.choice(parents)
     return (second if second.fitness.dominates(first.fitness) else first).candidate
 
 
-def _shifted(ladder: Ladder, parent: Candidate, settings: Settings, rng: random.Random) -> int:
+def _shifted(table: LevelTable, parent: Measured, settings: FrontSettings, rng: random.Random) -> int:
     """Weights to remove at a sparsity near the parent's, within the range of the front."""
     sparsity = min(settings.highest, max(settings.lowest, parent.sparsity + rng.gauss(0, _SHIFT)))
-    return int(ladder.entries * sparsity)
+    return int(table.entries * sparsity)
 
 
-def _better_half(children: Sequence[Candidate], known: Sequence[Candidate], batches: int) -> list[Candidate]:
+def _better_half(children: Sequence[Measured], known: Sequence[Measured], batches: int) -> list[Measured]:
     """By how far they are below or above the front that is known at their sparsity."""
     expected = np.interp(
         [one.sparsity for one in children], [one.sparsity for one in known], [one.log(batches) for one in known]

@@ -19,7 +19,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from gpmetric.provenance import check_picture, finite, write_text
+from gpmetric.files import check_picture, finite, write_text
 
 __all__ = ["draw_front", "write_csv"]
 
@@ -58,11 +58,8 @@ def write_csv(document: Mapping[str, Any], path: Path) -> None:
     rows = [(method, point, _genes(point)) for method, points in methods for point in points]
     genes = list(dict.fromkeys(gene for _, _, found in rows for gene in found))
     table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["method", *_FIGURES, *genes])
-    for method, point, found in rows:
-        figures = [*map(point.get, _FIGURES), *map(found.get, genes)]
-        writer.writerow([method, *finite(figures)])
+    lines = [[method, *map(point.get, _FIGURES), *map(found.get, genes)] for method, point, found in rows]
+    csv.writer(table, lineterminator="\n").writerows([["method", *_FIGURES, *genes], *finite(lines)])
     write_text(path, table.getvalue())
 
 
@@ -98,20 +95,19 @@ def draw_front(document: Mapping[str, Any], path: Path) -> None:
 
 def _title(document: Mapping[str, Any]) -> str:
     """Model and settings; a character that the font lacks becomes a question mark."""
-    name = _shortened(str(document["model"]), _NAME)
-    metric = _shortened(str(document["metric"]), _NAME)
+    name, metric = (_shortened(str(document[one]), _NAME) for one in ("model", "metric"))
     how = f"{document['allocator']} on {document['objective']}"
     return _printable(f"{name}: {metric} by {document['granularity']}, sparsity allocated by {how}")
 
 
 def _front(axes: Axes, document: Mapping[str, Any]) -> None:
     """Held-out excess against sparsity: the front a thick line, baselines thin ones, the picked point a star."""
-    validation, picked = document.get("validation") or {}, document.get("picked") or {}
+    validation = document.get("validation") or {}
     windows = f" ({validation['windows']} windows)" if "windows" in validation else ""
     share = f"{document['prunable']:,} of {document['total']:,} parameters"
     _head(axes, "held-out loss against sparsity", f"sparsity of the prunable weights ({share})")
     axes.set_ylabel(f"excess over dense on held-out text{windows}, nats/token", fontsize=9)
-    front, drawn = _measured(document["front"]), []
+    front, drawn, star = _measured(document["front"]), [], _measured([document.get("picked") or {}])
     for number, (name, points) in enumerate(_baselines(document)):
         if values := _measured(points):
             colour, marker = _BASELINES[number % len(_BASELINES)]
@@ -120,13 +116,12 @@ def _front(axes: Axes, document: Mapping[str, Any]) -> None:
                 *zip(*values, strict=True), label=name, color=colour, marker=marker, markersize=5, linewidth=1,
                 linestyle="--", alpha=0.85,
             )  # fmt: skip
+    if not front and not drawn and not star:
+        return _nothing(axes, "no loss is finite")
     if front:
         label = f"{document['allocator']} front ({len(front)} point{'s' * (len(front) > 1)})"
         size = 5 if len(front) <= 60 else 3
         axes.plot(*zip(*front, strict=True), label=label, color=_FRONT, marker="o", markersize=size, linewidth=2.2)
-    star = _measured([picked])
-    if not front and not drawn and not star:
-        return _nothing(axes, "no loss is finite")
     if star:
         axes.plot(
             *star[0], label="picked", color=_PICKED, marker="*", markersize=20, markeredgecolor="white", linestyle="",
@@ -135,19 +130,23 @@ def _front(axes: Axes, document: Mapping[str, Any]) -> None:
     _scale_excess(axes, [excess for _, excess in [*front, *drawn, *star]], document["dense"].get("perplexity"))
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
-    handles, labels = axes.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda place: place < len(labels) - bool(front) - bool(star))
-    legend = axes.legend([handles[i] for i in order], [labels[i] for i in order], loc="upper left", fontsize=9)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-    if star:
-        # the lower right corner is below the front and so empty
+    _front_legend(axes, bool(front) + bool(star))
+    if star:  # its figures in the lower right corner, which is below the front and so empty
         axes.annotate(
-            _numbers(picked, document["dense"]), star[0], (0.985, 0.025), textcoords="axes fraction", fontsize=9.5,
-            ha="right", va="bottom", multialignment="left", zorder=6,
+            _numbers(document["picked"], document["dense"]), star[0], (0.985, 0.025), textcoords="axes fraction",
+            fontsize=9.5, ha="right", va="bottom", multialignment="left", zorder=6,
             bbox={"boxstyle": "round,pad=0.5", "fc": "white", "ec": _PICKED},
             arrowprops={"arrowstyle": "-", "color": _PICKED, "shrinkB": 8},
         )  # fmt: skip
+
+
+def _front_legend(axes: Axes, found: int) -> None:
+    """The front and the picked point, which were drawn last, before the baselines."""
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda place: place < len(labels) - found)
+    legend = axes.legend([handles[i] for i in order], [labels[i] for i in order], loc="upper left", fontsize=9)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _numbers(picked: Point, dense: Mapping[str, Any]) -> str:
@@ -167,9 +166,7 @@ def _scale_excess(axes: Axes, excess: Sequence[float], perplexity: float | None)
     scale: dict[str, Any] = {"value": "linear"}
     if top > _LOGARITHMIC * least:
         foot = max(least, _DEPTH * top)
-        scale = {"value": "log"}
-        if min(excess) < foot:
-            scale = {"value": "symlog", "linthresh": foot, "linscale": 0.5}
+        scale = {"value": "symlog", "linthresh": foot, "linscale": 0.5} if min(excess) < foot else {"value": "log"}
         axes.set_yscale(**scale)
         ticks = _log_ticks(foot, 2 * top)
     else:
@@ -230,17 +227,11 @@ def _hypervolume(axes: Axes, document: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Sparsities by kind of matrix and by block, in model order.
+    """Sparsities by kind of matrix and by block, in model order."""
 
-    Attributes:
-        rows: names without the block and what stands before it.
-        blocks: indices; None at the end where a gene is in no block.
-        values: [rows, blocks]; NaN where there is no such gene.
-    """
-
-    rows: list[str]
-    blocks: list[int | None]
-    values: np.ndarray
+    rows: list[str]  # names without the block and what stands before it
+    blocks: list[int | None]  # indices; None at the end where a gene is in no block
+    values: np.ndarray  # [rows, blocks]; NaN where there is no such gene
 
 
 def _grid(genes: Mapping[str, float | None]) -> _Grid:
@@ -381,9 +372,7 @@ def _plain(value: float, figures: int = 3) -> str:
 
 def _shortened(text: str, length: int) -> str:
     """The text with its middle left out: the end of a name tells most, its beginning says whose it is."""
-    if len(text) <= length:
-        return text
-    return f"{text[: length // 3]}…{text[length // 3 + 1 - length :]}"
+    return text if len(text) <= length else f"{text[: length // 3]}…{text[length // 3 + 1 - length :]}"
 
 
 def _printable(text: str) -> str:

@@ -1,141 +1,121 @@
-"""What a search begins with: the model, its texts, the levels, and the level at which each weight goes."""
+"""What a search begins with: a session's model calibrated, its levels, and the level at which each weight goes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from gpmetric.allocation.allocators import outlier_shares
-from gpmetric.allocation.deaths import PrunedModel, death_levels
-from gpmetric.allocation.levels import Ladder, mix_ladder, quantum_ladder
-from gpmetric.allocation.meter import check_memory
-from gpmetric.allocation.request import Request
-from gpmetric.calibration.accumulators import LayerStatistics
-from gpmetric.calibration.collect import collect_chunks
-from gpmetric.data import Windows
-from gpmetric.errors import MaskError, one_of
-from gpmetric.evaluation.windows import check_length, read_splits
-from gpmetric.models import Model, load_model
+from gpmetric.allocation.candidate_objective import check_memory
+from gpmetric.allocation.level_masks import PrunedModel, level_codes
+from gpmetric.allocation.levels import LevelTable, level_table
+from gpmetric.allocation.request import ALLOCATORS, AllocateRequest
+from gpmetric.errors import MaskError
+from gpmetric.metrics import Metric
+from gpmetric.models import Model
 from gpmetric.pruning.allocation import Allocation
 from gpmetric.pruning.mask import select_mask
-from gpmetric.pruning.metrics import Metric, resolve_metric
-from gpmetric.pruning.prune import score_weight
-from gpmetric.pruning.target import GRANULARITIES
+from gpmetric.session.session import Progress, Session, open_session
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["CalibratedModel", "calibrate"]
+
+_OUTLIER = 5.0  # times the mean score; OWL's M
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A model whose layers can be pruned to any level, and what came of its calibration.
+class CalibratedModel:
+    """A session's model whose layers can be pruned to any level."""
 
-    Attributes:
-        blocks: by gene, the block it is in.
-        outliers: by block, OWL's share of outliers in per cent.
-        chunks: collects the statistics of the dense model, chunk of layers by chunk.
-    """
-
-    model: Model
+    session: Session
     metric: Metric
-    splits: Mapping[str, Windows]
-    ladder: Ladder
+    table: LevelTable
     pruned: PrunedModel
-    blocks: list[int]
-    outliers: list[float]
-    chunks: Callable[[], Iterator[dict[str, LayerStatistics]]]
+    blocks: list[int]  # by gene, the block it is in
+    outliers: list[float]  # by block, OWL's share of outliers in per cent
+    progress: Progress  # told of calibrating again
 
     @contextmanager
     def exactly(self, allocation: Allocation) -> Iterator[None]:
         """The model pruned by an allocation that lies between levels; calibrated again, as only levels are kept."""
         self.pruned.dense()
-        layers = {layer.name: layer for layer in self.model.layers}
-        weights: dict[str, Tensor] = {}
-        for chunk in self.chunks():
-            for name, statistics in chunk.items():
-                score = score_weight(layers[name].weight, self.metric, statistics)
-                weights[name] = layers[name].weight.masked_fill(~select_mask(score, allocation.targets[name]), 0)
-            chunk.clear()
-        with self.model.holding([weights[name] for name in layers]):
+        model = self.session.model
+        weights: list[Tensor] = []
+        scores = _scores(self.session, self.metric, self.progress)
+        for layer, (name, score, _) in zip(model.layers, scores, strict=True):
+            weights.append(layer.weight.masked_fill(~select_mask(score, allocation.targets[name]), 0))
+        with model.holding(weights):
             yield
 
-    def identity(self, request: Request) -> dict[str, Any]:
+    def identity(self, request: AllocateRequest) -> dict[str, Any]:
         """All that a search depends on but its budget and the sparsity that nsga2 pays attention to."""
         names = ("genes", "allocator", "objective", "lowest", "highest", "population", "seed")
+        model, windows = self.session.model, self.session.windows
         return {name: getattr(request, name) for name in names} | {
-            "model": self.model.digest,
-            "dtype": self.model.dtype,
-            "device": self.model.device.type,
+            "model": model.digest,
+            "dtype": model.dtype,
+            "device": model.device.type,
             "metric": str(self.metric.expression),
-            "granularity": self.ladder.granularity,
-            "patterns": list(request.patterns) if self.ladder.granularity == "n:m" else None,
-            "searched": request.sparsity if request.allocator == "evopress" else None,
-            "layers": list(self.ladder.layers),
-            "calibration": self.splits["calibration"].tokens_digest,
-            "search": self.splits["search"].tokens_digest,
+            "granularity": self.table.granularity,
+            "patterns": None if self.table.nested else list(request.patterns),
+            "searched": request.sparsity if ALLOCATORS[request.allocator].one_sparsity else None,
+            "layers": list(self.table.layers),
+            "calibration": windows["calibration"].tokens_digest,
+            "search": windows["search"].tokens_digest,
         }
 
 
-def prepare(request: Request, progress: Callable[[str, int, int], None]) -> Prepared:
-    """Loads and calibrates.
+def calibrate(request: AllocateRequest, progress: Progress) -> CalibratedModel:
+    """Opens and calibrates.
 
     Raises:
-        InputError: model, texts or patterns cannot be used, or the dense predictions would not fit into memory.
+        InputError: model, texts or patterns cannot be used, or there is not enough memory for what would be kept.
         MaskError: the metric's scores are not finite.
     """
-    model = load_model(
-        request.model, device=request.device, dtype=request.dtype, include=request.include, exclude=request.exclude
-    )
-    splits = read_splits(
-        model,
-        request.model,
-        {"calibration": request.calibration, "search": request.search, "validation": request.validation},
-        check_length(model, request.sequence_length),
-        {"calibration": request.samples, "search": request.search_windows, "validation": request.windows},
-        request.seed if request.shuffle else None,
-    )
-    check_memory(model, splits["search"].tokens, request.objective)
-    metric = resolve_metric(request.metric, *splits["calibration"].tokens.shape)
-    granularity = one_of("--granularity", request.granularity or metric.granularity, GRANULARITIES)
-    if granularity == "n:m":
-        ladder = mix_ladder(model, request.patterns, request.genes)
-    else:
-        ladder = quantum_ladder(model, granularity, request.genes)
+    session = open_session(request)
+    model = session.model
+    check_memory(model, session.windows["search"].tokens, request.objective)
+    metric = session.metric(request.metric)
+    session.require(metric.operands if request.chunk_layers is None else ())
+    table = level_table(model, request.granularity or metric.granularity, request.genes, request.patterns)
     _ = model.digest  # taken while dense
-    deaths: list[Tensor] = []
+    codes: list[Tensor] = []
     norms: dict[str, Tensor] = {}
-    layers = {layer.name: layer for layer in model.layers}
-    chunks = partial(
-        collect_chunks,
-        model,
-        splits["calibration"].tokens,
-        gradients=metric.needs_gradients,
-        fisher=metric.needs_fisher,
-        gram=metric.needs_gram,
-        chunk_layers=request.chunk_layers,
-        progress=partial(progress, "calibration"),
-    )
-    for chunk in chunks():
-        for name, statistics in chunk.items():
-            norms[name] = statistics.X
-            deaths.append(_deaths(name, layers[name].weight, metric, statistics, ladder, len(deaths)))
-        chunk.clear()  # before the next one is collected
-        del statistics
+    for name, score, norm in _scores(session, metric, progress):
+        norms[name] = norm
+        try:
+            codes.append(level_codes(score, table.targets[len(codes)], nested=table.nested))
+        except MaskError as error:
+            raise MaskError(f"metric {metric.name}: {error} (layer {name})") from error
     of_layer = [index for index, block in enumerate(model.blocks) for _ in block.layers]
-    blocks = [of_layer[members[0]] for members in ladder.genes]
-    outliers = outlier_shares(model, norms)
-    pruned = PrunedModel(model, ladder, deaths)
-    return Prepared(model, metric, splits, ladder, pruned, blocks, outliers, chunks)
+    blocks = [of_layer[members[0]] for members in table.genes]
+    pruned = PrunedModel(model, table, codes)
+    return CalibratedModel(session, metric, table, pruned, blocks, _outlier_shares(model, norms), progress)
 
 
-def _deaths(
-    name: str, weight: Tensor, metric: Metric, statistics: LayerStatistics, ladder: Ladder, index: int
-) -> Tensor:
-    try:
-        return death_levels(score_weight(weight, metric, statistics), ladder.targets[index], nested=ladder.nested)
-    except MaskError as error:
-        raise MaskError(f"metric {metric.name}: {error} (layer {name})") from error
+def _scores(session: Session, metric: Metric, progress: Progress) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Of every layer in order: name, scores [out, in], X [in]; statistics of one chunk of layers are held at a time."""
+    weights = {layer.name: layer.weight for layer in session.model.layers}
+    for chunk in session.chunks(metric.operands, progress):  # what scores need; an updater's statistics are of no use
+        for name in list(chunk):
+            statistics = chunk.pop(name)
+            yield name, metric(weights[name], **statistics.operands), statistics["X"]
+            del statistics  # before the next chunk is collected
+
+
+@torch.no_grad()
+def _outlier_shares(model: Model, norms: Mapping[str, Tensor]) -> list[float]:
+    """By block, OWL's share of scores abs(W)*X that are outliers, in per cent; `norms` is X [in] by layer name."""
+    shares = []
+    for block in model.blocks:
+        scores = [layer.weight.abs().float() * norms[layer.name] for layer in block.layers]
+        entries = sum(score.numel() for score in scores)
+        if not entries:
+            shares.append(0.0)
+            continue
+        mean = sum(score.sum(dtype=torch.float64).item() for score in scores) / entries
+        shares.append(100 * sum(int((score > _OUTLIER * mean).sum()) for score in scores) / entries)
+    return shares

@@ -1,178 +1,161 @@
-"""What a run of `gpmetric allocate` is asked for, checked before torch is imported."""
+"""What a run of `gpmetric allocate` is asked for, and the tables of its choices, read before torch is imported."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
-from gpmetric.errors import InputError, one_of
-from gpmetric.pruning.metrics import resolve_metric
-from gpmetric.pruning.target import GRANULARITIES, Target, parse_target
+from gpmetric.allocation.search_budget import Budget
+from gpmetric.errors import InputError
+from gpmetric.evaluation.objectives import OBJECTIVES
+from gpmetric.lazy import lazy
+from gpmetric.metrics import BASELINES, resolve_metric
+from gpmetric.options import Option
+from gpmetric.session.search_inputs import SearchInputs
+from gpmetric.targets import GRANULARITIES, Target, parse_target
 
-__all__ = [
-    "ALLOCATORS",
-    "GENES",
-    "OBJECTIVES",
-    "PATTERNS",
-    "Allocator",
-    "Genes",
-    "Objective",
-    "Request",
-    "check_request",
-    "parse_pattern",
-]
+__all__ = ["ALLOCATORS", "GENES", "PATTERNS", "AllocateRequest", "Allocator", "Genes", "parse_pattern", "rules"]
 
-Allocator = Literal["nsga2", "evopress", "sensitivity", "arithmetic", "owl", "uniform"]
-Genes = Literal["matrix", "module", "block"]
-Objective = Literal["kl", "loss"]
+_EVALUATIONS = 800  # of a search without a budget
 
-# allocator -> how it comes to the sparsity of each gene
-ALLOCATORS: dict[Allocator, str] = {
-    "nsga2": "searches the whole front between sparsity and loss",
-    "evopress": "searches one sparsity by level switches",
-    "sensitivity": "greedy, by what each gene alone costs",
-    "arithmetic": "an arithmetic progression over the blocks",
-    "owl": "blocks with more outliers keep more",
-    "uniform": "every gene alike",
+
+@dataclass(frozen=True)
+class Allocator:
+    """A way to the level of every gene.
+
+    By a rule, (Problem, mean sparsity) -> levels, which is a baseline beside the front, too; or by a search, (Problem,
+    AllocateRequest, profiles to begin with, on_generation) -> the levels that it found.
+    """
+
+    meaning: str
+    rule: Callable[..., tuple[int, ...]] | None = None
+    search: Callable[..., list[tuple[int, ...]]] | None = None
+    measures: str = "nothing"  # or `candidates` at every sparsity, or `genes`: each alone, once for all
+    one_sparsity: bool = False  # whether a search is of --sparsity alone, and not of a front
+    begins: bool = False  # whether a search begins with allocations that are there already
+
+
+ALLOCATORS: dict[str, Allocator] = {
+    "nsga2": Allocator(
+        "searches the whole front between sparsity and loss",
+        search=lazy("gpmetric.allocation.nsga2:search_front"),
+        begins=True,
+    ),
+    "evopress": Allocator(
+        "searches one sparsity by level switches",
+        search=lazy("gpmetric.allocation.evopress:search_sparsity"),
+        one_sparsity=True,
+    ),
+    "sensitivity": Allocator(
+        "greedy, by what each gene alone costs", lazy("gpmetric.allocation.allocators:sensitivity"), measures="genes"
+    ),
+    "arithmetic": Allocator(
+        "an arithmetic progression over the blocks",
+        lazy("gpmetric.allocation.allocators:arithmetic"),
+        measures="candidates",
+    ),
+    "owl": Allocator("blocks with more outliers keep more", lazy("gpmetric.allocation.allocators:owl")),
+    "uniform": Allocator("every gene alike", lazy("gpmetric.allocation.allocators:uniform")),
 }
 
-# genes -> the layers that share a level
-GENES: dict[Genes, str] = {
-    "matrix": "every matrix has its own level",
-    "module": "the matrices of one sub-module of a block (its attention, its MLP) share one",
-    "block": "the matrices of one block share one",
-}
 
-# objective -> what a pruned model is compared by, in nats per prediction
-OBJECTIVES: dict[Objective, str] = {
-    "kl": "divergence from the dense model's predictions, which are kept in memory",
-    "loss": "log-loss beyond the dense model's",
+def rules() -> dict[str, Allocator]:
+    """The allocators that do not search, the simplest first."""
+    return {name: row for name, row in reversed(ALLOCATORS.items()) if row.rule is not None}
+
+
+@dataclass(frozen=True)
+class Genes:
+    """Which layers share a level."""
+
+    meaning: str
+    key: Callable[[str], str]  # of a layer's name; the layers of a block that have the same are one gene
+
+
+GENES: dict[str, Genes] = {
+    "matrix": Genes("every matrix has its own level", lambda name: name),
+    "module": Genes(
+        "the matrices of one sub-module of a block (its attention, its MLP) share one",
+        lambda name: name.rpartition(".")[0],
+    ),
+    "block": Genes("the matrices of one block share one", lambda name: ""),
 }
 
 PATTERNS = ("dense", "4:8", "2:4", "1:4")  # levels of an N:M mix
 
-_ANY_PATTERN = "dense, 2:4, 4:8, 1:4 and the like"
 
+@dataclass(frozen=True, kw_only=True)
+class AllocateRequest(SearchInputs):
+    """Everything `gpmetric allocate` can be asked for.
 
-@dataclass(frozen=True)
-class Request:
-    """Everything `gpmetric allocate` can be asked for; names and defaults are those of the command line.
-
-    Attributes:
-        model: a directory or Hub name; None is the demo model.
-        calibration, search, validation: texts for the statistics, for the candidates, and for the figures that are
-            reported; with the first alone, it is cut into three parts.
-        metric: a name of BASELINES or a formula, which ranks the weights.
-        sparsity: mean sparsity of the allocation that is picked.
-        max_loss_ratio: or, the sparsest whose validation loss, in nats, is at most so many times the dense model's.
-        granularity: where scores compete: row, layer, block, or "n:m" for a mix of `patterns`; by default the
-            metric's own.
-        genes: what shares a level; a key of GENES.
-        allocator: a key of ALLOCATORS.
-        objective: what candidates are compared by; a key of OBJECTIVES.
-        lowest, highest: sparsities of the front.
-        init: allocation files, of this model or another, whose profiles the search begins with too.
-        population: survivors of a generation.
-        evaluations, tokens, minutes: budgets of the search; the first one spent ends it. A token of a backward pass
-            counts for three. The first candidates are measured in any case. With none, 800 evaluations. Calibration
-            before the search and validation after it, the baselines with it, come on top.
-        samples, search_windows, windows: windows of calibration, search and validation.
-        chunk_layers: layers whose statistics are in memory at once; all by default.
-        archive: file of everything measured; `resume` goes on with it.
+    Of evaluations, tokens and minutes, the first one spent ends the search. A token of a backward pass counts for
+    three. The first candidates are measured in any case; calibration before the search and validation after it, the
+    baselines with it, come on top.
     """
 
-    model: str | None = None
-    calibration: str | None = None
-    search: str | None = None
-    validation: str | None = None
-    metric: str = "wanda"
-    sparsity: float | None = None
-    max_loss_ratio: float | None = None
-    granularity: str | None = None
-    patterns: tuple[str, ...] = PATTERNS
-    genes: Genes = "matrix"
-    allocator: Allocator = "nsga2"
-    objective: Objective = "kl"
-    lowest: float = 0.4
-    highest: float = 0.8
-    init: tuple[str, ...] = ()
-    population: int = 24
-    evaluations: int | None = None
-    tokens: int | None = None
-    minutes: float | None = None
-    samples: int = 128
-    search_windows: int = 32
-    windows: int = 64
-    sequence_length: int | None = None
-    shuffle: bool = False
-    seed: int = 0
-    device: str = "auto"
-    dtype: str | None = None
-    include: str | None = None
-    exclude: str | None = None
-    chunk_layers: int | None = None
-    archive: Path | None = None
-    resume: bool = False
+    model: Annotated[str | None, Option("Hugging Face directory or name; the demo model if none.")] = None
+    output: Annotated[
+        Path | None,
+        Option("Allocation to write, for prune --allocation.", metavar="FILE", names=("--output", "-o"), writes="file"),
+    ] = None
+    search: Annotated[str | None, Option("Text every candidate is measured on.", reads=True)] = None
+    validation: Annotated[str | None, Option("Text the front is reported on.", reads=True)] = None
+    metric: Annotated[str, Option(f"What ranks weights: {', '.join(BASELINES)}, or a formula.")] = "wanda"
+    sparsity: Annotated[float | None, Option("Mean sparsity of the allocation that is written.", above=0, below=1)] = (
+        None
+    )
+    max_loss_ratio: Annotated[
+        float | None, Option("Or the sparsest whose validation loss is at most so many times the dense one.", above=1)
+    ] = None
+    granularity: Annotated[str | None, Option("{choices}; the metric's own by default.", choices=GRANULARITIES)] = None
+    patterns: Annotated[tuple[str, ...], Option("Levels under --granularity n:m.", listed=True)] = PATTERNS
+    genes: Annotated[str, Option("What shares a sparsity: {choices}.", choices=GENES)] = "matrix"
+    allocator: Annotated[str, Option("{choices}.", choices=ALLOCATORS)] = "nsga2"
+    objective: Annotated[str, Option("What candidates are compared by: {choices}.", choices=OBJECTIVES)] = "kl"
+    lowest: Annotated[float, Option("Lowest sparsity of the front.", above=0, below=1)] = 0.4
+    highest: Annotated[float, Option("Highest sparsity of the front.", above=0, below=1)] = 0.8
+    init: Annotated[
+        tuple[str, ...], Option("Allocation to begin with too; may be repeated.", metavar="FILE", reads=True)
+    ] = ()
+    population: Annotated[int, Option("Survivors of a generation.", least=4)] = 24
+    evaluations: Annotated[
+        int | None, Option(f"Candidates measured at most; {_EVALUATIONS} if no budget.", least=1)
+    ] = None
+    tokens: Annotated[int | None, Option("Tokens of the search at most.", least=1)] = None
+    minutes: Annotated[
+        float | None, Option("Minutes of the search at most; calibration and validation come on top.", above=0)
+    ] = None
+    ledger: Annotated[
+        Path | None,
+        Option("JSON Lines file that keeps everything measured.", "FILE", ("--ledger", "--archive"), writes="file"),
+    ] = None
+    csv: Annotated[Path | None, Option("Front and baselines as a table.", metavar="FILE", writes="file")] = None
+    plot: Annotated[Path | None, Option("Front and heat map: .png or .pdf.", metavar="FILE", writes="picture")] = None
 
+    def check(self) -> None:
+        resolve_metric(self.metric)
+        super().check()
+        for text in self.patterns:
+            parse_pattern(text)
+        if self.patterns != PATTERNS and not (self.granularity and GRANULARITIES[self.granularity].counted):
+            raise InputError("--patterns are the levels of --granularity n:m, which is not asked for")
+        if self.lowest >= self.highest:
+            raise InputError(f"--lowest {self.lowest} must be below --highest {self.highest}")
+        if self.sparsity is not None and self.max_loss_ratio is not None:
+            raise InputError("--sparsity and --max-loss-ratio both pick an allocation; give one of them")
+        if self.init and not ALLOCATORS[self.allocator].begins:
+            names = (name for name, row in ALLOCATORS.items() if row.begins)
+            raise InputError(f"--init needs --allocator {' or '.join(names)}")
+        if self.sparsity is None and ALLOCATORS[self.allocator].one_sparsity:
+            raise InputError(f"--allocator {self.allocator} searches one sparsity: --sparsity is needed")
 
-def check_request(request: Request) -> None:
-    """Refuses what is wrong whatever the model.
-
-    Raises:
-        InputError: naming option, value and what is accepted.
-    """
-    resolve_metric(request.metric)
-    one_of("--genes", request.genes, GENES)
-    one_of("--allocator", request.allocator, ALLOCATORS)
-    one_of("--objective", request.objective, OBJECTIVES)
-    if request.granularity is not None:
-        one_of("--granularity", request.granularity, GRANULARITIES)
-    for text in request.patterns:
-        parse_pattern(text)
-    if request.patterns != PATTERNS and request.granularity != "n:m":
-        raise InputError("--patterns are the levels of --granularity n:m, which is not asked for")
-    _check_numbers(request)
-    if request.lowest >= request.highest:
-        raise InputError(f"--lowest {request.lowest} must be below --highest {request.highest}")
-    if request.sparsity is not None and request.max_loss_ratio is not None:
-        raise InputError("--sparsity and --max-loss-ratio both pick an allocation; give one of them")
-    if request.init and request.allocator != "nsga2":
-        raise InputError(f"--init: --allocator {request.allocator} begins with nothing; nsga2 does")
-    if request.sparsity is None and request.allocator == "evopress":
-        raise InputError("--allocator evopress searches one sparsity: --sparsity is needed")
-    if (request.search is None) != (request.validation is None):
-        raise InputError("--search and --validation belong together; without both, --calibration is cut into three")
-    if request.archive is not None and request.archive.is_dir():
-        raise InputError(f"--archive {str(request.archive)!r} is a directory; a file is wanted")
-    if request.archive is not None and not request.resume and _holds_something(request.archive):
-        raise InputError(f"--archive {str(request.archive)!r} exists: go on with --resume, or name another")
-    if request.resume and request.archive is None:
-        raise InputError("--resume goes on with an --archive FILE, which is not named")
-
-
-def _holds_something(path: Path) -> bool:
-    try:
-        return path.stat().st_size > 0
-    except OSError:
-        return False
-
-
-def _check_numbers(request: Request) -> None:
-    for name in ("sparsity", "lowest", "highest"):
-        value = getattr(request, name)
-        if value is not None and not 0 < value < 1:
-            raise InputError(f"--{name} must be above 0 and below 1, but got {value}")
-    if request.max_loss_ratio is not None and not 1 < request.max_loss_ratio < math.inf:
-        raise InputError(f"--max-loss-ratio must be above 1, but got {request.max_loss_ratio}")
-    if request.minutes is not None and not 0 < request.minutes < math.inf:
-        raise InputError(f"--minutes must be above 0, but got {request.minutes}")
-    least: dict[str, int] = {"population": 4}
-    for name in ("evaluations", "tokens", "samples", "search_windows", "windows", "chunk_layers", "population"):
-        value = getattr(request, name)
-        if value is not None and value < least.get(name, 1):
-            raise InputError(f"--{name.replace('_', '-')} must be at least {least.get(name, 1)}, but got {value}")
+    @property
+    def budget(self) -> Budget:
+        """When the search ends."""
+        budget = Budget(self.evaluations, self.tokens, self.minutes)
+        return Budget(evaluations=_EVALUATIONS) if budget == Budget() else budget
 
 
 def parse_pattern(text: str) -> Target:
@@ -183,10 +166,11 @@ def parse_pattern(text: str) -> Target:
     """
     if text == "dense":
         return Target("0.0", "row", 0.0)
+    refused = InputError(f"--patterns {text!r:.60}: accepted are dense, 2:4, 4:8, 1:4 and the like")
     try:
         target = parse_target(text)
     except InputError as error:
-        raise InputError(f"--patterns {text!r:.60}: accepted are {_ANY_PATTERN}") from error
+        raise refused from error
     if not target.group:
-        raise InputError(f"--patterns {text!r:.60}: accepted are {_ANY_PATTERN}")
+        raise refused
     return target

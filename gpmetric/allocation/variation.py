@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpmetric.allocation.levels import Ladder, Levels
+from gpmetric.allocation.levels import Levels, LevelTable, Numbers
 
 __all__ = ["STEPS", "crossover", "guided_switches", "repair", "switch"]
 
@@ -16,7 +16,7 @@ _SWITCHES = 3  # at most, in one mutation
 _ATTEMPTS = 300  # switches proposed to the slopes
 
 
-def switch(ladder: Ladder, levels: Levels, rng: random.Random, steps: Sequence[int] = STEPS) -> Levels:
+def switch(table: LevelTable, levels: Levels, rng: random.Random, steps: Sequence[int] = STEPS) -> Levels:
     """A few times, as many levels up in one gene as down in another.
 
     Source: Sieberling et al. 2025 (EvoPress), section 4; their level is a step of one size.
@@ -26,13 +26,13 @@ def switch(ladder: Ladder, levels: Levels, rng: random.Random, steps: Sequence[i
         return levels
     for _ in range(min(rng.randint(1, _SWITCHES), rng.randint(1, _SWITCHES))):
         up, down = rng.sample(range(len(changed)), 2)
-        step = min(rng.choice(steps), len(ladder.removed[up]) - 1 - changed[up], changed[down])
+        step = min(rng.choice(steps), len(table.removed[up]) - 1 - changed[up], changed[down])
         changed[up] += step
         changed[down] -= step
     return tuple(changed)
 
 
-def guided_switches(levels: Levels, slopes: Sequence[np.ndarray], radius: int, rng: random.Random) -> Levels:
+def guided_switches(levels: Levels, slopes: Sequence[Numbers], radius: int, rng: random.Random) -> Levels:
     """Random switches, those kept of which the slopes say that they pay, no gene going further than `radius` levels."""
     changed = list(levels)
     if len(changed) < 2:
@@ -54,33 +54,29 @@ def crossover(first: Levels, second: Levels, rng: random.Random) -> Levels:
     return tuple(rng.choice(pair) for pair in zip(first, second, strict=True))
 
 
-def repair(ladder: Ladder, levels: Levels, removed: int, rng: random.Random) -> Levels:
-    """Single levels up or down in random genes, until no such step brings the candidate nearer to a budget.
-
-    Args:
-        removed: weights that shall be removed.
-    """
+def repair(table: LevelTable, levels: Levels, removed: int, rng: random.Random) -> Levels:
+    """Single levels up or down in random genes, until no such step brings a candidate nearer to `removed` weights."""
     changed = list(levels)
-    gap = removed - ladder.removes(changed)
+    gap = removed - table.removes(changed)
     genes = list(range(len(changed)))
     while True:
         rng.shuffle(genes)
         moved = False
         for gene in genes:
             level = changed[gene] + (1 if gap > 0 else -1)
-            table = ladder.removed[gene]
-            if not 0 <= level < len(table):
+            counts = table.removed[gene]
+            if not 0 <= level < len(counts):
                 continue
-            step = int(table[level] - table[changed[gene]])
-            if abs(gap - step) < abs(gap) or (step == 0 and gap != 0 and _further(table, changed[gene], gap)):
+            step = int(counts[level] - counts[changed[gene]])
+            if abs(gap - step) < abs(gap) or (step == 0 and gap != 0 and _further(counts, changed[gene], gap)):
                 changed[gene], gap, moved = level, gap - step, True
         if not moved:
             return tuple(changed)
 
 
-def _further(table: np.ndarray, level: int, gap: int) -> bool:
+def _further(counts: Numbers, level: int, gap: int) -> bool:
     """Whether levels beyond equal ones would bring a gene nearer to the budget."""
-    beyond = table[level:] if gap > 0 else table[: level + 1][::-1]
-    steps = np.abs(beyond.astype(np.int64) - int(table[level]))
+    beyond = counts[level:] if gap > 0 else counts[: level + 1][::-1]
+    steps = np.abs(beyond.astype(np.int64) - int(counts[level]))
     different = steps[steps > 0]
     return bool(different.size) and abs(abs(gap) - int(different[0])) < abs(gap)

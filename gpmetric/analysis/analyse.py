@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gpmetric.analysis.features import Feature, find_features, find_groups, powers
 from gpmetric.analysis.masks import compare_masks, read_sketches
 from gpmetric.analysis.principles import state_principles
-from gpmetric.analysis.statistics import add_q_values, compare, correlate, fitness_ranks
+from gpmetric.analysis.request import AnalyseRequest
+from gpmetric.analysis.statistics import Vector, add_q_values, compare, correlate, fitness_ranks
 from gpmetric.errors import GpmetricError
-from gpmetric.evolution.ledger import Evaluation, Ledger
-from gpmetric.evolution.objectives import mean_excess
+from gpmetric.evolution.fitness import mean_excess
+from gpmetric.evolution.ledger import Ledger
+from gpmetric.evolution.records import Evaluation
 from gpmetric.expression import Expression, parse
 from gpmetric.expression.canonical import canonical
+from gpmetric.metrics import resolve_metric, spelled
 from gpmetric.operands import OPERANDS
+from gpmetric.options import as_function
 from gpmetric.pareto import pareto_front
-from gpmetric.pruning.metrics import resolve_metric, spelled
-from gpmetric.pruning.target import GRANULARITIES
+from gpmetric.targets import plain_granularities
 
-__all__ = ["analyse"]
+__all__ = ["analyse", "run_analysis"]
 
 _MIN_FORMULAS = 10  # for a rank test of two halves to reach p < 0.05
 _MIN_VARIED = 5  # formulas in which the power of an operand is not the commonest one
@@ -37,15 +38,16 @@ _NOTE = (
     "screened out have no excess and are left out: what is compared was good enough to be measured."
 )
 
-Vector = NDArray[np.float64]
+_Rows = Sequence[Evaluation]
 
 
-def analyse(ledger: str | os.PathLike[str], *, seed: int = 0) -> dict[str, Any]:
+def run_analysis(request: AnalyseRequest) -> dict[str, Any]:
     """Which parts of formulas, sizes and masks go with good fitness in a campaign.
 
     Args:
-        ledger: the campaign's SQLite file; it is read, never written.
-        seed: of the subsample of formulas whose masks are compared pair by pair, and of its permutation test.
+        request: names the campaign's SQLite file, which is read, never written, and where a page of plots goes. Its
+            seed is that of the subsample of formulas whose masks are compared pair by pair, and of its permutation
+            test.
 
     Returns:
         The JSON document of `gpmetric analyse`. Excess is ln(ppl / dense ppl) on the search text, in nats per token;
@@ -57,13 +59,25 @@ def analyse(ledger: str | os.PathLike[str], *, seed: int = 0) -> dict[str, Any]:
         LedgerError: the ledger cannot be used.
         GpmetricError: fewer than 10 formulas were evaluated.
     """
+    document = _analysed(request.ledger, request.seed)
+    if request.output is not None:
+        from gpmetric.analysis.plot import draw_page  # matplotlib takes half a second to import
+
+        draw_page(document, request.output)
+    return document
+
+
+analyse = as_function("analyse", AnalyseRequest, run_analysis, "ledger")
+
+
+def _analysed(ledger: Path, seed: int) -> dict[str, Any]:
     with Ledger.read(ledger) as book:
         rows = book.evaluations()
         references = {name: _find_reference(book, text) for name, text in _REFERENCES.items()}
     done = [row for row in rows if row.status == "done" and row.losses]
     if len(done) < _MIN_FORMULAS:
         raise GpmetricError(
-            f"ledger {Path(ledger)} holds {len(done)} evaluated formulas, but an analysis needs at least "
+            f"ledger {ledger} holds {len(done)} evaluated formulas, but an analysis needs at least "
             f"{_MIN_FORMULAS}: let the campaign go on"
         )
     targets = list(done[0].losses)
@@ -160,7 +174,7 @@ def _powers(operand: str, expressions: Sequence[Expression], means: Vector) -> d
 def _find_reference(book: Ledger, formula: str) -> Evaluation | None:
     """The evaluation of a published metric, compared within rows or, where the campaign did not, in another group."""
     form = canonical(parse(formula))
-    rows = (book.find_canonical(spelled(form, group)) for group in GRANULARITIES)
+    rows = (book.find_canonical(spelled(form, group)) for group in plain_granularities())
     return next((row for row in rows if row is not None), None)
 
 
@@ -171,9 +185,7 @@ def _reference(row: Evaluation | None) -> dict[str, Any] | None:
     return {"evaluation": row.id, "formula": row.formula, "mean_excess": mean_excess(row.losses)}
 
 
-def _masks(
-    done: Sequence[Evaluation], means: Vector, references: dict[str, Evaluation | None], seed: int
-) -> dict[str, Any] | None:
+def _masks(done: _Rows, means: Vector, references: dict[str, Evaluation | None], seed: int) -> dict[str, Any] | None:
     """None where fewer than 10 formulas have a sketch: the ledger was written before they were kept."""
     held = [index for index, row in enumerate(done) if row.sketch]
     if len(held) < _MIN_FORMULAS:
@@ -185,9 +197,7 @@ def _masks(
     return {"evaluations": [done[index].id for index in held]} | compared
 
 
-def _points(
-    rows: Sequence[Evaluation], done: Sequence[Evaluation], nodes: Vector, means: Vector
-) -> list[dict[str, Any]]:
+def _points(rows: _Rows, done: _Rows, nodes: Vector, means: Vector) -> list[dict[str, Any]]:
     """Every evaluated formula in the order paid for; `front` are those no other beats in both size and mean excess."""
     paid = {row.id: number for number, row in enumerate(rows, 1)}
     front = set(pareto_front(list(zip(nodes.tolist(), means.tolist(), strict=True))))

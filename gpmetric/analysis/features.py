@@ -15,7 +15,7 @@ from gpmetric.expression import PRIMITIVES, Expression
 from gpmetric.expression.canonical import canonical
 from gpmetric.expression.tree import Tokens, subtree_end
 from gpmetric.operands import OPERANDS
-from gpmetric.pruning.target import GRANULARITIES, Granularity
+from gpmetric.targets import plain_granularities
 
 __all__ = ["Feature", "find_features", "find_groups", "powers"]
 
@@ -40,27 +40,25 @@ def find_features(expressions: Sequence[Expression]) -> list[Feature]:
     `1100*abs(W)*G` is `abs(W)*G`. It recurs when at least max(5, 2 %) of the formulas hold it.
     """
     tokens = [set(expression.tokens) for expression in expressions]
-    parts = [_parts(expression) for expression in expressions]
     found = [Feature("operand", name, np.array([name in one for one in tokens])) for name in OPERANDS]
     found += [Feature("primitive", name, np.array([name in one for one in tokens])) for name in PRIMITIVES]
     found = [feature for feature in found if feature.members.any()]
     holders: dict[str, list[int]] = {}
-    for index, names in enumerate(parts):
-        for name in names:
+    for index, expression in enumerate(expressions):
+        for name in _parts(expression):
             holders.setdefault(name, []).append(index)
     needed = max(_MIN_FORMULAS, _MIN_SHARE * len(expressions))
-    for name, indices in sorted(holders.items()):
-        if len(indices) >= needed:
-            found.append(Feature("sub-expression", name, np.isin(np.arange(len(expressions)), indices)))
-    return found
+    recurring = [(name, indices) for name, indices in sorted(holders.items()) if len(indices) >= needed]
+    every = np.arange(len(expressions))
+    return found + [Feature("sub-expression", name, np.isin(every, indices)) for name, indices in recurring]
 
 
-def find_groups(groups: Sequence[Granularity]) -> list[Feature]:
+def find_groups(groups: Sequence[str]) -> list[Feature]:
     """The comparison groups that formulas have, `groups` [formulas]; none where all have the same.
 
-    Of two, the first in the order of GRANULARITIES is left out: it is what formulas without the other have.
+    Of two, the first in the order of the table is left out: it is what formulas without the other have.
     """
-    found = [name for name in GRANULARITIES if name in groups]
+    found = [name for name in plain_granularities() if name in groups]
     told = found if len(found) > 2 else found[1:]
     return [Feature("group", f"group {name}", np.array([name == one for one in groups])) for name in told]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpmetric.analysis.statistics import correlate, mantel
+from gpmetric.analysis.statistics import Vector, correlate, mantel
 from gpmetric.errors import LedgerError
 
 __all__ = ["compare_masks", "distances", "read_sketches"]
@@ -31,17 +31,14 @@ def read_sketches(sketches: Sequence[str]) -> NDArray[np.uint8]:
     return np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1)
 
 
-def distances(sketches: NDArray[np.uint8], one: NDArray[np.uint8]) -> NDArray[np.float64]:
+def distances(sketches: NDArray[np.uint8], one: NDArray[np.uint8]) -> Vector:
     """Share of differing mask entries between every sketch [formulas, bytes] and one [bytes]."""
-    differing = np.bitwise_count(sketches ^ one).sum(axis=1, dtype=np.int64)
+    differing: NDArray[np.int64] = np.bitwise_count(sketches ^ one).sum(axis=1, dtype=np.int64)
     return differing / (8.0 * len(one))
 
 
 def compare_masks(
-    sketches: NDArray[np.uint8],
-    excess: NDArray[np.float64],
-    references: Mapping[str, NDArray[np.uint8] | None],
-    seed: int,
+    sketches: NDArray[np.uint8], excess: Vector, references: Mapping[str, NDArray[np.uint8] | None], seed: int
 ) -> dict[str, Any]:
     """How distance between masks goes with excess.
 

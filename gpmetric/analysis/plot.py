@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gpmetric.provenance import check_picture, write_text
+from gpmetric.files import check_picture, write_text
 
 __all__ = ["draw_page"]
 

@@ -84,10 +84,8 @@ def _powers(document: Mapping[str, Any]) -> Findings:
     for operand, row in document["powers"].items():
         if _significant(row):
             which = "lower" if row["effect"] > 0 else "higher"
-            yield (
-                row["effect"],
-                f"The {which} the power of {operand}, the less is lost ({row['formulas']} formulas, {_figures(row)}).",
-            )
+            figures = f"{row['formulas']} formulas, {_figures(row)}"
+            yield row["effect"], f"The {which} the power of {operand}, the less is lost ({figures})."
 
 
 def _nodes(document: Mapping[str, Any]) -> Findings:
@@ -103,10 +101,8 @@ def _targets(document: Mapping[str, Any]) -> Findings:
         least = min(pairs, key=lambda pair: pair["effect"])
         same = "also does well" if least["effect"] > 0 else "does badly"
         others = " (of all pairs of targets these agree least)" if len(pairs) > 1 else ""
-        yield (
-            least["effect"],
-            f"What does well at {least['first']} {same} at {least['second']}{others} ({_figures(least)}).",
-        )
+        sentence = f"What does well at {least['first']} {same} at {least['second']}{others} ({_figures(least)})."
+        yield least["effect"], sentence
 
 
 def _masks(document: Mapping[str, Any]) -> Findings:
@@ -117,10 +113,8 @@ def _masks(document: Mapping[str, Any]) -> Findings:
     for name, row in {"the best formula": masks["to_best"], **references}.items():
         if _significant(row):
             which = "nearer to" if row["effect"] > 0 else "farther from"
-            yield (
-                row["effect"],
-                f"Masks {which} those of {name} lose less ({masks['formulas']} formulas, {_figures(row)}).",
-            )
+            figures = f"{masks['formulas']} formulas, {_figures(row)}"
+            yield row["effect"], f"Masks {which} those of {name} lose less ({figures})."
     pairs = masks["pairs"]
     if _significant(pairs):
         which = "more" if pairs["effect"] > 0 else "less"

@@ -1,20 +1,30 @@
-"""Running statistics of one linear layer: tensors in, tensors out, no hooks."""
+"""Running statistics of one linear layer, a row for each operand: tensors in, tensors out, no hooks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from gpmetric.errors import SolverError
+from gpmetric.operands import GRAM, OPERANDS
 
 __all__ = [
+    "ACCUMULATORS",
     "DAMPING",
-    "GradientMoments",
+    "AbsoluteGradients",
+    "Accumulator",
+    "FromGradients",
+    "FromInputs",
+    "FromTokens",
     "InputMoments",
     "LayerStatistics",
+    "SquareOfMeanGradient",
+    "SquaredGradients",
     "TokenMoments",
     "curvature",
     "inverse_factor",
@@ -23,20 +33,34 @@ __all__ = [
 DAMPING = 0.01  # of the mean diagonal, as SparseGPT
 
 
-@dataclass(frozen=True)
 class LayerStatistics:
-    """The operands of one layer that calibration measures; None where they were not asked for.
+    """What was measured of one layer, by name: operands as `gpmetric.operands` defines them, and the Gram matrix.
 
-    X [in], D [in], and G, H, F [out, in], all fp32, as defined in `gpmetric.operands`; gram [in, in] is X^T X / n over
-    the n calibration tokens, which the OBS solver factorises.
+    Args:
+        values: X, D [in], G, H, F [out, in] and so on, and `gram` [in, in], X^T X / n over the n calibration tokens;
+            fp32, None for what was not measured.
     """
 
-    X: Tensor
-    D: Tensor | None = None
-    G: Tensor | None = None
-    H: Tensor | None = None
-    F: Tensor | None = None
-    gram: Tensor | None = None
+    def __init__(self, **values: Tensor | None) -> None:
+        self.values: Mapping[str, Tensor] = {name: value for name, value in values.items() if value is not None}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.values[name]
+
+    @property
+    def operands(self) -> dict[str, Tensor]:
+        """Those that a formula can use."""
+        return {name: value for name, value in self.values.items() if name in OPERANDS}
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        """Those measured on gradients."""
+        return {name: value for name, value in self.operands.items() if OPERANDS[name].source == "gradients"}
+
+    @property
+    def gram(self) -> Tensor | None:
+        """X^T X / n, [in, in], where it was kept."""
+        return self.values.get(GRAM)
 
     @cached_property
     def factor(self) -> Tensor:
@@ -71,58 +95,109 @@ class InputMoments:
         squares = self.squares if self.products is None else self.products.diagonal()
         return (squares / max(1, self.tokens)).sqrt()
 
-    def gram(self) -> Tensor | None:
-        """X^T X / n, [in, in], or None when it was not collected."""
-        return None if self.products is None else self.products / max(1, self.tokens)
+    def gram(self) -> Tensor:
+        """X^T X / n, [in, in]; only where it was asked for."""
+        assert self.products is not None
+        return self.products / max(1, self.tokens)
 
 
-class GradientMoments:
-    """Mean absolute and mean squared gradient over sequences (GBLM's l1 statistic and the empirical Fisher diagonal).
+class _Mean:
+    """A sum [out, in] over sequences, fp32, of which the operand is the mean."""
 
-    Squares are taken before averaging; with `accumulated`, H is the square of the mean gradient instead, which is the
-    literal reading of the NSGA-II thesis and measurably worse.
-    """
+    def __init__(self, shape: torch.Size, device: torch.device) -> None:
+        self._sum = torch.zeros(shape, device=device)
 
-    def __init__(self, shape: torch.Size, device: torch.device, *, accumulated: bool = False) -> None:
-        self.sequences = 0
-        self.absolute = torch.zeros(shape, device=device)
-        self.second = torch.zeros(shape, device=device)
-        self.accumulated = accumulated
+    def result(self, sequences: int) -> Tensor:
+        """The operand, over so many sequences."""
+        return self._sum / max(1, sequences)
+
+
+class AbsoluteGradients(_Mean):
+    """G, mean absolute gradient: GBLM's l1 statistic as a mean."""
 
     def add(self, gradient: Tensor) -> None:
-        """Adds the gradient [out, in] of one sequence's mean token loss."""
-        gradient = gradient.float()
-        self.sequences += 1
-        self.absolute += gradient.abs()
-        self.second += gradient if self.accumulated else gradient.square()
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """(G, H), each [out, in]."""
-        count = max(1, self.sequences)
-        second = self.second / count
-        return self.absolute / count, second.square() if self.accumulated else second
+        """Adds the gradient [out, in] of one sequence's mean token loss, fp32."""
+        self._sum += gradient.abs()
 
 
-class TokenMoments:
-    """The empirical Fisher diagonal with every token an observation of its own, at the price of one more product.
+class SquaredGradients(_Mean):
+    """H, mean squared gradient, the empirical Fisher diagonal: squares are taken before averaging."""
+
+    def add(self, gradient: Tensor) -> None:
+        """Adds the gradient [out, in] of one sequence's mean token loss, fp32."""
+        self._sum += gradient.square()
+
+
+class SquareOfMeanGradient(_Mean):
+    """Square of the mean gradient: the literal reading of the NSGA-II thesis, and measurably worse.
+
+    `collect(..., accumulators=ACCUMULATORS | {"H": FromGradients(SquareOfMeanGradient)})` takes it for H.
+    """
+
+    def add(self, gradient: Tensor) -> None:
+        """Adds the gradient [out, in] of one sequence's mean token loss, fp32."""
+        self._sum += gradient
+
+    def result(self, sequences: int) -> Tensor:
+        return super().result(sequences).square()
+
+
+class TokenMoments(_Mean):
+    """F, the empirical Fisher diagonal with every token an observation of its own, at the price of one more product.
 
     A sequence's gradient is the sum of its tokens' gradients g_t x_t^T. Where these are independent, the square of the
     sum and the sum of the squares have the same expectation, but the second has far less noise: H of N sequences of L
     tokens rests on N observations, this on N * L.
     """
 
-    def __init__(self, shape: torch.Size, device: torch.device) -> None:
-        self.squares = torch.zeros(shape, device=device)
-
     def add(self, inputs: Tensor, gradients: Tensor) -> None:
         """Adds one sequence: a layer's inputs [..., in], and the loss's gradients of its outputs [..., out]."""
         inputs = inputs.reshape(-1, inputs.shape[-1]).float().square()
         gradients = gradients.reshape(-1, gradients.shape[-1]).float().square()
-        self.squares.addmm_(gradients.t(), inputs)
+        self._sum.addmm_(gradients.t(), inputs)
+
+
+class Accumulator(Protocol):
+    """What takes a layer's observations sequence by sequence; `add` is given what the row of the operand says."""
+
+    @property
+    def add(self) -> Callable[..., None]: ...
 
     def result(self, sequences: int) -> Tensor:
-        """F [out, in]."""
-        return self.squares / max(1, sequences)
+        """The operand, over so many sequences."""
+
+
+@dataclass(frozen=True)
+class FromInputs:
+    """Read off the moments of a layer's inputs at the end; `pairs` where that needs their Gram matrix."""
+
+    read: Callable[[InputMoments], Tensor]
+    pairs: bool = False
+
+
+@dataclass(frozen=True)
+class FromGradients:
+    """Accumulated by `add(gradient [out, in])`, `start(shape [out, in], device)` being nothing yet."""
+
+    start: Callable[[torch.Size, torch.device], Accumulator]
+
+
+@dataclass(frozen=True)
+class FromTokens:
+    """Accumulated by `add(inputs [..., in], output gradients [..., out])`; `start` as of FromGradients."""
+
+    start: Callable[[torch.Size, torch.device], Accumulator]
+
+
+# operand, or the Gram matrix -> how it is accumulated
+ACCUMULATORS: dict[str, FromInputs | FromGradients | FromTokens] = {
+    "X": FromInputs(InputMoments.rms),
+    "G": FromGradients(AbsoluteGradients),
+    "H": FromGradients(SquaredGradients),
+    "D": FromInputs(lambda moments: curvature(moments.gram()), pairs=True),
+    "F": FromTokens(TokenMoments),
+    GRAM: FromInputs(InputMoments.gram, pairs=True),
+}
 
 
 def curvature(gram: Tensor) -> Tensor:
@@ -140,6 +215,7 @@ def inverse_factor(gram: Tensor) -> Tensor:
     Source: SparseGPT, section 3.3: row i of U holds what pruning column i must add to the columns after it.
     """
     inverse = torch.cholesky_inverse(_cholesky(gram))
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(inverse, upper=True)
     if info.item() or not torch.isfinite(factor).all():
         raise SolverError("the inverse of a Gram matrix could not be factorised")
@@ -152,6 +228,7 @@ def _cholesky(gram: Tensor) -> Tensor:
         raise SolverError("a Gram matrix holds NaN or infinity: the model's activations overflow")
     mean = gram.diagonal().mean()
     mean = mean.where(mean > 1e-30, 1)  # all inputs zero: any damping will do, but its inverse must be finite in fp32
+    factor: Tensor
     for attempt in range(5):
         damping = DAMPING * 10**attempt * mean
         factor, info = torch.linalg.cholesky_ex(gram + damping * torch.eye(len(gram), device=gram.device))

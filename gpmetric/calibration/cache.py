@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from math import prod
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,39 +18,30 @@ from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.collect import Statistics
 from gpmetric.errors import GpmetricError
 from gpmetric.models import Model
+from gpmetric.operands import shape_of
 
-__all__ = ["cache_key", "cached_statistics", "default_cache", "estimate_bytes", "load_statistics"]
+__all__ = ["cache_key", "cached_statistics", "estimate_bytes", "load_statistics"]
 
-_FORMAT = 1
-_OPERANDS = [field.name for field in fields(LayerStatistics)]
-
-
-def default_cache() -> Path:
-    """`$XDG_CACHE_HOME/gpmetric`, or `~/.cache/gpmetric`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpmetric"
+_FORMAT = 2
 
 
-def cache_key(model: Model, tokens: Tensor, settings: dict[str, Any]) -> str:
-    """sha256 of the model's weights, the calibration tokens, the layers and the settings."""
+def cache_key(model: Model, tokens: Tensor, names: Collection[str]) -> str:
+    """sha256 of the model's weights, the calibration tokens, the layers and the names of the statistics."""
     content = {
         "format": _FORMAT,
         "model": model.digest,
         "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "shape": list(tokens.shape),
         "layers": [layer.name for layer in model.layers],
-        "settings": settings,
+        "names": sorted(names),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def estimate_bytes(model: Model, *, gradients: bool, fisher: bool, gram: bool) -> int:
-    """Size of the statistics in memory and on disk, in bytes (fp32)."""
-    total = 0
-    for layer in model.layers:
-        out_features, in_features = layer.weight.shape
-        matrices = 2 * gradients + fisher  # G and H, F
-        total += in_features + matrices * out_features * in_features + (in_features + in_features**2) * gram
-    return 4 * total
+def estimate_bytes(model: Model, names: Collection[str]) -> int:
+    """Size of statistics in memory and on disk, in bytes (fp32); X is always among them."""
+    shapes = [layer.weight.shape for layer in model.layers]
+    return 4 * sum(prod(shape_of(name, shape)) for name in {"X", *names} for shape in shapes)
 
 
 def cached_statistics(folder: Path, key: str, compute: Callable[[], Statistics]) -> tuple[Statistics, Path]:
@@ -93,8 +83,10 @@ def load_statistics(path: Path, device: str = "cpu") -> Statistics:
     with safe_open(path, framework="pt", device=device) as file:
         sample = json.loads((file.metadata() or {})["gpmetric"])
         for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            layer, _, operand = name.rpartition("/")
-            layers.setdefault(layer, {})[operand] = file.get_tensor(name)
+            layer, _, statistic = name.rpartition("/")
+            layers.setdefault(layer, {})[statistic] = file.get_tensor(name)
+    if any(layers[name].keys() != set(sample["names"]) for name in sample["layers"]):
+        raise ValueError(f"{path} lacks a statistic of a layer, or has one more")
     found = {name: LayerStatistics(**layers[name]) for name in sample["layers"]}
     return Statistics(found, sequences=sample["sequences"], length=sample["length"])
 
@@ -102,12 +94,16 @@ def load_statistics(path: Path, device: str = "cpu") -> Statistics:
 def _save(statistics: Statistics, path: Path) -> None:
     """Writes beside the final name first, so that a reader never sees half a file."""
     tensors = {
-        f"{name}/{operand}": value.contiguous()
+        f"{name}/{statistic}": value.contiguous()
         for name, layer in statistics.layers.items()
-        for operand in _OPERANDS
-        if (value := getattr(layer, operand)) is not None
+        for statistic, value in layer.values.items()
     }
-    sample = {"layers": list(statistics.layers), "sequences": statistics.sequences, "length": statistics.length}
+    sample = {
+        "layers": list(statistics.layers),
+        "names": sorted(statistics.names),
+        "sequences": statistics.sequences,
+        "length": statistics.length,
+    }
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         save_file(tensors, partial, metadata={"gpmetric": json.dumps(sample)})

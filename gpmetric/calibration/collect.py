@@ -1,35 +1,40 @@
-"""Collects the operands X, G, H, D and F of every prunable layer in one pass over the calibration windows."""
+"""Collects statistics of every prunable layer, asked for by operand name, in one pass over the calibration windows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from gpmetric.calibration.accumulators import (
-    GradientMoments,
+    ACCUMULATORS,
+    Accumulator,
+    FromGradients,
+    FromInputs,
+    FromTokens,
     InputMoments,
     LayerStatistics,
-    TokenMoments,
-    curvature,
 )
 from gpmetric.calibration.replay import BlockCalls
 from gpmetric.errors import ModelError, SolverError
 from gpmetric.models import Block, Layer, Model
 
-__all__ = ["Statistics", "collect_block", "collect_chunks", "collect_statistics", "token_batches"]
+__all__ = ["Accumulators", "Statistics", "collect", "collect_block", "collect_chunks", "token_batches"]
 
 _BATCH_TOKENS = 2048  # tokens per forward pass without gradients; more only costs memory on a CPU
+
+Accumulators = Mapping[str, FromInputs | FromGradients | FromTokens]
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """The measured operands by layer name, and the sample they were measured on.
+    """The measured statistics by layer name, and the sample they were measured on.
 
     `sequences` and `length` are part of the statistics because GBLM's two terms are balanced by them.
     """
@@ -38,193 +43,177 @@ class Statistics:
     sequences: int
     length: int
 
+    @property
+    def names(self) -> frozenset[str]:
+        """What was measured of every layer."""
+        return frozenset(next(iter(self.layers.values())).values)
+
 
 def token_batches(tokens: Tensor) -> list[Tensor]:
     """Windows [n, length] cut into batches of about 2,048 tokens."""
-    return list(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])))
+    return list(torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])))
 
 
-def collect_statistics(
-    model: Model,
-    tokens: Tensor,
-    *,
-    gradients: bool = True,
-    fisher: bool = False,
-    gram: bool = True,
-    chunk_layers: int | None = None,
-    accumulated: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Statistics:
-    """Statistics of the model as it is now, over calibration windows.
-
-    Args:
-        model: in evaluation mode; its weights are read, never changed.
-        tokens: [sequences, length], int64.
-        gradients: collect G and H, one sequence per backward pass; otherwise a forward pass is enough.
-        fisher: collect F with them, which takes as much memory as either.
-        gram: keep the Gram matrices and derive D.
-        chunk_layers: layers whose accumulators are held at once (all when None); each chunk is another pass over the
-            text, and the result is the same.
-        accumulated: H as the square of the mean gradient (see GradientMoments).
-        progress: called with (sequences done, sequences in all).
-
-    Raises:
-        ModelError: a layer is not reached by a text.
-        SolverError: a Gram matrix has no inverse even after stronger damping.
-    """
-    chunks = collect_chunks(
-        model,
-        tokens,
-        gradients=gradients,
-        fisher=fisher,
-        gram=gram,
-        chunk_layers=chunk_layers,
-        accumulated=accumulated,
-        progress=progress,
-    )
-    found: dict[str, LayerStatistics] = {}
-    for chunk in chunks:
-        found |= chunk
-    return Statistics(found, sequences=len(tokens), length=tokens.shape[1])
+def collect(model: Model, tokens: Tensor, names: Collection[str], **options: Any) -> Statistics:
+    """Statistics of the model as it is now, over calibration windows; arguments and errors as of `collect_chunks`."""
+    chunks = collect_chunks(model, tokens, names, **options)
+    return Statistics({name: one for chunk in chunks for name, one in chunk.items()}, *tokens.shape)
 
 
 def collect_chunks(
     model: Model,
     tokens: Tensor,
+    names: Collection[str],
     *,
-    gradients: bool = True,
-    fisher: bool = False,
-    gram: bool = True,
     chunk_layers: int | None = None,
-    accumulated: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    accumulators: Accumulators = ACCUMULATORS,
 ) -> Iterator[dict[str, LayerStatistics]]:
-    """What `collect_statistics` collects, from the same arguments, one chunk of layers after the other.
+    """Statistics of the model as it is now, over calibration windows, one chunk of layers after the other.
 
     Nothing of a chunk is kept here, so that peak memory is that of one chunk, if its receiver lets go of it (and of the
     variable it is in) before asking for the next.
+
+    Args:
+        model: in evaluation mode; its weights are read, never changed.
+        tokens: [sequences, length], int64.
+        names: operands, and `gram` for the Gram matrices. X costs nothing and is always there. Gradients take one
+            sequence per backward pass; without any, a forward pass is enough.
+        chunk_layers: layers whose accumulators are held at once (all when None); each chunk is another pass over the
+            text, and the result is the same.
+        progress: called with (sequences done, sequences in all).
+        accumulators: by name, how each is measured.
+
+    Raises:
+        ModelError: a layer is not reached by a text.
+        SolverError: a Gram matrix has no inverse even after stronger damping.
     """
     size = chunk_layers or len(model.layers)
     chunks = [model.layers[start : start + size] for start in range(0, len(model.layers), size)]
     for index, chunk in enumerate(chunks):
-        before, total = index * len(tokens), len(chunks) * len(tokens)
-
-        def report(done: int, _: int, before: int = before, total: int = total) -> None:
-            progress(before + done, total)
-
-        if gradients:
-            yield _with_gradients(model, chunk, tokens, fisher, gram, accumulated, report)
-        else:
-            yield _forward_only(model, chunk, tokens, gram, report)
+        with _Watch(chunk, names, accumulators) as watch:
+            run = _with_gradients if watch.needs_gradients else _forward_only
+            for done in run(model, tokens):
+                progress(index * len(tokens) + done, len(chunks) * len(tokens))
+        yield {layer.name: watch.result(layer, len(tokens)) for layer in chunk}
 
 
 def collect_block(
-    calls: BlockCalls, index: int, block: Block, hidden: Sequence[Tensor], *, gram: bool
+    calls: BlockCalls,
+    index: int,
+    block: Block,
+    hidden: Sequence[Tensor],
+    names: Collection[str],
+    accumulators: Accumulators = ACCUMULATORS,
 ) -> dict[str, LayerStatistics]:
-    """X (and D) of one block's layers on the given inputs, the block being replayed once, unchanged."""
-    with _watch_inputs(block.layers, gram) as moments:
+    """What inputs alone tell of one block's layers, `names` of X, D and the like, the block being replayed once."""
+    known = [name for name in names if isinstance(accumulators[name], FromInputs)]
+    with _Watch(block.layers, known, accumulators) as watch:
         calls.replay(index, block, hidden)
-    return {layer.name: _statistics(layer, moments[layer.name]) for layer in block.layers}
+    return {layer.name: watch.result(layer, 0) for layer in block.layers}
 
 
-@torch.no_grad()
-def _forward_only(
-    model: Model, layers: Sequence[Layer], tokens: Tensor, gram: bool, progress: Callable[[int, int], None]
-) -> dict[str, LayerStatistics]:
+def _forward_only(model: Model, tokens: Tensor) -> Iterator[int]:
+    """Runs the model over the windows; yields how many are done."""
     done = 0
-    with _watch_inputs(layers, gram) as moments:
-        for batch in token_batches(tokens):
+    for batch in token_batches(tokens):
+        with torch.no_grad():
             model.module.base_model(input_ids=batch.to(model.device), use_cache=False)  # without the output layer
-            done += len(batch)
-            progress(done, len(tokens))
-    return {layer.name: _statistics(layer, moments[layer.name]) for layer in layers}
+        done += len(batch)
+        yield done
 
 
-def _with_gradients(
-    model: Model,
-    layers: Sequence[Layer],
-    tokens: Tensor,
-    fisher: bool,
-    gram: bool,
-    accumulated: bool,
-    progress: Callable[[int, int], None],
-) -> dict[str, LayerStatistics]:
-    with (
-        _watch_inputs(layers, gram) as moments,
-        _watch_gradients(layers, accumulated) as gradients,
-        _watch_tokens(layers if fisher else ()) as by_token,
-    ):
-        for done, window in enumerate(tokens, start=1):
-            batch = window[None].to(model.device)  # [1, length]
-            with torch.enable_grad():
-                loss = model.module(input_ids=batch, labels=batch, use_cache=False).loss
-            if loss.requires_grad:  # otherwise no layer was reached, which is refused below
-                loss.backward()
-            progress(done, len(tokens))
-    found = {}
-    for layer in layers:
-        G, H = gradients[layer.name].result()
-        F = by_token[layer.name].result(len(tokens)) if fisher else None
-        found[layer.name] = replace(_statistics(layer, moments[layer.name]), G=G, H=H, F=F)
-    return found
+def _with_gradients(model: Model, tokens: Tensor) -> Iterator[int]:
+    """The same with a backward pass for every window."""
+    for done, window in enumerate(tokens, start=1):
+        batch = window[None].to(model.device)  # [1, length]
+        with torch.enable_grad():
+            loss = model.module(input_ids=batch, labels=batch, use_cache=False).loss
+        if loss.requires_grad:  # otherwise no layer was reached, which is refused when results are asked for
+            loss.backward()
+        yield done
 
 
-def _statistics(layer: Layer, moments: InputMoments) -> LayerStatistics:
-    """X, D and the Gram matrix."""
-    if not moments.tokens:
-        raise ModelError(f"layer {layer.name} is not reached by a text, so it cannot be calibrated (--exclude)")
-    gram = moments.gram()
-    try:
-        return LayerStatistics(moments.rms(), None if gram is None else curvature(gram), gram=gram)
-    except SolverError as error:
-        raise SolverError(f"layer {layer.name}: {error}") from error
+class _Watch(AbstractContextManager["_Watch"]):
+    """Accumulates what passes through some layers while its context is open.
+
+    Args:
+        layers: those watched.
+        names: what is wanted of them.
+        accumulators: by name, how each is measured.
+    """
+
+    def __init__(self, layers: Sequence[Layer], names: Collection[str], accumulators: Accumulators) -> None:
+        rows = {name: row for name, row in accumulators.items() if name in names or name == "X"}
+        self._hooks = ExitStack()
+        self._layers = layers
+        self._read = {name: row for name, row in rows.items() if isinstance(row, FromInputs)}
+        self._gradients = {name: row.start for name, row in rows.items() if isinstance(row, FromGradients)}
+        self._tokens = {name: row.start for name, row in rows.items() if isinstance(row, FromTokens)}
+        self.needs_gradients = bool(self._gradients or self._tokens)
+        self._moments: dict[str, InputMoments] = {}
+        self._accumulated: dict[str, dict[str, Accumulator]] = {}
+
+    def __enter__(self) -> Self:
+        pairs = any(row.pairs for row in self._read.values())
+        for layer in self._layers:
+            shape, device = layer.weight.shape, layer.weight.device
+            self._moments[layer.name] = InputMoments(shape[1], device, gram=pairs)
+            by_gradient = {name: start(shape, device) for name, start in self._gradients.items()}
+            by_token = {name: start(shape, device) for name, start in self._tokens.items()}
+            self._accumulated[layer.name] = {**by_gradient, **by_token}
+            self._hooks.enter_context(layer.module.register_forward_pre_hook(partial(self._see_inputs, layer)))
+            if by_token:
+                watch = partial(_see_tokens, list(by_token.values()))
+                self._hooks.enter_context(layer.module.register_forward_hook(watch))
+            if self.needs_gradients:
+                self._hooks.enter_context(_gradients_of(layer, list(by_gradient.values())))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+    def result(self, layer: Layer, sequences: int) -> LayerStatistics:
+        """What was asked for of one layer, over so many sequences."""
+        moments = self._moments.pop(layer.name)
+        if not moments.tokens:
+            raise ModelError(f"layer {layer.name} is not reached by a text, so it cannot be calibrated (--exclude)")
+        try:
+            found = {name: row.read(moments) for name, row in self._read.items()}
+        except SolverError as error:
+            raise SolverError(f"layer {layer.name}: {error}") from error
+        accumulated = self._accumulated.pop(layer.name)
+        return LayerStatistics(**found, **{name: one.result(sequences) for name, one in accumulated.items()})
+
+    def _see_inputs(self, layer: Layer, _: Module, args: tuple[Tensor, ...]) -> None:
+        self._moments[layer.name].add(args[0])
 
 
 @contextmanager
-def _watch_inputs(layers: Sequence[Layer], gram: bool) -> Iterator[dict[str, InputMoments]]:
-    """Input moments by layer name, gathered by forward pre-hooks while the context is open."""
-    moments = {layer.name: InputMoments(layer.weight.shape[1], layer.weight.device, gram=gram) for layer in layers}
+def _gradients_of(layer: Layer, accumulators: Sequence[Accumulator]) -> Iterator[None]:
+    """Gives a layer's gradients to accumulators and frees each as soon as autograd has finished it."""
 
-    def watch(name: str, _: Module, args: tuple[Tensor, ...]) -> None:
-        moments[name].add(args[0])
-
-    with ExitStack() as hooks:  # a hook's handle removes it on exit
-        for layer in layers:
-            hooks.enter_context(layer.module.register_forward_pre_hook(partial(watch, layer.name)))
-        yield moments
-
-
-@contextmanager
-def _watch_gradients(layers: Sequence[Layer], accumulated: bool) -> Iterator[dict[str, GradientMoments]]:
-    """Gradient moments by layer name; a gradient is added and freed as soon as autograd has finished it."""
-    moments = {
-        layer.name: GradientMoments(layer.weight.shape, layer.weight.device, accumulated=accumulated)
-        for layer in layers
-    }
-
-    def take(layer: Layer, parameter: Tensor) -> None:
+    def take(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        moments[layer.name].add(layer.oriented(parameter.grad))
+        gradient = layer.oriented(parameter.grad).float()
+        for accumulator in accumulators:
+            accumulator.add(gradient)
         parameter.grad = None
 
-    with ExitStack() as hooks:
-        for layer in layers:
-            hooks.callback(layer.parameter.requires_grad_, False)
-            layer.parameter.requires_grad_(True)
-            hooks.enter_context(layer.parameter.register_post_accumulate_grad_hook(partial(take, layer)))
-        yield moments
+    layer.parameter.requires_grad_(True)
+    try:
+        with layer.parameter.register_post_accumulate_grad_hook(take):
+            yield
+    finally:
+        layer.parameter.requires_grad_(False)
 
 
-@contextmanager
-def _watch_tokens(layers: Sequence[Layer]) -> Iterator[dict[str, TokenMoments]]:
-    """Token moments by layer name, gathered as autograd reaches each layer's output while the context is open."""
-    moments = {layer.name: TokenMoments(layer.weight.shape, layer.weight.device) for layer in layers}
+def _see_tokens(accumulators: Sequence[Accumulator], _: Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    """A layer's forward hook: its inputs with the gradients of its outputs, as soon as autograd has them."""
 
-    def watch(name: str, _: Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(partial(moments[name].add, args[0].detach()))
+    def take(gradients: Tensor) -> None:
+        for accumulator in accumulators:
+            accumulator.add(args[0].detach(), gradients)
 
-    with ExitStack() as hooks:
-        for layer in layers:
-            hooks.enter_context(layer.module.register_forward_hook(partial(watch, layer.name)))
-        yield moments
+    if output.requires_grad:
+        output.register_hook(take)

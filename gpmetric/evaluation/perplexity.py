@@ -53,17 +53,9 @@ class Teacher:
         log_probabilities = log_softmax(_logits(model, batch), dim=1)  # [windows * (length - 1), vocabulary]
         self._loss = nll_loss(log_probabilities, batch[:, 1:].flatten(), reduction="sum").item()
         self._expected = log_probabilities.exp().half()
+        self.predictions = len(self._expected)
+        self.bytes = self._expected.nbytes
         self._entropy = -torch.special.xlogy(self._expected.float(), self._expected.float()).sum().item()
-
-    @property
-    def predictions(self) -> int:
-        """Tokens predicted in the batch."""
-        return len(self._expected)
-
-    @property
-    def bytes(self) -> int:
-        """Memory the predictions take."""
-        return self._expected.nbytes
 
     @torch.no_grad()
     def compare(self, model: Model) -> Tensor:
@@ -77,8 +69,9 @@ class Teacher:
         """KL(teacher || model) summed over predictions, in nats, fp32; a scalar with gradients where they are on."""
         log_probabilities = log_softmax(_logits(model, self._batch), dim=1)
         keeps = log_probabilities.requires_grad
-        crossed = log_probabilities * self._expected if keeps else log_probabilities.mul_(self._expected)
-        return -crossed.sum(dim=1).sum() - self._entropy
+        crossed: Tensor = log_probabilities * self._expected if keeps else log_probabilities.mul_(self._expected)
+        excess: Tensor = -crossed.sum(dim=1).sum() - self._entropy
+        return excess
 
 
 class DenseLoss:
@@ -89,6 +82,8 @@ class DenseLoss:
         batch: [windows, length], int64, on its device.
     """
 
+    bytes = 0
+
     def __init__(self, model: Model, batch: Tensor) -> None:
         self._batch = batch
         self.predictions = len(batch) * (batch.shape[1] - 1)
@@ -97,7 +92,8 @@ class DenseLoss:
 
     def excess(self, model: Model) -> Tensor:
         """Excess log-loss summed over predictions, in nats, fp32; a scalar with gradients where they are on."""
-        return cross_entropy(_logits(model, self._batch), self._batch[:, 1:].flatten(), reduction="sum") - self._loss
+        loss: Tensor = cross_entropy(_logits(model, self._batch), self._batch[:, 1:].flatten(), reduction="sum")
+        return loss - self._loss
 
 
 def perplexity(loss: float) -> float:
@@ -108,7 +104,7 @@ def perplexity(loss: float) -> float:
 def batches(model: Model, tokens: Tensor) -> Iterator[Tensor]:
     """The windows [windows, length] in batches that fit into one forward pass, on the model's device."""
     size = min(_BATCH_TOKENS, _BATCH_LOGITS // model.vocabulary) if model.device.type == "cpu" else _BATCH_TOKENS
-    for batch in tokens.split(max(1, size // tokens.shape[1])):
+    for batch in torch.split(tokens, max(1, size // tokens.shape[1])):
         yield batch.to(model.device)
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
-from gpmetric.evolution.grammar import foreign_to, is_sensible, nests
-from gpmetric.evolution.plan import Plan
+from gpmetric.evolution.grammar import foreign_to, is_sensible
 from gpmetric.evolution.refinement import neighbours, weighted
+from gpmetric.evolution.search_config import SearchConfig, named
 from gpmetric.evolution.selection import Individual, by_merit, tournament
 from gpmetric.evolution.variation import Variation
 from gpmetric.expression import Expression
 from gpmetric.expression.canonical import cancel_opposites, canonical
 from gpmetric.expression.rank import rank_form
-from gpmetric.pruning.metrics import Metric, resolve_metric, spelled
-from gpmetric.pruning.target import Granularity
+from gpmetric.metrics import Metric, spelled
+from gpmetric.targets import GRANULARITIES
 
 __all__ = ["Breeder", "Draw"]
 
@@ -31,45 +32,53 @@ _REGROUPED = 0.15  # chance of a child to compete in another group than its firs
 
 @dataclass(frozen=True)
 class Draw:
-    """One drawn metric, as text, and what is left of it after each layer of simplification.
+    """One drawn metric, and what is left of its formula after each layer of simplification.
 
-    `form` is what is evaluated and bred from.
+    Attributes:
+        metric: as it was drawn.
+        opposites, canonical, ranked: its formula once opposite operations cancel, in sympy's canonical form, and
+            without what changes no order of scores in its comparison group.
+        form: what is evaluated and bred from.
     """
 
-    text: str
-    opposites: str
-    canonical: str
-    ranked: str
-    form: str
+    metric: Metric
+    opposites: Expression
+    canonical: Expression
+    ranked: Expression
+    form: Metric
+
+    @cached_property
+    def key(self) -> str:
+        """What draws of one order of scores have in common."""
+        return self.spelled(self.ranked)
+
+    def spelled(self, expression: Expression) -> str:
+        """A simplified formula with the comparison group of the draw."""
+        return spelled(expression, self.metric.granularity)
 
 
 class Breeder:
-    """Draws the candidates of generations; all randomness is the campaign's generator.
+    """Draws the candidates of generations; all randomness is the campaign's generator."""
 
-    Args:
-        plan: what to search for.
-        rng: the campaign's generator.
-    """
-
-    def __init__(self, plan: Plan, rng: random.Random) -> None:
-        self._plan = plan
+    def __init__(self, config: SearchConfig, rng: random.Random) -> None:
+        self._config = config
         self._rng = rng
-        self._variation = Variation(plan.operands, plan.primitives, plan.max_nodes, rng, plan.forbidden)
+        self._variation = Variation(config.operands, config.primitives, config.max_nodes, rng, config.forbidden)
 
     def draw(self, number: int, population: Sequence[Individual], seen: Collection[str]) -> list[Draw]:
-        """Draws until the generation has `plan.population` ranked forms that are not in `seen`, or far too many.
+        """Draws until the generation has `config.population` ranked forms that are not in `seen`, or far too many.
 
         Every start formula is drawn, however many there are.
         """
         draws: list[Draw] = []
-        least = len(self._plan.start) if number == 0 else 0
+        least = len(self._config.start) if number == 0 else 0
         new: set[str] = set()
         for metric in self._sources(number, population):
-            draw = self._simplified(metric, exact=number == 0 and len(draws) < len(self._plan.start))
+            draw = self._simplified(metric, exact=len(draws) < least)
             draws.append(draw)
-            if draw.ranked not in seen:
-                new.add(draw.ranked)
-            full = len(new) >= self._plan.population or len(draws) >= _DRAWS_PER_PLACE * self._plan.population
+            if draw.key not in seen:
+                new.add(draw.key)
+            full = len(new) >= self._config.population or len(draws) >= _DRAWS_PER_PLACE * self._config.population
             if full and len(draws) >= least:
                 break
         return draws
@@ -77,34 +86,25 @@ class Breeder:
     def _sources(self, number: int, population: Sequence[Individual]) -> Iterator[Metric]:
         """The start metrics and random ones at first, neighbours of the best and children of the population later."""
         if number == 0:
-            yield from (resolve_metric(text) for text in self._plan.start)
-        if self._plan.breeding and number % _EVERY == _EVERY - 1:
+            yield from self._config.start
+        if self._config.breeding and number % _EVERY == _EVERY - 1:
             yield from self._neighbours(population, _STEPS[number // _EVERY % len(_STEPS)])
         while True:
-            if number == 0 or not population or not self._plan.breeding:
-                yield Metric("", self._variation.random_expression(), self._random_group())
+            if number == 0 or not population or not self._config.breeding:
+                yield named(self._variation.random_expression(), self._rng.choice(self._config.groups))
             else:
                 parents = [tournament(population, self._rng) for _ in range(_PARENTS)]
-                first = parents[0]
                 child = self._variation.vary(*(parent.expression for parent in parents))
-                regrouped = len(self._plan.groups) > 1 and self._rng.random() < _REGROUPED
-                yield Metric("", child, self._random_group() if regrouped else first.metric.granularity)
+                regrouped = len(self._config.groups) > 1 and self._rng.random() < _REGROUPED
+                group = self._rng.choice(self._config.groups) if regrouped else parents[0].metric.granularity
+                yield named(child, group)
 
     def _neighbours(self, population: Sequence[Individual], factor: float) -> Iterator[Metric]:
         for individual in by_merit(population)[:_REFINED]:
             best = individual.expression
-            for expression in chain(neighbours(best, factor), weighted(best, factor - 1, self._plan.operands)):
-                if self._allows(expression) and is_sensible(expression):
-                    yield Metric("", expression, individual.metric.granularity)
-
-    def _random_group(self) -> Granularity:
-        return self._rng.choice(self._plan.groups)
-
-    def _allows(self, expression: Expression) -> bool:
-        """Whether a formula stays inside the space that is searched."""
-        return not foreign_to(self._plan, expression) and not any(
-            nests(expression, *pair) for pair in self._plan.forbidden
-        )
+            for expression in chain(neighbours(best, factor), weighted(best, factor - 1, self._config.operands)):
+                if not foreign_to(self._config, expression) and is_sensible(expression):
+                    yield named(expression, individual.metric.granularity)
 
     def _simplified(self, metric: Metric, exact: bool) -> Draw:
         """Simplification shortens what is bred from, unless it leaves the space that is searched.
@@ -113,11 +113,12 @@ class Breeder:
         """
         expression, group = metric.expression, metric.granularity
         simple = canonical(expression)
-        ranked = rank_form(simple, self._plan.ranks if group == "row" else "layer")
+        ranked = rank_form(simple, "layer" if GRANULARITIES[group].across_rows else self._config.rank_group)
         key = _rounded(ranked)
-        usable = (one for one in (ranked if exact else key, simple) if "W" in one.operands and self._allows(one))
-        layers = (expression, cancel_opposites(expression), simple, key, next(usable, expression))
-        return Draw(*(spelled(layer, group) for layer in layers))
+        forms = (ranked if exact else key, simple)
+        usable = (one for one in forms if "W" in one.operands and not foreign_to(self._config, one))
+        form = named(next(usable, expression), group)
+        return Draw(named(expression, group), cancel_opposites(expression), simple, key, form)
 
 
 def _rounded(expression: Expression) -> Expression:

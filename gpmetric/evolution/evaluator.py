@@ -7,139 +7,111 @@ nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from gpmetric.calibration.cache import load_statistics
-from gpmetric.calibration.collect import Statistics
-from gpmetric.evaluation.perplexity import Teacher, batches, mean_loss
-from gpmetric.evolution.probe import Probe
-from gpmetric.models import Model, load_model
-from gpmetric.pruning import fused
-from gpmetric.pruning.bench import Bench
-from gpmetric.pruning.metrics import Metric, Update, resolve_metric
-from gpmetric.pruning.prune import measured, prune_weights, rules_of
-from gpmetric.pruning.target import Target, parse_target
+from gpmetric.evaluation.objectives import OBJECTIVES, Reference
+from gpmetric.evaluation.perplexity import Teacher, mean_loss
+from gpmetric.evaluation.references import References
+from gpmetric.evolution.mask_fingerprint import ProbeLayers
+from gpmetric.evolution.tasks import DenseTask, ExcessTask, Figures, ProbeTask, SequentialLoss, SequentialTask, Task
+from gpmetric.metrics import Metric
+from gpmetric.models import Model
+from gpmetric.pruning.bench import measure
+from gpmetric.pruning.mask import compile_ahead
+from gpmetric.pruning.protocol import Protocol, Rule
+from gpmetric.pruning.updaters import UPDATERS, prune_weights, resolve_target
+from gpmetric.session.session import Session
+from gpmetric.targets import Target, parse_target
 
-__all__ = ["Evaluator", "Workplace", "open_workplace"]
+__all__ = ["Evaluator"]
 
 _PRUNED_ENTRIES = 2**28  # of pruned weights held at once, 1 GiB in fp32, unless those of one target are more
 _TEACHER_BYTES = 2**30  # of the dense model's predictions that are kept; beyond, they are made again for every metric
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """Where a worker process finds what it evaluates with; plain data, so that it can be sent to one.
-
-    `tokens` is a safetensors file of token windows by split, `statistics` a file of the statistics cache.
-    """
-
-    model: str | None
-    device: str
-    dtype: str | None
-    include: str | None
-    exclude: str | None
-    statistics: str
-    tokens: str
-    targets: tuple[str, ...]
-    update: Update
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def open_workplace(place: dict[str, Any], model: Model | None = None) -> Evaluator:
-    """The evaluator a worker process runs, with one torch thread: the same figures whatever the number of workers.
-
-    Args:
-        place: a Workplace as plain data.
-        model: the model of that place, where this process has it already.
-    """
-    torch.set_num_threads(1)
-    model = model or load_model(
-        place["model"],
-        device=place["device"],
-        dtype=place["dtype"],
-        include=place["include"],
-        exclude=place["exclude"],
-    )
-    statistics = load_statistics(Path(place["statistics"]), str(model.device))
-    tokens = load_file(place["tokens"])
-    return Evaluator(model, statistics, tokens, place["targets"], place["update"])
+_COMPARED = ("loss", "kl")  # what one pass of a Teacher tells
 
 
 class Evaluator:
-    """Answers tasks about metrics: `{"kind": "probe" | "excess" | "sequential" | "dense", ...}`.
+    """Answers tasks about metrics.
 
     Args:
-        model: the dense model; dense again after every task.
-        statistics: of the dense model on the calibration windows.
-        tokens: windows [n, length] by split: calibration, search, validation, test.
+        session: a dense model, dense again after every task, with its statistics; its windows are those of calibration,
+            search, validation, test, and of the draws of calibration windows.
         targets: in the user's spelling.
         update: what happens to kept weights.
+        objective: what candidates are compared by.
     """
 
-    def __init__(
-        self, model: Model, statistics: Statistics, tokens: Mapping[str, Tensor], targets: Sequence[str], update: Update
-    ) -> None:
-        self._model = model
-        self._statistics = statistics
-        self._windows = tokens
+    def __init__(self, session: Session, targets: Sequence[str], update: str, objective: str = "kl") -> None:
+        assert session.dense is not None
+        self._session = session
+        self._model = session.model
+        self._statistics = session.dense
         self._targets = [parse_target(target) for target in targets]
         self._update = update
+        self._objectives = tuple(dict.fromkeys((*_COMPARED, objective)))
         self._dense_losses: dict[str, float] = {}
-        self._teachers: dict[tuple[int, int], list[Teacher]] = {}
-        self._benches = {"calibration": Bench(model, tokens["calibration"], dense=statistics)}
+        others = self._objectives[len(_COMPARED) :]
+        self._references = References(self._model, partial(_DenseBatch, others=others), _TEACHER_BYTES)
+        self._protocols: dict[str, Protocol] = {}  # one at a time: each holds its statistics
 
-    def __call__(self, task: Mapping[str, Any]) -> Any:
-        """Runs one task.
+    def __call__(self, task: Task) -> Any:
+        """The answer to a task, as its class says.
 
         Raises:
             MaskError, SolverError: the formula's scores are not finite, or the update fails.
         """
-        kinds = {"probe": self._probe, "excess": self._excess, "sequential": self._sequential, "dense": self._dense}
         with torch.no_grad():
-            return kinds[task["kind"]](task)
-
-    def _probe(self, task: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Fingerprint, sketch and reconstruction error of several metrics; `error` for one that gives no masks."""
-        metrics = [self._metric(text) for text in task["metrics"]]
-        self._compile(metrics)
-        return self._prober.measure(metrics)
+            match task:
+                case ProbeTask():
+                    self._compile(task.metrics)
+                    return self._probe_layers.measure(task.metrics)
+                case ExcessTask():
+                    return self._excess(task)
+                case SequentialTask():
+                    return self._sequential(task)
+                case DenseTask():
+                    return {self._model.name: self._dense_loss(task.split)}
 
     def _compile(self, metrics: Sequence[Metric]) -> None:
         """Starts to compile the kernel that prunes by those of the metrics that climb on."""
-        rules = list(dict.fromkeys(rule for metric in metrics for rule in rules_of(metric, self._targets)))
-        if self._update != "obs-blockwise" and fused.usable(self._model.layers[0].weight, rules):
+        updater = UPDATERS[self._update]
+        settled = (resolve_target(target, metric, self._update) for metric in metrics for target in self._targets)
+        targets = list(dict.fromkeys(settled))
+        if not updater.rescores:
             layers = {(layer.weight.shape[1], layer.weight.dtype): layer for layer in self._model.layers}.values()
-            found = [(layer.weight, measured(self._statistics.layers[layer.name])) for layer in layers]
-            expressions = [metric.expression for metric in metrics]
-            fused.compile_together(expressions, found, rules, bits=self._update == "obs")
+            found = [(layer.weight, self._statistics.layers[layer.name]) for layer in layers]
+            compile_ahead(metrics, found, targets, bits=updater.solves)
 
     @cached_property
-    def _prober(self) -> Probe:
-        return Probe(self._model.layers, self._statistics, self._targets, self._update)
+    def _probe_layers(self) -> ProbeLayers:
+        return ProbeLayers(self._model.layers, self._statistics, self._targets, self._update)
 
-    def _excess(self, task: Mapping[str, Any]) -> dict[str, Any]:
-        """Excess log-loss and divergence from the dense model by target, as `loss` and `kl`, in nats per token.
+    def _excess(self, task: ExcessTask) -> Figures:
+        """What the model loses, pruned in one shot, by objective and target, in nats per token; `loss` and `kl` always.
 
-        The model is pruned in one shot and reads the search windows from `first` up to `last`.
+        What is not finite is infinite.
         """
-        metric = self._metric(task["metric"])
-        found: dict[str, Tensor] = {}
+        found: dict[str, list[float]] = {}  # by target, in the order of the objectives
+        weights = [layer.weight for layer in self._model.layers]
+        statistics = [self._statistics.layers[layer.name] for layer in self._model.layers]
         for targets in self._together:
-            found |= zip((target.text for target in targets), self._compared(metric, targets, task), strict=True)
-        return {
-            kind: {text: float(means[column]) for text, means in found.items()}
-            for column, kind in enumerate(("loss", "kl"))
-        }
+            by_target = prune_weights(weights, task.metric, targets, statistics, self._update)
+            totals = torch.zeros(len(targets), len(self._objectives), dtype=torch.float64)
+            count = 0
+            windows = self._session.windows["search"].tokens[task.first : task.last]
+            for dense in self._references.of((task.first, task.last), windows):
+                for total, pruned in zip(totals, by_target, strict=True):
+                    with self._model.holding(pruned):
+                        total += dense.compare(self._model)
+                count += dense.predictions
+            means = (totals / count).where(totals.isfinite(), math.inf)
+            found |= zip((target.text for target in targets), means.tolist(), strict=True)
+        return {name: {text: row[at] for text, row in found.items()} for at, name in enumerate(self._objectives)}
 
     @cached_property
     def _together(self) -> list[Sequence[Target]]:
@@ -149,59 +121,38 @@ class Evaluator:
             return [self._targets]
         return [[target] for target in self._targets]
 
-    def _compared(self, metric: Metric, targets: Sequence[Target], task: Mapping[str, Any]) -> Tensor:
-        """[targets, 2]: excess log-loss and divergence per token; infinite where they are not finite."""
-        weights = [layer.weight for layer in self._model.layers]
-        statistics = [self._statistics.layers[layer.name] for layer in self._model.layers]
-        by_target = prune_weights(weights, metric, targets, statistics, self._update)
-        totals = torch.zeros(len(targets), 2, dtype=torch.float64)
-        count = 0
-        for teacher in self._taught(task["first"], task["last"]):
-            for total, pruned in zip(totals, by_target, strict=True):
-                with self._model.holding(pruned):
-                    total += teacher.compare(self._model)
-            count += teacher.predictions
-        return (totals / count).where(totals.isfinite(), math.inf)
-
-    def _taught(self, first: int, last: int) -> Iterator[Teacher]:
-        """The dense model's predictions on some search windows, batch by batch."""
-        if (first, last) in self._teachers:
-            yield from self._teachers[first, last]
-            return
-        kept: list[Teacher] = []
-        size = sum(teacher.bytes for held in self._teachers.values() for teacher in held)
-        for batch in batches(self._model, self._windows["search"][first:last]):
-            teacher = Teacher(self._model, batch)
-            size += teacher.bytes
-            if size <= _TEACHER_BYTES:
-                kept.append(teacher)
-            yield teacher
-        if size <= _TEACHER_BYTES:
-            self._teachers[first, last] = kept
-
-    def _metric(self, text: str) -> Metric:
-        return resolve_metric(text, self._statistics.sequences, self._statistics.length)
-
     def _dense_loss(self, split: str) -> float:
         if split not in self._dense_losses:
-            self._dense_losses[split] = mean_loss(self._model, self._windows[split])
+            self._dense_losses[split] = mean_loss(self._model, self._session.windows[split].tokens)
         return self._dense_losses[split]
 
-    def _sequential(self, task: Mapping[str, Any]) -> dict[str, Any]:
-        """Excess and mean loss on one split at one target under the sequential protocol.
+    def _sequential(self, task: SequentialTask) -> SequentialLoss:
+        protocol = self._protocol(task.calibration)
+        protocol.prepare([task.metric], task.update)
+        rule = Rule(task.metric, parse_target(task.target), task.update)
+        (loss,) = measure(protocol, rule, [self._session.windows[task.split].tokens]).losses
+        return SequentialLoss(loss - self._dense_loss(task.split), loss)
 
-        `calibration` names the windows that statistics come from.
-        """
-        name = task["calibration"]
-        if name not in self._benches:
-            self._benches = {name: Bench(self._model, self._windows[name])}  # one at a time: each holds its statistics
-        bench = self._benches[name]
-        metric = resolve_metric(task["metric"], *bench.calibration.shape)
-        bench.prepare([metric], task["update"])
-        target = parse_target(task["target"])
-        (loss,) = bench.losses(metric, target, task["update"], [self._windows[task["split"]]])
-        return {"excess": loss - self._dense_loss(task["split"]), "loss": loss}
+    def _protocol(self, calibration: str) -> Protocol:
+        """That of some calibration windows; what the one before it held is let go."""
+        if calibration not in self._protocols:
+            self._protocols.clear()
+            session = self._session.calibrated_on(self._session.windows[calibration])
+            session.dense = self._statistics if calibration == "calibration" else None
+            self._protocols[calibration] = Protocol(session, one_shot=False)
+        return self._protocols[calibration]
 
-    def _dense(self, task: Mapping[str, Any]) -> dict[str, Any]:
-        """Mean loss of the dense model on one split, by model."""
-        return {self._model.name: self._dense_loss(task["split"])}
+
+class _DenseBatch:
+    """What the dense model says of a batch of windows [windows, length]: a Teacher, and references of `others`."""
+
+    def __init__(self, model: Model, batch: Tensor, others: Sequence[str]) -> None:
+        self._teacher = Teacher(model, batch)
+        self._others: list[Reference] = [OBJECTIVES[name].reference(model, batch) for name in others]
+        self.predictions = self._teacher.predictions
+        self.bytes = self._teacher.bytes + sum(other.bytes for other in self._others)
+
+    def compare(self, model: Model) -> Tensor:
+        """[objectives]: loss, divergence and the others, summed over predictions, in nats, fp64."""
+        told = self._teacher.compare(model)
+        return torch.cat([told, *(other.excess(model).double().reshape(1) for other in self._others)])

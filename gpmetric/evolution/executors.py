@@ -12,13 +12,14 @@ import signal
 import threading
 import time
 import traceback
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any, Protocol
+from typing import Any
 
 from gpmetric import errors
 from gpmetric.errors import GpmetricError
@@ -45,23 +46,25 @@ class Outcome:
     attempt: int
 
 
-class Executor(AbstractContextManager["Executor"], Protocol):
+class Executor(AbstractContextManager["Executor"]):
     """Evaluates candidates somewhere.
 
     A GpmetricError of the function is the candidate's error; any other exception is a bug and is raised at the
     candidate's turn.
     """
 
+    @abstractmethod
     def map_ordered(self, candidates: Iterable[Any]) -> Iterator[Outcome]:
         """One outcome per candidate in candidate order, each as soon as those before it are out."""
-        ...
 
     def close(self) -> None:
         """End all workers; a second call does nothing."""
-        ...
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-class Serial(AbstractContextManager["Serial"]):
+class Serial(Executor):
     """Calls the function in this process."""
 
     def __init__(self, function: Function) -> None:
@@ -73,14 +76,8 @@ class Serial(AbstractContextManager["Serial"]):
             value, error, seconds = _call(self._function, candidate)
             yield Outcome(value, error, seconds, os.getpid(), 1)
 
-    def close(self) -> None:
-        """Nothing to end."""
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class LocalProcesses(AbstractContextManager["LocalProcesses"]):
+class LocalProcesses(Executor):
     """Spawned worker processes, watched: one that dies or hangs is replaced and its candidate tried again.
 
     Args:
@@ -125,14 +122,10 @@ class LocalProcesses(AbstractContextManager["LocalProcesses"]):
                 self._dismiss(worker)
 
     def close(self) -> None:
-        """End all workers; a second call does nothing."""
         for worker in self._workers:
             worker.process.terminate()
         while self._workers:
             self._dismiss(self._workers[-1], PARTING_SECONDS)
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _hire(self, batch: _Batch) -> None:
         """Start workers up to the number there is work for."""
@@ -155,16 +148,14 @@ class LocalProcesses(AbstractContextManager["LocalProcesses"]):
 
     def _collect(self, batch: _Batch, patient: bool) -> None:
         """Take in what workers have sent; a patient call waits until there is something to act on."""
-        talking = wait([worker.connection for worker in self._workers], self._patience() if patient else 0)
+        shortest = min(map(self._remaining, self._workers), default=0.0) if patient else 0.0
+        patience = None if shortest == float("inf") else max(shortest, 0.0)
+        talking = wait([worker.connection for worker in self._workers], patience)
         for worker in list(self._workers):
             if worker.connection in talking:
                 self._receive(worker, batch)
             elif self._remaining(worker) <= 0:
                 self._lose(worker, batch, f"no answer within {self._timeout:g} s")
-
-    def _patience(self) -> float | None:
-        shortest = min(map(self._remaining, self._workers), default=0.0)
-        return None if shortest == float("inf") else max(shortest, 0.0)
 
     def _remaining(self, worker: _Worker) -> float:
         """Seconds the worker's candidate still has; infinite when it has none or no limit is set."""
@@ -183,14 +174,13 @@ class LocalProcesses(AbstractContextManager["LocalProcesses"]):
             worker.ready, self._failed_starts = True, 0
         elif kind == "refused":
             name, message = content
-            known = getattr(errors, name, GpmetricError)
-            raise known(message)
+            raise getattr(errors, name, GpmetricError)(message)
         elif kind == "unstarted":
             self._lose(worker, batch, content[0])
         else:
             task, worker.task = worker.task, None
             assert task is not None
-            batch.settle(task, content[0] if kind == "bug" else _outcome(worker, task, *content))
+            batch.outcomes[task.index] = content[0] if kind == "bug" else _outcome(worker, task, *content)
 
     def _lose(self, worker: _Worker, batch: _Batch, cause: str) -> None:
         """Bury a worker; its candidate is tried again or given up, a failed start is counted."""
@@ -200,7 +190,7 @@ class LocalProcesses(AbstractContextManager["LocalProcesses"]):
             heapq.heappush(batch.waiting, _Task(task.index, task.candidate, task.attempt + 1))
         elif task is not None:
             error = f"killed its worker {task.attempt} times ({cause})"
-            batch.settle(task, _outcome(worker, task, None, error, seconds))
+            batch.outcomes[task.index] = _outcome(worker, task, None, error, seconds)
         elif not worker.ready:
             self._failed_starts += 1
             if self._failed_starts >= self._attempts:
@@ -245,7 +235,7 @@ class _Batch:
         self.waiting: list[_Task] = []  # a heap: a candidate tried again goes first
         self._source: Iterator[Any] | None = iter(candidates)
         self._look_ahead = look_ahead
-        self._outcomes: dict[int, Outcome | Exception] = {}
+        self.outcomes: dict[int, Outcome | Exception] = {}  # by index, until their turn
         self._taken = self._given = 0
 
     def refill(self, count: int) -> bool:
@@ -259,17 +249,13 @@ class _Batch:
                 self._source = None
         return self._given < self._taken
 
-    def settle(self, task: _Task, outcome: Outcome | Exception) -> None:
-        """Keep what became of a task until its turn."""
-        self._outcomes[task.index] = outcome
-
     def is_ready(self) -> bool:
         """Whether the next outcome in order is there."""
-        return self._given in self._outcomes
+        return self._given in self.outcomes
 
     def pop(self) -> Outcome:
         """The next outcome; raises in its place what the function raised by mistake."""
-        outcome = self._outcomes.pop(self._given)
+        outcome = self.outcomes.pop(self._given)
         self._given += 1
         if isinstance(outcome, Exception):
             raise outcome

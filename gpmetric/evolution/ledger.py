@@ -12,132 +12,23 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from gpmetric.errors import LedgerError
-from gpmetric.evolution.store import (
-    BUDGET_KEYS,
-    ENCODED,
-    TABLES,
-    VOLATILE,
-    Refusal,
-    claim,
-    explained,
-    is_old,
-    opened,
-    schema_version,
-    settle,
-    to_column,
-    transaction,
-    upgrade,
-)
+from gpmetric.evolution import driver_lock
+from gpmetric.evolution import sqlite_schema as schema
+from gpmetric.evolution.records import Candidate, Evaluation, Generation, HeldOutMeasurement, Measurement
+from gpmetric.evolution.sqlite_schema import Refusal, explained, opened, schema_version, transaction
 
-__all__ = [
-    "BUDGET_KEYS",
-    "Candidate",
-    "Evaluation",
-    "Generation",
-    "Judgement",
-    "Ledger",
-    "Measurement",
-    "is_ledger",
-    "winner_of",
-]
+__all__ = ["BUDGET_KEYS", "Ledger", "is_ledger", "winner_of"]
 
+BUDGET_KEYS = frozenset({"generations", "evaluations", "minutes"})  # settings a resumed campaign may change
 
-@dataclass(frozen=True)
-class Candidate:
-    """One drawn formula: its place in the campaign and what became of it."""
-
-    generation: int
-    position: int
-    formula: str
-    canonical: str | None
-    status: Literal["evaluated", "duplicate", "failed"]
-    evaluation: int | None = None
-    reason: str | None = None
-    opposites: str | None = None  # the formula after each layer of simplification; `canonical` lies between
-    ranked: str | None = None
-    fingerprint: str | None = None
-    id: int | None = None
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What one rung of the screening ladder gave for one candidate: a value, or the error that ended it there."""
-
-    generation: int
-    position: int
-    rung: str
-    value: Any
-    error: str | None
-    duration: float
-    process: int | None = None
-    attempt: int | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One measurement paid for; the ledger fills in `id`, and `host` and `finished` when they are absent."""
-
-    formula: str
-    canonical: str | None
-    generation: int
-    status: Literal["done", "failed"]
-    fingerprint: str | None = None
-    reason: str | None = None
-    losses: dict[str, float] = field(default_factory=dict)  # target -> excess log-loss
-    divergences: dict[str, float] = field(default_factory=dict)  # target -> KL divergence from the dense model
-    nodes: int | None = None
-    operands: str | None = None
-    sketch: str | None = None  # keep bits of the masks at fixed positions, in hexadecimal
-    seconds_score: float | None = None
-    seconds_loss: float | None = None
-    host: str | None = None
-    process: int | None = None
-    attempt: int | None = None
-    finished: float | None = None
-    id: int | None = None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One finished generation: what the next one is bred from."""
-
-    number: int
-    population: Any
-    rng: Any
-    evaluations: int
-    hypervolume: float | None
-    finished: float
-
-    @property
-    def rng_state(self) -> tuple[int, tuple[int, ...], float | None]:
-        """`rng` as `random.Random.setstate` wants it."""
-        return self.rng[0], tuple(self.rng[1]), self.rng[2]
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What a finalist or baseline costs at one target under the sequential protocol, or the error that it makes.
-
-    `calibration` names the windows that statistics came from; excess and loss are None where they are not finite.
-    """
-
-    metric: str
-    target: str
-    split: str
-    calibration: str
-    excess: float | None
-    loss: float | None
-    error: str | None = None
-
-
-Row = TypeVar("Row", Candidate, Evaluation, Generation, Judgement, Measurement)
+Row = TypeVar("Row", Candidate, Evaluation, Generation, HeldOutMeasurement, Measurement)
 
 
 class Ledger(AbstractContextManager["Ledger"]):
@@ -167,9 +58,9 @@ class Ledger(AbstractContextManager["Ledger"]):
                 version = schema_version(connection)
                 if version and not resume:
                     raise Refusal("exists: continue it with --resume or use another --ledger")
-                upgrade(connection, version)
-                settle(connection, settings)
-                token = claim(connection)
+                schema.upgrade(connection, version)
+                _settle(connection, settings)
+                token = driver_lock.claim(connection)
             connection.execute("PRAGMA journal_mode = WAL")
         return cls(Path(path), connection, token)
 
@@ -181,20 +72,19 @@ class Ledger(AbstractContextManager["Ledger"]):
         with opened(Path(path), "mode=ro&immutable=1" if still else "mode=ro") as connection:
             connection.execute("BEGIN")  # one snapshot for everything read later
             version = schema_version(connection)
-            if is_old(version):
-                raise Refusal(
-                    "has an older schema: its campaign cannot be continued or read" if version else "holds no campaign"
-                )
-        return cls(Path(path), connection, None)
+            if not version:
+                raise Refusal("holds no campaign")
+            current = connection if version == schema.VERSION else schema.upgraded_copy(connection, version)
+        return cls(Path(path), current, None)
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Release ownership and the file; a second call does nothing."""
-        with closing(self._connection), suppress(sqlite3.Error):  # a full disk must not hide what led here
+        with closing(self._connection):
             if self._token is not None:
-                self._connection.execute("DELETE FROM owner WHERE token = ?", (self._token,))
+                driver_lock.release(self._connection, self._token)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -210,26 +100,24 @@ class Ledger(AbstractContextManager["Ledger"]):
         """
         with self._write():
             known = self.candidate(candidate.generation, candidate.position)
-            if known is None:
-                return self._insert_candidate(candidate, evaluation)
-            if known.formula != candidate.formula:
-                raise Refusal(f"has {known.formula:.60} in place of {candidate.formula:.60}: campaigns differ")
-            return known.evaluation
-
-    def _insert_candidate(self, candidate: Candidate, evaluation: Evaluation | None) -> int | None:
-        if evaluation is not None:
-            twin = self.find_fingerprint(evaluation.fingerprint) if evaluation.fingerprint else None
+            if known is not None and known.formula != candidate.formula:
+                place = f"candidate {known.position} of generation {known.generation}"
+                told = f"but this campaign draws {candidate.formula:.60}; were versions changed?"
+                raise Refusal(f"has {known.formula:.60} as {place}, {told}")
+            if known is not None:
+                return known.evaluation
+            twin = self.find_fingerprint(evaluation.fingerprint) if evaluation and evaluation.fingerprint else None
             if twin is not None:
                 candidate = replace(candidate, status="duplicate", evaluation=twin.id)
-            else:
+            elif evaluation is not None:
                 row = {"host": socket.gethostname(), "finished": time.time()}
                 row |= {name: value for name, value in asdict(evaluation).items() if value is not None}
                 candidate = replace(candidate, evaluation=self._insert("evaluations", row))
-        self._insert("candidates", {**asdict(candidate), "id": None})
-        return candidate.evaluation
+            self._insert("candidates", {**asdict(candidate), "id": None})
+            return candidate.evaluation
 
     def measure(self, measurements: Sequence[Measurement]) -> None:
-        """Store what rungs of the ladder gave; a (generation, position, rung) already there is left unchanged."""
+        """Store what rungs of the screening gave; a (generation, position, rung) already there is left unchanged."""
         with self._write():
             for measurement in measurements:
                 self._insert("measurements", asdict(measurement), "OR IGNORE")
@@ -239,18 +127,19 @@ class Ledger(AbstractContextManager["Ledger"]):
         tail = "measurements WHERE ?1 IS NULL OR generation = ?1 ORDER BY rowid"
         return self._select(Measurement, tail, generation)
 
-    def judge(self, judgement: Judgement) -> None:
-        """Store one judgement; one already there is left unchanged."""
+    def hold_out(self, measurement: HeldOutMeasurement) -> None:
+        """Store what a metric costs on held-out text; one already there is left unchanged."""
         with self._write():
-            self._insert("judgements", asdict(judgement), "OR IGNORE")
+            self._insert("judgements", asdict(measurement), "OR IGNORE")
 
-    def judgements(self) -> list[Judgement]:
-        """Every judgement in the order made."""
-        return self._select(Judgement, "judgements ORDER BY rowid")
+    def held_out(self, split: str, calibration: str) -> list[HeldOutMeasurement]:
+        """Every measurement on a split with statistics of some calibration windows, in the order made."""
+        tail = "judgements WHERE split = ? AND calibration = ? ORDER BY rowid"
+        return self._select(HeldOutMeasurement, tail, split, calibration)
 
-    def commit_generation(self, number: int, population: Any, rng: Any, hypervolume: float | None = None) -> None:
+    def commit_generation(self, number: int, population: Any, rng: Any) -> None:
         """Store a finished generation: JSON of its population, and `random.Random.getstate()` to breed the next."""
-        row = {"number": number, "population": population, "rng": rng, "hypervolume": hypervolume}
+        row = {"number": number, "population": population, "rng": rng}
         with self._write():
             self._insert("generations", row | {"evaluations": self.counts()["paid"], "finished": time.time()})
 
@@ -309,9 +198,9 @@ class Ledger(AbstractContextManager["Ledger"]):
     def comparable_tables(self) -> dict[str, list[dict[str, Any]]]:
         """Every table without its volatile columns: equal for two equal campaigns."""
         keys = {"measurements": "generation, position, rung", "judgements": "split, calibration, metric, target"}
-        tables = {table: self._query(f"SELECT * FROM {table} ORDER BY {keys.get(table, '1')}") for table in TABLES}
+        tables = {name: self._query(f"SELECT * FROM {name} ORDER BY {keys.get(name, '1')}") for name in schema.TABLES}
         for row in chain(*tables.values()):
-            for column in VOLATILE & row.keys():
+            for column in schema.VOLATILE & row.keys():
                 del row[column]
         return tables
 
@@ -321,14 +210,12 @@ class Ledger(AbstractContextManager["Ledger"]):
             if self._token is None:
                 raise Refusal("is open for reading only")
             with transaction(self._connection):
-                beat = "UPDATE owner SET heartbeat = ? WHERE token = ?"
-                if not self._connection.execute(beat, (time.time(), self._token)).rowcount:
-                    raise Refusal("was taken over by another driver")
+                driver_lock.beat(self._connection, self._token)
                 yield
 
     def _insert(self, table: str, row: dict[str, Any], conflict: str = "") -> int:
         statement = f"INSERT {conflict} INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
-        return self._connection.execute(statement, [to_column(*item) for item in row.items()]).lastrowid or 0
+        return self._connection.execute(statement, [schema.to_column(*item) for item in row.items()]).lastrowid or 0
 
     def _first(self, kind: type[Row], tail: str, *arguments: object) -> Row | None:
         return next(iter(self._select(kind, tail, *arguments)), None)
@@ -339,7 +226,22 @@ class Ledger(AbstractContextManager["Ledger"]):
     def _query(self, statement: str, *arguments: object) -> list[dict[str, Any]]:
         with explained(self.path):
             rows = map(dict, self._connection.execute(statement, arguments).fetchall())
-            return [{key: json.loads(row[key]) if key in ENCODED else row[key] for key in row} for row in rows]
+            return [{name: schema.from_column(name, row[name]) for name in row} for row in rows]
+
+
+def _settle(connection: sqlite3.Connection, settings: dict[str, Any]) -> None:
+    """Store the settings of a new campaign, or the budget of one that is continued."""
+    here = {key: schema.to_json(value) for key, value in settings.items()}
+    there = dict(connection.execute("SELECT key, value FROM meta").fetchall())
+    changed = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
+    foreign = [key for key in changed if key not in BUDGET_KEYS]
+    if there and foreign:
+        pairs = (f"{key}={there.get(key, '?'):.60} there, {key}={here.get(key, '?'):.60} here" for key in foreign)
+        raise Refusal(f"is of another campaign: {'; '.join(pairs)}")
+    if changed:
+        connection.execute("DELETE FROM results")
+        connection.execute("DELETE FROM meta")
+        connection.executemany("INSERT INTO meta VALUES (?, ?)", sorted(here.items()))
 
 
 def is_ledger(name: str) -> bool:

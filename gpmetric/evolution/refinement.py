@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from gpmetric.expression import Expression
 from gpmetric.expression.rank import factorised, product
 from gpmetric.expression.sign import nonnegative
-from gpmetric.expression.tree import MAX_CONSTANT, Tokens, arity, subtree_end
+from gpmetric.expression.tree import MAX_CONSTANT, Tokens, subtree_end
 from gpmetric.operands import OPERANDS
 
 __all__ = ["factors", "neighbours", "weighted"]
@@ -17,14 +17,10 @@ def neighbours(expression: Expression, factor: float) -> Iterator[Expression]:
     """Formulas one step away: a constant times or divided by `factor`, or a new power or coefficient of that size.
 
     A power is put on an operand that has none (on abs(W) rather than W), a coefficient on the second term of a sum or
-    difference. The order is that of the tokens, `factor` before its inverse.
-
-    Args:
-        expression: the formula to refine.
-        factor: above 1.
+    difference. The order is that of the tokens, `factor`, above 1, before its inverse.
     """
     tokens = expression.tokens
-    parents = _parents(tokens)
+    parents = {child: place for place in range(len(tokens)) for child in expression.children(place)}
     for place, token in enumerate(tokens):
         for size in (factor, 1 / factor):
             if isinstance(token, float):
@@ -32,17 +28,15 @@ def neighbours(expression: Expression, factor: float) -> Iterator[Expression]:
                 if 0 < abs(value) < MAX_CONSTANT:
                     yield _replaced(tokens, place, place + 1, (value,))
                 continue
-            parent = parents[place]
-            above = None if parent is None else tokens[parent]
+            above = tokens[parents[place]] if place else None
             if ((token in OPERANDS and token != "W") or tokens[place : place + 2] == ("abs", "W")) and above != "pow":
                 end = subtree_end(tokens, place)
                 yield _replaced(tokens, place, end, ("pow", *tokens[place:end], float(f"{size:.3g}")))
             if token in ("add", "sub"):
                 start = subtree_end(tokens, place + 1)
                 end = subtree_end(tokens, start)
-                if not (
-                    tokens[start] == "mul" and any(isinstance(tokens[at], float) for at in range(start, start + 2))
-                ):
+                has_coefficient = tokens[start] == "mul" and isinstance(tokens[start + 1], float)
+                if not has_coefficient:
                     yield _replaced(tokens, start, end, ("mul", float(f"{size:.3g}"), *tokens[start:end]))
 
 
@@ -60,11 +54,6 @@ def weighted(expression: Expression, power: float, operands: Collection[str]) ->
     """The formula times each of `factors` to that power, and to its negative, as one product of powers.
 
     In the logarithm of the score these are steps along every coordinate: most published metrics are such products.
-
-    Args:
-        expression: the formula to refine.
-        power: above 0.
-        operands: names from OPERANDS.
     """
     powers = factorised(expression)
     for base in factors(operands):
@@ -78,18 +67,3 @@ def weighted(expression: Expression, power: float, operands: Collection[str]) ->
 
 def _replaced(tokens: Tokens, start: int, end: int, middle: Tokens) -> Expression:
     return Expression((*tokens[:start], *middle, *tokens[end:]))
-
-
-def _parents(tokens: Tokens) -> list[int | None]:
-    """Index of each token's parent in the prefix form."""
-    parents: list[int | None] = []
-    waiting: list[tuple[int, int]] = []  # parent, arguments still to come
-    for place, token in enumerate(tokens):
-        parents.append(waiting[-1][0] if waiting else None)
-        if waiting:
-            parent, missing = waiting.pop()
-            if missing > 1:
-                waiting.append((parent, missing - 1))
-        if arity(token):
-            waiting.append((place, arity(token)))
-    return parents

@@ -1,137 +1,154 @@
-"""What a campaign is asked for, and the checks that need no model."""
+"""What `gpmetric discover` is asked for, checked before torch is imported."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Self
 
 from gpmetric.errors import InputError, one_of
-from gpmetric.evolution.grammar import FORBIDDEN, Nesting, foreign_to, nests
-from gpmetric.evolution.objectives import SEARCHED, Searched
+from gpmetric.evaluation.objectives import OBJECTIVES
+from gpmetric.evolution.grammar import FORBIDDEN, Nesting, foreign_to
 from gpmetric.expression import PRIMITIVES
-from gpmetric.operands import OPERANDS
-from gpmetric.pruning.metrics import GROUPS, Update, check_update, resolve_metric
-from gpmetric.pruning.target import Granularity, parse_target
+from gpmetric.metrics import BASELINES, Metric, resolve_metric
+from gpmetric.operands import OPERANDS, needs_gradients
+from gpmetric.options import Option
+from gpmetric.pruning.requests import MODELS, UPDATE, target_option
+from gpmetric.pruning.updaters import UPDATERS
+from gpmetric.session.inputs import Inputs, Texts
+from gpmetric.targets import parse_target, plain_granularities
 
-__all__ = ["Group", "Request", "check_group", "check_objective", "check_request", "parse_nesting"]
+__all__ = ["SPLITS", "DiscoverRequest", "parse_nesting"]
+
+SPLITS = ("calibration", "search", "validation", "test")  # disjoint; test is read once, at the end
+_TARGETS = ("0.5", "0.6", "0.7", "2:4")
+_EVOLVED = "search"  # the comparison group that is evolved with the formula
 
 
-Group = Literal["row", "layer", "block", "search"]
+@dataclass(frozen=True, kw_only=True)
+class DiscoverRequest(Inputs):
+    """Everything `gpmetric discover` can be asked for."""
 
+    model: Annotated[str | tuple[str, ...] | None, MODELS] = None
+    search: Annotated[str | None, Option("Text every candidate is evaluated on.", reads=True)] = None
+    validation: Annotated[str | None, Option("Text the winner is chosen on.", reads=True)] = None
+    test: Annotated[str | None, Option("Text read once, at the end.", reads=True)] = None
+    text: Annotated[str | None, Option("One text to cut into the four splits instead.", reads=True)] = None
+    target: Annotated[
+        tuple[str, ...], target_option(f"may be repeated. By default {', '.join(_TARGETS[:-1])} and {_TARGETS[-1]}.")
+    ] = _TARGETS
+    operands: Annotated[tuple[str, ...], Option("What formulas may use; W,X needs no gradients.", listed=True)] = tuple(
+        OPERANDS
+    )
+    primitives: Annotated[tuple[str, ...], Option("Operations formulas may use.", listed=True)] = tuple(PRIMITIVES)
+    start: Annotated[
+        tuple[str, ...],
+        Option(
+            "Formula or baseline to start from, layer: or block: before it or not; may be repeated.", metavar="FORMULA"
+        ),
+    ] = ()
+    forbid: Annotated[
+        tuple[str, ...], Option("Nesting no formula may have; may be repeated.", metavar="OUTER(INNER)")
+    ] = ()
+    update: Annotated[str, UPDATE] = "none"
+    objective: Annotated[
+        str, Option("What candidates are compared by: {choices}; kl is the divergence from the dense model.",
+                    choices=OBJECTIVES)
+    ] = "kl"  # fmt: skip
+    group: Annotated[
+        str,
+        Option(f"Where plain-number targets compete: {', '.join(plain_granularities())}, or search, which evolves it."),
+    ] = _EVOLVED
+    population: Annotated[int, Option("Formulas per generation.", least=4)] = 40
+    generations: Annotated[int | None, Option("Generations at most.", least=1)] = None
+    evaluations: Annotated[int | None, Option("Evaluations paid for at most; 300 if no budget.", least=1)] = None
+    minutes: Annotated[float | None, Option("Wall time of the whole command.", above=0)] = None
+    max_nodes: Annotated[int, Option("Size of a formula at most.", least=3)] = 30
+    ledger: Annotated[
+        Path | None,
+        Option("The campaign's SQLite file; campaign-DATE.sqlite by default.", metavar="FILE", writes="file"),
+    ] = None
+    resume: Annotated[bool, Option("Go on with the ledger if it is there.", names=("--resume",))] = False
+    workers: Annotated[
+        int | None, Option("Worker processes; one per core for small models on a CPU by default.", least=1)
+    ] = None
+    cache: Annotated[Path | None, Option("Statistics cache; ~/.cache/gpmetric by default.", metavar="DIR")] = None
+    search_windows: Annotated[
+        int,
+        Option("Windows of the search text: an eighth for every candidate, half and all for the better ones.", least=1),
+    ] = 32
+    windows: Annotated[int | None, Option("Windows of validation and of test.", least=1)] = 128
+    calibration_seeds: Annotated[
+        int, Option("Draws of calibration windows for the confidence interval of the winner's gain.", least=0)
+    ] = 3
 
-@dataclass(frozen=True)
-class Request:
-    """Everything `gpmetric discover` can be asked for; names and defaults are those of the command line.
+    def check(self) -> None:
+        super().check()
+        if not self.target:
+            raise InputError("--target is needed at least once")
+        for text in self.target:
+            parse_target(text)
+        _check_names("--operands", self.operands, OPERANDS)
+        _check_names("--primitives", self.primitives, PRIMITIVES)
+        if "W" not in self.operands:
+            raise InputError(f"--operands must hold W, but got {','.join(self.operands)}")
+        one_of("--group", self.group, (*plain_granularities(), _EVOLVED))
+        if self.group not in ("row", _EVOLVED) and UPDATERS[self.update].granularity is not None:
+            raise InputError(f"--group {self.group}: {self.update} has a threshold of its own per block of columns")
+        for nesting in self.forbid:
+            parse_nesting(nesting)
+        for formula in self.start:
+            self._check_start(formula)
+        named = [f"--{split}" for split in SPLITS if getattr(self, split) is not None]
+        if self.text is not None and named:
+            raise InputError(f"--text is cut into all four splits; it cannot stand beside {', '.join(named)}")
 
-    Attributes:
-        model: a directory or Hub name, or several, for one metric that serves all; None is the demo model.
-        text: one text cut into all four splits, instead of naming them.
-        samples: calibration windows; `search_windows`: windows every candidate is evaluated on; `windows`: windows of
-            validation and of test.
-        target: sparsities, `layer:` sparsities or N:M; candidates are evaluated at all of them.
-        operands, primitives: what formulas may be made of.
-        objective: what candidates are compared by on the search text, "kl" or "loss".
-        group: where plain-number targets make scores compete: row, layer, block, or "search" to evolve it. Of no effect
-            under obs-blockwise, which has its own.
-        start: formulas or baseline names to start from, besides the baselines.
-        forbid: nestings such as "exp(log)" that no formula may have, besides those of `grammar.FORBIDDEN`.
-        generations, evaluations, minutes: budgets; the first one spent ends the search. `minutes` is wall time of the
-            whole call. With none, 300 evaluations.
-        calibration_seeds: bootstrap draws of the calibration windows on which winner and best baseline are compared
-            again, for a confidence interval; fewer where `minutes` are over.
-        cache: folder of the statistics cache.
-        workers: processes; by default one per core for models under 50 million parameters on a CPU.
-    """
+    def _check_start(self, formula: str) -> None:
+        metric = resolve_metric(formula)
+        reason = foreign_to(self, metric.expression)
+        if reason:
+            raise InputError(f"--start {formula!r} {reason}")
+        if ":" in formula and self.group not in (_EVOLVED, metric.granularity):
+            raise InputError(f"--start {formula!r} names another comparison group than --group {self.group}")
 
-    model: str | tuple[str, ...] | None = None
-    calibration: str | None = None
-    search: str | None = None
-    validation: str | None = None
-    test: str | None = None
-    text: str | None = None
-    target: tuple[str, ...] = ("0.5", "0.6", "0.7", "2:4")
-    update: str = "none"
-    objective: Searched = "kl"
-    group: Group = "search"
-    operands: tuple[str, ...] = tuple(OPERANDS)
-    primitives: tuple[str, ...] = tuple(PRIMITIVES)
-    start: tuple[str, ...] = ()
-    forbid: tuple[str, ...] = ()
-    population: int = 40
-    generations: int | None = None
-    evaluations: int | None = None
-    minutes: float | None = None
-    max_nodes: int = 30
-    samples: int = 128
-    sequence_length: int | None = None
-    search_windows: int = 32
-    windows: int | None = 128
-    calibration_seeds: int = 3
-    shuffle: bool = False
-    seed: int = 0
-    device: str = "auto"
-    dtype: str | None = None
-    include: str | None = None
-    exclude: str | None = None
-    chunk_layers: int | None = None
-    cache: Path | None = None
-    workers: int | None = None
+    def completed(self) -> Self:
+        return self if self.ledger else replace(self, ledger=Path(f"campaign-{datetime.now():%Y%m%d-%H%M%S}.sqlite"))
+
+    @property
+    def texts(self) -> Texts:
+        counts = dict.fromkeys(SPLITS, self.windows) | {"calibration": self.samples, "search": self.search_windows}
+        return Texts({split: getattr(self, split) for split in SPLITS}, counts, cut=self.text, disjoint=True)
+
+    @property
+    def calibration_draws(self) -> tuple[str, ...]:
+        """Names of the bootstrap draws of the calibration windows."""
+        return tuple(f"calibration-{number}" for number in range(self.calibration_seeds))
+
+    @property
+    def baselines(self) -> list[Metric]:
+        """Those to compare with: all of them, but for those of gradients where none are collected."""
+        gradients = needs_gradients(self.operands)
+        return [one for one in map(resolve_metric, BASELINES) if gradients or not one.needs_gradients]
+
+    @property
+    def forbidden(self) -> tuple[Nesting, ...]:
+        return (*FORBIDDEN, *map(parse_nesting, self.forbid))
 
     @property
     def groups_matter(self) -> bool:
         """Whether a formula's comparison group makes a difference: a plain-number target leaves it open."""
-        return self.update != "obs-blockwise" and any(parse_target(text).granularity == "row" for text in self.target)
+        is_open = any(parse_target(text).granularity is None for text in self.target)
+        return is_open and UPDATERS[self.update].granularity is None
 
     @property
-    def groups(self) -> tuple[Granularity, ...]:
+    def groups(self) -> tuple[str, ...]:
         """The comparison groups that formulas may have."""
-        if self.group == "search":
-            return GROUPS if self.groups_matter else ("row",)
-        return (self.group,)
-
-    @property
-    def models(self) -> tuple[str | None, ...]:
-        """Every model asked for, once; (None,) is the demo model."""
-        names = (self.model,) if isinstance(self.model, str) else self.model or (None,)
-        return tuple(dict.fromkeys(names))
-
-
-def check_request(request: Request) -> Update:
-    """Refuses what is wrong whatever the model; returns the update.
-
-    Raises:
-        InputError: naming option, value and what is accepted.
-    """
-    if not request.target:
-        raise InputError("--target is needed at least once")
-    for text in request.target:
-        parse_target(text)
-    _check_names("--operands", request.operands, tuple(OPERANDS))
-    _check_names("--primitives", request.primitives, tuple(PRIMITIVES))
-    if "W" not in request.operands:
-        raise InputError(f"--operands must hold W, but got {','.join(request.operands)}")
-    for formula in request.start:
-        _check_start(formula, request)
-    check_objective(request.objective)
-    check_group(request.group)
-    if request.group in ("layer", "block") and request.update == "obs-blockwise":
-        raise InputError(f"--group {request.group}: obs-blockwise has a threshold of its own per block of columns")
-    for nesting in request.forbid:
-        parse_nesting(nesting)
-    minima = {"calibration_seeds": 0, "population": 4, "max_nodes": 3}
-    for name in ("samples", "search_windows", "windows", "generations", "evaluations", "workers", "chunk_layers"):
-        minima[name] = 1
-    for name, least in minima.items():
-        value = getattr(request, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, but got {value}")
-    if request.minutes is not None and not request.minutes > 0:
-        raise InputError(f"--minutes must be above 0, but got {request.minutes}")
-    return check_update(request.update)
+        evolved = plain_granularities() if self.groups_matter else ("row",)
+        return evolved if self.group == _EVOLVED else (self.group,)
 
 
 def parse_nesting(text: str) -> Nesting:
@@ -143,43 +160,14 @@ def parse_nesting(text: str) -> Nesting:
     found = re.fullmatch(r"\s*(\w+)\s*\(\s*(\w+)\s*\)\s*", text)
     if found is None:
         raise InputError(f"--forbid must be like exp(log), outer(inner), but got {text!r:.60}")
-    _check_names("--forbid", found.groups(), tuple(PRIMITIVES))
+    _check_names("--forbid", found.groups(), PRIMITIVES)
     return found[1], found[2]
 
 
-def check_objective(text: str) -> Searched:
-    """The objective of that name.
-
-    Raises:
-        InputError: no such objective.
-    """
-    return one_of("--objective", text, SEARCHED)
-
-
-def check_group(text: str) -> Group:
-    """The comparison group of that name, or "search".
-
-    Raises:
-        InputError: no such group.
-    """
-    return one_of("--group", text, get_args(Group))
-
-
-def _check_names(option: str, names: Sequence[str], known: Sequence[str]) -> None:
+def _check_names(option: str, names: Iterable[str], known: Iterable[str]) -> None:
+    accepted = tuple(known)
     for name in names:
-        if name not in known:
-            close = get_close_matches(name, known, n=1)
+        if name not in accepted:
+            close = get_close_matches(name, accepted, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
-            raise InputError(f"{option}: unknown name {name!r}; {hint}accepted: {', '.join(known)}")
-
-
-def _check_start(formula: str, request: Request) -> None:
-    metric = resolve_metric(formula)
-    reason = foreign_to(request, metric.expression)
-    if reason:
-        raise InputError(f"--start {formula!r} {reason}")
-    if ":" in formula and request.group not in ("search", metric.granularity):
-        raise InputError(f"--start {formula!r} names another comparison group than --group {request.group}")
-    for outer, inner in (*FORBIDDEN, *map(parse_nesting, request.forbid)):
-        if nests(metric.expression, outer, inner):
-            raise InputError(f"--start {formula!r} nests {inner} in {outer}, which no formula may")
+            raise InputError(f"{option}: unknown name {name!r}; {hint}accepted: {', '.join(accepted)}")

@@ -1,274 +1,206 @@
-"""The screening ladder: cheap measurements first, and only the better part of the candidates climbs to the next rung.
+"""Cheap measurements first: the draws of one generation are told apart by their masks, and the better ones climb.
 
-After the grammar, finiteness, ties and mask fingerprint come the layer reconstruction error from cached Gram matrices,
-the loss on few search windows, and the loss on all of them.
+After the grammar come finiteness, ties and the mask fingerprint, then the layer reconstruction error from cached Gram
+matrices, the loss on few search windows, and the loss on all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
-from scipy.stats import spearmanr
-
+from gpmetric.evolution.breeding import Draw
 from gpmetric.evolution.executors import Executor, Outcome
-from gpmetric.evolution.ledger import Ledger, Measurement
-from gpmetric.evolution.objectives import mean_excess
+from gpmetric.evolution.ledger import Ledger
+from gpmetric.evolution.records import Candidate, Evaluation, Measurement
+from gpmetric.evolution.rungs import PROBE, Rung, figures_at, mean_at, promote
+from gpmetric.evolution.search_config import SearchConfig
+from gpmetric.evolution.tasks import Figures, MaskFingerprint, NoMasks
+from gpmetric.metrics import Metric
 
-__all__ = ["PROBE", "Ladder", "OutOfTime", "Rung", "cumulative", "describe_ladder", "ladder", "promote"]
-
-_KEEP = 0.4  # share of the candidates that a loss on few windows sends on
-_PROBE_KEEPS = 0.8  # share of the candidates that the reconstruction error sends on
-_BATCH = 8  # metrics probed in one task: they share sub-expressions, and a few tasks keep several workers busy
-
-PROBE = "reconstruction"  # the first rung, measured on probe layers together with the mask fingerprint
+__all__ = ["Seen", "SuccessiveHalving"]
 
 
-@dataclass(frozen=True)
-class Rung:
-    """One step: the loss on the search windows from `first` up to `last`, which the steps before did not read.
-
-    `keep` is the share of the candidates measured here that is measured on the next rung.
-    """
-
-    name: str
-    first: int
-    last: int
-    keep: float
-
-
-def ladder(windows: int) -> tuple[Rung, ...]:
-    """The rungs over that many search windows: an eighth, half, and all, as successive halving has them.
-
-    Source: Jamieson and Talwalkar 2016, with windows of text as the resource.
-    """
-    bounds = sorted({max(1, windows // 8), max(1, windows // 2), windows})
-    keeps = [_KEEP] * (len(bounds) - 1) + [1.0]
-    return tuple(
-        Rung(f"{last} windows", first, last, keep)
-        for first, last, keep in zip([0, *bounds[:-1]], bounds, keeps, strict=True)
-    )
-
-
-class OutOfTime(Exception):
+class _OutOfTime(Exception):
     """The time for searching is over; what was measured is in the ledger."""
 
 
-class Ladder:
-    """Measures the candidates of one generation rung by rung; what the ledger has already is not measured again.
+@dataclass
+class Seen:
+    """What was drawn: ranked form -> evaluation, and masks -> evaluation; None where it did not come to one."""
 
-    Args:
-        rungs: steps of the loss, after the probe.
-        objective: "kl" or "loss", the figure that decides who climbs.
+    forms: dict[str, int | None] = field(default_factory=dict)
+    masks: dict[str, int | None] = field(default_factory=dict)
+
+    def remember(self, candidate: Candidate) -> None:
+        """Takes up a candidate whose fate is in the ledger."""
+        if candidate.ranked is not None:
+            self.forms.setdefault(candidate.ranked, candidate.evaluation)
+        if candidate.fingerprint is not None:
+            self.masks.setdefault(candidate.fingerprint, candidate.evaluation)
+
+
+@dataclass
+class SuccessiveHalving:
+    """Measures the draws of one generation rung by rung and records what became of each.
+
+    What the ledger has already is not measured again.
+
+    Attributes:
         ledger: takes every measurement as soon as it is there.
-        executor: applies an Evaluator to tasks.
-        generation: number of the generation.
-        out_of_time: asked after every measurement.
+        seen: what was drawn in the generations before.
+        out_of_time: asked after every measurement but the last of a rung.
     """
 
-    def __init__(
-        self,
-        rungs: Sequence[Rung],
-        objective: str,
-        ledger: Ledger,
-        executor: Executor,
-        generation: int,
-        out_of_time: Callable[[], bool],
-    ) -> None:
-        self._rungs = rungs
-        self._objective = objective
-        self._ledger = ledger
-        self._executor = executor
-        self._generation = generation
-        self._out_of_time = out_of_time
-        self._known = {(row.position, row.rung): row for row in ledger.measurements(generation)}
+    config: SearchConfig
+    ledger: Ledger
+    executor: Executor
+    seen: Seen
+    generation: int
+    out_of_time: Callable[[], bool] = lambda: False
 
-    def probe(self, metrics: Mapping[int, str]) -> dict[int, Measurement]:
-        """Masks and reconstruction errors of the metrics at these positions.
+    def __post_init__(self) -> None:
+        self._known = {(row.position, row.rung): row for row in self.ledger.measurements(self.generation)}
 
-        Raises:
-            OutOfTime: before all are measured.
-        """
-        missing = [position for position in metrics if (position, PROBE) not in self._known]
-        batches = [missing[start : start + _BATCH] for start in range(0, len(missing), _BATCH)]
-        lost = self._probe_batches(metrics, batches)
-        self._probe_batches(metrics, [[position] for position in lost])  # which of a batch kills workers?
-        return {position: self._known[position, PROBE] for position in metrics}
-
-    def _probe_batches(self, metrics: Mapping[int, str], batches: Sequence[Sequence[int]]) -> list[int]:
-        """Measures batches; the positions of those of several metrics that came to nothing are returned."""
-        lost: list[int] = []
-        tasks = [{"kind": "probe", "metrics": [metrics[position] for position in batch]} for batch in batches]
-        for batch, outcome in zip(batches, self._outcomes(tasks), strict=True):
-            if outcome.error is not None and len(batch) > 1:
-                lost += batch
-                continue
-            values = outcome.value or [{"error": outcome.error}]
-            self._take(
-                Measurement(
-                    self._generation,
-                    position,
-                    PROBE,
-                    None if value["error"] else value,
-                    value["error"],
-                    outcome.seconds / len(batch),
-                    outcome.process,
-                    outcome.attempt,
-                )
-                for position, value in zip(batch, values, strict=True)
-            )
-        return lost
-
-    def screen(self, metrics: Mapping[int, str], always: frozenset[int]) -> list[int]:
-        """Positions of the probed metrics that are worth the last rung.
+    def run(self, draws: Sequence[Draw], affordable: int | None = None) -> list[int | None] | None:
+        """Ids of the evaluations paid for; None where time or what is affordable ended before all draws were decided.
 
         Args:
-            metrics: by position, all of them probed.
-            always: positions that climb whatever they are measured at, as long as it is finite.
+            affordable: evaluations at most; None is no limit.
 
         Raises:
-            OutOfTime: before the last but one rung is finished.
+            LedgerError: the ledger holds other draws.
         """
-        errors = {position: self._known[position, PROBE].value["reconstruction"] for position in metrics}
-        figures = {position: mean_excess(error) if error else 0.0 for position, error in errors.items()}
-        keep = _PROBE_KEEPS if any(errors.values()) else 1.0  # without Gram matrices there is nothing to go by
-        alive = promote(figures, keep, always)
-        for rung in self._rungs[:-1]:
-            self._climb({position: metrics[position] for position in alive}, rung)
-            figures = {position: self._figure(position, rung) for position in alive}
-            alive = promote(figures, rung.keep, always)
-        return alive
+        metrics = [draw.form for draw in draws]
+        *early, last = self.config.rungs
+        try:
+            fresh = _new(enumerate(draw.key for draw in draws), self.seen.forms)
+            self._measure(metrics, fresh, PROBE)
+            alive = self._promoted(self._first_of_their_masks(fresh), [])
+            for count, rung in enumerate(early, start=1):
+                self._measure(metrics, alive, rung)
+                alive = self._promoted(alive, early[:count])
+        except _OutOfTime:
+            return None
+        paid = alive[:affordable]
+        decided = len(draws) if paid == alive else paid[-1] + 1 if paid else 0
+        try:
+            self._measure(metrics, paid, last)
+        except _OutOfTime:
+            decided = next(position for position in paid if (position, last.name) not in self._known)
+        found = [self._record(position, draws[position], position in paid) for position in range(decided)]
+        return [found[position] for position in paid] if decided == len(draws) else None
 
-    def finish(self, metrics: Mapping[int, str]) -> None:
-        """Measures what was found worth it on all windows.
+    def _first_of_their_masks(self, positions: Sequence[int]) -> list[int]:
+        """Those of the probed whose masks are new ones."""
+        masks = [(position, mask) for position in positions if (mask := self._fingerprint(position)) is not None]
+        return _new(masks, self.seen.masks) if self.config.fingerprints else [position for position, _ in masks]
 
-        Raises:
-            OutOfTime: before all are measured.
-        """
-        self._climb(metrics, self._rungs[-1])
+    def _promoted(self, positions: Sequence[int], climbed: Sequence[Rung]) -> list[int]:
+        """Those that go on after the probe and these rungs; start metrics do, whatever they are measured at."""
+        means = {position: mean_at(self._known, position, climbed, self.config.objective) for position in positions}
+        if not climbed and all(math.isnan(mean) for mean in means.values()):
+            return list(positions)  # without Gram matrices there is nothing to go by
+        always = frozenset(one for one in positions if self.generation == 0 and one < len(self.config.start))
+        return promote(means, (climbed[-1] if climbed else PROBE).keep, always)
 
-    def measurement(self, position: int, rung: str) -> Measurement | None:
-        """What a rung gave for a candidate; None when it was not measured there."""
-        return self._known.get((position, rung))
+    def _measure(self, metrics: Sequence[Metric], positions: Sequence[int], rung: Rung) -> None:
+        """Stores what is missing on a rung; of several metrics that are lost with their worker, again one by one."""
+        missing = [position for position in positions if (position, rung.name) not in self._known]
+        batches = [missing[start : start + rung.together] for start in range(0, len(missing), rung.together)]
+        while batches:
+            lost: list[int] = []
+            tasks = [rung.task([metrics[position] for position in batch]) for batch in batches]
+            # closing: workers still busy when time is out are given up
+            with closing(cast(Generator[Outcome], self.executor.map_ordered(tasks))) as outcomes:
+                for number, (batch, outcome) in enumerate(zip(batches, outcomes, strict=True), start=1):
+                    if outcome.error is not None and len(batch) > 1:
+                        lost += batch
+                    else:
+                        self._store(rung.name, batch, outcome)
+                    if number < len(tasks) and self.out_of_time():
+                        raise _OutOfTime
+            batches = [[position] for position in lost]
 
-    def figures(self, position: int, kind: str) -> dict[str, float]:
-        """Figures by target over all windows, "loss" for the excess log-loss or "kl"; the last rung was climbed."""
-        parts = [(step, self._known[position, step.name]) for step in self._rungs]
-        return cumulative([(step.last - step.first, measured.value[kind]) for step, measured in parts])
-
-    def _figure(self, position: int, rung: Rung) -> float:
-        """Mean over targets up to a rung; infinite where the candidate failed there."""
-        climbed = self._rungs[: self._rungs.index(rung) + 1]
-        parts = [(step.last - step.first, self._known[position, step.name].value) for step in climbed]
-        if parts[-1][1] is None:
-            return math.inf
-        return mean_excess(cumulative([(windows, value[self._objective]) for windows, value in parts]))
-
-    def _climb(self, metrics: Mapping[int, str], rung: Rung) -> None:
-        missing = [position for position in metrics if (position, rung.name) not in self._known]
-        tasks = [
-            {"kind": "excess", "metric": metrics[position], "first": rung.first, "last": rung.last}
-            for position in missing
+    def _store(self, rung: str, batch: Sequence[int], outcome: Outcome) -> None:
+        answers = outcome.value if isinstance(outcome.value, list) else [outcome.value]
+        told = [_to_json(answer) if outcome.error is None else (None, outcome.error) for answer in answers]
+        seconds = outcome.seconds / len(batch)
+        rows = [
+            Measurement(self.generation, position, rung, value, error, seconds, outcome.process, outcome.attempt)
+            for position, (value, error) in zip(batch, told, strict=True)
         ]
-        for position, outcome in zip(missing, self._outcomes(tasks), strict=True):
-            value, error = outcome.value, outcome.error
-            figures = [item for kind in value.values() for item in kind.items()] if value else []
-            collapsed = dict.fromkeys(target for target, figure in figures if not math.isfinite(figure))
-            if collapsed:
-                value, error = None, f"loss or divergence is not finite at {', '.join(collapsed)}"
-            self._take(
-                [
-                    Measurement(
-                        self._generation,
-                        position,
-                        rung.name,
-                        value,
-                        error,
-                        outcome.seconds,
-                        outcome.process,
-                        outcome.attempt,
-                    )
-                ]
-            )
-
-    def _outcomes(self, tasks: Sequence[Any]) -> Iterator[Outcome]:
-        # closing: workers still busy when time is out are given up
-        with closing(cast(Generator[Outcome], self._executor.map_ordered(tasks))) as outcomes:
-            for number, outcome in enumerate(outcomes, start=1):
-                yield outcome
-                if number < len(tasks) and self._out_of_time():
-                    raise OutOfTime
-
-    def _take(self, measurements: Iterable[Measurement]) -> None:
-        rows = list(measurements)
-        self._ledger.measure(rows)
+        self.ledger.measure(rows)
         self._known |= {(row.position, row.rung): row for row in rows}
 
+    def _fingerprint(self, position: int) -> str | None:
+        """Of the masks; None where there are none, or the draw was not probed."""
+        probed = self._known.get((position, PROBE.name))
+        return None if probed is None or probed.error else str(probed.value["fingerprint"])
 
-def promote(figures: Mapping[int, float], keep: float, always: frozenset[int] = frozenset()) -> list[int]:
-    """Positions that go on, ascending: the lowest `keep` share of the figures, at least one, and those of `always`.
+    def _record(self, position: int, draw: Draw, is_paid: bool) -> int | None:
+        """Writes one candidate, with its evaluation where it is paid for; returns the evaluation it amounts to."""
+        candidate, evaluation = self._fate(position, draw, is_paid)
+        recorded = replace(candidate, evaluation=self.ledger.record(candidate, evaluation))
+        self.seen.remember(recorded)
+        return recorded.evaluation
 
-    A figure that is not finite never goes on; of equal ones the earlier position does.
-    """
-    finite = sorted((figure, position) for position, figure in figures.items() if math.isfinite(figure))
-    better = {position for _, position in finite[: math.ceil(keep * len(figures))]}
-    return sorted(better | {position for _, position in finite if position in always})
+    def _fate(self, position: int, draw: Draw, is_paid: bool) -> tuple[Candidate, Evaluation | None]:
+        """What became of a candidate: a duplicate, failed or screened out on some rung, or evaluated."""
+        probed, fingerprint = self._known.get((position, PROBE.name)), self._fingerprint(position)
+        candidate = Candidate(
+            self.generation, position, draw.metric.name, draw.spelled(draw.canonical), "failed",
+            opposites=draw.spelled(draw.opposites), ranked=draw.key, fingerprint=fingerprint,
+        )  # fmt: skip
+        if probed is not None and probed.error:
+            return replace(candidate, reason=probed.error), None
+        if is_paid:
+            evaluation = self._evaluation(position, draw)
+            candidate = replace(candidate, reason=evaluation.reason)
+            return replace(candidate, status="evaluated") if evaluation.status == "done" else candidate, evaluation
+        if probed is None or fingerprint in self.seen.masks:
+            known = self.seen.forms[draw.key] if probed is None else self.seen.masks[str(fingerprint)]
+            if known is None:
+                return replace(candidate, reason="equal to a formula that failed or was screened out"), None
+            return replace(candidate, status="duplicate", evaluation=known), None
+        reached = [rung.name for rung in self.config.rungs if (position, rung.name) in self._known]
+        error = self._known[position, reached[-1]].error if reached else None
+        if error:
+            return replace(candidate, reason=error), None
+        return replace(candidate, status="screened", reason=f"screened out after {(PROBE.name, *reached)[-1]}"), None
 
-
-def cumulative(parts: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
-    """Excess by target over all windows read so far, from (windows, excess) of each rung climbed."""
-    total = sum(windows for windows, _ in parts)
-    return {target: sum(windows * part[target] for windows, part in parts) / total for target in parts[0][1]}
-
-
-def describe_ladder(measurements: Sequence[Measurement], rungs: Sequence[Rung], objective: str) -> list[dict[str, Any]]:
-    """What each rung saw and was worth: candidates measured, and rank correlation with the last rung.
-
-    Args:
-        measurements: of the ledger.
-        rungs, objective: those of the campaign.
-
-    Returns:
-        One row per rung with `rung`, `measured` and `spearman` against the figure on all windows over the `compared`
-        candidates that reached it, None below three of them. Screening sends up the better part only,
-        which makes the correlation lower than it is over all candidates.
-    """
-    found: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
-    parts: dict[tuple[int, int], list[tuple[int, Mapping[str, float]]]] = defaultdict(list)
-    measured: dict[str, int] = defaultdict(int)
-    windows = {rung.name: rung.last - rung.first for rung in rungs}
-    for name in (PROBE, *windows):
-        for row in measurements:
-            if row.rung != name or row.error is not None:
-                continue
-            place = row.generation, row.position
-            if name == PROBE:
-                errors = row.value["reconstruction"]
-                figure = mean_excess(errors) if errors else math.nan
-            else:
-                parts[place].append((windows[name], row.value[objective]))
-                figure = mean_excess(cumulative(parts[place]))
-            measured[name] += 1
-            if math.isfinite(figure):
-                found[name][place] = figure
-    last = found[rungs[-1].name]
-    return [
-        {
-            "rung": name,
-            "measured": measured[name],
-            "compared": len(both),
-            "spearman": _spearman([found[name][place] for place in both], [last[place] for place in both]),
-        }
-        for name in (PROBE, *windows)
-        for both in [sorted(found[name].keys() & last.keys())]
-    ]
+    def _evaluation(self, position: int, draw: Draw) -> Evaluation:
+        probed = self._known[position, PROBE.name]
+        climbed = [self._known[position, rung.name] for rung in self.config.rungs]
+        last, done = climbed[-1], climbed[-1].error is None
+        return Evaluation(
+            draw.form.name, draw.spelled(draw.canonical), self.generation, "done" if done else "failed",
+            fingerprint=probed.value["fingerprint"] if self.config.fingerprints else None,
+            sketch=probed.value["sketch"], reason=last.error,
+            figures=figures_at(self._known, position, self.config.rungs) if done else {},
+            nodes=len(draw.form.expression), operands=",".join(draw.form.expression.operands),
+            seconds_score=probed.duration, seconds_loss=sum(measured.duration for measured in climbed),
+            process=last.process, attempt=last.attempt,
+        )  # fmt: skip
 
 
-def _spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    if len(first) < 3 or len(set(first)) < 2 or len(set(second)) < 2:
-        return None
-    return float(spearmanr(first, second).statistic)
+def _new(keyed: Iterable[tuple[int, str]], seen: Collection[str]) -> list[int]:
+    """Positions whose key neither was seen nor belongs to one before."""
+    first: dict[str, int] = {}
+    for position, key in keyed:
+        first.setdefault(key, position)
+    return [position for key, position in first.items() if key not in seen]
+
+
+def _to_json(answer: MaskFingerprint | NoMasks | Figures) -> tuple[Any, str | None]:
+    """What a worker says of one metric, as a value of JSON or an error."""
+    if isinstance(answer, NoMasks):
+        return None, answer.error
+    if isinstance(answer, MaskFingerprint):
+        return asdict(answer), None
+    figures = [item for by_target in answer.values() for item in by_target.items()]
+    collapsed = dict.fromkeys(target for target, figure in figures if not math.isfinite(figure))
+    return (None, f"loss or divergence is not finite at {', '.join(collapsed)}") if collapsed else (answer, None)

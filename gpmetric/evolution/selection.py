@@ -6,16 +6,15 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import islice
 from typing import Any
 
 from deap import base, tools
 
-from gpmetric.evolution.objectives import fitness_values, mean_excess, surcharge
+from gpmetric.evolution.fitness import fitness_values, hinge_penalty, mean_excess
 from gpmetric.expression import Expression
+from gpmetric.metrics import Metric
 from gpmetric.pareto import pareto_front
-from gpmetric.pruning.metrics import Metric, resolve_metric
 
 __all__ = ["ALIKE", "Individual", "by_merit", "few_alike", "pareto_individuals", "select_survivors", "tournament"]
 
@@ -29,13 +28,14 @@ class Individual:
     """A metric with what was found on the search windows, by target.
 
     Attributes:
-        text: the formula, after the name of its comparison group unless that is the row.
-        searched: the objective candidates are compared by: divergence from the dense model, or excess.
+        metric: formula and comparison group; its name is their text.
+        searched: the objective that candidates are compared by.
         excess: log-loss above the dense model's, ln(ppl / dense ppl).
-        searched_bar, bar: the lowest of either of a rival at each target, which the winner is to be below everywhere.
+        searched_bar, bar: the lowest of either among the rivals at each target, which the winner is to be below
+            everywhere.
     """
 
-    text: str
+    metric: Metric
     searched: dict[str, float]
     excess: dict[str, float]
     searched_bar: Mapping[str, float] = field(default_factory=dict)
@@ -43,14 +43,14 @@ class Individual:
     fitness: Any = field(init=False, compare=False, repr=False)  # DEAP reads it
 
     def __post_init__(self) -> None:
-        values = fitness_values(self.expression, self.searched, list(self.searched))
+        values = fitness_values(self.expression, self.searched)
         kind = type("Minimised", (base.Fitness,), {"weights": (-1.0,) * len(values)})
         object.__setattr__(self, "fitness", kind(values))
 
-    @cached_property
-    def metric(self) -> Metric:
-        """Formula and comparison group."""
-        return resolve_metric(self.text)
+    @property
+    def text(self) -> str:
+        """The formula, after the name of its comparison group unless that is the row."""
+        return self.metric.name
 
     @property
     def expression(self) -> Expression:
@@ -64,12 +64,12 @@ class Individual:
 
     @property
     def mean(self) -> float:
-        """Mean over the targets of what is searched, in nats per token."""
+        """Mean over the targets of the objective, in nats per token."""
         return mean_excess(self.searched)
 
     @property
     def merit(self) -> float:
-        """What is bred for, to be small: the mean, and a surcharge of all that is not clearly below the bars.
+        """Selection criterion, lower is better: the mean, plus a penalty per target not 2 % below the best baseline.
 
         The loss has a bar: on llama-05m, two winners by divergence alone stayed above the best baseline's loss at
         sparsity 0.5, which their loss on the search windows had said. Inside the solver the divergence has one, too:
@@ -77,7 +77,8 @@ class Individual:
         as their divergence, 0.9 % below, had let expect. Without an update it did not pay: on the demo, the winner of
         150 evaluations was 4.4 % below the best baseline with both bars, 5.5 % with that of the loss.
         """
-        return self.mean + surcharge(self.searched, self.searched_bar) + surcharge(self.excess, self.bar)
+        penalties = hinge_penalty(self.searched, self.searched_bar), hinge_penalty(self.excess, self.bar)
+        return self.mean + penalties[0] + penalties[1]
 
 
 def select_survivors(individuals: Sequence[Individual], count: int) -> list[Individual]:

@@ -10,6 +10,8 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from typing import Any
 
 from deap import gp
 
@@ -19,10 +21,12 @@ from gpmetric.evolution.refinement import factors
 from gpmetric.expression import PRIMITIVES, Expression
 from gpmetric.expression.rank import factorised, product
 from gpmetric.expression.sign import nonnegative
-from gpmetric.expression.tree import Tokens
+from gpmetric.expression.tree import Token, Tokens, fold
 from gpmetric.operands import OPERANDS
 
 __all__ = ["Constant", "InVector", "Matrix", "OutVector", "Variation"]
+
+_Nodes = Any  # a PrimitiveTree, or a list of primitives in prefix order: DEAP has no types
 
 _ADDED = 3  # factors that a child may have beyond its parent's
 _LEAST_POWER = 0.02  # a factor below it is left out
@@ -54,11 +58,9 @@ class Constant(InVector, OutVector):
 
 _TYPES: dict[str, type] = {"out,in": Matrix, "in": InVector}
 
-# (result, arguments) of each DEAP primitive a row of PRIMITIVES stands for; the narrowest that fits is taken
-_Signature = tuple[type, tuple[type, ...]]
 
-
-def _signatures(name: str) -> list[_Signature]:
+def _signatures(name: str) -> list[tuple[type, tuple[type, ...]]]:
+    """(result, arguments) of each DEAP primitive a row of PRIMITIVES stands for; the narrowest that fits is taken."""
     row = PRIMITIVES[name]
     if row.reduces == "in":
         return [(OutVector, (Matrix,))]
@@ -85,10 +87,8 @@ class Variation:
 
     Args:
         operands: names from OPERANDS; W must be among them.
-        primitives: names from PRIMITIVES.
         max_nodes: larger offspring are discarded.
         rng: the campaign's generator; DEAP draws from it too.
-        forbidden: (outer, inner) primitives that are not nested.
     """
 
     def __init__(
@@ -108,7 +108,9 @@ class Variation:
             self._set.addTerminal(name, _TYPES[OPERANDS[name].axes], name=name)
         self._set.addEphemeralConstant("constant", _draw_constant, Constant)
         for name in primitives:
-            self._add(name)
+            for number, (result, arguments) in enumerate(_signatures(name)):
+                self._set.addPrimitive(_no_code, list(arguments), result, name=f"{name}/{number}")
+                self._variants.setdefault(name, []).append(self._set.mapping[f"{name}/{number}"])
         self._simplest = [base for base in factors(OPERANDS) if self._knows(Expression(base))]
 
     def random_expression(self) -> Expression:
@@ -129,11 +131,10 @@ class Variation:
 
         A formula that has no other sensible child within reach is its own.
         """
-        return (
-            self._until_usable(lambda: self._child(*map(self._tree, (first, second, *others))), unlike=first) or first
-        )
+        parents = (first, second, *others)
+        return self._until_usable(lambda: self._child(*map(self._tree, parents)), unlike=first) or first
 
-    def _child(self, *parents: gp.PrimitiveTree) -> list[gp.Primitive]:
+    def _child(self, *parents: gp.PrimitiveTree) -> _Nodes:
         """One operator drawn by its share; a joined pair, a product of two metrics say, is a crossover at the roots.
 
         On llama-05m, after 480 s at one seed, the best mean divergence was 0.519 where half of the children vary
@@ -159,11 +160,11 @@ class Variation:
             return gp.mutShrink(first)[0]
         return self._perturb(first)
 
-    def _join(self, first: gp.PrimitiveTree, second: gp.PrimitiveTree) -> list[gp.Primitive]:
+    def _join(self, first: gp.PrimitiveTree, second: gp.PrimitiveTree) -> _Nodes:
         binary = [nodes[-1] for nodes in self._variants.values() if nodes[-1].args == [Matrix, Matrix]]
         return [random.choice(binary), *first, *second] if binary else first
 
-    def _blend(self, parents: Sequence[gp.PrimitiveTree]) -> list[gp.Primitive]:
+    def _blend(self, parents: Sequence[gp.PrimitiveTree]) -> _Nodes:
         """The parents' mean in the powers of their factors, moved by normal multiples of how each differs from it.
 
         Source: the rank-mu sampling of evolution strategies, Hansen and Ostermeier 2001, without a covariance matrix.
@@ -180,7 +181,7 @@ class Variation:
                 moved[base] += share * (point.get(base, 0.0) - mean[base])
         return self._of_powers(moved, parents[0])
 
-    def _reweigh(self, tree: gp.PrimitiveTree) -> list[gp.Primitive]:
+    def _reweigh(self, tree: gp.PrimitiveTree) -> _Nodes:
         """The powers of all factors, and of a few of the simplest there are, moved by a normal step."""
         if not nonnegative(_expression(tree).tokens):
             return tree
@@ -190,7 +191,7 @@ class Variation:
             powers.setdefault(base, 0.0)
         return self._of_powers({base: power + random.gauss(0, step) for base, power in powers.items()}, tree)
 
-    def _of_powers(self, powers: dict[Tokens, float], otherwise: gp.PrimitiveTree) -> list[gp.Primitive]:
+    def _of_powers(self, powers: dict[Tokens, float], otherwise: gp.PrimitiveTree) -> _Nodes:
         """The product, without its smallest powers where it would be too large."""
         ranked = sorted(powers.items(), key=lambda item: -abs(item[1]))
         kept = {base: _round(power) for base, power in ranked if abs(power) >= _LEAST_POWER}
@@ -201,7 +202,7 @@ class Variation:
             kept.popitem()
         return otherwise
 
-    def _grow(self, least: int, most: int, type_: type) -> list[gp.Primitive]:
+    def _grow(self, least: int, most: int, type_: type) -> _Nodes:
         """A tree of that type in prefix order, full or ragged by a coin's throw, of a depth in [least, most].
 
         DEAP's own generators raise IndexError where a type has no primitive, as constants have none.
@@ -222,24 +223,21 @@ class Variation:
                 pending.extend((level + 1, argument) for argument in reversed(node.args))
         return nodes
 
-    def _perturb(self, tree: gp.PrimitiveTree) -> gp.PrimitiveTree:
+    def _perturb(self, tree: gp.PrimitiveTree) -> _Nodes:
         """Scales one constant by a log-normal factor; a tree without one has a node replaced instead."""
         places = [index for index, node in enumerate(tree) if node.arity == 0 and isinstance(node.value, float)]
         if not places:
             return gp.mutNodeReplacement(tree, self._set)[0]
         place = random.choice(places)
-        tree[place] = self._constant(_round(tree[place].value * random.lognormvariate(0, 0.5)))
+        tree[place] = gp.Terminal(_round(tree[place].value * random.lognormvariate(0, 0.5)), False, Constant)
         return tree
 
-    def _until_usable(self, draw: Callable[[], list[gp.Primitive]], unlike: Expression | None) -> Expression | None:
+    def _until_usable(self, draw: Callable[[], _Nodes], unlike: Expression | None) -> Expression | None:
         with self._own_generator():
             for _ in range(_PATIENCE):
                 expression = _expression(draw())
-                if (
-                    expression != unlike
-                    and len(expression) <= self._max_nodes
-                    and is_sensible(expression, self._forbidden)
-                ):
+                fits = expression != unlike and len(expression) <= self._max_nodes
+                if fits and is_sensible(expression, self._forbidden):
                     return expression
         return None
 
@@ -254,34 +252,22 @@ class Variation:
             self._rng.setstate(random.getstate())
             random.setstate(outer)
 
-    def _add(self, name: str) -> None:
-        for number, (result, arguments) in enumerate(_signatures(name)):
-            self._set.addPrimitive(_no_code, list(arguments), result, name=f"{name}/{number}")
-            self._variants.setdefault(name, []).append(self._set.mapping[f"{name}/{number}"])
-
     def _knows(self, expression: Expression) -> bool:
         """Whether every operation and operand is in the set."""
         names = (token for token in expression.tokens if isinstance(token, str))
         return all(name in self._variants or name in self._set.mapping for name in names)
 
-    def _constant(self, value: float) -> gp.Terminal:
-        return gp.Terminal(value, False, Constant)
-
-    def _tree(self, expression: Expression) -> gp.PrimitiveTree:
+    def _tree(self, expression: Expression) -> _Nodes:
         """The same formula as a DEAP tree, every node with the narrowest signature that fits its arguments."""
-        nodes: list[gp.Primitive] = []  # in reverse prefix order
-        types: list[type] = []  # of the arguments not yet consumed, the first argument last
-        for token in reversed(expression.tokens):
+
+        def grow(token: Token, arguments: Sequence[list[Any]]) -> list[Any]:
             if isinstance(token, float):
-                node = self._constant(token)
-            elif token in OPERANDS:
-                node = self._set.mapping[token]
-            else:
-                arguments = [types.pop() for _ in range(PRIMITIVES[token].arity)]
-                node = self._fitting(token, arguments)
-            nodes.append(node)
-            types.append(node.ret)
-        return gp.PrimitiveTree(reversed(nodes))
+                return [gp.Terminal(token, False, Constant)]
+            if token in OPERANDS:
+                return [self._set.mapping[token]]
+            return [self._fitting(token, [nodes[0].ret for nodes in arguments]), *chain(*arguments)]
+
+        return gp.PrimitiveTree(fold(expression.tokens, grow))
 
     def _fitting(self, name: str, arguments: Sequence[type]) -> gp.Primitive:
         for node in self._variants.get(name, ()):

@@ -1,50 +1,129 @@
-"""Formulas as files: one writer per format, `FORMATS[name](expression, path, version, group)`."""
+"""Formulas as files: what every file says of one, each thing computed once, and a row of FORMATS for each kind of file.
+
+Neither torch nor sympy is imported before there is a file to write.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gpmetric.errors import InputError
+from gpmetric.errors import ExpressionError, InputError
 from gpmetric.export.latex import to_latex
-from gpmetric.export.python import write_python
-from gpmetric.export.text import COMPARISON, to_json, to_sympy_text
-from gpmetric.export.triton_file import write_triton
 from gpmetric.expression import Expression
-from gpmetric.provenance import write_text
+from gpmetric.files import write_text
+from gpmetric.lazy import lazy
+from gpmetric.operands import OPERANDS
+from gpmetric.targets import GRANULARITIES, Granularity, plain_granularities
 
-__all__ = ["FORMATS", "export_expression"]
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
-
-def _write_latex(expression: Expression, path: str | Path, version: str, group: str = "row") -> None:
-    """A comment with the plain formula, then displayed mathematics."""
-    made = f"% gpmetric {ascii(version)[1:-1]}: {expression}"
-    notes = "% Element by element over the weight, [out, in]; needs amsmath."
-    notes += f"\n% {COMPARISON[group]}" if group != "row" else ""
-    write_text(Path(path), f"{made}\n{notes}\n\\[\n  {to_latex(expression)}\n\\]\n")
+__all__ = ["FORMATS", "Format", "Formula", "export_expression"]
 
 
-def _write_sympy(expression: Expression, path: str | Path, version: str, group: str = "row") -> None:
-    """One line, the formula without guards; before it a comment where scores do not compete within rows."""
-    notes = f"# {COMPARISON[group]}\n" if group != "row" else ""
-    write_text(Path(path), f"{notes}{to_sympy_text(expression)}\n")
+@dataclass(frozen=True)
+class Formula:
+    """A formula to export.
+
+    Attributes:
+        expression: its structure as written.
+        version: of gpmetric, for the file to bear.
+        group: where scores compete, a key of GRANULARITIES that a target written as a number can have.
+    """
+
+    expression: Expression
+    version: str
+    group: str = "row"
+
+    @cached_property
+    def canonical(self) -> str:
+        """The canonical form as text."""
+        from gpmetric.expression.canonical import canonical
+
+        return str(canonical(self.expression))
+
+    @cached_property
+    def sympy(self) -> str:
+        """One line that sympy prints for the formula without guards; reductions are undefined functions.
+
+        Raises:
+            ExpressionError: powers so large that sympy would not end.
+        """
+        from gpmetric.expression.canonical import to_sympy
+
+        return str(to_sympy(self.expression))
+
+    @property
+    def granularity(self) -> Granularity:
+        """How a weight is cut into groups within which scores compete."""
+        return GRANULARITIES[self.group]
+
+    @property
+    def comparison(self) -> str:
+        """Where scores compete, as a sentence; "" for rows, which is what is meant where nothing is said."""
+        row = self.granularity
+        if not row.columns:
+            return "Scores compete within the whole matrix." if row.across_rows else ""
+        rows = "over all rows" if row.across_rows else "row by row"
+        return f"Scores compete within each {row.columns} consecutive columns, {rows}."
+
+    def record(self) -> dict[str, Any]:
+        """Plain JSON values; `sympy` is None where the formula has no sympy form."""
+        try:
+            sympy: str | None = self.sympy
+        except ExpressionError:
+            sympy = None
+        return {
+            "formula": str(self.expression),
+            "group": self.group,
+            "canonical": self.canonical,
+            "latex": to_latex(self.expression),
+            "sympy": sympy,
+            "operands": list(self.expression.operands),
+            "nodes": len(self.expression),
+            "depth": self.expression.depth,
+            "tokens": list(self.expression.tokens),
+        }
+
+    def fill(self, template: str, **values: Any) -> str:
+        """A file of `templates/`, filled with these values and with what every file says of the formula."""
+        rows = [OPERANDS[name] for name in self.expression.operands]
+        group = self.granularity
+        where = f"every {group.columns} columns" if group.columns else ""
+        where = where or ("the matrix" if group.across_rows else "every row")
+        said = {
+            "formula": _quoted(str(self.expression)),
+            "version": _quoted(self.version),
+            "digest": hashlib.sha256(self.canonical.encode()).hexdigest(),
+            "operands": [f"{row.name} [{row.axes.replace(',', ', ')}]: {_quoted(row.meaning)}" for row in rows],
+            "comparison": self.comparison,
+            "arguments": "".join(f", {row.name}={row.name}" for row in rows if row.name != "W"),
+            "place": f"{where} of every row" if group.columns and not group.across_rows else where,
+            "columns": group.columns,
+            "across_rows": group.across_rows,
+        }
+        return _templates().get_template(template).render(said | values)
 
 
-def _write_json(expression: Expression, path: str | Path, version: str, group: str = "row") -> None:
-    """The record of `to_json` with the version."""
-    record = {"version": version, **to_json(expression, group)}
-    write_text(Path(path), json.dumps(record, indent=2, allow_nan=False) + "\n")
+@dataclass(frozen=True)
+class Format:
+    """A kind of file.
 
+    Attributes:
+        text: the content of a formula's file.
+        ready: refuses a path before anything is written.
+        check: refuses a file that is written, but not yet in its place.
+    """
 
-FORMATS: dict[str, Callable[[Expression, str | Path, str, str], None]] = {
-    "python": write_python,
-    "triton": write_triton,
-    "latex": _write_latex,
-    "sympy": _write_sympy,
-    "json": _write_json,
-}
+    text: Callable[[Formula], str]
+    ready: Callable[[Path], None] | None = None
+    check: Callable[[Formula, Path], None] | None = None
 
 
 def export_expression(
@@ -52,13 +131,70 @@ def export_expression(
 ) -> dict[str, Any]:
     """Writes the formula in one of `FORMATS` and returns its record with the format and the place.
 
-    `group` is where scores compete: row, layer or block.
+    `group` is where scores compete, by the name of a granularity.
 
     Raises:
-        InputError: an unknown format.
-        GpmetricError: the place cannot be written.
+        InputError: an unknown format or group.
+        GpmetricError: the place cannot be written, or the written file fails its check; nothing is then left there.
     """
     if format not in FORMATS:
         raise InputError(f"format must be one of {' '.join(FORMATS)}, but got {ascii(format)[:60]}")
-    FORMATS[format](expression, output, version, group)
-    return {"format": format, "output": str(output), **to_json(expression, group)}
+    if group not in plain_granularities():
+        raise InputError(f"group must be one of {' '.join(plain_granularities())}, but got {ascii(group)[:60]}")
+    row, formula, path = FORMATS[format], Formula(expression, version, group), Path(output)
+    if row.ready:
+        row.ready(path)
+    check = row.check
+    write_text(path, row.text(formula), (lambda written: check(formula, written)) if check else None)
+    return {"format": format, "output": str(output), **formula.record()}
+
+
+def _latex_text(formula: Formula) -> str:
+    """A comment with the plain formula, then displayed mathematics."""
+    made = f"% gpmetric {ascii(formula.version)[1:-1]}: {formula.expression}"
+    notes = "% Element by element over the weight, [out, in]; needs amsmath."
+    notes += f"\n% {formula.comparison}" if formula.comparison else ""
+    return f"{made}\n{notes}\n\\[\n  {to_latex(formula.expression)}\n\\]\n"
+
+
+def _sympy_text(formula: Formula) -> str:
+    """One line, the formula without guards; before it a comment where scores do not compete within rows."""
+    notes = f"# {formula.comparison}\n" if formula.comparison else ""
+    return f"{notes}{formula.sympy}\n"
+
+
+def _json_text(formula: Formula) -> str:
+    """The record with the version."""
+    return json.dumps({"version": formula.version, **formula.record()}, indent=2, allow_nan=False) + "\n"
+
+
+@cache
+def _templates() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("gpmetric.export"),
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def _quoted(text: str) -> str:
+    """ASCII that neither ends nor escapes out of a docstring."""
+    return text.encode("unicode_escape").decode("ascii").replace("\\", "\\\\").replace('"', "'")
+
+
+FORMATS: dict[str, Format] = {
+    "python": Format(lazy("gpmetric.export.python:python_text"), check=lazy("gpmetric.export.python:check_python")),
+    "triton": Format(
+        lazy("gpmetric.export.triton:triton_text"),
+        lazy("gpmetric.export.triton:ready_for_triton"),
+        lazy("gpmetric.export.triton:check_triton"),
+    ),
+    "latex": Format(_latex_text),
+    "sympy": Format(_sympy_text),
+    "json": Format(_json_text),
+}

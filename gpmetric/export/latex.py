@@ -6,63 +6,54 @@ by element, and a vector over the inputs is repeated for every row.
 
 from __future__ import annotations
 
-from gpmetric.expression.primitives import ATOM, PRIMITIVES
+from gpmetric.expression.primitives import ATOM, PRIMITIVES, Primitive
 from gpmetric.expression.sign import nonnegative
-from gpmetric.expression.tree import Expression, Token, Tokens, arity
+from gpmetric.expression.tree import Expression, Token, Tokens, fold, rooted
 from gpmetric.operands import OPERANDS
 
 __all__ = ["to_latex"]
 
-# Lowest precedence an argument may have without parentheses; 0 where the template encloses it itself.
-_NEEDS = {"add": (1, 2), "sub": (1, 2), "mul": (2, 3), "neg": (3,), "sqr": (ATOM,), "pow": (ATOM, 0)}
+_Written = tuple[str, int, Tokens]  # the text of a part, how tightly it binds, and the part
 
 
 def to_latex(expression: Expression) -> str:
     """The formula as LaTeX mathematics without delimiters; needs amsmath."""
-    stack: list[tuple[str, int, Tokens]] = []  # text, precedence, tokens
-    for token in reversed(expression.tokens):
-        arguments = [stack.pop() for _ in range(arity(token))]
-        text, precedence = _node(token, arguments)
-        stack.append((text, precedence, (token, *(inner for argument in arguments for inner in argument[2]))))
-    return stack[0][0]
+    return fold(expression.tokens, _written)[0]
 
 
-def _node(token: Token, arguments: list[tuple[str, int, Tokens]]) -> tuple[str, int]:
+def _written(token: Token, arguments: list[_Written]) -> _Written:
+    tokens = rooted(token, [part for _, _, part in arguments])
     if isinstance(token, float):
-        return _number(token)
+        return *_number(token), tokens
     if token in OPERANDS:
-        return OPERANDS[token].latex, ATOM
+        return OPERANDS[token].latex, ATOM, tokens
     row = PRIMITIVES[token]
-    if token == "pow":
-        return _power(arguments), 4
-    plain = all(nonnegative(tokens) for _, _, tokens in arguments)
-    template = row.latex_nonnegative if plain and row.latex_nonnegative else row.latex
-    if token == "mul" and any(isinstance(tokens[0], float) for _, _, tokens in arguments):
-        template = r"#1 \cdot #2"
-    needs = _NEEDS.get(token, (0,) * row.arity)
-    texts = [_enclosed(text, precedence, need) for (text, precedence, _), need in zip(arguments, needs, strict=True)]
-    if row.infix and token != "div" and texts[-1].startswith("-"):  # a - (-b), -(-b)
-        texts[-1] = _enclosed(texts[-1], 0, ATOM)
-    return _filled(template, texts), 4 if token == "sqr" else row.precedence
+    return _filled(row, arguments), row.latex.precedence or row.precedence, tokens
 
 
-def _power(arguments: list[tuple[str, int, Tokens]]) -> str:
-    """`pow` keeps the sign of its base for odd integers and takes the size otherwise."""
-    (base, precedence, tokens), (exponent, _, exponent_tokens) = arguments
-    odd = isinstance(exponent_tokens[0], float) and exponent_tokens[0] % 2 == 1
-    signed = odd or nonnegative(tokens)
-    base = _enclosed(base, precedence, ATOM) if signed else rf"\lvert {base}\rvert"
-    return rf"{{{base}}}^{{\odot {exponent}}}"
-
-
-def _filled(template: str, texts: list[str]) -> str:
-    for place, text in enumerate(texts, start=1):
-        template = template.replace(f"#{place}", text)
+def _filled(row: Primitive, arguments: list[_Written]) -> str:
+    """The row's template with the texts of the arguments, in parentheses where they bind too loosely."""
+    parts = [part for _, _, part in arguments]
+    if row.latex.guarded and _shows_guard(row, parts):
+        template, needs = row.latex.guarded, (0, 0)
+    else:
+        numeric = row.latex.scaled and any(isinstance(part[0], float) for part in parts)
+        template, needs = row.latex.scaled if numeric else row.latex.template, row.latex.needs
+    for place, (text, precedence, _) in enumerate(arguments):
+        needed = needs[place]
+        leads = needed and place == row.arity - 1 and text.startswith("-")  # a - (-b), -(-b)
+        enclosed = precedence < needed or leads
+        template = template.replace(f"#{place + 1}", rf"\left({text}\right)" if enclosed else text)
     return template
 
 
-def _enclosed(text: str, precedence: int, needed: int) -> str:
-    return text if precedence >= needed else rf"\left({text}\right)"
+def _shows_guard(row: Primitive, parts: list[Tokens]) -> bool:
+    """Whether an argument may be negative where its size is taken; a power by an odd number keeps the sign."""
+    exponent = parts[-1][0]
+    return not (
+        all(nonnegative(part) for part in parts[:1])
+        or (row.sign == "power" and isinstance(exponent, float) and exponent % 2 == 1)
+    )
 
 
 def _number(value: float) -> tuple[str, int]:

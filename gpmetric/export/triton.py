@@ -1,199 +1,143 @@
-"""Formulas as Triton functions: their score, and what has to be summed up before that.
+"""A formula as one Python file that needs torch and Triton only and defines `prune` and `prune_nm`.
 
-The text is written as a module into a cache folder and imported from there; text is never executed as text. The
-launchers of `gpmetric.kernels` take the functions it holds.
+The kernels are copied from `gpmetric.kernels`, as much of them as the formula needs. The written file holds the score
+in plain torch too, and compares the two when it is run: it is run once before it takes its place.
 """
 
 from __future__ import annotations
 
-import atexit
-import hashlib
+import ast
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from functools import cache
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
-from gpmetric.errors import GpmetricError
-from gpmetric.export.loading import load_module
-from gpmetric.expression.primitives import PRIMITIVES
-from gpmetric.expression.tree import Expression, Tokens, arity, subtree_end
+import torch
+
+from gpmetric.codegen.functions import operands_with, prune_parameters, torch_functions, triton_functions
+from gpmetric.errors import GpmetricError, InputError
+from gpmetric.export import Formula
 from gpmetric.operands import OPERANDS
-from gpmetric.provenance import write_text
 
-__all__ = ["load_functions", "triton_functions"]
+__all__ = ["check_triton", "ready_for_triton", "triton_text"]
 
-# reduction -> the field of Operands that has its results, and how many
-_REDUCTIONS = {
-    "rowsum": ("rows", 1),
-    "rownorm": ("rows", 1),
-    "colsum": ("columns", 1),
-    "colnorm": ("columns", 1),
-    "mms": ("numbers", 2),
-    "zsn": ("numbers", 5),
-}
-_SQUARED = ("rownorm", "colnorm")
-_SCALINGS = ("mms", "zsn")  # what they are of is computed again in the score; of the others the result is enough
-# field of Operands -> the function that reads it
-_READERS = {"matrices": "from_matrix", "columns": "from_column", "rows": "from_row", "numbers": "from_number"}
-_SIGNATURE = "(w, matrices, columns, rows, numbers, place, which)"
-
-_IMPORTS = '''"""Triton functions of pruning metrics, written by gpmetric."""
-
-import triton
-import triton.language as tl
-
-from gpmetric.kernels.launch import Layout, from_column, from_matrix, from_number, from_row
-from gpmetric.kernels.ops import *
+_FILES = ("launch", "ops", "reduce", "rows", "pattern", "layer")
+_SECONDS = 600  # that the check of a written file may take
 
 
-'''
+def triton_text(formula: Formula) -> str:
+    """Text of the module, ASCII."""
+    functions = triton_functions([formula.expression])
+    group = formula.granularity
+    parts = f"t.split({group.columns}, dim=1)"  # what competes in a tensor t, as [groups, size] each
+    if group.across_rows:
+        cut = f"[part.reshape(1, -1) for part in {parts}]" if group.columns else "[t.reshape(1, -1)]"
+    else:
+        cut = f"list({parts})" if group.columns else "[t]"
+    launchers = formula.fill(
+        "triton_prune.jinja",
+        kernel="prune_layer" if group.across_rows else "prune_rows",
+        size="numel()" if group.across_rows else "shape[1]",
+        groups=cut,
+        gather="prepare" if "def part(" in functions else "gathered",
+        prune_parameters=prune_parameters("sparsity: float"),
+        prune_nm_parameters=prune_parameters("n: int", "m: int"),
+        named="{" + ", ".join(f'"{name}": {name}' for name in OPERANDS if name != "W") + "}",
+        matrices=operands_with("out,in"),
+        vectors=operands_with("in"),
+        plain_score=torch_functions(formula.expression, "plain_score").strip("\n") + "\n",
+    )
+    functions += "\n\n" + launchers
+    imports, definitions = _needed(functions)
+    return formula.fill("triton.jinja", imports=imports, definitions=definitions, functions=functions)
 
 
-def triton_functions(expressions: Sequence[Expression]) -> str:
-    """Python text of `score`, of the `part` that reductions go over, if any, and of `LAYOUT`, a `launch.Layout`.
-
-    Several formulas are one score, which computes the one that it is asked for: they share a kernel's compilation.
-    """
-    return _Writer(expressions).text
-
-
-def load_functions(expressions: Sequence[Expression], folder: Path | None = None) -> ModuleType:
-    """The module of `triton_functions`, imported from a file named after its content.
-
-    Args:
-        expressions: the formulas.
-        folder: where modules are kept; gpmetric's folder of the user's cache by default, or where that cannot be
-            written a temporary one.
+def ready_for_triton(output: Path) -> None:
+    """Refuses what could not be written or checked.
 
     Raises:
-        ImportError: Triton is not installed.
-        GpmetricError: the folder cannot be written.
+        InputError: Python would take a file of that name for a module that it imports.
+        GpmetricError: Triton is not installed.
     """
-    text = _IMPORTS + triton_functions(expressions)
-    name = f"metric_{hashlib.sha256(text.encode()).hexdigest()[:32]}.py"
-    if folder is not None:
-        return load_module(_kept(folder / name, text))
+    if output.stem in ("torch", "triton"):
+        raise InputError(f"a file called {output.name!r} hides the module {output.stem} that it needs")
+    if find_spec("triton") is None:
+        raise GpmetricError("the format triton needs Triton, which checks the written file; it is for Linux")
+
+
+def check_triton(formula: Formula, written: Path) -> None:
+    """Runs the comparison that a written file holds: on a CUDA device if there is one, else in Triton's interpreter.
+
+    Raises:
+        GpmetricError: its masks differ from plain torch's.
+    """
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-P", "-W", "ignore", str(written)]
     try:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return load_module(_kept(root / "gpmetric" / "kernels" / name, text))
-    except (GpmetricError, RuntimeError):  # RuntimeError: there is no home
-        return load_module(_kept(_temporary_folder() / name, text))
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise GpmetricError(f"the exported file was not checked within {_SECONDS} s; nothing written") from error
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise GpmetricError(f"the check of the exported file failed; nothing written: {last[:200]}")
 
 
-def _kept(path: Path, text: str) -> Path:
-    """The file, written unless it holds that text already."""
-    try:
-        written = path.read_bytes()
-    except OSError:
-        written = b""
-    if written != text.encode():
-        with suppress(OSError):  # told by the next line, with the path
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-    return path
+def _needed(text: str) -> tuple[str, str]:
+    """Import lines and definitions of the kernel files, that a text uses directly or by what it uses."""
+    found: dict[str, str] = {}  # a name -> its definition
+    uses: dict[str, set[str]] = {}  # a name -> the names in its definition
+    imports = {"Callable": ("collections.abc", "Callable")}  # a name -> module, and what is imported from it
+    for file in _FILES:
+        spec = find_spec(f"gpmetric.kernels.{file}")
+        assert spec is not None
+        assert spec.origin is not None
+        source = Path(spec.origin).read_text(encoding="utf-8")
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.Import):
+                imports |= {alias.asname or alias.name: (ast.unparse(alias), "") for alias in node.names}
+            if isinstance(node, ast.ImportFrom) and not str(node.module).startswith(("gpmetric", "__future__")):
+                imports |= {alias.name: (str(node.module), alias.name) for alias in node.names}
+            for defined in _defined(node):
+                found[defined], uses[defined] = _lines(source, node), _names(node)
+    wanted = _names(ast.parse(text))
+    while more := {used for name in wanted & uses.keys() for used in uses[name]} - wanted:
+        wanted |= more
+    chosen = dict.fromkeys(found[name] for name in found if name in wanted)
+    return _import_lines([imports[name] for name in imports if name in wanted]), "".join(chosen)
 
 
-@cache
-def _temporary_folder() -> Path:
-    folder = tempfile.TemporaryDirectory(prefix="gpmetric-")
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
-
-
-class _Writer:
-    """Writes the functions of some formulas; inner reductions before what contains them."""
-
-    def __init__(self, expressions: Sequence[Expression]) -> None:
-        names = [name for name in OPERANDS if any(name in expression.operands for expression in expressions)]
-        matrices = [name for name in names if OPERANDS[name].axes == "out,in" and name != "W"]
-        columns = [name for name in names if OPERANDS[name].axes == "in"]
-        self._names = {"W": "w"} | {
-            name: _read(field, index)
-            for field, found in (("matrices", matrices), ("columns", columns))
-            for index, name in enumerate(found)
+def _import_lines(imported: Iterable[tuple[str, str]]) -> str:
+    """Sorted as ruff has them: the standard library, then torch and Triton."""
+    blocks = []
+    for standard in (True, False):
+        ours = [pair for pair in imported if (pair[0].split(".")[0] in sys.stdlib_module_names) == standard]
+        plain = sorted(f"import {module}\n" for module, name in ours if not name)
+        modules = sorted({module for module, name in ours if name})
+        names = {
+            module: ", ".join(sorted(name for found, name in ours if found == module and name)) for module in modules
         }
-        used = {"columns": len(columns), "rows": 0, "numbers": 0}
-        self._reduced: dict[Tokens, list[str]] = {}  # a reduction with what it is of -> where its results are
-        found: dict[Tokens, tuple[int, str, int]] = {}  # the same -> its step
-        parts: list[list[str]] = []
-        steps = []
-        for expression in expressions:
-            needed = list(_reductions(expression.tokens))
-            for subtree in needed:
-                if subtree not in found:
-                    name = str(subtree[0])
-                    field, count = _REDUCTIONS[name]
-                    found[subtree] = (len(parts), name, used[field])
-                    parts.append(self._body(subtree[1:], squared=name in _SQUARED))
-                    self._reduced[subtree] = [_read(field, used[field] + index) for index in range(count)]
-                    used[field] += count
-            steps.append(tuple(found[subtree] for subtree in needed))
-        layout = f"{tuple(matrices)}, {tuple(columns)}"
-        if parts:
-            layout += f", {used['rows']}, {used['columns'] - len(columns)}, {used['numbers']}, part, {tuple(steps)}"
-        functions = [_function("score", [self._body(expression.tokens) for expression in expressions])]
-        functions += [_function("part", parts)] if parts else []
-        self.text = "\n\n".join([*functions, f"LAYOUT = Layout({layout})\n"]).replace("'", '"')
-
-    def _body(self, tokens: Tokens, squared: bool = False) -> list[str]:
-        """Lines that return a subtree, every shared sub-expression computed once."""
-        lines: dict[str, str] = {}  # right side -> variable
-
-        def variable(text: str) -> str:
-            return lines.setdefault(text, f"v{len(lines)}")
-
-        stack: list[str] = []
-        skipped: set[int] = set()  # tokens inside a reduction whose results are vectors
-        for start in range(len(tokens)):
-            if tokens[start] in _REDUCTIONS and tokens[start] not in _SCALINGS:
-                skipped.update(range(start + 1, subtree_end(tokens, start)))
-        for index in reversed(range(len(tokens))):
-            token = tokens[index]
-            if index in skipped:
-                continue
-            if isinstance(token, float):
-                stack.append(variable(f"tl.full(w.shape, {token!r}, tl.float32)"))
-            elif token in self._names:
-                stack.append(variable(self._names[token]))
-            else:
-                reduced = self._reduced.get(tokens[index : subtree_end(tokens, index)], [])
-                inputs = [] if reduced and token not in _SCALINGS else [stack.pop() for _ in range(arity(token))]
-                results = [variable(text) for text in reduced]
-                stack.append(variable(PRIMITIVES[token].triton.format(*inputs, *results)))
-        result = stack.pop()
-        if squared:
-            result = variable(f"{result} * {result}")
-        return [*(f"{name} = {text}" for text, name in lines.items()), f"return {result}"]
+        blocks.append("".join([*plain, *(f"from {module} import {names[module]}\n" for module in modules)]))
+    return "\n".join(blocks)
 
 
-def _read(field: str, index: int) -> str:
-    return f"{_READERS[field]}({field}[{index}], place)"
+def _defined(node: ast.stmt) -> Iterator[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "reference":
+        yield node.name
+    if isinstance(node, ast.Assign):
+        for target in node.targets:
+            yield from (part.id for part in ast.walk(target) if isinstance(part, ast.Name) and part.id != "__all__")
 
 
-def _function(name: str, bodies: Sequence[Sequence[str]]) -> str:
-    """A jit function of some bodies that `which` chooses from; each but a single one is a function that it calls."""
-
-    def text(name: str, lines: Iterable[str]) -> str:
-        return f"@triton.jit\ndef {name}{_SIGNATURE}:\n" + "".join(f"    {line}\n" for line in lines)
-
-    if len(bodies) == 1:
-        return text(name, bodies[0])
-    choices = []
-    for number in range(len(bodies)):
-        condition = f"elif which == {number}:" if number else "if which == 0:"
-        choices += [condition if number < len(bodies) - 1 else "else:", f"    result = {name}{number}{_SIGNATURE}"]
-    functions = [text(f"{name}{number}", lines) for number, lines in enumerate(bodies)]
-    return "\n\n".join([*functions, text(name, [*choices, "return result"])])
+def _names(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
-def _reductions(tokens: Tokens) -> Iterator[Tokens]:
-    """Every distinct subtree that is a reduction, inner ones first."""
-    seen = set()
-    for index in reversed(range(len(tokens))):
-        subtree = tokens[index : subtree_end(tokens, index)]
-        if tokens[index] in _REDUCTIONS and subtree not in seen:
-            seen.add(subtree)
-            yield subtree
+def _lines(source: str, node: ast.stmt) -> str:
+    """A statement with its decorators and what follows on its last line, after blank lines."""
+    first = min([node.lineno, *(one.lineno for one in getattr(node, "decorator_list", []))])
+    text = "\n".join(source.splitlines()[first - 1 : node.end_lineno])
+    return f"\n\n{text}\n"

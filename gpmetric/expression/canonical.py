@@ -7,15 +7,13 @@ factors are not searched for, and rank equivalence is a later layer.
 from __future__ import annotations
 
 from gpmetric.errors import ExpressionError
-from gpmetric.expression.opposites import cancel_opposites
 from gpmetric.expression.parse import MAX_DEPTH, MAX_NODES
-from gpmetric.expression.readback import order
-from gpmetric.expression.symbolic import algebra, to_sympy
-from gpmetric.expression.tree import Expression, Tokens, arity
+from gpmetric.expression.primitives import PRIMITIVES
+from gpmetric.expression.rewrite_rules import cancel_opposites
+from gpmetric.expression.to_sympy import algebra, to_sympy
+from gpmetric.expression.tree import Expression, Token, Tokens, fold, order, rooted
 
 __all__ = ["cancel_opposites", "canonical", "to_sympy"]
-
-_COMMUTATIVE = frozenset({"add", "mul", "max", "min"})
 
 
 def canonical(expression: Expression) -> Expression:
@@ -48,10 +46,9 @@ def _step(expression: Expression) -> Expression:
 
 def _sorted(expression: Expression) -> Expression:
     """The arguments of every commutative primitive in the order of `order`; exact."""
-    stack: list[Tokens] = []
-    for token in reversed(expression.tokens):
-        arguments = [stack.pop() for _ in range(arity(token))]
-        if token in _COMMUTATIVE:
-            arguments.sort(key=order)
-        stack.append((token, *(inner for argument in arguments for inner in argument)))
-    return Expression(stack[0])
+
+    def node(token: Token, arguments: list[Tokens]) -> Tokens:
+        commutes = token in PRIMITIVES and PRIMITIVES[str(token)].commutative
+        return rooted(token, sorted(arguments, key=order) if commutes else arguments)
+
+    return Expression(fold(expression.tokens, node))

@@ -1,4 +1,4 @@
-"""The score of some columns of layers whose weights are being updated while they are pruned."""
+"""Scores for a solver that prunes some columns, updates the weights of the others, and goes on to the next columns."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ __all__ = ["ColumnScores"]
 
 
 class ColumnScores:
-    """Scores columns of several layers of one shape again and again, at weights that change from call to call.
+    """A formula, ready to score a few columns of several layers again and again while their weights change.
 
-    What does not contain W is computed once, for all columns. Of the rest only the columns asked for are computed,
-    apart from what a reduction (mms, rowsum, ...) goes over: that is the whole matrix.
+    Only W changes between calls. The parts of the formula without W are computed here, once. Each call computes the
+    parts with W, and of these only the columns that are asked for; but a reduction (mms, rowsum, ...) needs its
+    argument in all columns.
 
     Args:
         expression: the formula.
-        layers: the operands of each layer, as for `evaluate`; of W only the shape counts.
+        layers: the operands of each layer, as for `evaluate`, all layers of one shape; of W only the shape counts.
 
     Raises:
         ExpressionError: a missing operand, or one of another shape.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gpmetric.errors import ExpressionError
 from gpmetric.expression.primitives import PRIMITIVES
-from gpmetric.expression.tree import Expression, Tokens
+from gpmetric.expression.tree import Expression, Token, Tokens, fold
 from gpmetric.operands import OPERANDS
 
 __all__ = ["compute", "evaluate", "prepare_operands"]
@@ -21,8 +21,8 @@ def evaluate(expression: Expression, operands: Mapping[str, Tensor]) -> Tensor:
 
     Args:
         expression: the formula.
-        operands: W [out, in] always; X, D [in] and G, H [out, in] where the formula uses them. Any real dtype and
-            device; converted to fp32 on the device of W at once.
+        operands: W always, and those that the formula uses, each of the shape that its row of OPERANDS says, [out, in]
+            or [in]. Any real dtype and device; converted to fp32 on the device of W at once.
 
     Returns:
         fp32 [out, in], contiguous, on the device of W, sharing memory with no operand. Not finite where the formula
@@ -45,19 +45,18 @@ def compute(tokens: Tokens, values: Mapping[str, Tensor], weight: Tensor) -> Ten
         values: what `prepare_operands` gives.
         weight: [out, in], of which shape and device count.
     """
-    stack: list[Tensor] = []
-    for token in reversed(tokens):
+
+    def node(token: Token, arguments: list[Tensor]) -> Tensor:
         if isinstance(token, float):
-            stack.append(torch.full((1, 1), token, dtype=torch.float32, device=weight.device))
-        elif token in values:
-            stack.append(values[token])
-        else:
-            row = PRIMITIVES[token]
-            arguments = [stack.pop() for _ in range(row.arity)]
-            if row.reduces in ("in", "out"):
-                arguments = [argument.expand(weight.shape) for argument in arguments]  # [out, in]: sums count repeats
-            stack.append(row.torch(*arguments))
-    return stack.pop()
+            return torch.full((1, 1), token, dtype=torch.float32, device=weight.device)
+        if token in values:
+            return values[token]
+        row = PRIMITIVES[token]
+        if row.reduces in ("in", "out"):
+            arguments = [argument.expand(weight.shape) for argument in arguments]  # [out, in]: sums count repeats
+        return row.torch(*arguments)
+
+    return fold(tokens, node)
 
 
 def prepare_operands(expression: Expression, operands: Mapping[str, Tensor]) -> dict[str, Tensor]:

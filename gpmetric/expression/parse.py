@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Literal, NoReturn
 
 from gpmetric.errors import ExpressionError
-from gpmetric.expression.primitives import PRIMITIVES
+from gpmetric.expression.primitives import PRIMITIVES, Primitive
 from gpmetric.expression.tree import MAX_CONSTANT, Expression, Token, arity, subtree_end
 from gpmetric.operands import OPERANDS
 
-__all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_NODES", "constant_value", "parse"]
+__all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_NODES", "parse"]
 
 MAX_BYTES = 64 * 1024
 MAX_NODES = 512
@@ -25,11 +25,10 @@ MAX_DEPTH = 64
 _MAX_DIGITS = 40  # a float needs 17; refuses 5000-digit literals before any conversion
 _SHOWN = 60  # characters of the formula that a message quotes
 
-_TOKEN = re.compile(
+_WORDS = (
     r"(?P<space>[ \t]+)|(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)"
-    r"|(?P<name>[A-Za-z_][A-Za-z_0-9]*)|(?P<sign>\*\*|[-+*/(),])"
+    r"|(?P<name>[A-Za-z_][A-Za-z_0-9]*)"
 )
-_BINARY = {row.infix: row.name for row in PRIMITIVES.values() if row.infix and row.arity == 2}
 
 
 def parse(text: str) -> Expression:
@@ -54,15 +53,8 @@ def parse(text: str) -> Expression:
     return expression
 
 
-def constant_value(token: str, arguments: list[float]) -> float | None:
-    """Value of a primitive on constants: inf or NaN beyond the float range, None if it depends on the shape."""
-    scalar = PRIMITIVES[token].scalar
-    if scalar is None:
-        return None
-    try:
-        return scalar(*arguments)
-    except OverflowError:
-        return float("inf")
+def _binary_operators() -> dict[str, Primitive]:
+    return {row.infix: row for row in PRIMITIVES.values() if row.infix and row.arity == 2}
 
 
 @dataclass(frozen=True)
@@ -81,10 +73,12 @@ def _tokenize(text: str) -> list[_Lexeme]:
         )
     if not text.strip():
         raise ExpressionError(f"the formula is empty: {_quote(text)}")
+    signs = sorted([*_binary_operators(), "(", ")", ","], key=len, reverse=True)  # ** before *
+    pattern = re.compile(f"{_WORDS}|(?P<sign>{'|'.join(map(re.escape, signs))})")
     lexemes: list[_Lexeme] = []
     position = 0
     while position < len(text):
-        match = _TOKEN.match(text, position)
+        match = pattern.match(text, position)
         if match is None or match.lastgroup is None:
             _refuse_character(text, position)
         if match.lastgroup == "number":
@@ -143,6 +137,7 @@ class _Parser:
     lexemes: list[_Lexeme]
     values: list[_Tree] = field(default_factory=list)
     frames: list[_Frame] = field(default_factory=list)
+    operators: dict[str, Primitive] = field(default_factory=_binary_operators)
     nodes: int = 0
     index: int = 0
 
@@ -209,23 +204,22 @@ class _Parser:
         return True
 
     def _minus(self, lexeme: _Lexeme) -> bool:
-        at = self.index
-        if at < len(self.lexemes) and self.lexemes[at].kind == "number" and self._peek(1) != "**":
+        at, neg = self.index, PRIMITIVES["neg"]
+        following = self.operators.get(self._peek(1), neg)
+        if at < len(self.lexemes) and self.lexemes[at].kind == "number" and following.precedence <= neg.precedence:
             self.index += 1
             self._push(-float(self.lexemes[at].text), lexeme.column)
             return False
         self._count(lexeme.column)
-        self.frames.append(_Frame("operator", "neg", lexeme.column, PRIMITIVES["neg"].precedence))
+        self.frames.append(_Frame("operator", neg.name, lexeme.column, neg.precedence))
         return True
 
     def _operator(self, lexeme: _Lexeme) -> bool:
         """Takes a lexeme where an operator is expected; returns whether a value is expected next."""
-        if lexeme.text in _BINARY:
-            name = _BINARY[lexeme.text]
-            precedence = PRIMITIVES[name].precedence
-            self._reduce(precedence + (name == "pow"))  # ** is right-associative
+        if row := self.operators.get(lexeme.text):
+            self._reduce(row.precedence + row.right_associative)
             self._count(lexeme.column)
-            self.frames.append(_Frame("operator", name, lexeme.column, precedence))
+            self.frames.append(_Frame("operator", row.name, lexeme.column, row.precedence))
             return True
         if lexeme.text == ",":
             self._reduce(0)
@@ -276,7 +270,7 @@ def _check_constants(text: str, tokens: list[Token], columns: list[int]) -> None
             continue
         arguments = [value for value in (stack.pop() for _ in range(arity(token))) if value is not None]
         known = token in PRIMITIVES and len(arguments) == arity(token)
-        value = constant_value(token, arguments) if known else None
+        value = PRIMITIVES[token].value(arguments) if known else None
         if value is not None and not abs(value) < MAX_CONSTANT:
             end = subtree_end(tuple(tokens), index)
             part = _quote(str(Expression(tuple(tokens[index:end]))))

@@ -11,17 +11,14 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import reduce
 from typing import Literal
 
 from gpmetric.errors import ExpressionError
 from gpmetric.expression.canonical import canonical
 from gpmetric.expression.parse import MAX_DEPTH, MAX_NODES
 from gpmetric.expression.primitives import PRIMITIVES
-from gpmetric.expression.readback import order
 from gpmetric.expression.sign import nonnegative
-from gpmetric.expression.tree import Expression, Token, Tokens, arity, subtree_end
-from gpmetric.operands import OPERANDS
+from gpmetric.expression.tree import Expression, Tokens, arguments_of, axes_of, chain, fold, order, subtree_end
 
 __all__ = ["RankGroup", "factorised", "product", "rank_form"]
 
@@ -29,12 +26,6 @@ RankGroup = Literal["row", "layer"]
 
 # group -> axes along which its members differ: what varies along none of them is constant within the group
 _AXES: dict[RankGroup, frozenset[str]] = {"row": frozenset({"in"}), "layer": frozenset({"out", "in"})}
-_INCREASING = frozenset(
-    row.name
-    for row in PRIMITIVES.values()
-    if row.monotonicity == ("increasing",) and row.monotone_where == "everywhere"
-)
-_POWERS: dict[Token, float] = {"abs": 1.0, "sqr": 2.0, "sqrt": 0.5}  # of the argument's size
 
 
 def rank_form(expression: Expression, group: RankGroup) -> Expression:
@@ -132,8 +123,9 @@ class _Reducer:
         if len(factors) != 1:
             return sign, _product_tokens(factors)
         (((base, sized), power),) = factors.items()
-        if sized and base[0] == "tanh":  # odd: |tanh(x)| = tanh(|x|)
-            base = ("tanh", "abs", *base[1:])
+        row = PRIMITIVES.get(str(base[0]))
+        if sized and row and row.is_odd and row.grows:  # |tanh(x)| = tanh(|x|)
+            base = (row.name, "abs", *base[1:])
         if power < 0 or (sized and not nonnegative(base)):
             return sign, _product_tokens(factors)
         inner = self._inner(base)
@@ -144,23 +136,25 @@ class _Reducer:
 
     def _inner(self, tokens: Tokens) -> Tokens | None:
         """A smaller tree that ranks as this one does, which is no product; None where none is known."""
-        if tokens[0] in _INCREASING:
+        row = PRIMITIVES.get(str(tokens[0]))
+        if row and row.grows:
             return tokens[1:]
-        if tokens[0] == "log":  # of the size
+        if row and row.grows_with_size:
             return ("abs", *tokens[1:])
         if tokens[0] not in ("add", "sub"):
             return None
         terms = list(_terms(tokens))
         kept = [(scale, term) for scale, term in terms if not self._is_constant(term)]
         if kept and all(term[0] == "log" for _, term in kept):  # a*log|x| + log|y| = log(|x|**a * |y|)
-            return _fold("mul", [("pow", "abs", *term[1:], scale) for scale, term in kept])
+            return chain("mul", [("pow", "abs", *term[1:], scale) for scale, term in kept])
         return _sum_tokens(kept) if 0 < len(kept) < len(terms) else None
 
     def _product(self, tokens: Tokens) -> _Product:
         """The tree as a product, numbers and what sums have in common taken out."""
-        head, arguments = tokens[0], _arguments(tokens)
+        head, arguments = tokens[0], arguments_of(tokens)
         if isinstance(head, float):
             return _Product(head, {})
+        power = PRIMITIVES[head].power if head in PRIMITIVES else None
         if head in ("add", "sub"):
             return self._sum(tokens)
         if head in ("neg", "mul"):
@@ -169,8 +163,8 @@ class _Reducer:
         if head in ("inv", "div"):
             left = self._product(arguments[0]) if head == "div" else _Product(1.0, {})
             return left.times(self._product(arguments[-1]), -1.0)
-        if head in _POWERS:
-            return self._product(arguments[0]).size(_POWERS[head])
+        if power is not None:
+            return self._product(arguments[0]).size(power)
         exponent = arguments[1][0] if head == "pow" else None
         if isinstance(exponent, float):
             inner = self._product(arguments[0])
@@ -210,13 +204,7 @@ class _Reducer:
 
     def _is_constant(self, tokens: Tokens) -> bool:
         """Whether the tree has one value within each comparison group."""
-        axes: list[frozenset[str]] = []
-        for token in reversed(tokens):
-            inner = frozenset[str]().union(*(axes.pop() for _ in range(arity(token))))
-            if token in OPERANDS:
-                inner = frozenset(OPERANDS[str(token)].axes.split(","))
-            axes.append(inner - {PRIMITIVES[token].reduces} if token in PRIMITIVES else inner)
-        return not axes[0] & _AXES[self.group]
+        return not fold(tokens, axes_of) & _AXES[self.group]
 
     def _is_positive_constant(self, base: _Base) -> bool:
         """Whether a factor has one value within each group, and that is above 0.
@@ -225,8 +213,8 @@ class _Reducer:
         is constant itself, of which one row, or everything, becomes 0.
         """
         tokens, sized = base
-        scaled = [index for index, token in enumerate(tokens) if token in ("mms", "zsn")]
-        parts = [tokens[index : subtree_end(tokens, index)] for index in scaled]
+        named = [(index, PRIMITIVES[str(token)]) for index, token in enumerate(tokens) if token in PRIMITIVES]
+        parts = [tokens[index : subtree_end(tokens, index)] for index, row in named if row.reduces == "all"]
         touches = 0.0 in tokens or any(self._is_constant(part) for part in parts)
         return sized and not touches and self._is_constant(tokens)
 
@@ -283,19 +271,9 @@ def _factor_order(item: tuple[_Base, float]) -> tuple[object, ...]:
     return order(tokens), sized, power
 
 
-def _arguments(tokens: Tokens) -> list[Tokens]:
-    arguments: list[Tokens] = []
-    start = 1
-    while start < len(tokens):
-        end = subtree_end(tokens, start)
-        arguments.append(tokens[start:end])
-        start = end
-    return arguments
-
-
 def _terms(tokens: Tokens, scale: float = 1.0) -> Iterator[tuple[float, Tokens]]:
     """(coefficient, term) of a sum, numbers multiplied out."""
-    head, arguments = tokens[0], _arguments(tokens)
+    head, arguments = tokens[0], arguments_of(tokens)
     numbers = [part[0] if isinstance(part[0], float) else None for part in arguments]
     if head in ("add", "sub"):
         yield from _terms(arguments[0], scale)
@@ -311,7 +289,7 @@ def _terms(tokens: Tokens, scale: float = 1.0) -> Iterator[tuple[float, Tokens]]
 
 
 def _sum_tokens(terms: list[tuple[float, Tokens]]) -> Tokens:
-    return _fold("add", [term if scale == 1 else ("mul", scale, *term) for scale, term in terms])
+    return chain("add", [term if scale == 1 else ("mul", scale, *term) for scale, term in terms])
 
 
 def _product_tokens(factors: _Factors) -> Tokens:
@@ -320,10 +298,5 @@ def _product_tokens(factors: _Factors) -> Tokens:
     for (tokens, sized), power in sorted(factors.items(), key=_factor_order):
         part: Tokens = ("abs", *tokens) if sized and not nonnegative(tokens) else tokens
         (over if power > 0 else under).append(part if abs(power) == 1 else ("pow", *part, abs(power)))
-    total = _fold("mul", over[1:] or over)
-    return ("div", *total, *_fold("mul", under)) if under else total
-
-
-def _fold(name: str, parts: list[Tokens]) -> Tokens:
-    """Left-associated chain of a binary primitive."""
-    return reduce(lambda left, right: (name, *left, *right), parts)
+    total = chain("mul", over[1:] or over)
+    return ("div", *total, *chain("mul", under)) if under else total

@@ -1,15 +1,14 @@
-"""Sympy forms of the protected primitives: functions of |.|, powers and opaque reductions, all on real arguments.
+"""Sympy forms of the protected primitives: functions of |.|, powers and undefined functions, all on real arguments.
 
 Each function is called with the sympy module, so that the table of primitives does not import it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["opaque", "reduction", "symbolic_abs", "symbolic_pow"]
+__all__ = ["opaque", "symbolic_abs", "symbolic_pow"]
 
 
 @lru_cache(maxsize=64)
@@ -40,8 +39,3 @@ def symbolic_pow(sp: Any, a: Any, b: Any) -> Any:
     if b.is_Integer or a.is_nonnegative:
         return a**b
     return symbolic_abs(sp, a) ** b if b.is_number else opaque(sp, "pow", False)(a, b)
-
-
-def reduction(name: str) -> Callable[..., Any]:
-    """A reduction that is non-negative when its argument is."""
-    return lambda sp, x: opaque(sp, name, bool(x.is_nonnegative))(x)

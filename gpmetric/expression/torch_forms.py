@@ -12,32 +12,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "EXP_LIMIT",
-    "TINY",
-    "torch_abs",
-    "torch_add",
-    "torch_colnorm",
-    "torch_colsum",
-    "torch_div",
-    "torch_exp",
-    "torch_inv",
-    "torch_log",
-    "torch_max",
-    "torch_min",
-    "torch_mms",
-    "torch_mul",
-    "torch_neg",
-    "torch_pow",
-    "torch_rownorm",
-    "torch_rowsum",
-    "torch_sqr",
-    "torch_sqrt",
-    "torch_sub",
-    "torch_tanh",
-    "torch_zsn",
-]
-
 TINY = 1e-30  # smallest size of a divisor; normal in fp32
 EXP_LIMIT = 80.0  # exp(80) = 5.5e34 stays below the fp32 maximum of 3.4e38
 

@@ -8,14 +8,29 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from typing import TypeVar
 
 from gpmetric.errors import ExpressionError
 from gpmetric.expression.primitives import ATOM, PRIMITIVES
 from gpmetric.operands import OPERANDS
 
-__all__ = ["MAX_CONSTANT", "Expression", "Token", "Tokens", "arity", "subtree_end"]
+__all__ = [
+    "MAX_CONSTANT",
+    "Expression",
+    "Token",
+    "Tokens",
+    "arguments_of",
+    "arity",
+    "axes_of",
+    "chain",
+    "fold",
+    "order",
+    "rooted",
+    "subtree_end",
+]
 
 MAX_CONSTANT = 1e30  # every constant, and every constant part of a formula, is smaller in size
 
@@ -23,6 +38,7 @@ _NUMBER = re.compile(r"-?[0-9.]+(e[-+]?[0-9]+)?")
 
 Token = str | float
 Tokens = tuple[Token, ...]
+T = TypeVar("T")
 
 
 def arity(token: Token) -> int:
@@ -38,6 +54,49 @@ def subtree_end(tokens: Tokens, start: int) -> int:
         missing += arity(tokens[end]) - 1
         end += 1
     return end
+
+
+def arguments_of(tokens: Tokens) -> list[Tokens]:
+    """The subtrees that the root of a tree is applied to."""
+    found: list[Tokens] = []
+    start = 1
+    while start < len(tokens):
+        end = subtree_end(tokens, start)
+        found.append(tokens[start:end])
+        start = end
+    return found
+
+
+def fold(tokens: Tokens, node: Callable[[Token, list[T]], T]) -> T:
+    """The value of a tree from the leaves up: `node` gives that of a token from those of its arguments."""
+    stack: list[T] = []
+    for token in reversed(tokens):
+        stack.append(node(token, [stack.pop() for _ in range(arity(token))]))
+    return stack[0]
+
+
+def rooted(token: Token, arguments: Iterable[Tokens]) -> Tokens:
+    """The tree of a token over those of its arguments."""
+    return (token, *(inner for argument in arguments for inner in argument))
+
+
+def chain(name: str, parts: Iterable[Tokens]) -> Tokens:
+    """a op b op c of a binary primitive, bracketed from the left."""
+    return reduce(lambda left, right: (name, *left, *right), parts)
+
+
+def axes_of(token: Token, arguments: Sequence[frozenset[str]]) -> frozenset[str]:
+    """Axes that a value varies along, a node of `fold`: "out" and "in" for a matrix, none for a number."""
+    if token in OPERANDS:
+        return frozenset(OPERANDS[str(token)].axes.split(","))
+    along = frozenset[str]().union(*arguments)
+    return along - {PRIMITIVES[str(token)].reduces} if token in PRIMITIVES else along
+
+
+def order(tokens: Tokens) -> tuple[bool, int, tuple[tuple[int, float, str], ...]]:
+    """Sort key of terms and factors: those with W first, then the shorter, then by text."""
+    keys = tuple((1, token, "") if isinstance(token, float) else (0, 0.0, token) for token in tokens)
+    return "W" not in tokens, len(tokens), keys
 
 
 @dataclass(frozen=True)
@@ -72,11 +131,7 @@ class Expression:
 
     def __str__(self) -> str:
         """Infix text with minimal parentheses; `parse` reads it back to the same tree."""
-        stack: list[tuple[str, int]] = []
-        for token in reversed(self.tokens):
-            arguments = [stack.pop() for _ in range(arity(token))]
-            stack.append(_infix(token, arguments))
-        return stack[0][0]
+        return fold(self.tokens, _infix)[0]
 
     def __repr__(self) -> str:
         return f"Expression<{self}>"
@@ -84,10 +139,7 @@ class Expression:
     @cached_property
     def depth(self) -> int:
         """Nodes on the longest path from the root; a lone operand has depth 1."""
-        stack: list[int] = []
-        for token in reversed(self.tokens):
-            stack.append(1 + max((stack.pop() for _ in range(arity(token))), default=0))
-        return stack[0]
+        return fold(self.tokens, lambda token, depths: 1 + max(depths, default=0))
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -145,14 +197,14 @@ def _infix(token: Token, arguments: list[tuple[str, int]]) -> tuple[str, int]:
         return token, ATOM
     row = PRIMITIVES[token]
     texts = [text for text, _ in arguments]
-    if not row.infix or (token == "neg" and _NUMBER.fullmatch(texts[0])):  # `-0.5` is the constant, `neg(0.5)` the node
+    minus = PRIMITIVES["neg"].precedence
+    if not row.infix or (row.arity == 1 and _NUMBER.fullmatch(texts[0])):  # `-0.5` is the constant, `neg(0.5)` the node
         return f"{token}({','.join(texts)})", ATOM
-    if token == "neg":
-        return "-" + _enclosed(*arguments[0], row.precedence, plain=False), row.precedence
+    if row.arity == 1:
+        return row.infix + _enclosed(*arguments[0], row.precedence, plain=False), row.precedence
     left, right = arguments
-    if token == "pow":  # right-associative; a minus may follow `**` but not lead its left side
-        exponent = _enclosed(*right, PRIMITIVES["neg"].precedence)
-        return f"{_enclosed(*left, ATOM)}**{exponent}", row.precedence
+    if row.right_associative:  # a minus may follow `**` but not lead its left side
+        return f"{_enclosed(*left, row.precedence + 1)}{row.infix}{_enclosed(*right, minus)}", row.precedence
     plain = row.precedence > PRIMITIVES["add"].precedence  # `W*-X` reads well, `W--X` does not
     text = _enclosed(*left, row.precedence) + row.infix + _enclosed(*right, row.precedence + 1, plain=plain)
     return text, row.precedence

@@ -15,27 +15,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from gpmetric.errors import InputError
-from gpmetric.pruning.target import BLOCK, GRANULARITIES, Granularity, Target, parse_target
+from gpmetric.targets import GRANULARITIES, Target, parse_target
 
 if TYPE_CHECKING:
     from gpmetric.models import Layer
 
 __all__ = [
     "Allocation",
+    "GranularityName",
     "check_allocation",
     "group_count",
     "layer_target",
     "mean_sparsity",
     "read_allocation",
-    "removed_weights",
 ]
 
 _CLOSE = 1e-6  # of a sparsity that is written beside its N:M pattern
 _DENSE = Target("0.0", "row", 0.0)  # removes nothing, whatever the width
 
+
+def _known(name: str) -> str:
+    if name not in GRANULARITIES:
+        raise ValueError(f"accepted are {', '.join(GRANULARITIES)}")
+    return name
+
+
+GranularityName = Annotated[str, AfterValidator(_known)]  # in a file, read by pydantic
 _Version = Annotated[int, Field(ge=1, le=1)]  # Literal[1] would take true
 _Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
@@ -51,7 +59,7 @@ class Allocation:
         digest: sha256 of that file, in hexadecimal.
     """
 
-    granularity: Granularity
+    granularity: str
     targets: Mapping[str, Target]
     file: str | None = field(default=None, compare=False)
     digest: str | None = field(default=None, compare=False)
@@ -69,7 +77,7 @@ class _File(BaseModel):
     """What is read of a file; other keys may stand beside it."""
 
     version: _Version
-    granularity: Granularity
+    granularity: GranularityName
     sparsity: Annotated[dict[str, _Sparsity], Field(min_length=1)]
 
 
@@ -107,7 +115,7 @@ def read_allocation(path: str | Path, option: str = "--allocation") -> Allocatio
     return Allocation(said.granularity, targets, str(path), hashlib.sha256(raw).hexdigest())
 
 
-def layer_target(granularity: Granularity, shape: Sequence[int], removed_per_group: int) -> Target:
+def layer_target(granularity: str, shape: Sequence[int], removed_per_group: int) -> Target:
     """The target that removes exactly so many weights of every comparison group of a weight [out, in].
 
     Args:
@@ -116,18 +124,13 @@ def layer_target(granularity: Granularity, shape: Sequence[int], removed_per_gro
         removed_per_group: at least 0 and below the size of a group; of a block, that of a whole one: a last one that is
             narrower loses its share.
     """
-    assert granularity != "n:m"
-    size = _groups(shape, granularity)[0][1]
+    target = Target("", granularity, 0.0)
+    size = target.groups(shape)[0][1]
     assert 0 <= removed_per_group < size
     sparsity = removed_per_group / size
     while int(size * sparsity) < removed_per_group:  # 1 / 49 * 49 is below 1
         sparsity = math.nextafter(sparsity, 1)
     return _plain_target(granularity, sparsity)
-
-
-def removed_weights(shape: Sequence[int], target: Target) -> int:
-    """How many weights of a weight [out, in] a target removes; `in` is divisible by M under N:M."""
-    return sum(count * target.removed(size) for count, size in _groups(shape, target.granularity, target.group))
 
 
 def mean_sparsity(layers: Sequence[Layer], targets: Mapping[str, Target]) -> float:
@@ -158,7 +161,8 @@ def check_allocation(layers: Sequence[Layer], allocation: Allocation, target: Ta
     if target.granularity != allocation.granularity:
         raise InputError(
             f"{where} has granularity {allocation.granularity!r}, but --target {target.text!r} with this metric has "
-            f"{target.granularity!r} ({GRANULARITIES[target.granularity]}); accepted: the same, or no --target"
+            f"{target.granularity!r} ({GRANULARITIES[target.granularity or 'row'].meaning}); accepted: the same, or no "
+            "--target"
         )
     for layer in layers:
         _check_width(f"--target {target.text!r}", layer, target)
@@ -173,10 +177,10 @@ def check_allocation(layers: Sequence[Layer], allocation: Allocation, target: Ta
         )
 
 
-def _plain_target(granularity: Granularity, sparsity: float) -> Target:
-    """A target spelled so that `parse_target` gives it back."""
+def _plain_target(granularity: str, sparsity: float) -> Target:
+    """A target spelled so that `parse_target` gives it back, within rows as a plain number."""
     text = repr(sparsity + 0.0)  # no -0.0
-    return parse_target(text if granularity == "row" else f"{granularity}:{text}")
+    return parse_target(text if granularity == "row" else f"{granularity}:{text}").resolved(granularity)
 
 
 def _pattern_targets(where: str, said: _PatternFile) -> dict[str, Target]:
@@ -209,26 +213,13 @@ def _pattern(where: str, name: str, text: str) -> Target:
     return target
 
 
-def _groups(shape: Sequence[int], granularity: Granularity, group: int = 0) -> list[tuple[int, int]]:
-    """How many comparison groups of which size a weight [out, in] has; of blocks, the whole ones come first."""
-    rows, columns = shape
-    if granularity == "row":
-        return [(rows, columns)]
-    if granularity == "layer":
-        return [(1, rows * columns)]
-    if granularity == "n:m":
-        return [(rows * columns // group, group)]
-    parts = [(columns // BLOCK, rows * BLOCK), (1, rows * (columns % BLOCK))]
-    return [(count, size) for count, size in parts if count and size]
-
-
 def _removed(layers: Sequence[Layer], targets: Mapping[str, Target]) -> int:
-    return sum(removed_weights(layer.weight.shape, targets[layer.name]) for layer in layers)
+    return sum(targets[layer.name].removes(layer.weight.shape) for layer in layers)
 
 
 def group_count(shape: Sequence[int], target: Target) -> int:
     """Comparison groups of a weight [out, in]."""
-    return sum(count for count, _ in _groups(shape, target.granularity, target.group))
+    return sum(count for count, _ in target.groups(shape))
 
 
 def _check_names(where: str, layers: Sequence[Layer], allocation: Allocation) -> None:
@@ -247,7 +238,7 @@ def _check_names(where: str, layers: Sequence[Layer], allocation: Allocation) ->
 
 def _check_width(where: str, layer: Layer, target: Target) -> None:
     width = layer.weight.shape[1]
-    if target.group and width % target.group:
+    if not target.fits(width):
         raise InputError(
             f"{where}: in = {width} of layer {layer.name} is not divisible by {target.group} (target {target.text})"
         )

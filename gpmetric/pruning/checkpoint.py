@@ -23,9 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 from gpmetric import slim_models
 from gpmetric.errors import GpmetricError, InputError
+from gpmetric.files import finite, write_text
 from gpmetric.models import Layer, Model
-from gpmetric.provenance import finite, write_text
-from gpmetric.pruning.target import Target
+from gpmetric.targets import Target
 
 __all__ = [
     "FOREIGN_KEYS",
@@ -163,6 +163,19 @@ def write_checkpoint(
             stored[name] = _written(stored[name], layers[name], updated)
         save_file(stored, folder / path.name, metadata=metadata)
         (folder / path.name).chmod(0o644)  # safetensors' files are their owner's alone
+    _copy_others(model, source, folder, {name: made[name] for name in ("metric", "target", "update")})
+    described = [_describe(name, layer, rules[layer.name], before[layer.name]) for name, layer in layers.items()]
+    zeros, entries = (sum(layer[key] for layer in described) for key in ("zeros", "entries"))
+    manifest: dict[str, Any] = {"version": 1} | made | {"sparsity": zeros / entries, "layers": described}
+    write_text(folder / "README.md", _card(model, manifest))
+    manifest["tensors"] = sorted(places)
+    manifest["files"] = {name: file_digest(folder / name) for name in files_of(folder)}
+    write_text(folder / MANIFEST, json.dumps(finite(manifest), indent=1, allow_nan=False) + "\n")
+    return manifest
+
+
+def _copy_others(model: Model, source: Path, folder: Path, told: dict[str, Any]) -> None:
+    """Takes over configurations, tokenizer and templates; `told` is what the config says of the pruning."""
     for path in (path for pattern in _KEPT for path in source.glob(pattern)):
         if path.name != MANIFEST and not path.name.endswith(".bin.index.json"):
             copy = folder / path.relative_to(source)
@@ -172,30 +185,20 @@ def write_checkpoint(
         shutil.copyfile(slim_models.__file__, folder / slim_models.SLIM_FILE)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config = {key: value for key, value in config.items() if key not in FOREIGN_KEYS}
-    config["gpmetric"] = {name: made[name] for name in ("metric", "target", "update")}
+    config["gpmetric"] = told
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
-    described = [_describe(name, layer, rules[layer.name], before[layer.name]) for name, layer in layers.items()]
-    zeros, entries = (sum(layer[key] for layer in described) for key in ("zeros", "entries"))
-    manifest: dict[str, Any] = {"version": 1} | made | {"sparsity": zeros / entries, "layers": described}
+
+def _card(model: Model, manifest: dict[str, Any]) -> str:
+    """The model card."""
     base = f"base_model: {json.dumps(model.name)}\n" if "/" in model.name and not Path(model.name).exists() else ""
-    allocation = made.get("allocation")
-    card = _CARD.format(
-        base=base,
-        name=printable(Path(model.name).name),
-        formula=printable(made["formula"]),
-        target=printable(made["target"]),
+    allocation = manifest.get("allocation")
+    return _CARD.format(
+        base=base, name=printable(Path(model.name).name), formula=printable(manifest["formula"]),
+        target=printable(manifest["target"]), sparsity=manifest["sparsity"], layers=len(manifest["layers"]),
         allocated=f", allocated layer by layer by `{printable(allocation['file'])}`" if allocation else "",
-        sparsity=manifest["sparsity"],
-        layers=len(described),
-        version=made["versions"]["gpmetric"],
-        manifest=MANIFEST,
-    )
-    write_text(folder / "README.md", card)
-    manifest["tensors"] = sorted(places)
-    manifest["files"] = {name: file_digest(folder / name) for name in files_of(folder)}
-    write_text(folder / MANIFEST, json.dumps(finite(manifest), indent=1, allow_nan=False) + "\n")
-    return manifest
+        version=manifest["versions"]["gpmetric"], manifest=MANIFEST,
+    )  # fmt: skip
 
 
 def write_masks(model: Model, path: Path) -> None:

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpmetric.codegen.loading import load_functions
 from gpmetric.errors import ExpressionError, GpmetricError, MaskError
-from gpmetric.export.triton import load_functions
 from gpmetric.expression import Expression
-from gpmetric.pruning.target import BLOCK, Target
+from gpmetric.targets import Target
 
 __all__ = ["compile_together", "mask_of_scores", "masks", "prune", "usable"]
 
@@ -138,7 +138,7 @@ def _installed() -> bool:
 def _fits(shape: torch.Size, target: Target) -> bool:
     if target.group:
         return target.group in _GROUPS and shape[1] % target.group == 0
-    return target.granularity != "row" or shape[1] <= _WIDEST
+    return target.across_rows or target.width(shape[1]) <= _WIDEST
 
 
 _alone = lru_cache(_KEPT)(lambda expression: load_functions([expression]))
@@ -182,8 +182,9 @@ def _launch(
         for target in targets:
             bad.zero_()  # all targets have the same scores
             whole = [(weight, operands)]
+            width = target.width(weight.shape[1])
             parts = []
-            for piece, its in pieces(weight, operands, BLOCK) if target.granularity == "block" else whole:
+            for piece, its in whole if target.group or width == weight.shape[1] else pieces(weight, operands, width):
                 found = _prune(piece, score, its, target, bits=bits, bad=bad)
                 parts.append(_unpacked(found, piece.shape) if bits else found)
             results.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
@@ -202,10 +203,14 @@ def _prune(weight: Tensor, score: Any, operands: Any, target: Target, **to: Any)
     from gpmetric.kernels.pattern import prune_pattern
     from gpmetric.kernels.rows import prune_rows
 
+    ((_, size), *_) = target.groups(weight.shape)
+    found: Tensor
     if target.group:
-        return prune_pattern(weight, target.keep, target.group, score, operands, **to)
-    prune = prune_rows if target.granularity == "row" else prune_layer
-    return prune(weight, target.removed(target.group_size(weight.shape)), score, operands, **to)
+        found = prune_pattern(weight, target.keep, target.group, score, operands, **to)
+    else:
+        prune = prune_layer if target.across_rows else prune_rows
+        found = prune(weight, target.removed(size), score, operands, **to)
+    return found
 
 
 def _unpacked(bits: Tensor, shape: torch.Size) -> Tensor:

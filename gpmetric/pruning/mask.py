@@ -1,23 +1,81 @@
-"""Masks from scores: exactly k entries per comparison group are removed, the lower column first among equals."""
+"""Masks from scores: exactly k entries per comparison group are removed, the lower column first among equals.
+
+Whether the Triton kernels of `fused` do it or torch is decided here, and nowhere else.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.errors import MaskError
+from gpmetric.expression.evaluate import evaluate
+from gpmetric.metrics import Metric
 from gpmetric.pruning import fused
-from gpmetric.pruning.target import BLOCK, Target
+from gpmetric.targets import Target
 
-__all__ = ["check_width", "select_mask"]
+__all__ = ["by_group", "choose_masks", "compile_ahead", "prune_by_mask", "select_mask"]
 
 # Milliseconds for 2**21 float32 scores, half removed, by ranks, partition and stable sort, one AMD EPYC thread: groups
 # of 2 4.4, 48, 43; of 4 6.2, 27, 36; of 8 9.2, 15, 37; of 16 16, 8.9, 47; of 32 33, 7.6, 60. Where all scores are
 # equal, which is rare, a partition takes 2.8 times as long as the sort at 8, 0.6 at 4096 (benchmarks/bench_kernels.py).
 _RANKS_UP_TO = 8
+
+
+def prune_by_mask(
+    weights: Sequence[Tensor],
+    metric: Metric,
+    targets: Sequence[Target],
+    statistics: Sequence[LayerStatistics],
+    scores: Sequence[Tensor] | None = None,
+) -> list[list[Tensor]]:
+    """The masked copies of weights by target and weight, in their dtype: the updater `none`."""
+    by_weight = []
+    for index, (weight, measured) in enumerate(zip(weights, statistics, strict=True)):
+        if scores is None and fused.usable(weight, targets):
+            by_weight.append(fused.prune(weight, metric.expression, measured.operands, targets))
+        else:
+            score = None if scores is None else scores[index]
+            masks = choose_masks(weight, metric, targets, measured, score)
+            by_weight.append([weight.masked_fill(~mask, 0) for mask in masks])
+    return [list(pruned) for pruned in zip(*by_weight, strict=True)]
+
+
+def compile_ahead(
+    metrics: Sequence[Metric], layers: Sequence[tuple[Tensor, LayerStatistics]], targets: Sequence[Target], bits: bool
+) -> None:
+    """Begins to compile the kernel of several metrics, where kernels prune these weights at these targets.
+
+    Args:
+        layers: weights with their statistics, at least one of each width.
+        bits: whether masks will be asked for, or else pruned copies.
+    """
+    if fused.usable(layers[0][0], targets):
+        found = [(weight, statistics.operands) for weight, statistics in layers]
+        fused.compile_together([metric.expression for metric in metrics], found, targets, bits)
+
+
+def choose_masks(
+    weight: Tensor, metric: Metric, targets: Sequence[Target], statistics: LayerStatistics, score: Tensor | None = None
+) -> list[Tensor]:
+    """The masks [out, in] of one weight by target, True = kept.
+
+    Args:
+        score: of the weight, when the caller has it already.
+
+    Raises:
+        MaskError: as `select_mask`.
+    """
+    if score is None and fused.usable(weight, targets):
+        return fused.masks(weight, metric.expression, statistics.operands, targets)
+    if score is None:
+        score = evaluate(metric.expression, statistics.operands | {"W": weight})
+    return [select_mask(score, target) for target in targets]
 
 
 def select_mask(score: Tensor, target: Target) -> Tensor:
@@ -26,7 +84,7 @@ def select_mask(score: Tensor, target: Target) -> Tensor:
     Args:
         score: [out, in], any float dtype; larger means keep.
         target: each group removes k entries: int(group_size * sparsity), or M - N of each M consecutive inputs under
-            N:M. Of equal scores the lower column goes first (whole layer, block: row-major order).
+            N:M. Of equal scores the lower column goes first (groups of several rows: row-major order).
 
     Returns:
         Boolean [out, in], True = kept, on the device of `score`.
@@ -36,7 +94,8 @@ def select_mask(score: Tensor, target: Target) -> Tensor:
 
     Source: Sun et al. 2023 (Wanda), section 3, comparison per output.
     """
-    check_width(score.shape[1], target)
+    if not target.fits(score.shape[1]):
+        raise MaskError(f"in = {score.shape[1]} is not divisible by {target.group} (target {target.text})")
     if fused.usable(score, [target]):
         return fused.mask_of_scores(score, target)
     # The sum first: 0.1 ms against 5 ms for every score at 512x4096 (AMD EPYC). It may overflow, hence the count.
@@ -44,28 +103,27 @@ def select_mask(score: Tensor, target: Target) -> Tensor:
         bad = int((~torch.isfinite(score)).sum())
         if bad:
             raise MaskError(f"{bad} of {score.numel()} scores are NaN or infinite")
-    if target.granularity == "block":
-        whole = target.with_granularity("layer")
-        return torch.cat([_select(part, whole) for part in score.split(BLOCK, dim=1)], dim=1)
-    return _select(score, target)
+    return by_group(lambda groups: ~_lowest(groups, target.removed(groups.shape[1])), score.detach(), target)
 
 
-def _select(score: Tensor, target: Target) -> Tensor:
-    """The mask of a checked score, blocks apart."""
-    rows, columns = score.shape
-    size = target.group_size(score.shape)
-    groups = score.detach().reshape(score.numel() // max(size, 1), size)
-    return ~_lowest(groups, target.removed(size)).reshape(rows, columns)
+def by_group(function: Callable[[Tensor], Tensor], values: Tensor, target: Target) -> Tensor:
+    """What a function of comparison groups [groups, size] gives for those of a matrix, as [out, in] again.
 
-
-def check_width(columns: int, target: Target) -> None:
-    """Refuses a matrix that an N:M target would leave a remainder of (the published codes prune all of it).
-
-    Raises:
-        MaskError: `columns` is not divisible by M.
+    Args:
+        function: gives one value for each entry; of groups that differ in width it is called apart.
+        values: [out, in]; under N:M, `in` is divisible by M.
+        target: says what a group is.
     """
-    if target.group and columns % target.group:
-        raise MaskError(f"in = {columns} is not divisible by {target.group} (target {target.text})")
+    rows, columns = values.shape
+    width = target.width(columns)
+    if target.across_rows and width < columns:
+        parts = torch.split(values, width, dim=1)
+    elif width and columns % width:
+        parts = torch.split(values, [columns - columns % width, columns % width], dim=1)
+    else:
+        size = (rows if target.across_rows else 1) * width
+        return function(values.reshape(values.numel() // max(size, 1), size)).reshape(rows, columns)
+    return torch.cat([by_group(function, part, target) for part in parts], dim=1)
 
 
 def _lowest(groups: Tensor, count: int) -> Tensor:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpmetric.pruning.mask import check_width, select_mask
-from gpmetric.pruning.target import BLOCK, Target
+from gpmetric.errors import MaskError
+from gpmetric.pruning.mask import select_mask
+from gpmetric.targets import BLOCK, Target
 
 __all__ = ["ColumnScore", "block_columns", "reconstruct", "reconstruct_blockwise"]
 
@@ -59,7 +60,8 @@ def reconstruct_blockwise(weights: Tensor, factors: Tensor, targets: Sequence[Ta
     Source: SparseGPT, algorithm 1, adaptive mask selection of section 3.4.
     """
     for target in targets:
-        check_width(weights.shape[2], target)
+        if not target.fits(weights.shape[2]):
+            raise MaskError(f"in = {weights.shape[2]} is not divisible by {target.group} (target {target.text})")
     pruned: dict[Target, Tensor] = {}
     for group in dict.fromkeys(target.group for target in targets):
         alike = [target for target in targets if target.group == group]
@@ -78,7 +80,7 @@ def _select(score: Tensor, target: Target) -> Tensor:
     """Masks [n, out, columns] of n layers: N:M knows rows only, all others share a threshold per layer."""
     if target.group:
         return select_mask(score.flatten(0, 1), target).view_as(score)
-    return torch.stack([select_mask(layer, target.with_granularity("block")) for layer in score])
+    return torch.stack([select_mask(layer, target.within("block")) for layer in score])
 
 
 def block_columns(target: Target) -> int:

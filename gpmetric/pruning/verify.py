@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpmetric.data import split_text
 from gpmetric.errors import DataError, GpmetricError, InputError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
-from gpmetric.evaluation.windows import PARTS, open_text, read_windows
-from gpmetric.models import Model, check_path, load_model, pick_device
+from gpmetric.loading import check_path, load_model, pick_device
+from gpmetric.models import Model
+from gpmetric.options import as_function
+from gpmetric.pruning.allocation import GranularityName
 from gpmetric.pruning.checkpoint import FOREIGN_KEYS, MANIFEST, file_digest, files_of, tensors
-from gpmetric.pruning.metrics import Update
-from gpmetric.pruning.target import BLOCK, Granularity, Target, parse_target
+from gpmetric.pruning.mask import by_group
+from gpmetric.pruning.requests import VerifyRequest
+from gpmetric.pruning.updaters import UPDATERS
+from gpmetric.session.splits import PARTS, open_text, read_windows
+from gpmetric.targets import Target, parse_target
 
-__all__ = ["verify"]
+__all__ = ["first_problem", "run_verify", "verify"]
 
 _CLOSE = 1e-3  # of a perplexity: what other versions and devices may change
 
+
+def _known(name: str) -> str:
+    if name not in UPDATERS:
+        raise ValueError(f"accepted are {', '.join(UPDATERS)}")
+    return name
+
+
+_UpdateName = Annotated[str, AfterValidator(_known)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -34,7 +47,7 @@ class _Layer(BaseModel):
     tensor: str
     shape: tuple[Count, Count]
     transposed: bool
-    granularity: Granularity
+    granularity: GranularityName
     target: str
     zeros: Count
 
@@ -59,7 +72,7 @@ class _Manifest(BaseModel):
     version: Literal[1]
     kind: Literal["prune", "slim"] = "prune"
     dtype: Literal["float32", "bfloat16", "float16"]
-    update: Update
+    update: _UpdateName
     perplexity: Number | None
     sparsity: Number
     seed: Count
@@ -80,23 +93,13 @@ class _Manifest(BaseModel):
         return self
 
 
-def verify(
-    folder: str | Path,
-    *,
-    against: str | None = None,
-    device: str = "auto",
-    windows: Tensor | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
+def run_verify(request: VerifyRequest, windows: Tensor | None = None) -> dict[str, Any]:
     """Re-reads a checkpoint that `prune` or `slim` wrote.
 
     Args:
-        folder: the checkpoint.
-        against: the dense model it was made from, whose other tensors, and kept weights, must be the same (kept weights
-            not where they were updated).
-        device: auto, cpu or cuda, where the reloaded model is measured.
+        request: which, and the dense model whose other tensors, and kept weights, must be the same (kept weights not
+            where they were updated).
         windows: [n, length], to measure it on; by default those of the manifest, where their text is at hand.
-        seed: not used; every command takes one.
 
     Returns:
         `ok`, `problems` (one line each), `layers`, `sparsity`, and `perplexity` of the reloaded model, None where the
@@ -105,11 +108,11 @@ def verify(
     Raises:
         InputError: no such folder, no manifest in it that can be read, no dense model, or no such device.
     """
-    path = Path(folder)
-    pick_device(device)
+    path, against = Path(request.folder), request.against
+    pick_device(request.device)
     manifest = _read_manifest(path)
     if against is not None and manifest.kind == "slim":
-        raise InputError(f"--against compares what `gpmetric prune` wrote; {str(folder)!r} is of `gpmetric slim`")
+        raise InputError(f"--against compares what `gpmetric prune` wrote; {str(path)!r} is of `gpmetric slim`")
     dense = None if against is None else _dense_folder(against)
     problems: list[str] = []
     found: float | None = None
@@ -118,7 +121,7 @@ def verify(
         problems += _tensor_problems(path, manifest)
         if dense is not None:
             problems += _differences(path, manifest, dense)
-        model = load_model(str(path), device=device, dtype=manifest.dtype)
+        model = load_model(str(path), device=request.device, dtype=manifest.dtype)
         problems += _shape_problems(model, manifest)
         windows = _windows(model, manifest) if windows is None else windows
         found = None if windows is None else perplexity(mean_loss(model, windows))
@@ -128,7 +131,7 @@ def verify(
     if found is not None and said is not None and not abs(found - said) <= _CLOSE * said:
         problems.append(f"perplexity of the reloaded model is {found:.4f}, the manifest says {said:.4f}")
     return {
-        "checkpoint": str(folder),
+        "checkpoint": str(request.folder),
         "against": against,
         "ok": not problems,
         "problems": ["".join(letter if letter.isprintable() else "?" for letter in line) for line in problems],
@@ -137,6 +140,16 @@ def verify(
         "sparsity": manifest.sparsity,
         "perplexity": found,
     }
+
+
+verify = as_function("verify", VerifyRequest, run_verify, "folder")
+
+
+def first_problem(result: Mapping[str, Any]) -> str | None:
+    """Why a checkpoint is not as it should be, if it is not."""
+    if result["ok"]:
+        return None
+    return f"{result['checkpoint']!r} has {len(result['problems'])} problems, first: {result['problems'][0]}"
 
 
 def _dense_folder(name: str) -> Path:
@@ -215,22 +228,26 @@ def _layer_problems(stored: Tensor, layer: _Layer) -> Iterator[str]:
     zeros = int((weight == 0).sum())
     if zeros != layer.zeros:
         yield f"layer {layer.name} has {zeros} zeros, the manifest says {layer.zeros}"
-    rule = parse_target(layer.target)
-    if not rule.group and layer.granularity != "n:m":
-        rule = rule.with_granularity(layer.granularity)
-    if short := _too_full(weight, rule):
-        yield f"layer {layer.name} has {short} groups with more weights than {rule.text} leaves"
+    target = parse_target(layer.target)
+    if not target.group and layer.granularity != "n:m":
+        target = target.within(layer.granularity)
+    if short := _too_full(weight, target):
+        yield f"layer {layer.name} has {short} groups with more weights than {target.text} leaves"
 
 
-def _too_full(weight: Tensor, rule: Target) -> int:
+def _too_full(weight: Tensor, target: Target) -> int:
     """How many comparison groups have fewer zeros than the target removes."""
-    if rule.granularity == "block":
-        whole = rule.with_granularity("layer")
-        return sum(_too_full(part, whole) for part in weight.split(BLOCK, dim=1))
-    size = rule.group_size(weight.shape)
-    if weight.numel() % size:
+    if not target.fits(weight.shape[1]):
         return 1
-    return int(((weight == 0).reshape(-1, size).sum(dim=1) < rule.removed(size)).sum())
+    found = 0
+
+    def count(groups: Tensor) -> Tensor:
+        nonlocal found
+        found += int((groups.sum(dim=1) < target.removed(groups.shape[1])).sum())
+        return groups
+
+    by_group(count, weight == 0, target)
+    return found
 
 
 def _differences(folder: Path, manifest: _Manifest, dense: Path) -> Iterator[str]:

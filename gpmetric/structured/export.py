@@ -16,69 +16,48 @@ from torch import Tensor, nn
 
 from gpmetric import slim_models
 from gpmetric.errors import InputError, ModelError
-from gpmetric.models import Model, load_model
+from gpmetric.loading import load_model, quiet_transformers
+from gpmetric.models import Model
 from gpmetric.pruning.checkpoint import tensors
 from gpmetric.slim_models import SLIM_FILE, SLIM_MODELS
-from gpmetric.structured.groups import Groups, find_groups
+from gpmetric.structured.groups import SUBLAYERS, Groups, find_groups
+from gpmetric.structured.request import FORMATS
 from gpmetric.structured.shrink import Repair, Shrinker
 
-__all__ = ["Slimmed", "check_format", "stored_dtypes", "write_model"]
+__all__ = ["Slimmed", "check_format", "make_hetero", "make_padded", "make_uniform", "stored_dtypes", "write_model"]
 
-_MODELLING = Path(slim_models.__file__)
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors calls them
 _REMOTE = SLIM_FILE.removesuffix(".py")
+
+Made = tuple[Any, dict[str, Tensor], Any]  # config, state and class of the model to write
 
 
 @dataclass(frozen=True)
 class Slimmed:
-    """What stays of a model, and what is done for it.
-
-    Attributes:
-        kept: units that stay, [units], bool.
-        repairs: by index of a part.
-    """
+    """What stays of a model, and what is done for it."""
 
     groups: Groups
-    kept: Tensor
-    repairs: Mapping[int, Repair]
+    kept: Tensor  # units that stay, [units], bool
+    repairs: Mapping[int, Repair]  # by index of a sublayer
 
     def widths(self) -> list[dict[str, Any]]:
         """By block, heads and channels that stay, and whether an output has a bias that it had not."""
-        counts = [int(mine.sum()) for mine in self.groups.split(self.kept)]
-        biased = [
-            index in self.repairs and self.repairs[index].bias is not None and not _has_bias(part.module, part.output)
-            for index, part in enumerate(self.groups.parts)
-        ]
-        pairs = range(0, len(counts), 2)
-        return [
-            {
-                "heads": counts[index],
-                "channels": counts[index + 1],
-                "attention_bias": biased[index] or (not counts[index] and self._left(index)),
-                "mlp_bias": biased[index + 1] or (not counts[index + 1] and self._left(index + 1)),
-            }
-            for index in pairs
-        ]
-
-    def _left(self, index: int) -> bool:
-        """Whether a part that is gone leaves a constant."""
-        return index in self.repairs and self.repairs[index].bias is not None
+        counts: list[dict[str, int]] = [{} for _ in self.groups.by_block]
+        biased: list[dict[str, bool]] = [{} for _ in self.groups.by_block]
+        for index, (one, mine) in enumerate(zip(self.groups.sublayers, self.groups.split(self.kept), strict=True)):
+            repaired = index in self.repairs and self.repairs[index].bias is not None
+            counts[one.block][one.kind.width] = one.width(int(mine.sum()))
+            biased[one.block][one.kind.bias] = repaired and (not mine.any() or one.output.bias is None)
+        return [dict(widths) | flags for widths, flags in zip(counts, biased, strict=True)]
 
 
 def check_format(model: Model, kind: str, *, biases: bool) -> None:
-    """Refuses a format that cannot hold a model's biases.
-
-    Args:
-        kind: a key of FORMATS.
-        biases: whether outputs without a bias are given one.
-
-    Raises:
-        InputError: naming the format.
-    """
+    """Raises InputError for a format, a key of FORMATS, that cannot hold biases of outputs that have none."""
     config = model.module.config
-    if kind != "hetero" and biases and not hasattr(config, "mlp_bias") and config.model_type != "gpt2":
+    if FORMATS[kind].stock and biases and not hasattr(config, "mlp_bias") and config.model_type != "gpt2":
+        others = " or ".join(name for name, row in FORMATS.items() if not row.stock)
         raise InputError(
-            f"--add-bias: {config.model_type} models of stock transformers have no such bias; --format hetero has"
+            f"--add-bias: {config.model_type} models of stock transformers have no such bias; --format {others} has"
         )
 
 
@@ -104,8 +83,7 @@ def stored_dtypes(model: Model) -> tuple[dict[str, torch.dtype], torch.dtype]:
             found[name if name in known else prefix + name] = dtype
             sizes[dtype] = max(sizes.get(dtype, 0), math.prod(part.get_shape()))
     if not sizes:
-        told = ", ".join(sorted(others))
-        raise ModelError(f"{model.name!r} is stored as {told}: accepted are {', '.join(_DTYPES)}")
+        raise ModelError(f"{model.name!r} is stored as {', '.join(sorted(others))}: accepted are {', '.join(_DTYPES)}")
     return found, max(sizes, key=lambda dtype: sizes[dtype])
 
 
@@ -121,41 +99,36 @@ def write_model(model: Model, shrinker: Shrinker, slimmed: Slimmed, kind: str, f
     dtypes, dtype = stored_dtypes(model)
     if model.dtype != "float32" and any(str(one) != f"torch.{model.dtype}" for one in dtypes.values()):
         model = load_model(str(model.folder), device="cpu", dtype="float32")
-        slimmed = replace(slimmed, groups=find_groups(model))
+        slimmed = replace(slimmed, groups=find_groups(model, slimmed.groups.kinds))
         shrinker = Shrinker(model, slimmed.groups)
-    make = {"hetero": _hetero, "uniform": _uniform, "padded": _padded}[kind]
-    config, state, made = make(model, shrinker, slimmed)
+    config, state, made = FORMATS[kind].make(model, shrinker, slimmed)
     with torch.device("meta"):
         module = made(config)
     module.load_state_dict(state, assign=True, strict=True)
     module.tie_weights()
     module.config.dtype = dtype
     module.generation_config = model.module.generation_config
-    module.save_pretrained(folder)
+    with quiet_transformers():
+        module.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors' files are their owner's alone
     model.tokenizer.save_pretrained(folder)
-    if kind == "hetero":
-        shutil.copyfile(_MODELLING, folder / SLIM_FILE)
+    if not FORMATS[kind].stock:
+        shutil.copyfile(slim_models.__file__, folder / SLIM_FILE)
 
 
-def _hetero(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> tuple[Any, dict[str, Tensor], Any]:
+def make_hetero(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> Made:
+    """A model of `slim_models`, blocks of which nothing is left left out."""
     kind, made = SLIM_MODELS[model.module.config.model_type]
     widths = slimmed.widths()
-    stays = [
-        index
-        for index, width in enumerate(widths)
-        if any(width.values()) or getattr(model.module.config, "scale_attn_by_inverse_layer_idx", False)
-    ]
+    numbered = getattr(model.module.config, "scale_attn_by_inverse_layer_idx", False)
+    stays = [index for index, width in enumerate(widths) if numbered or any(width.values())]
     config = kind(**_settings(model))
     config.widths = [widths[index] for index in stays]
     config.num_hidden_layers = len(stays)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[index] for index in stays]
-    config.auto_map = {
-        "AutoConfig": f"{_REMOTE}.{kind.__name__}",
-        "AutoModelForCausalLM": f"{_REMOTE}.{made.__name__}",
-    }
+    config.auto_map = {"AutoConfig": f"{_REMOTE}.{kind.__name__}", "AutoModelForCausalLM": f"{_REMOTE}.{made.__name__}"}
     prefix = _prefix(model)
     with shrinker.keeping(slimmed.kept, slimmed.repairs):
         state = {}
@@ -169,16 +142,16 @@ def _hetero(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> tuple[Any, di
     return config, state, made
 
 
-def _uniform(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> tuple[Any, dict[str, Tensor], Any]:
+def make_uniform(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> Made:
+    """A stock model of smaller shapes, of units that are as many in every block."""
     widths = slimmed.widths()
-    settings = _settings(model)
-    if model.module.config.model_type == "gpt2":
+    settings, dense = _settings(model), model.module.config
+    if dense.model_type == "gpt2":
         settings["n_inner"] = widths[0]["channels"]
     else:
-        dense = model.module.config
         per_group = dense.num_attention_heads // dense.num_key_value_heads
         settings |= {
-            "head_dim": slimmed.groups.parts[0].module.head_dim,
+            "head_dim": slimmed.groups.sublayers[0].module.head_dim,
             "num_key_value_heads": widths[0]["heads"],
             "num_attention_heads": widths[0]["heads"] * per_group,
             "intermediate_size": widths[0]["channels"],
@@ -188,26 +161,26 @@ def _uniform(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> tuple[Any, d
     return _stock(model, settings, state, widths)
 
 
-def _padded(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> tuple[Any, dict[str, Tensor], Any]:
+def make_padded(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> Made:
+    """A stock model of the original shapes, with zeros where units are gone."""
     shrinker.dense()
     state = _state(model)
     names = {id(module): name for name, module in model.module.named_modules()}
-    parts = zip(slimmed.groups.parts, slimmed.groups.split(slimmed.kept), strict=True)
-    for index, (part, mine) in enumerate(parts):
+    sublayers = zip(slimmed.groups.sublayers, slimmed.groups.split(slimmed.kept), strict=True)
+    for index, (sublayer, mine) in enumerate(sublayers):
         repair = slimmed.repairs.get(index, Repair())
         gone = (~mine).nonzero()[:, 0]
-        for attribute, features in part.rows.items():
-            layer = getattr(part.module, attribute)
-            rows = features[:, gone].flatten()
-            name = names[id(layer)]
+        for attribute, features in sublayer.rows.items():
+            layer = getattr(sublayer.module, attribute)
+            rows, name = features[:, gone].flatten(), names[id(layer)]
             state[f"{name}.weight"] = _zeroed(layer, state[f"{name}.weight"], rows, 0)
             if layer.bias is not None:
                 state[f"{name}.bias"] = state[f"{name}.bias"].index_fill(0, rows, 0)
-        layer = getattr(part.module, part.output)
+        layer = sublayer.output
         name = names[id(layer)]
-        weight = _zeroed(layer, state[f"{name}.weight"], part.columns[gone].flatten(), 1)
+        weight = _zeroed(layer, state[f"{name}.weight"], sublayer.columns[gone].flatten(), 1)
         if repair.weight is not None:
-            columns = part.columns[mine].flatten()
+            columns = sublayer.columns[mine].flatten()
             turned = not isinstance(layer, nn.Linear)
             fitted = repair.weight.t() if turned else repair.weight
             weight = weight.index_copy(0 if turned else 1, columns, fitted.to(weight))
@@ -221,9 +194,9 @@ def _padded(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> tuple[Any, di
 
 def _stock(
     model: Model, settings: dict[str, Any], state: dict[str, Tensor], widths: Sequence[Mapping[str, Any]]
-) -> tuple[Any, dict[str, Tensor], Any]:
+) -> Made:
     """A model of the dense model's class, with a bias in all layers where some have got one."""
-    for flag in ("attention_bias", "mlp_bias"):
+    for flag in (kind.bias for kind in SUBLAYERS.values()):
         if hasattr(model.module.config, flag) and any(width[flag] for width in widths):
             settings[flag] = True
     config = type(model.module.config)(**settings)
@@ -255,12 +228,8 @@ def _prefix(model: Model) -> str:
     """Of the names of what is in blocks, up to the block's number."""
     first = model.blocks[0].module
     name = next(name for name, module in model.module.named_modules() if module is first)
-    return name.rpartition(".")[0] + "."
+    return f"{name.rpartition('.')[0]}."
 
 
 def _zeroed(layer: nn.Module, stored: Tensor, features: Tensor, side: int) -> Tensor:
     return stored.index_fill(side if isinstance(layer, nn.Linear) else 1 - side, features, 0)
-
-
-def _has_bias(module: Any, output: str) -> bool:
-    return getattr(module, output).bias is not None

@@ -1,24 +1,35 @@
-"""What structured pruning removes as one: MLP channels, and attention heads with their key/value group.
+"""What structured pruning removes as one: channels of an MLP, heads of an attention with their key/value group.
 
-A part is the attention or the MLP of one block. Its units are removed by taking rows out of the layers that write its
-inner features, and columns out of the layer that reads them.
+A sublayer is the attention or the MLP of one block. Its units are removed by taking rows out of the layers that write
+its inner features, and columns out of the layer that reads them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gpmetric.errors import ModelError
+from gpmetric.errors import InputError, ModelError
 from gpmetric.models import Model
+from gpmetric.structured.request import UNIT_KINDS
 
-__all__ = ["FAMILIES", "Family", "Groups", "Kind", "Part", "find_groups", "read_output"]
+__all__ = ["FAMILIES", "SUBLAYERS", "Family", "Groups", "Place", "Sublayer", "SublayerKind", "find_groups"]
 
-Kind = Literal["head", "channel"]
+Features = tuple[dict[str, Tensor], Tensor]  # `rows` and `columns` of a sublayer
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sublayer is: attributes of a block, of it and of the norm before it; its own, of its output layer."""
+
+    module: str
+    norm: str
+    output: str
 
 
 @dataclass(frozen=True)
@@ -26,174 +37,197 @@ class Family:
     """Where the layers are in a block of an architecture.
 
     Attributes:
-        attention, mlp: attributes of a block.
-        norms: attributes of a block, of the norm before its attention and before its MLP.
+        places: by sublayer, a key of SUBLAYERS.
         queries, keys: attributes of the attention that write its inner features, heads by heads and key/value group by
             group; `fused` holds queries, keys and values one after the other instead.
         inputs: attributes of the MLP that write its channels.
-        outputs: attributes of the attention and of the MLP that read the inner features.
     """
 
-    attention: str
-    mlp: str
-    norms: tuple[str, str]
+    places: Mapping[str, Place]
     inputs: tuple[str, ...]
-    outputs: tuple[str, str]
     queries: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     fused: str | None = None
 
 
 _LLAMA = Family(
-    "self_attn",
-    "mlp",
-    ("input_layernorm", "post_attention_layernorm"),
+    {
+        "attention": Place("self_attn", "input_layernorm", "o_proj"),
+        "mlp": Place("mlp", "post_attention_layernorm", "down_proj"),
+    },
     inputs=("gate_proj", "up_proj"),
-    outputs=("o_proj", "down_proj"),
     queries=("q_proj",),
     keys=("k_proj", "v_proj"),
 )
+_GPT2 = Family(
+    {"attention": Place("attn", "ln_1", "c_proj"), "mlp": Place("mlp", "ln_2", "c_proj")},
+    inputs=("c_fc",),
+    fused="c_attn",
+)
 
 # model_type of a config -> where its layers are
-FAMILIES: Mapping[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gpt2": Family("attn", "mlp", ("ln_1", "ln_2"), inputs=("c_fc",), outputs=("c_proj", "c_proj"), fused="c_attn"),
-}
+FAMILIES: Mapping[str, Family] = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gpt2": _GPT2}
 
 
 @dataclass(frozen=True)
-class Part:
-    """The attention or the MLP of a block.
+class SublayerKind:
+    """What adds to the residual stream in every block."""
 
-    Attributes:
-        name, norm: attributes of the block's module.
-        rows: by attribute of the part, the features that it writes of each unit, [segments, units, features].
-        output: attribute of the part that reads them.
-        columns: the features that it reads of each unit, [units, features].
-        cost: parameters of a unit.
-        rest: parameters that go with the last unit only: norm, output bias, norms of queries and keys.
-    """
-
-    block: int
-    kind: Kind
-    name: str
-    norm: str
-    module: Any
-    rows: Mapping[str, Tensor]
-    output: str
-    columns: Tensor
-    cost: int
-    rest: int
-
-    @property
-    def units(self) -> int:
-        return len(self.columns)
+    width: str  # what `widths` of a slim config call its heads or channels,
+    bias: str  # and whether its output has a bias that it had not
+    features: Callable[[Family, Any], Features]  # (family, its module) -> rows and columns of its heads or channels
+    attends: bool = False  # mixes tokens: its scores have a cost, its place in the cache stays, FLAP squares its scores
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Every unit of a model, part by part, the attention of a block before its MLP.
-
-    Attributes:
-        parameters: inside the blocks.
-        cost: parameters of each unit, [units], fp64.
-        part: index of each unit's part, [units].
-    """
-
-    family: Family
-    parts: tuple[Part, ...]
-    parameters: int
-    cost: Tensor
-    part: Tensor
-
-    @property
-    def units(self) -> int:
-        return len(self.cost)
-
-    def split(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Values [units] by part."""
-        return values.split([part.units for part in self.parts])
-
-    def removed(self, kept: Tensor) -> int:
-        """Parameters that go with the units [units] that are not kept."""
-        gone = sum(part.rest for part, mine in zip(self.parts, self.split(kept), strict=True) if not mine.any())
-        return gone + int(self.cost[~kept].sum())
-
-
-def find_groups(model: Model) -> Groups:
-    """The units of a model as it came.
-
-    Raises:
-        ModelError: an architecture that is not in FAMILIES.
-    """
-    kind = model.module.config.model_type
-    if kind not in FAMILIES:
-        raise ModelError(
-            f"{model.name!r} is a {kind} model, whose channels and heads cannot be removed yet: accepted are "
-            + ", ".join(FAMILIES)
-        )
-    family = FAMILIES[kind]
-    parts = [
-        part
-        for index, block in enumerate(model.blocks)
-        for part in (_attention(family, index, block.module), _mlp(family, index, block.module))
-    ]
-    return Groups(
-        family,
-        tuple(parts),
-        sum(parameter.numel() for block in model.blocks for parameter in block.module.parameters()),
-        torch.cat([torch.full((part.units,), float(part.cost), dtype=torch.float64) for part in parts]),
-        torch.cat([torch.full((part.units,), index) for index, part in enumerate(parts)]),
-    )
-
-
-def _attention(family: Family, index: int, block: Any) -> Part:
-    attention = getattr(block, family.attention)
+def _attention_features(family: Family, attention: Any) -> Features:
     size = attention.head_dim
     if family.fused is not None:
-        heads = attention.num_heads
-        per_group = size
+        heads, per_group = attention.num_heads, size
         rows = {family.fused: torch.arange(3 * heads * size).view(3, heads, size)}
     else:
         heads = getattr(attention, family.keys[0]).out_features // size
         per_group = size * attention.num_key_value_groups
         rows = {name: torch.arange(heads * per_group).view(1, heads, per_group) for name in family.queries}
         rows |= {name: torch.arange(heads * size).view(1, heads, size) for name in family.keys}
-    columns = torch.arange(heads * per_group).view(heads, per_group)
-    return _part("head", index, block, family.attention, family.norms[0], rows, family.outputs[0], columns)
+    return rows, torch.arange(heads * per_group).view(heads, per_group)
 
 
-def _mlp(family: Family, index: int, block: Any) -> Part:
-    mlp = getattr(block, family.mlp)
-    channels = _read_features(getattr(mlp, family.outputs[1]))
+def _mlp_features(family: Family, mlp: Any) -> Features:
+    channels = _read_features(getattr(mlp, family.places["mlp"].output))
     rows = {name: torch.arange(channels).view(1, channels, 1) for name in family.inputs}
-    columns = torch.arange(channels).view(channels, 1)
-    return _part("channel", index, block, family.mlp, family.norms[1], rows, family.outputs[1], columns)
+    return rows, torch.arange(channels).view(channels, 1)
 
 
-def _part(
-    kind: Kind, index: int, block: Any, name: str, norm: str, rows: Mapping[str, Tensor], output: str, columns: Tensor
-) -> Part:
-    module = getattr(block, name)
-    cost = columns.shape[1] * getattr(module, output).weight.numel() // _read_features(getattr(module, output))
+# in the order in which a block computes them
+SUBLAYERS: dict[str, SublayerKind] = {
+    "attention": SublayerKind("heads", "attention_bias", _attention_features, attends=True),
+    "mlp": SublayerKind("channels", "mlp_bias", _mlp_features),
+}
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """The attention or the MLP of a block, cut into units."""
+
+    block: int
+    name: str  # a key of SUBLAYERS
+    unit: str  # what it is cut into, a key of UNIT_KINDS
+    place: Place
+    module: Any
+    rows: Mapping[str, Tensor]  # by attribute of `module`, features that it writes, [segments, units, features]
+    columns: Tensor  # features that its output layer reads, [units, features]
+    cost: int  # parameters of a unit
+    rest: int  # parameters that go with the last unit only: norm, output bias, norms of queries and keys
+
+    @property
+    def units(self) -> int:
+        return len(self.columns)
+
+    @property
+    def kind(self) -> SublayerKind:
+        return SUBLAYERS[self.name]
+
+    @property
+    def output(self) -> Any:
+        """The layer that reads its inner features."""
+        return getattr(self.module, self.place.output)
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, features] of that layer, a view of what is stored."""
+        weight: Tensor = self.output.weight.data
+        return weight if isinstance(self.output, nn.Linear) else weight.t()
+
+    def width(self, units: int) -> int:
+        """Heads or channels of so many units."""
+        return units * UNIT_KINDS[self.unit].together
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Every unit of a model, sublayer by sublayer, the attention of a block before its MLP."""
+
+    sublayers: tuple[Sublayer, ...]
+    parameters: int  # inside the blocks
+    cost: Tensor  # parameters of each unit, [units], fp64
+    sublayer_of: Tensor  # index of each unit's sublayer, [units]
+
+    @property
+    def units(self) -> int:
+        return len(self.cost)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(one.unit for one in self.sublayers))
+
+    @cached_property
+    def by_block(self) -> list[list[int]]:
+        """Indices of the sublayers of each block."""
+        blocks = range(1 + max(one.block for one in self.sublayers))
+        return [[index for index, one in enumerate(self.sublayers) if one.block == block] for block in blocks]
+
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Values [units] by sublayer."""
+        found: tuple[Tensor, ...] = torch.split(values, [one.units for one in self.sublayers])
+        return found
+
+    def removed(self, kept: Tensor) -> int:
+        """Parameters that go with the units [units] that are not kept."""
+        gone = sum(one.rest for one, mine in zip(self.sublayers, self.split(kept), strict=True) if not mine.any())
+        return gone + int(self.cost[~kept].sum())
+
+
+def find_groups(model: Model, kinds: Sequence[str] = ()) -> Groups:
+    """The units of a model as it came.
+
+    Args:
+        kinds: keys of UNIT_KINDS; a sublayer that none is of is cut into the first kind that there is.
+
+    Raises:
+        ModelError: an architecture that is not in FAMILIES.
+        InputError: a sublayer cannot be cut into units of a kind.
+    """
+    architecture = model.module.config.model_type
+    if architecture not in FAMILIES:
+        raise ModelError(
+            f"{model.name!r} is a {architecture} model, whose channels and heads cannot be removed yet: accepted are "
+            + ", ".join(FAMILIES)
+        )
+    family = FAMILIES[architecture]
+    units = {UNIT_KINDS[unit].sublayer: unit for unit in [*reversed(UNIT_KINDS), *kinds]}
+    sublayers = [
+        _sublayer(family, index, block.module, name, units[name])
+        for index, block in enumerate(model.blocks)
+        for name in SUBLAYERS
+        if name in family.places
+    ]
+    return Groups(
+        tuple(sublayers),
+        sum(parameter.numel() for block in model.blocks for parameter in block.module.parameters()),
+        torch.cat([torch.full((one.units,), float(one.cost), dtype=torch.float64) for one in sublayers]),
+        torch.cat([torch.full((one.units,), index) for index, one in enumerate(sublayers)]),
+    )
+
+
+def _sublayer(family: Family, index: int, block: Any, name: str, unit: str) -> Sublayer:
+    place, together = family.places[name], UNIT_KINDS[unit].together
+    module = getattr(block, place.module)
+    rows, columns = SUBLAYERS[name].features(family, module)
+    if len(columns) % together:
+        width = SUBLAYERS[name].width
+        told = f"{len(columns)} {width} (block {index}) are not divisible by {together}"
+        raise InputError(f"--granularity {unit}: {told}")
+    rows = {layer: one.reshape(len(one), -1, together * one.shape[2]) for layer, one in rows.items()}
+    columns = columns.reshape(-1, together * columns.shape[1])
+    output = getattr(module, place.output)
+    cost = columns.shape[1] * output.weight.numel() // _read_features(output)
     for attribute, features in rows.items():
         layer = getattr(module, attribute)
-        each = _read_features(layer) + (layer.bias is not None)
-        cost += features.shape[0] * features.shape[2] * each
-    whole = sum(one.numel() for owner in (module, getattr(block, norm)) for one in owner.parameters())
-    return Part(index, kind, name, norm, module, rows, output, columns, cost, whole - len(columns) * cost)
+        cost += features.shape[0] * features.shape[2] * (_read_features(layer) + (layer.bias is not None))
+    whole = sum(one.numel() for owner in (module, getattr(block, place.norm)) for one in owner.parameters())
+    return Sublayer(index, name, unit, place, module, rows, columns, cost, whole - len(columns) * cost)
 
 
 def _read_features(layer: Any) -> int:
     """Input features of a Linear or a Conv1D."""
     return int(layer.in_features if isinstance(layer, nn.Linear) else layer.nx)
-
-
-def read_output(part: Part) -> Tensor:
-    """Weight [out, features] of a part's output layer, a view of what is stored."""
-    layer = getattr(part.module, part.output)
-    weight: Tensor = layer.weight.data
-    return weight if isinstance(layer, nn.Linear) else weight.t()

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpmetric.structured.budget import Pool, Space, project
-from gpmetric.structured.request import Estimator
+from gpmetric.structured.request import ESTIMATORS
+from gpmetric.structured.unit_space import Pool, UnitSpace, project
 
 __all__ = ["Policy", "draw", "entropy", "initial"]
 
@@ -23,26 +23,21 @@ _EDGE = 1e-7  # of the published code: keeps a score finite where a probability 
 _SPREAD_WINDOW = 50  # steps of rloo's moving average
 _LIMIT = 3.0  # standard deviations of an advantage: one dead model among those drawn is no reason to leap
 _CEILING = 50.0  # of a loss that is not finite, or as good as
-# Of the probabilities to begin with. The sharper, the nearer are drawn models to the one that would be delivered:
-# llama-4m at 0.5, 800 steps of rloo, excess on validation 0.292 from 3, 0.298 from 1 as published, 0.301 of the start.
-_SHARPNESS: dict[Estimator, float] = {"rloo": 3.0, "paper": 1.0}
-_AJAR = 0.05  # of a gate: what is behind a closed one has a cost all the same
+_MIN_GATE = 0.05  # probability that a gate counts with in costs: what is behind a closed one has a cost all the same
 
 
 @dataclass
 class Policy:
     """Probabilities [entries], fp64, on their budgets.
 
-    Attributes:
-        average: moving average, of the loss for `paper`, of the squared difference within a pair for `rloo`; None
-            before the first step.
+    `average` is the moving one, of the loss for `paper`, of the squared difference within a pair for `rloo`.
     """
 
-    space: Space
+    space: UnitSpace
     pools: Sequence[Pool]
     probabilities: Tensor
-    estimator: Estimator = "rloo"
-    average: float | None = None
+    estimator: str = "rloo"
+    average: float | None = None  # before the first step
 
     def update(self, draws: Sequence[Tensor], losses: Sequence[float], rate: float) -> None:
         """One step against the losses of draws [entries], 0 or 1, all measured on the same windows; infinite for a dead
@@ -50,12 +45,12 @@ class Policy:
 
         `rloo` compares the two of an antithetic pair, which cancels what the windows have in common, in deviations of
         such differences, so that one rate serves all models. Its step is the natural gradient's: (draw - probability),
-        times max(p, 1 - p) since the pair is not independent (Dong et al. 2020, DisARM, equation 7), over the root of
-        the cost: undivided, noise decides of what is dear; over the cost, it hardly moves. `paper` compares with a
-        moving average, divides by the deviation of the draw, and by one draw too few, as published.
+        times max(p, 1 - p) since the pair is not independent (Dong et al. 2020, DisARM, equation 7), divided by the
+        root of the cost: without it expensive units follow noise; divided by the cost itself, they hardly move. `paper`
+        compares with a moving average, divides by the deviation of the draw, and by one draw too few, as published.
         """
         chances = self.probabilities
-        slopes = self.space.slopes(chances.clamp_min(_AJAR), self.space.cost)
+        slopes = self.space.slopes(chances.clamp_min(_MIN_GATE), self.space.cost)
         dear = (slopes / self.space.cost.min()).clamp_min(1).sqrt()
         step = torch.zeros_like(chances)
         for drawn, advantage in zip(draws, self._advantages(losses), strict=True):
@@ -85,7 +80,7 @@ class Policy:
         return self.average
 
 
-def initial(space: Space, pools: Sequence[Pool], worth: Tensor, gates: float, estimator: Estimator = "rloo") -> Tensor:
+def initial(space: UnitSpace, pools: Sequence[Pool], worth: Tensor, gates: float, estimator: str = "rloo") -> Tensor:
     """Probabilities [entries] to begin with: the logistic function of scaled scores, brought to the budgets.
 
     Args:
@@ -94,7 +89,7 @@ def initial(space: Space, pools: Sequence[Pool], worth: Tensor, gates: float, es
         estimator: the published one begins less decided.
     """
     values = torch.full((space.entries,), gates, dtype=torch.float64)
-    values[: len(worth)] = torch.sigmoid(_SHARPNESS[estimator] * worth)
+    values[: len(worth)] = torch.sigmoid(ESTIMATORS[estimator].sharpness * worth)
     return project(values, space, pools)
 
 
@@ -114,6 +109,5 @@ def draw(probabilities: Tensor, count: int, seed: int, step: int, *, antithetic:
 
 def entropy(probabilities: Tensor) -> float:
     """Mean entropy of the entries, in bits: 1 where all is open, 0 where all is decided."""
-    return float(torch.special.entr(torch.stack([probabilities, 1 - probabilities])).sum() / math.log(2)) / max(
-        1, len(probabilities)
-    )
+    bits = torch.special.entr(torch.stack([probabilities, 1 - probabilities])).sum() / math.log(2)
+    return float(bits) / max(1, len(probabilities))

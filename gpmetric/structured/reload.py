@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gpmetric.evaluation.perplexity import mean_loss
-from gpmetric.models import load_model
+from gpmetric.loading import load_model
 
 __all__ = ["main"]
 

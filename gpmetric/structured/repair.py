@@ -1,4 +1,4 @@
-"""What is done for the outputs of parts that lost units: a constant for what is gone, or a fit of what is left."""
+"""What is done for the outputs of sublayers that lost units: a constant for what is gone, or a fit of what is left."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpmetric.structured.groups import Groups, Part, read_output
+from gpmetric.structured.groups import Groups
 from gpmetric.structured.scores import Features
 from gpmetric.structured.shrink import Repair
 
@@ -17,7 +17,7 @@ _DAMPING = 1e-3  # of the mean square, in the least-squares fit
 
 
 class Repairer:
-    """Repairs of every part that lost units.
+    """Repairs of every sublayer that lost units.
 
     Args:
         groups: of the model, which is dense now.
@@ -28,35 +28,35 @@ class Repairer:
 
     def __init__(self, groups: Groups, features: Sequence[Features], kind: str, *, add_bias: bool = False) -> None:
         self._groups, self._features, self._kind = groups, features, kind
-        self._weights = [read_output(part) for part in groups.parts]  # of the dense model, whatever becomes of it
-        self._biases = [_bias(part) for part in groups.parts]
+        self._weights = [one.weight for one in groups.sublayers]  # of the dense model, whatever becomes of it
+        self._biases = [None if one.output.bias is None else one.output.bias.data for one in groups.sublayers]
         self._may = [kind != "none" and (add_bias or bias is not None) for bias in self._biases]
         self._covariances = [self._covariance(index) for index in range(len(features) * (kind == "least-squares"))]
 
     def repairs(self, kept: Tensor) -> dict[int, Repair]:
-        """By index of a part that lost units of these [units], bool, what stands for its output layer.
+        """By index of a sublayer that lost units of these [units], bool, what stands for its output layer.
 
         `bias`: bias + W_gone E[x_gone] (FLAP, equation 4). `least-squares`: the kept columns and, where there may be
         one, the bias that minimise the squared distance to the dense output over the calibration tokens.
         """
         found = {}
-        for index, (part, mine) in enumerate(zip(self._groups.parts, self._groups.split(kept), strict=True)):
+        for index, (one, mine) in enumerate(zip(self._groups.sublayers, self._groups.split(kept), strict=True)):
             if mine.all() or self._kind == "none":
                 continue
-            stays, gone = part.columns[mine].flatten(), part.columns[~mine].flatten()
+            stays, gone = one.columns[mine].flatten(), one.columns[~mine].flatten()
+            weight, mean = self._weights[index], self._features[index].mean
             if self._kind == "least-squares" and len(stays):
                 found[index] = self._fitted(index, stays)
             elif self._may[index]:
-                found[index] = Repair(bias=self._constant(index, gone))
+                found[index] = Repair(bias=self._biased(index, weight[:, gone].double() @ mean[gone]))
         return found
 
-    def _constant(self, index: int, gone: Tensor) -> Tensor:
-        weight, bias = self._weights[index], self._biases[index]
-        lost = weight[:, gone].double() @ self._features[index].mean[gone]
-        return (lost if bias is None else lost + bias.double()).to(weight.dtype)
+    def _biased(self, index: int, constant: Tensor) -> Tensor:
+        bias = self._biases[index]
+        return (constant if bias is None else constant + bias.double()).to(self._weights[index].dtype)
 
     def _covariance(self, index: int) -> tuple[Tensor, Tensor]:
-        """Of a part's features, about their mean where a bias can hold it, and with the dense outputs; both fp64."""
+        """Of the features, about their mean where a bias can hold it, and with the dense outputs; both fp64."""
         moments = self._features[index]
         assert moments.products is not None
         centre = moments.mean if self._may[index] else torch.zeros_like(moments.mean)
@@ -64,7 +64,7 @@ class Repairer:
         return covariance, self._weights[index].double() @ covariance  # [out, features]
 
     def _fitted(self, index: int, stays: Tensor) -> Repair:
-        weight, bias, mean = self._weights[index], self._biases[index], self._features[index].mean
+        weight, mean = self._weights[index], self._features[index].mean
         covariance, crossed = self._covariances[index]
         dense, inner = weight.double(), covariance[stays][:, stays]
         damping = _DAMPING * inner.diagonal().mean().clamp_min(1e-30)
@@ -74,13 +74,4 @@ class Repairer:
         fitted = torch.cholesky_solve(target.t(), torch.linalg.cholesky(inner)).t()
         if not self._may[index]:
             return Repair(fitted.to(weight.dtype))
-        constant = dense @ mean - fitted @ mean[stays]
-        return Repair(
-            fitted.to(weight.dtype), (constant if bias is None else constant + bias.double()).to(weight.dtype)
-        )
-
-
-def _bias(part: Part) -> Tensor | None:
-    """Bias [out] of the output layer as it came."""
-    bias = getattr(part.module, part.output).bias
-    return None if bias is None else bias.data
+        return Repair(fitted.to(weight.dtype), self._biased(index, dense @ mean - fitted @ mean[stays]))

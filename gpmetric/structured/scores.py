@@ -1,7 +1,7 @@
 """What each unit is worth by a rule: the start of a policy, and the published baselines.
 
-A rule scores the weights of a part's output layer, [out, features]; a unit's score is the mean over its features of the
-sums over the outputs.
+Most rules score the weights of a sublayer's output layer, [out, features]; a unit's score is the mean over its features
+of the sums over the outputs.
 """
 
 from __future__ import annotations
@@ -9,112 +9,127 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpmetric.calibration.collect import collect_statistics, token_batches
+from gpmetric.calibration.collect import collect, token_batches
 from gpmetric.errors import GpmetricError
-from gpmetric.models import Block, Layer, Model
-from gpmetric.pruning.metrics import resolve_metric
-from gpmetric.pruning.prune import score_weight
-from gpmetric.structured.groups import Groups, Part, read_output
-from gpmetric.structured.request import RULES
+from gpmetric.metrics import resolve_metric
+from gpmetric.models import Block, Model
+from gpmetric.session.session import Session
+from gpmetric.structured.groups import Groups
+from gpmetric.structured.request import UNIT_RULES
 
-__all__ = ["Features", "block_influence", "collect_features", "standardised", "unit_scores"]
+__all__ = ["Features", "UnitSession", "block_influence", "fluctuation", "noise", "standardised", "unit_scores"]
 
 
 @dataclass(frozen=True)
 class Features:
-    """Moments of the inner features of a part over the calibration tokens, each [features], fp64.
-
-    Attributes:
-        products: second moments of pairs, [features, features], where they were asked for.
-    """
+    """Moments of the inner features of a sublayer over the calibration tokens, each [features], fp64."""
 
     mean: Tensor
     square: Tensor
-    products: Tensor | None = None
+    products: Tensor | None = None  # second moments of pairs, [features, features], where they were asked for
+
+
+@dataclass(frozen=True)
+class UnitSession:
+    """A session whose model is cut into units, and what they are scored by."""
+
+    session: Session
+    groups: Groups
+    products: bool = False  # whether second moments of pairs of features are wanted, too
 
     @property
-    def variance(self) -> Tensor:
-        return (self.square - self.mean.square()).clamp_min(0)
+    def model(self) -> Model:
+        return self.session.model
+
+    @cached_property
+    def features(self) -> list[Features]:
+        """By sublayer, of the model as it is, dense, on the calibration text."""
+        sums: list[list[Any]] = [[0.0, 0.0, 0.0] for _ in self.groups.sublayers]
+
+        def take(index: int, _: Any, args: tuple[Tensor, ...]) -> None:
+            rows = args[0].reshape(-1, args[0].shape[-1]).double()
+            found = (rows.sum(dim=0), rows.square().sum(dim=0), rows.t() @ rows if self.products else 0.0)
+            sums[index] = [total + one for total, one in zip(sums[index], found, strict=True)]
+
+        with ExitStack() as hooks:
+            for index, one in enumerate(self.groups.sublayers):
+                hooks.enter_context(one.output.register_forward_pre_hook(partial(take, index)))
+            self.run()
+        count = self.session.tokens.numel()
+        means = ([total / count for total in one] for one in sums)
+        return [Features(mean, square, pairs if self.products else None) for mean, square, pairs in means]
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Runs the model over the calibration text, for who watches."""
+        for batch in token_batches(self.session.tokens):
+            self.model.module.base_model(input_ids=batch.to(self.model.device), use_cache=False)
+
+    def by_unit(self, features: Sequence[Tensor]) -> Tensor:
+        """Scores of features, [features] by sublayer, as means over those of each unit, [units]."""
+        pairs = zip(self.groups.sublayers, features, strict=True)
+        return torch.cat([mine.cpu()[one.columns].mean(dim=1) for one, mine in pairs])
 
 
-@torch.no_grad()
-def collect_features(model: Model, groups: Groups, tokens: Tensor, *, products: bool = False) -> list[Features]:
-    """Moments by part, of the model as it is, over windows [n, length]."""
-    sums: list[Any] = [None] * len(groups.parts)
-    count = tokens.numel()
-
-    def take(index: int, _: Any, args: tuple[Tensor, ...]) -> None:
-        rows = args[0].reshape(-1, args[0].shape[-1]).double()
-        found = (rows.sum(dim=0), rows.square().sum(dim=0), rows.t() @ rows if products else None)
-        before = sums[index]
-        sums[index] = (
-            found
-            if before is None
-            else tuple(None if one is None else one + other for one, other in zip(before, found, strict=True))
-        )
-
-    with ExitStack() as hooks:
-        for index, part in enumerate(groups.parts):
-            layer = getattr(part.module, part.output)
-            hooks.enter_context(layer.register_forward_pre_hook(partial(take, index)))
-        for batch in token_batches(tokens):
-            model.module.base_model(input_ids=batch.to(model.device), use_cache=False)
-    return [
-        Features(mean / count, square / count, pairs if pairs is None else pairs / count)
-        for mean, square, pairs in sums
-    ]
-
-
-def unit_scores(
-    model: Model, groups: Groups, name: str, tokens: Tensor, features: Sequence[Features], generator: torch.Generator
-) -> Tensor:
-    """Score of each unit [units], fp64, larger means keep; comparable within a part, by RULES' global ones everywhere.
+def unit_scores(name: str, units: UnitSession) -> Tensor:
+    """Score of each unit [units], fp64, larger means keep; comparable in a sublayer, by a `global` rule everywhere.
 
     Args:
-        name: a key of RULES, or a metric or formula of weights.
-        tokens: [windows, length], the calibration text.
-        features: of the dense model on it.
-        generator: of `random`.
+        name: a key of UNIT_RULES, or a metric or formula of weights.
+        units: of a dense model.
 
     Raises:
         ExpressionError: neither a rule nor a formula.
         GpmetricError: a score is not finite.
     """
-    rule = RULES.get(name)
-    if name == "random":
-        return torch.rand(groups.units, generator=generator, dtype=torch.float64)
-    if name == "block_influence":
-        return block_influence(model, groups, tokens)
-    if name == "flap":
-        scores = [_fluctuation(part, one) for part, one in zip(groups.parts, features, strict=True)]
-    else:
-        scores = _scored(model, groups, name if rule is None or rule.metric is None else rule.metric, tokens)
-    found = torch.cat([one.cpu()[part.columns].mean(dim=1) for part, one in zip(groups.parts, scores, strict=True)])
+    rule = UNIT_RULES.get(name)
+    metric = name if rule is None or rule.metric is None else rule.metric
+    found: Tensor = rule.score(units) if rule is not None and rule.score is not None else _by_metric(metric, units)
     if not found.isfinite().all():
         raise GpmetricError(f"{name!r} gives units scores that are not finite")
     return found
 
 
 def standardised(groups: Groups, scores: Tensor) -> Tensor:
-    """Scores [units] less the mean of their part, in its standard deviations; 0 where all of a part are alike.
+    """Scores [units] less the mean of their sublayer, in its standard deviations; 0 where all of a sublayer are alike.
 
     Source: the published code of Gao et al. 2025, whose probabilities begin with the logistic function of it.
     """
     return torch.cat([_standard(mine) for mine in groups.split(scores)])
 
 
+def noise(units: UnitSession) -> Tensor:
+    """Uniform in [0, 1), [units]."""
+    generator = torch.Generator().manual_seed(units.session.inputs.seed)
+    return torch.rand(units.groups.units, generator=generator, dtype=torch.float64)
+
+
+def fluctuation(units: UnitSession) -> Tensor:
+    """FLAP's score: variance of a feature times squared norm of its weights, standardised in the sublayer, [units].
+
+    Source: An et al. 2024, equations 5 and 6; their code squares those of attentions before.
+    """
+    found = []
+    for one, moments in zip(units.groups.sublayers, units.features, strict=True):
+        variance = (moments.square - moments.mean.square()).clamp_min(0)
+        scores = one.weight.double().square().sum(dim=0) * variance
+        found.append(_standard(scores.square() if one.kind.attends else scores))
+    return units.by_unit(found)
+
+
 @torch.no_grad()
-def block_influence(model: Model, groups: Groups, tokens: Tensor) -> Tensor:
+def block_influence(units: UnitSession) -> Tensor:
     """1 - mean cosine of a block's input and output, for all units of a block alike, [units].
 
     Source: Men et al. 2024 (ShortGPT), equation 1.
     """
+    model, groups, tokens = units.model, units.groups, units.session.tokens
     turned = torch.zeros(len(model.blocks), dtype=torch.float64)
 
     def take(index: int, _: Any, args: tuple[Tensor, ...], output: Any) -> None:
@@ -124,42 +139,19 @@ def block_influence(model: Model, groups: Groups, tokens: Tensor) -> Tensor:
     with ExitStack() as hooks:
         for index, block in enumerate(model.blocks):
             hooks.enter_context(block.module.register_forward_hook(partial(take, index)))
-        for batch in token_batches(tokens):
-            model.module.base_model(input_ids=batch.to(model.device), use_cache=False)
-    return turned[[part.block for part in groups.parts]][groups.part] / tokens.numel()
+        units.run()
+    return turned[[one.block for one in groups.sublayers]][groups.sublayer_of] / tokens.numel()
 
 
-def _scored(model: Model, groups: Groups, metric: str, tokens: Tensor) -> list[Tensor]:
-    """By part, the sum over outputs of the scores of its output layer, [features], fp64."""
-    rule = resolve_metric(metric, *tokens.shape)
-    layers = [_layer(model, part) for part in groups.parts]
-    outputs = [Block(block.module, tuple(one for one in layers if one in block.layers)) for block in model.blocks]
-    statistics = collect_statistics(
-        replace(model, blocks=tuple(outputs)),
-        tokens,
-        gradients=rule.needs_gradients,
-        fisher=rule.needs_fisher,
-        gram=rule.needs_gram,
-    )
-    return [
-        score_weight(layer.weight, rule, statistics.layers[layer.name]).sum(dim=0, dtype=torch.float64).cpu()
-        for layer in layers
-    ]
-
-
-def _layer(model: Model, part: Part) -> Layer:
-    """The output layer of a part."""
-    module = getattr(part.module, part.output)
-    return next(layer for layer in model.blocks[part.block].layers if layer.module is module)
-
-
-def _fluctuation(part: Part, features: Features) -> Tensor:
-    """FLAP's score of each feature [features]: variance times squared norm of its weights, standardised in the part.
-
-    Source: An et al. 2024, equations 5 and 6; their code squares those of attentions before.
-    """
-    found = read_output(part).double().square().sum(dim=0) * features.variance
-    return _standard(found.square() if part.kind == "head" else found)
+def _by_metric(text: str, units: UnitSession) -> Tensor:
+    """A metric's scores of the output layers' weights, summed over outputs, [units], fp64."""
+    model, metric = units.model, resolve_metric(text, *units.session.tokens.shape)
+    known = {layer.module: layer for layer in model.layers}
+    layers = [known[one.output] for one in units.groups.sublayers]
+    outputs = tuple(Block(block.module, tuple(one for one in layers if one in block.layers)) for block in model.blocks)
+    statistics = collect(replace(model, blocks=outputs), units.session.tokens, metric.operands).layers
+    scores = (metric(layer.weight, **statistics[layer.name].operands) for layer in layers)
+    return units.by_unit([score.sum(dim=0, dtype=torch.float64) for score in scores])
 
 
 def _standard(scores: Tensor) -> Tensor:

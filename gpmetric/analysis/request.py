@@ -1,0 +1,26 @@
+"""What `gpmetric analyse` is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from gpmetric.options import Option, Request
+
+__all__ = ["AnalyseRequest"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyseRequest(Request):
+    """Everything `gpmetric analyse` can be asked for."""
+
+    ledger: Annotated[
+        Path, Option("A campaign's ledger, finished or not.", metavar="LEDGER", argument=True, reads=True)
+    ]
+    output: Annotated[
+        Path | None,
+        Option("Page of plots to write: .png or .pdf.", metavar="FILE", names=("--output", "-o"), writes="picture"),
+    ] = None
+    seed: Annotated[int, Option("Seed of everything random.", least=0, below=2**63)] = 0
+    device: Annotated[str, Option("Not used; every command takes one.", choices=("auto", "cpu", "cuda"))] = "auto"

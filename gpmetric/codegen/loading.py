@@ -1,0 +1,90 @@
+"""Importing module files that gpmetric has written; text is never executed as text."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from types import CodeType, ModuleType
+
+from gpmetric.codegen.functions import triton_functions
+from gpmetric.errors import GpmetricError
+from gpmetric.expression.tree import Expression
+from gpmetric.files import cache_folder, write_text
+
+__all__ = ["load_functions", "load_module"]
+
+_IMPORTS = '''"""Triton functions of pruning metrics, written by gpmetric."""
+
+import triton
+import triton.language as tl
+
+from gpmetric.kernels.launch import Layout, from_column, from_matrix, from_number, from_row
+from gpmetric.kernels.ops import *
+
+
+'''
+
+
+def load_module(path: Path) -> ModuleType:
+    """The module of a file, from its text as it is now: bytecode beside it is neither read nor written."""
+    loader = _FreshLoader(path.stem, str(path))
+    spec = spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def load_functions(expressions: Sequence[Expression], folder: Path | None = None) -> ModuleType:
+    """The module of `triton_functions`, for the launchers of `gpmetric.kernels`, from a file named after its content.
+
+    Args:
+        expressions: the formulas.
+        folder: where modules are kept; gpmetric's folder of the user's cache by default, or where that cannot be
+            written a temporary one.
+
+    Raises:
+        ImportError: Triton is not installed.
+        GpmetricError: the folder cannot be written.
+    """
+    text = _IMPORTS + triton_functions(expressions)
+    name = f"metric_{hashlib.sha256(text.encode()).hexdigest()[:32]}.py"
+    if folder is not None:
+        return load_module(_kept(folder / name, text))
+    try:
+        return load_module(_kept(cache_folder() / "kernels" / name, text))
+    except GpmetricError:
+        return load_module(_kept(_temporary_folder() / name, text))
+
+
+class _FreshLoader(SourceFileLoader):
+    def get_code(self, fullname: str) -> CodeType:
+        code: CodeType = self.source_to_code(self.get_data(self.path), self.path)
+        return code
+
+
+def _kept(path: Path, text: str) -> Path:
+    """The file, written unless it holds that text already."""
+    try:
+        written = path.read_bytes()
+    except OSError:
+        written = b""
+    if written != text.encode():
+        with suppress(OSError):  # told by the next line, with the path
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    return path
+
+
+@cache
+def _temporary_folder() -> Path:
+    folder = tempfile.TemporaryDirectory(prefix="gpmetric-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)

@@ -1,0 +1,59 @@
+"""Whose a ledger is: one driver at a time, and one that died is taken over.
+
+A driver on this host is known by its process number and when it started; one on another host by its heartbeat.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sqlite3
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from gpmetric.evolution.sqlite_schema import Refusal
+
+__all__ = ["beat", "claim", "release"]
+
+_STALE_SECONDS = 60.0  # heartbeat age at which an owner on another host counts as dead
+
+
+def claim(connection: sqlite3.Connection) -> str:
+    """Token of the ownership just taken, refused while another driver lives."""
+    owner = connection.execute("SELECT * FROM owner").fetchone()
+    host, pid, token = socket.gethostname(), os.getpid(), os.urandom(16).hex()
+    if owner is not None:
+        local, age = owner["host"] == host, time.time() - owner["heartbeat"]
+        if _start_of(owner["pid"]) in (owner["started"], "running") if local else age <= _STALE_SECONDS:
+            rule = "" if local else f", heard of {age:.0f} s ago (free {_STALE_SECONDS:.0f} s after its last heartbeat)"
+            raise Refusal(f"is in use by process {owner['pid']} on host {owner['host']}{rule}")
+    row = (host, pid, _start_of(pid), token, time.time())
+    connection.execute("INSERT OR REPLACE INTO owner VALUES (1, ?, ?, ?, ?, ?)", row)
+    return token
+
+
+def beat(connection: sqlite3.Connection, token: str) -> None:
+    """Tells other hosts that this driver lives; refused when it is no longer the owner."""
+    statement = "UPDATE owner SET heartbeat = ? WHERE token = ?"
+    if not connection.execute(statement, (time.time(), token)).rowcount:
+        raise Refusal("was taken over by another driver")
+
+
+def release(connection: sqlite3.Connection, token: str) -> None:
+    """Gives the ownership up."""
+    with suppress(sqlite3.Error):  # a full disk must not hide what led here
+        connection.execute("DELETE FROM owner WHERE token = ?", (token,))
+
+
+def _start_of(pid: int) -> str:
+    """Boot and start tick of a process, "" for a dead one, "running" where /proc does not tell."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if status[0] in "ZX" else f"{boot}/{status[19]}"  # fields 3 and 22 of proc(5)
+    with suppress(ProcessLookupError):
+        with suppress(PermissionError):  # another user's
+            os.kill(pid, 0)
+        return "running"
+    return ""

@@ -1,0 +1,140 @@
+"""From a front to a winner: finalists and baselines, pruned sequentially, are compared on text the search never saw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+from typing import Any
+
+from scipy.stats import t
+
+from gpmetric.errors import GpmetricError
+from gpmetric.evaluation.perplexity import perplexity
+from gpmetric.evolution.executors import Executor
+from gpmetric.evolution.fitness import best_of, mean_excess
+from gpmetric.evolution.ledger import Ledger
+from gpmetric.evolution.multi_model import LabelledTarget
+from gpmetric.evolution.records import HeldOutMeasurement
+from gpmetric.evolution.selection import ALIKE, Individual, few_alike
+from gpmetric.evolution.tasks import DenseTask, SequentialLoss, SequentialTask
+from gpmetric.metrics import BASELINES, Metric, resolve_metric
+
+__all__ = ["HeldOut", "HeldOutFigures", "choose_finalists", "choose_winner", "interval"]
+
+
+Measured = dict[Metric, "HeldOutFigures"]
+
+
+@dataclass(frozen=True)
+class HeldOutFigures:
+    """What one metric costs on one split: excess log-loss and mean loss by target, in nats per token.
+
+    With several models the excess is in units of Wanda's on the same model; see `MultiModel`. `errors` says by target
+    why a metric could not be applied; its figures are infinite then.
+    """
+
+    excess: dict[str, float]
+    losses: dict[str, float]
+    errors: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """Mean excess over the targets."""
+        return mean_excess(self.excess)
+
+    def add(self, row: HeldOutMeasurement) -> None:
+        """Takes up what was measured at one target."""
+        self.excess[row.target] = math.inf if row.excess is None else row.excess
+        self.losses[row.target] = math.inf if row.loss is None else row.loss
+        if row.error is not None:
+            self.errors[row.target] = row.error
+
+    def describe(self) -> dict[str, Any]:
+        """Excess by target, its mean, the perplexities, and the first error or None."""
+        ppl = {target: perplexity(loss) for target, loss in self.losses.items()}
+        error = next(iter(self.errors.values()), None)
+        return {"excess": self.excess, "mean_excess": self.mean, "ppl": ppl, "error": error}
+
+
+@dataclass
+class HeldOut:
+    """Measures metrics on one split after another under the sequential protocol.
+
+    Attributes:
+        update: the campaign's, for discovered metrics; baselines, in whatever group, are used as published.
+        ledger: takes every measurement as soon as it is there; one it has is not made again.
+    """
+
+    executor: Executor
+    targets: Sequence[LabelledTarget]
+    update: str
+    ledger: Ledger
+
+    def dense(self, split: str) -> dict[str, float]:
+        """Perplexity of the dense model on a split, by model; a GpmetricError where it is not finite."""
+        (outcome,) = self.executor.map_ordered([DenseTask(split)])
+        losses: dict[str, float] = {} if outcome.error is not None else outcome.value
+        if not losses or not all(math.isfinite(loss) for loss in losses.values()):
+            raise GpmetricError(f"the dense model's loss on the {split} text is {outcome.error or 'not finite'}")
+        return {model: perplexity(loss) for model, loss in losses.items()}
+
+    def measure(self, metrics: Iterable[Metric], split: str, calibration: str = "calibration") -> Measured:
+        """What each metric costs, a baseline known by its name; one that cannot be applied costs infinitely much."""
+        asked = [(metric, at) for metric in dict.fromkeys(metrics) for at in self.targets]
+        known = {(row.metric, row.target): row for row in self.ledger.held_out(split, calibration)}
+        missing = [(metric, at) for metric, at in asked if (metric.name, at.label) not in known]
+        tasks = [self._task(metric, at, split, calibration) for metric, at in missing]
+        for (metric, at), outcome in zip(missing, self.executor.map_ordered(tasks), strict=True):
+            figures = outcome.value or SequentialLoss(math.inf, math.inf)
+            excess, loss = (one if math.isfinite(one) else None for one in (figures.excess, figures.loss))
+            row = HeldOutMeasurement(metric.name, at.label, split, calibration, excess, loss, outcome.error)
+            self.ledger.hold_out(row)
+            known[metric.name, at.label] = row
+        found: Measured = {}
+        for metric, at in asked:
+            found.setdefault(metric, HeldOutFigures({}, {})).add(known[metric.name, at.label])
+        return found
+
+    def _task(self, metric: Metric, at: LabelledTarget, split: str, calibration: str) -> SequentialTask:
+        update = self.update
+        if metric.name.rpartition(":")[2] in BASELINES:
+            metric, update = resolve_metric(metric.name, *at.sample), "none"
+        return SequentialTask(metric, at.target, split, calibration, update, at.model)
+
+
+def choose_finalists(front: Sequence[Individual], count: int) -> tuple[list[Metric], list[Metric]]:
+    """The first `count` of the front that differ in more than constants, and the next ones for when there is time.
+
+    The best metric without gradients is among the first, whatever its place. Under the sequential protocol near copies
+    differ by about 1 % for good, since other masks give the blocks after them other inputs: a few are among the others.
+    """
+    finalists = [individual.metric for individual in few_alike(front, 1)][:count]
+    free = next((individual.metric for individual in front if not individual.metric.needs_gradients), None)
+    if free is not None and free not in finalists:
+        finalists = [*finalists[: count - 1], free]
+    return finalists, [one.metric for one in few_alike(front, ALIKE) if one.metric not in finalists]
+
+
+def choose_winner(finalists: Mapping[Metric, HeldOutFigures], rivals: Mapping[Metric, HeldOutFigures]) -> Metric:
+    """The finalist with the lowest mean excess, preferring those below every rival at every target.
+
+    Rivals are baselines of the same kind: those that only mask, unless the campaign updates weights.
+    """
+    bar = best_of(rival.excess for rival in rivals.values())
+
+    def rank(metric: Metric) -> tuple[bool, float]:
+        figures = finalists[metric]
+        beats_all = all(figures.excess[target] < least for target, least in bar.items())
+        return not beats_all, figures.mean
+
+    return min(finalists, key=rank)
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """95 % confidence interval of the mean of a few independent draws, by Student's t; None below two of them."""
+    if len(differences) < 2 or not all(math.isfinite(value) for value in differences):
+        return None
+    half = float(t.ppf(0.975, len(differences) - 1)) * stdev(differences) / math.sqrt(len(differences))
+    return fmean(differences) - half, fmean(differences) + half

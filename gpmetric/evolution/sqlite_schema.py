@@ -1,0 +1,183 @@
+"""The SQLite file under a ledger: schema and its upgrade, opening and refusing, and the form of a column."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from gpmetric.errors import LedgerError
+
+__all__ = [
+    "APPLICATION_ID",
+    "TABLES",
+    "UPGRADES",
+    "VERSION",
+    "VOLATILE",
+    "Refusal",
+    "explained",
+    "from_column",
+    "opened",
+    "schema_version",
+    "to_column",
+    "to_json",
+    "transaction",
+    "upgrade",
+    "upgraded_copy",
+]
+
+APPLICATION_ID = 0x67706D74  # "gpmt"
+VERSION = 3
+_ENCODED = frozenset({"population", "rng", "figures", "value", "seconds"})  # columns of JSON
+VOLATILE = frozenset({"seconds", "seconds_score", "seconds_loss", "duration", "host", "process", "attempt", "finished"})
+_RECOVERY = "save what is readable with sqlite3 FILE .recover"
+_HINTS = {sqlite3.SQLITE_CORRUPT: _RECOVERY, sqlite3.SQLITE_CANTOPEN: "its folder must exist and be writable"}
+
+_COLUMNS = {
+    "meta": "key TEXT PRIMARY KEY, value TEXT NOT NULL CHECK (json_valid(value))",
+    "generations": "number INTEGER PRIMARY KEY, population TEXT NOT NULL CHECK (json_valid(population)), "
+    "rng TEXT NOT NULL CHECK (json_valid(rng)), evaluations INTEGER NOT NULL, finished REAL",
+    "evaluations": "id INTEGER PRIMARY KEY, formula TEXT NOT NULL, canonical TEXT, fingerprint TEXT UNIQUE, "
+    "generation INTEGER NOT NULL, status TEXT NOT NULL CHECK (status IN ('done', 'failed')), reason TEXT, "
+    "figures TEXT NOT NULL CHECK (json_valid(figures)), nodes INTEGER, operands TEXT, sketch TEXT, "
+    "seconds_score REAL, seconds_loss REAL, host TEXT, process INTEGER, attempt INTEGER, finished REAL",
+    "candidates": "id INTEGER PRIMARY KEY, generation INTEGER NOT NULL, position INTEGER NOT NULL, "
+    "formula TEXT NOT NULL, canonical TEXT, opposites TEXT, ranked TEXT, fingerprint TEXT, status TEXT NOT NULL, "
+    "evaluation INTEGER REFERENCES evaluations (id), reason TEXT, UNIQUE (generation, position), "
+    "CHECK (status IN ('failed', 'screened') "
+    "OR status IN ('evaluated', 'duplicate') AND evaluation IS NOT NULL)",
+    "measurements": "generation INTEGER NOT NULL, position INTEGER NOT NULL, rung TEXT NOT NULL, "
+    "value TEXT NOT NULL CHECK (json_valid(value)), error TEXT, duration REAL, process INTEGER, attempt INTEGER, "
+    "PRIMARY KEY (generation, position, rung)",
+    "judgements": "metric TEXT NOT NULL, target TEXT NOT NULL, split TEXT NOT NULL, calibration TEXT NOT NULL, "
+    "excess REAL, loss REAL, error TEXT, PRIMARY KEY (metric, target, split, calibration)",
+    "results": "name TEXT PRIMARY KEY, value TEXT NOT NULL CHECK (json_valid(value)), "
+    "seconds TEXT NOT NULL CHECK (json_valid(seconds))",
+    "owner": "id INTEGER PRIMARY KEY CHECK (id = 1), host TEXT NOT NULL, pid INTEGER NOT NULL CHECK (pid > 0), "
+    "started TEXT NOT NULL, token TEXT NOT NULL, heartbeat REAL NOT NULL",
+}
+_INDEX = "CREATE INDEX candidates_canonical ON candidates (canonical)"
+TABLES = tuple(name for name in _COLUMNS if name != "owner")
+
+_NEW = (
+    *(f"CREATE TABLE {name} ({columns})" for name, columns in _COLUMNS.items()),
+    _INDEX,
+    f"PRAGMA application_id = {APPLICATION_ID}",
+)
+# Version -> what makes a file of it one of the next version. No released program wrote version 1.
+UPGRADES: dict[int, tuple[str, ...]] = {
+    2: (
+        "ALTER TABLE generations DROP COLUMN hypervolume",
+        # figures by objective and target in one column
+        "ALTER TABLE evaluations ADD COLUMN figures TEXT NOT NULL DEFAULT '{}' CHECK (json_valid(figures))",
+        "UPDATE evaluations SET figures = json_object('kl', json(divergences), 'loss', json(losses)) "
+        "WHERE status = 'done'",
+        "ALTER TABLE evaluations DROP COLUMN losses",
+        "ALTER TABLE evaluations DROP COLUMN divergences",
+        # candidates screened out were failed ones; a constraint cannot be changed in place
+        "ALTER TABLE candidates RENAME TO old_candidates",
+        "DROP INDEX candidates_canonical",
+        f"CREATE TABLE candidates ({_COLUMNS['candidates']})",
+        "INSERT INTO candidates SELECT id, generation, position, formula, canonical, opposites, ranked, fingerprint, "
+        "CASE WHEN reason LIKE 'screened out after %' THEN 'screened' ELSE status END, evaluation, reason "
+        "FROM old_candidates ORDER BY id",
+        "DROP TABLE old_candidates",
+        _INDEX,
+        # an error has a column of its own
+        "UPDATE measurements SET value = json_remove(value, '$.error') WHERE value <> 'null'",
+    ),
+}
+
+
+class Refusal(Exception):
+    """Why a ledger cannot be used; becomes a LedgerError naming the file."""
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what goes wrong inside into one line for the user."""
+    try:
+        yield
+    except Refusal as refusal:
+        raise LedgerError(f"ledger {path} {refusal}") from None
+    except (sqlite3.Error, json.JSONDecodeError) as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary one
+        hint = "it is a directory" if path.is_dir() else _HINTS.get(code)
+        raise LedgerError(f"ledger {path} cannot be used: {error}{f' ({hint})' if hint else ''}") from error
+
+
+@contextmanager
+def opened(path: Path, query: str) -> Iterator[sqlite3.Connection]:
+    """Connection that stays open unless the checks made inside fail."""
+    uri = f"{path.absolute().as_uri()}?{query}"  # as_uri quotes, so that "a?mode=ro" is only a name
+    with explained(path), ExitStack() as stack:
+        connection = stack.enter_context(closing(sqlite3.connect(uri, uri=True, isolation_level=None)))
+        connection.row_factory = sqlite3.Row
+        for setting in ("busy_timeout = 30000", "synchronous = FULL", "foreign_keys = ON"):
+            connection.execute(f"PRAGMA {setting}")
+        yield connection
+        stack.pop_all()
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    with connection:  # commits, or rolls back
+        connection.execute("BEGIN IMMEDIATE")  # a deferred one fails at once when it upgrades, ignoring busy_timeout
+        yield
+
+
+def schema_version(connection: sqlite3.Connection) -> int:
+    """Version of a sound ledger of ours; 0 for a file that holds nothing yet."""
+    application = connection.execute("PRAGMA application_id").fetchone()[0]
+    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    if application != APPLICATION_ID:
+        if application or version or connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+            raise Refusal("is a SQLite file of another program")
+        return 0
+    if version > VERSION:
+        raise Refusal(f"has schema version {version}, newer than {VERSION}: it needs a newer gpmetric")
+    if version < min(UPGRADES):
+        raise Refusal(f"has schema version {version}, which no released gpmetric wrote: it cannot be continued or read")
+    (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if verdict != "ok":
+        raise Refusal(f"is damaged: {verdict.splitlines()[-1]} ({_RECOVERY})")
+    for table in _COLUMNS:
+        connection.execute(f"SELECT 1 FROM {table} LIMIT 1")  # a missing one is an error here, not hours later
+    return version
+
+
+def upgrade(connection: sqlite3.Connection, version: int) -> None:
+    """Bring a file of an older schema version, 0 for an empty one, to the newest."""
+    while version != VERSION:
+        statements, version = (UPGRADES[version], version + 1) if version else (_NEW, VERSION)
+        for statement in (*statements, f"PRAGMA user_version = {version}"):
+            connection.execute(statement)
+
+
+def upgraded_copy(connection: sqlite3.Connection, version: int) -> sqlite3.Connection:
+    """The same file in memory, in the newest schema; the connection to the file is closed."""
+    copy = sqlite3.connect(":memory:", isolation_level=None)
+    with closing(connection):
+        connection.backup(copy)
+    copy.row_factory = sqlite3.Row
+    upgrade(copy, version)
+    return copy
+
+
+def to_json(value: Any) -> str:
+    """The one JSON text of a value; ValueError when it holds a NaN or infinity."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def to_column(name: str, value: Any) -> Any:
+    if isinstance(value, str):  # a reason may quote a file name that is not UTF-8
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    text = to_json(value)  # of a number only to refuse what is not finite
+    return text if name in _ENCODED else value
+
+
+def from_column(name: str, value: Any) -> Any:
+    return json.loads(value) if name in _ENCODED else value

@@ -1,0 +1,150 @@
+"""Where a campaign's metrics are evaluated: its sessions, and what a worker process needs to open them again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gpmetric.calibration.cache import load_statistics
+from gpmetric.data import Text, Windows
+from gpmetric.evolution.evaluator import Evaluator
+from gpmetric.evolution.executors import Executor, LocalProcesses, Serial
+from gpmetric.evolution.multi_model import MultiModel
+from gpmetric.evolution.request import DiscoverRequest
+from gpmetric.evolution.tasks import Task
+from gpmetric.models import Model
+from gpmetric.operands import GRAM, needs_gradients
+from gpmetric.pruning.protocol import check_targets
+from gpmetric.pruning.updaters import UPDATERS
+from gpmetric.session.session import Progress, Session, open_model, open_session
+from gpmetric.session.splits import open_sources
+from gpmetric.targets import parse_target
+
+__all__ = [
+    "Workplace",
+    "collect_statistics",
+    "make_executor",
+    "open_sessions",
+    "open_workplaces",
+    "torch_threads",
+]
+
+_HUNG = 3600.0  # seconds of one task after which its worker is taken for hung and replaced
+_SMALL = 50_000_000  # parameters up to which every core gets a copy of the model
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a worker process opens a session of one of the campaign's models with."""
+
+    request: DiscoverRequest
+    model: str | None
+    tokens: Path  # a safetensors file of token windows by split, draws of the calibration's included
+    statistics: Path  # a file of the statistics cache
+
+    def open(self, model: Model | None = None) -> Evaluator:
+        """The evaluator of this place; `model` where this process has it already."""
+        request, model = self.request, model or open_model(self.request, self.model)
+        windows = {split: Windows(Text(split, ""), tokens) for split, tokens in load_file(self.tokens).items()}
+        dense = load_statistics(self.statistics, str(model.device))
+        session = Session(request, model, windows, dense=dense)
+        return Evaluator(session, request.target, request.update, request.objective)
+
+
+def open_workplaces(
+    places: Mapping[str, Workplace], models: Mapping[str, Model] | None = None
+) -> Callable[[Task], Any]:
+    """The evaluator of a process, of one model or of several, with one torch thread from now on.
+
+    One thread, so that figures do not depend on the number of workers. `models` are those this process has already.
+    """
+    torch.set_num_threads(1)
+    evaluators = {name: place.open((models or {}).get(name)) for name, place in places.items()}
+    return MultiModel(evaluators) if len(evaluators) > 1 else next(iter(evaluators.values()))
+
+
+def open_sessions(request: DiscoverRequest) -> dict[str, Session]:
+    """The models by short name, or by full name where two share a short one, in the order given, with their texts.
+
+    Raises:
+        InputError: for anything that cannot be used.
+    """
+    sources = open_sources(request)
+    sessions: dict[str, Session] = {}
+    for name in request.models:
+        session = open_session(request, name, sources)
+        check_targets(session.model, [parse_target(text) for text in request.target])
+        sessions[session.model.name] = session
+    short = {name: Path(name).name for name in sessions}
+    if len(set(short.values())) < len(sessions):
+        return sessions
+    return {short[name]: session for name, session in sessions.items()}
+
+
+def collect_statistics(request: DiscoverRequest, session: Session, progress: Progress) -> Path:
+    """The file of the dense model's statistics, computed if the cache does not have it.
+
+    Gradients are those that formulas and baselines use. The Gram matrices are for D, for a solver, and where they cost
+    little for the reconstruction error of the probe layers.
+    """
+    names = {"X", *request.operands} - {"W"}
+    read = (name for baseline in request.baselines for name in baseline.operands)
+    names |= {name for name in read if needs_gradients([name])}
+    if "D" in names or UPDATERS[request.update].solves or _is_small(session.model):
+        names.add(GRAM)
+    # One thread where a model is small: D differs in its last bits between thread counts
+    with torch_threads(1 if _is_small(session.model) else torch.get_num_threads()):
+        file = session.stored_statistics(names, request.cache, progress)
+    session.forget()  # whoever evaluates reads the file
+    return file
+
+
+def make_executor(
+    request: DiscoverRequest, sessions: Mapping[str, Session], statistics: Mapping[str, Path], folder: Path
+) -> Executor:
+    """Where candidates are evaluated: a process per worker, or this one; `folder` takes the workers' token windows."""
+    places = {}
+    for number, (name, session) in enumerate(sessions.items()):
+        tokens = folder / f"tokens-{number}.safetensors"
+        windows = {split: part.tokens for split, part in session.windows.items()}
+        save_file(windows | _resampled(session.tokens, request.calibration_draws, request.seed), tokens)
+        places[name] = Workplace(request, request.models[number], tokens, statistics[name])
+    models = {name: session.model for name, session in sessions.items()}
+    workers = request.workers or (_cores() if all(map(_is_small, models.values())) else 1)
+    if workers > 1:
+        return LocalProcesses(open_workplaces, (places,), workers, timeout=_HUNG)
+    return Serial(open_workplaces(places, models))
+
+
+def _resampled(windows: Tensor, draws: Sequence[str], seed: int) -> dict[str, Tensor]:
+    """Bootstrap draws of calibration windows, as many with replacement, by name."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: windows[torch.randint(len(windows), (len(windows),), generator=generator)] for name in draws}
+
+
+def _is_small(model: Model) -> bool:
+    return bool(model.module.num_parameters() <= _SMALL) and model.device.type == "cpu"
+
+
+def _cores() -> int:
+    """Cores this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Torch threads inside the context; the caller's number afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

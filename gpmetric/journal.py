@@ -1,0 +1,149 @@
+"""The file of a search that a killed one goes on from: JSON Lines, its settings first, then a record a line.
+
+A line that a kill cut short is dropped. A search is not gone on with under other settings than it was begun with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+from gpmetric.errors import GpmetricError, InputError
+
+__all__ = ["Journal", "check_ledger"]
+
+_WINDOWS = "--sequence-length, --shuffle, --seed"
+_OPTIONS = {  # setting -> the options that it comes from, where they are called otherwise
+    "calibration": f"--calibration, --samples, {_WINDOWS}",
+    "search": f"--calibration, --search, --search-windows, {_WINDOWS}",
+    "layers": "--include, --exclude",
+    "searched": "--sparsity",
+    "equal": "--format",
+}
+
+
+def check_ledger(path: Path | None, resume: bool) -> None:
+    """Refuses a --ledger that a search could not begin or go on with, before anything is computed.
+
+    Raises:
+        InputError: it is there without --resume, or --resume stands alone.
+    """
+    if resume and path is None:
+        raise InputError("--resume needs --ledger FILE")
+    with suppress(OSError):  # as where the file is missing; what cannot be written is told with the other outputs
+        if path is not None and not resume and path.is_file() and path.stat().st_size:
+            raise InputError(f"--ledger {str(path)!r} exists: go on with --resume, or name another")
+
+
+class Journal:
+    """Hands over the records of a file that is there, and adds to it.
+
+    Args:
+        path: the file; None keeps nothing.
+        command: whose search it is, `allocate` for instance.
+        settings: JSON values, all that determines the search but its length.
+        adopted: names of settings where what the file says holds.
+        resume: go on with the file if it is there.
+
+    Attributes:
+        settings: with those adopted.
+
+    Raises:
+        InputError: the file is there without `resume`, cannot be read, is damaged, or is another search's; it is then
+            as it was.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        command: str,
+        settings: Mapping[str, Any],
+        *,
+        adopted: Collection[str] = (),
+        resume: bool = False,
+    ) -> None:
+        self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings), sort_keys=True))
+        self._command, self._adopted = command, adopted
+        self._where = f"--ledger {str(path)!r}"
+        self._file: BinaryIO | None = None
+        if path is None:
+            return
+        try:
+            content = path.read_bytes() if path.exists() else b""
+            if content and not resume:
+                raise InputError(f"{self._where} exists: go on with --resume, or name another")
+            end = self._read(content)
+            self._file = path.open("r+b" if content else "wb")
+            self._file.seek(end)
+            self._file.truncate()
+        except OSError as error:
+            raise InputError(f"{self._where} cannot be used: {error.strerror or error}") from error
+        if not end:
+            self.write(self.settings)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def take(self, record: dict[str, Any]) -> bool:
+        """Takes a whole record of the file; says whether a search can go on behind it.
+
+        What follows the last such record is dropped. What is raised for a record of no use is told as a damaged line.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Adds a record, which is in the file when this returns.
+
+        Raises:
+            GpmetricError: the file cannot be written.
+        """
+        if self._file is None:
+            return
+        try:
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise GpmetricError(f"{self._where} cannot be written: {error.strerror or error}") from error
+
+    def _read(self, content: bytes) -> int:
+        """Takes the settings and every whole record; the place behind the last one that a search can go on from."""
+        head, *lines = content.split(b"\n")[:-1] or [b""]  # what follows the last line end was cut short
+        if not head:
+            if not json.dumps(self.settings).encode().startswith(content):  # not our first line, cut short
+                raise self._foreign()
+            return 0
+        self._check_settings(head)
+        end = place = len(head) + 1
+        for number, line in enumerate(lines, start=2):
+            place += len(line) + 1
+            try:
+                end = place if self.take(dict(json.loads(line))) else end
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+                raise InputError(f"{self._where} is damaged at line {number}") from error
+        return end
+
+    def _check_settings(self, line: bytes) -> None:
+        try:
+            found = dict(json.loads(line))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise self._foreign() from error
+        self.settings |= {name: found.get(name) for name in self._adopted}
+        for name in sorted(found.keys() | self.settings.keys()):
+            there, here = found.get(name), self.settings.get(name)
+            if there != here:
+                options = f" ({_OPTIONS[name]})" if name in _OPTIONS else ""
+                told = f"{name} is {there!r:.60} there, {here!r:.60} here{options}"
+                raise InputError(f"{self._where} is another search's: {told}")
+
+    def _foreign(self) -> InputError:
+        return InputError(f"{self._where} is no ledger of gpmetric {self._command}")

@@ -1,0 +1,212 @@
+"""Opening models: a directory or a name of the Hugging Face Hub, without running code that comes with it."""
+
+from __future__ import annotations
+
+import logging
+import re
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.utils import cached_file  # type: ignore[attr-defined]
+from transformers.utils import logging as transformers_logging
+
+from gpmetric.errors import InputError, ModelError
+from gpmetric.models import Model, check_model, find_blocks
+
+__all__ = ["DEMO_MODEL", "check_path", "load", "load_model", "pick_device", "quiet_transformers"]
+
+_LOG = logging.getLogger(__name__)
+DEMO_MODEL = Path(__file__).parent / "demo" / "model"
+_HUB_SECONDS = 10  # to answer at all
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device for `auto`, `cpu` or `cuda`; auto takes CUDA when there is one.
+
+    Raises:
+        InputError: another name, or CUDA asked for and absent.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device must be auto, cpu or cuda, but got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda was asked for, but torch sees no CUDA device here")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_model(
+    name: str | None = None,
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+) -> Model:
+    """Loads a Hugging Face causal language model and finds its prunable layers.
+
+    Args:
+        name: a directory or a Hub name; None is the embedded demo model.
+        device: auto, cpu or cuda.
+        dtype: float32, bfloat16 or float16; by default float32 on a CPU and the stored dtype on CUDA.
+        include: keep only the layers whose name this regular expression is found in.
+        exclude: leave out the layers whose name this regular expression is found in.
+
+    Raises:
+        ModelError: missing, damaged, incomplete, quantised, not causal, without repeated blocks, or with weights of a
+            form that would silently stay dense.
+    """
+    where = pick_device(device)
+    path = DEMO_MODEL if name is None else name
+    check_path(path)
+    wanted = _resolve_dtype(dtype, where)
+    with quiet_transformers():
+        module, tokenizer = _load(str(path), wanted)
+    module.to(where).eval().requires_grad_(False)
+    module.config.use_cache = False
+    if getattr(module, "loss_type", None) is None:  # GPT-2's class names none, which transformers would warn of
+        module.loss_type = "ForCausalLM"
+    blocks = find_blocks(module, include, exclude)
+    model = Model("demo" if name is None else str(name), module, tokenizer, blocks, _folder(str(path)))
+    check_model(model)
+    return model
+
+
+def load(name: str | Path, *, device: str = "auto", dtype: str | None = None) -> Any:
+    """A causal language model as transformers has it, of a directory or Hub name; also what `gpmetric slim` writes.
+
+    No code that comes with a model is run: nothing has to be trusted.
+
+    Args:
+        device, dtype: as of `load_model`.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    module = load_model(str(name), device=device, dtype=dtype).module
+    module.config.use_cache = True
+    return module
+
+
+def check_path(path: str | Path) -> None:
+    """A directory is checked here, since transformers would answer a wrong one with a page about the Hub."""
+    folder = Path(path)
+    if _is_directory(folder):
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model directory {str(path)!r} holds no config.json")
+    elif str(path).startswith(".") or not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", str(path)) or folder.exists():
+        raise ModelError(f"model directory {str(path)!r} does not exist")
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:  # a name too long, a parent that may not be read
+        raise ModelError(f"model directory {str(path)!r} cannot be read: {error.strerror}") from error
+
+
+def _resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in choices:
+        raise InputError(f"--dtype must be one of {', '.join(choices)}, but got {dtype!r}")
+    return choices[dtype]
+
+
+def _load(path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
+    # code that comes with a checkpoint is refused, which transformers would otherwise ask about on the terminal
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": not _is_reachable(path)}
+    place = repr(path) if Path(path).is_dir() else f"{path!r} (no directory here)"
+    with _explained(f"model {place}"):
+        _know_slim(path, options)
+        config = AutoConfig.from_pretrained(path, **options)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ModelError(f"model {path!r} is quantised; prune the full-precision checkpoint it was made from")
+        if config.is_encoder_decoder:
+            raise ModelError(f"model {path!r} ({config.model_type}) is an encoder-decoder; a causal model is wanted")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+            **options,
+        )
+    module, info = loaded
+    with _explained(f"tokenizer of model {place}"):
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    for kind in ("missing", "mismatched", "unexpected"):
+        names = sorted(map(str, info[f"{kind}_keys"]))
+        if names and kind != "unexpected":
+            raise ModelError(f"model {path!r} has {len(names)} {kind} weights, first {names[0]}")
+        if names:
+            _LOG.warning("model %r ignores %d weights that its files hold, first %s", path, len(names), names[0])
+    return module, tokenizer
+
+
+def _know_slim(path: str, options: dict[str, Any]) -> None:
+    """Tells transformers of the models that `gpmetric slim` writes, if this is one, so that none of its code is run."""
+    config, _ = PreTrainedConfig.get_config_dict(path, **options)
+    if isinstance(config, dict) and str(config.get("model_type")).startswith("slim_"):
+        from gpmetric.slim_models import SLIM_MODELS  # imports every architecture it knows
+
+        for kind, made in SLIM_MODELS.values():
+            AutoConfig.register(kind.model_type, kind, exist_ok=True)
+            AutoModelForCausalLM.register(kind, made, exist_ok=True)
+
+
+def _folder(path: str) -> Path:
+    """Where the files of a loaded model are."""
+    if Path(path).is_dir():
+        return Path(path)
+    found = cached_file(path, "config.json", local_files_only=True)
+    assert found is not None  # it was loaded
+    return Path(found).parent
+
+
+def _is_reachable(path: str) -> bool:
+    """False when a Hub name has to be answered from what was downloaded before: transformers would retry for 23 s."""
+    if Path(path).is_dir():
+        return True
+    try:
+        HfApi().model_info(path, timeout=_HUB_SECONDS)
+    except HfHubHTTPError:
+        return True  # it answered: transformers says what is wrong
+    except Exception:  # offline mode, or the HTTP library's own, which changes between releases of huggingface_hub
+        return False
+    return True
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the bars and warnings of transformers, which would stand among ours; what is wrong is told by us."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turns what transformers raises (OSError, ValueError, SafetensorError, KeyError, ...) into one line."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(str(error), 240, placeholder=" ...")
+        if " " not in reason:  # a bare KeyError
+            reason = f"{type(error).__name__} {reason}".strip()
+        raise ModelError(f"{what} cannot be loaded: {reason}") from error

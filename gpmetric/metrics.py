@@ -1,0 +1,153 @@
+"""Published pruning metrics as rows of one table, and the metric behind a name or a formula.
+
+Torch is not imported: a metric is named, checked and compared in milliseconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gpmetric.errors import ExpressionError
+from gpmetric.expression import Expression, parse
+from gpmetric.operands import OPERANDS, needs_gradients
+from gpmetric.targets import plain_granularities
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["BASELINES", "Baseline", "Metric", "masks_only", "resolve_metric", "spelled"]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A published metric.
+
+    Attributes:
+        formula: in the operands of gpmetric; `{l1}` and `{l2}` stand for GBLM's balance of a mean and a sum.
+        source: paper, and what differs from its code.
+        granularity: where a plain number makes scores compete.
+        update: the weight update that is part of the method; None leaves it to the user.
+    """
+
+    formula: str
+    source: str
+    granularity: str = "row"
+    update: str | None = None
+
+    def balanced(self, sequences: int, length: int) -> str:
+        """The formula for so many calibration sequences of so many tokens."""
+        l1, l2 = 100 * sequences / math.sqrt(length), 100 * math.sqrt(sequences / length)
+        return self.formula.replace("{l1}", repr(l1)).replace("{l2}", repr(l2))
+
+
+# With N sequences of L tokens, the published activation term is sqrt(L) * X, and the published gradients are sums of
+# 100 * g: sum |100 g| = 100 N G and sqrt(sum (100 g)^2) = 100 sqrt(N H). Factors common to all scores are dropped.
+BASELINES: dict[str, Baseline] = {
+    "magnitude": Baseline("abs(W)", "Han et al. 2015; threshold over the matrix, as in Wanda's code", "layer"),
+    "magnitude_row": Baseline("abs(W)", "magnitude compared within each output"),
+    "wanda": Baseline("abs(W)*X", "Sun et al. 2023, equation 1"),
+    "ria": Baseline(
+        "(abs(W)/rowsum(abs(W)) + abs(W)/colsum(abs(W)))*sqrt(X)", "Zhang et al. 2024, equations 3 and 4, a = 0.5"
+    ),
+    "gblm_l1": Baseline("abs(W)*X + {l1}*abs(W)*G", "Das et al. 2023, equation 6, l1 gradients"),
+    "gblm_l2": Baseline("abs(W)*X + {l2}*abs(W)*sqrt(H)", "Das et al. 2023, equation 6, l2 gradients"),
+    "pruner_zero": Baseline("W*W*mms(sqrt(H))", "Dong et al. 2024, table 1; their G is the l2 statistic"),
+    "sparsegpt": Baseline("W*W*D", "Frantar and Alistarh 2023, algorithm 1", "row", "obs-blockwise"),
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A rule giving each weight a score: a baseline or a user's formula.
+
+    `name` is the text it was asked for by, comparison group included; `granularity` holds for plain-number targets;
+    `update` None means that the caller chooses one.
+    """
+
+    name: str
+    expression: Expression
+    granularity: str = "row"
+    update: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Metric:
+        """The metric behind a baseline's name or a formula; see `resolve_metric`."""
+        return resolve_metric(text)
+
+    def __call__(self, W: Tensor, *others: Tensor | None, **operands: Tensor | None) -> Tensor:
+        """Score [out, in], fp32, larger means keep, of a weight and the operands the formula uses.
+
+        Args:
+            W: [out, in].
+            others, operands: each of the shape that its row of OPERANDS says, [out, in] or [in]; in the table's order,
+                or by name.
+
+        Raises:
+            ExpressionError: an operand is missing, unknown, given twice, or has another shape.
+        """
+        from gpmetric.expression.evaluate import evaluate  # imports torch, which reading a formula must not
+
+        unknown = next((name for name in operands if name not in OPERANDS), None)
+        if unknown is not None:
+            raise ExpressionError(f"unknown operand {unknown!r}: accepted are {', '.join(OPERANDS)}")
+        names = [name for name in OPERANDS if name != "W"]
+        placed = dict(zip(names, others, strict=False))
+        if len(others) > len(names) or placed.keys() & operands.keys():
+            raise ExpressionError(f"each operand is given once, in the order of {', '.join(OPERANDS)} or by name")
+        given = placed | operands | {"W": W}
+        return evaluate(self.expression, {name: value for name, value in given.items() if value is not None})
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """What its score reads besides the weight, by name."""
+        return tuple(name for name in self.expression.operands if name != "W")
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the dense model's gradients must be collected."""
+        return needs_gradients(self.expression.operands)
+
+
+def resolve_metric(text: str, sequences: int = 1, length: int = 1) -> Metric:
+    """The metric behind a baseline's name or a formula, either of them behind a comparison group: `layer:abs(W)*X`.
+
+    Args:
+        text: a key of BASELINES, or a formula. `row:`, `layer:` or `block:` before it tells where a plain number makes
+            its scores compete; the update obs-blockwise has its own threshold and does not ask.
+        sequences: calibration sequences N, which GBLM's balance depends on.
+        length: tokens per sequence L.
+
+    Raises:
+        ExpressionError: no such comparison group, or neither a known name nor a valid formula.
+    """
+    group, colon, rule = text.rpartition(":")
+    if colon and group not in plain_granularities():
+        accepted = ", ".join(f"{name}:" for name in plain_granularities())
+        raise ExpressionError(f"unknown comparison group {group!r:.60} in {text!r:.60}: accepted are {accepted}")
+    baseline = BASELINES.get(rule)
+    try:
+        expression = parse(baseline.balanced(sequences, length) if baseline else rule)
+    except ExpressionError as error:
+        if re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]+", rule):  # a mistyped name rather than a formula
+            close = difflib.get_close_matches(rule.lower()[:60], BASELINES, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            accepted = f"{', '.join(BASELINES)}, or a formula such as abs(W)*X"
+            raise ExpressionError(f"unknown metric {rule!r:.60}: {hint}Accepted are {accepted}") from error
+        raise
+    if baseline:
+        return Metric(text, expression, group or baseline.granularity, baseline.update)
+    return Metric(text, expression, group or "row")
+
+
+def spelled(expression: Expression, group: str) -> str:
+    """A metric as the text `resolve_metric` reads: rows are what scores compete in where nothing is said."""
+    return str(expression) if group == "row" else f"{group}:{expression}"
+
+
+def masks_only(name: str) -> bool:
+    """Whether a baseline leaves the kept weights as they are."""
+    return BASELINES[name].update in (None, "none")

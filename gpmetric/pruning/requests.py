@@ -1,0 +1,102 @@
+"""What `gpmetric bench`, `prune` and `verify` are asked for, checked before torch is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from gpmetric.errors import InputError
+from gpmetric.metrics import BASELINES, resolve_metric
+from gpmetric.options import Option, Request
+from gpmetric.pruning.updaters import UPDATERS
+from gpmetric.session.inputs import DEVICES, Inputs, Texts
+from gpmetric.targets import parse_target, plain_granularities
+
+__all__ = ["METRIC", "MODELS", "UPDATE", "BenchRequest", "PruneRequest", "VerifyRequest", "target_option"]
+
+METRIC = Option(f"{', '.join(BASELINES)}, or a formula.")
+MODELS = Option("Hugging Face directory or name; may be repeated. The embedded demo model by default.")
+UPDATE = Option("Kept weights: {choices}.", choices=UPDATERS)
+ONE_SHOT = Option("Dense statistics everywhere, or block after pruned block.", names=("--one-shot/--sequential",))
+OUTPUT = Option("Folder to write.", metavar="DIR", names=("--output", "-o"), writes="folder")
+FORCE = Option("Replace a checkpoint that gpmetric wrote.", names=("--force",))
+
+
+def target_option(end: str) -> Option:
+    """The option --target, with a last sentence."""
+    groups = ", ".join(f"{name}:0.5" for name in plain_granularities())
+    return Option(f"0.5 (where the metric says), {groups} or 2:4; {end}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRequest(Inputs):
+    """Everything `gpmetric bench` can be asked for."""
+
+    model: Annotated[str | tuple[str, ...] | None, MODELS] = None
+    text: Annotated[tuple[str, ...], Option("Text to evaluate; may be repeated.", reads=True)] = ()
+    metric: Annotated[tuple[str, ...], Option(f"{METRIC.help[:-1]}; may be repeated. All by default.")] = ()
+    target: Annotated[tuple[str, ...], target_option("may be repeated. 0.5 by default.")] = ("0.5",)
+    update: Annotated[str, UPDATE] = "none"
+    one_shot: Annotated[bool, ONE_SHOT] = False
+
+    def check(self) -> None:
+        super().check()
+        for name in self.metric:
+            resolve_metric(name)
+        for text in self.target:
+            parse_target(text)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Every metric once; all baselines where none is named."""
+        return tuple(dict.fromkeys(self.metric or BASELINES))
+
+    @property
+    def texts(self) -> Texts:
+        return Texts({"calibration": self.calibration}, {"calibration": self.samples}, evaluated=self.text or (None,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneRequest(Inputs):
+    """Everything `gpmetric prune` can be asked for."""
+
+    output: Annotated[Path | None, OUTPUT] = None
+    text: Annotated[str | None, Option("Text of the perplexity; the calibration text by default.", reads=True)] = None
+    metric: Annotated[str, METRIC] = "wanda"
+    target: Annotated[str | None, target_option("0.5 by default. --allocation must meet it if given.")] = None
+    allocation: Annotated[
+        Path | None, Option("JSON with the sparsity of each layer; see gpmetric allocate.", metavar="FILE", reads=True)
+    ] = None
+    update: Annotated[str, UPDATE] = "none"
+    one_shot: Annotated[bool, ONE_SHOT] = False
+    save_masks: Annotated[
+        Path | None,
+        Option("Safetensors file of masks, True = kept, [out, in] by layer.", metavar="FILE", writes="file"),
+    ] = None
+    force: Annotated[bool, FORCE] = False
+
+    def check(self) -> None:
+        super().check()
+        if self.output is None:
+            raise InputError("--output (-o) DIR is needed")
+        resolve_metric(self.metric)
+        if self.target is not None:
+            parse_target(self.target)
+
+    @property
+    def texts(self) -> Texts:
+        evaluated = self.text or self.calibration or "demo:calibration"
+        return Texts({"calibration": self.calibration}, {"calibration": self.samples}, evaluated=(evaluated,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyRequest(Request):
+    """Everything `gpmetric verify` can be asked for."""
+
+    folder: Annotated[str, Option("A checkpoint that `gpmetric prune` or `slim` wrote.", metavar="DIR", argument=True)]
+    against: Annotated[
+        str | None, Option("The dense model: what was not pruned must be as it was there.", metavar="MODEL")
+    ] = None
+    seed: Annotated[int, Option("Not used; every command takes one.", least=0, below=2**63)] = 0
+    device: Annotated[str, Option("{choices}.", choices=DEVICES)] = "auto"

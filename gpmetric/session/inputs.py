@@ -1,0 +1,100 @@
+"""What a command reads, whatever it does: model, texts, windows, device. Requests of commands extend it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from gpmetric.errors import InputError
+from gpmetric.options import Option, Request
+
+__all__ = ["DEVICES", "DTYPES", "Inputs", "Texts", "parse_size"]
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("float32", "bfloat16", "float16")
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Which text is read for what.
+
+    Attributes:
+        splits: by split, its text; None is the demo's split of that name, where the demo model is used.
+        windows: by split, how many windows at most; None is all.
+        cut: one text that is cut into all splits, instead.
+        evaluated: texts that perplexity is measured on besides; None is the demo's test text.
+        disjoint: whether no two splits may share a window.
+    """
+
+    splits: Mapping[str, str | None] = field(default_factory=dict)
+    windows: Mapping[str, int | None] = field(default_factory=dict)
+    cut: str | None = None
+    evaluated: tuple[str | None, ...] = ()
+    disjoint: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(Request):
+    """The options that commands share; those of a command that has no use for some name them in `unused`."""
+
+    model: Annotated[
+        str | tuple[str, ...] | None,
+        Option("Hugging Face directory or name; the embedded demo model if none.", argument=True),
+    ] = None
+    calibration: Annotated[
+        str | None,
+        Option("Text of the statistics: a file, JSONL, Parquet or hf:dataset:split.", reads=True),
+    ] = None
+    samples: Annotated[int, Option("Calibration windows.", least=1)] = 128
+    sequence_length: Annotated[int | None, Option("Tokens per window; the model's context, at most 2048.")] = None
+    windows: Annotated[int | None, Option("Windows of each text evaluated; all by default.", least=1)] = None
+    shuffle: Annotated[bool, Option("Draw windows with --seed, not the first.", names=("--shuffle",))] = False
+    seed: Annotated[int, Option("Seed of everything random.", least=0, below=2**63)] = 0
+    device: Annotated[str, Option("{choices}.", choices=DEVICES)] = "auto"
+    dtype: Annotated[str | None, Option("{choices}; float32 on a CPU, as stored on CUDA.", choices=DTYPES)] = None
+    include: Annotated[str | None, Option("Prune only layers whose name matches.", metavar="REGEX")] = None
+    exclude: Annotated[str | None, Option("Leave layers whose name matches dense.", metavar="REGEX")] = None
+    chunk_layers: Annotated[
+        int | None, Option("Layers whose statistics are accumulated at once, to save memory.", least=1)
+    ] = None
+    memory: Annotated[
+        str | None, Option("Refuse to begin what would need more memory, 12GB for instance.", metavar="SIZE")
+    ] = None
+
+    def check(self) -> None:
+        super().check()
+        if self.memory is not None:
+            parse_size(self.memory)
+
+    @property
+    def models(self) -> tuple[str | None, ...]:
+        """Every model asked for, once; (None,) is the demo model."""
+        names = (self.model,) if self.model is None or isinstance(self.model, str) else self.model
+        return tuple(dict.fromkeys(names)) or (None,)
+
+    @property
+    def texts(self) -> Texts:
+        """What is read; a command says it of its own options."""
+        return Texts()
+
+    @property
+    def shuffle_seed(self) -> int | None:
+        """Seed that windows are drawn with; None takes the first ones."""
+        return self.seed if self.shuffle else None
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 12GB or 900MiB.
+
+    Raises:
+        InputError: not a size.
+    """
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]I?)?B?\s*", text.upper(), re.ASCII)
+    size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
+    if size < 1:
+        raise InputError(f"--memory must be a size such as 12GB or 900MiB, but got {text!r:.40}")
+    return size

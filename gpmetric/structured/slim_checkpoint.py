@@ -1,0 +1,131 @@
+"""Writing a slimmed model and reading it again in a fresh process before anything is said to be done."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gpmetric.data import Windows
+from gpmetric.errors import GpmetricError
+from gpmetric.evaluation.perplexity import mean_loss, perplexity
+from gpmetric.files import finite, write_text
+from gpmetric.models import Model
+from gpmetric.pruning.checkpoint import MANIFEST, file_digest, files_of, printable, tensors
+from gpmetric.structured.export import Slimmed, write_model
+from gpmetric.structured.request import FORMATS
+from gpmetric.structured.shrink import Shrinker
+
+__all__ = ["write_slimmed"]
+
+Json = Mapping[str, Any]
+
+_GENERATED = 8  # tokens that a written model has to generate
+_COMPARED = 2  # windows whose logits are compared
+# largest difference of a logit, in the largest logit: another order of the same sums
+_CLOSE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [pruning, structured-pruning, gpmetric]
+---
+
+# {name}, slimmed
+
+{removed:.1%} of the parameters inside the blocks are gone ({before:,} parameters before, {after:,} now; `{form}`).
+Made by gpmetric {version}; `{manifest}` says how. {opening}
+"""
+
+
+def write_slimmed(
+    model: Model, shrinker: Shrinker, slimmed: Slimmed, form: str, folder: Path, validation: Windows, made: Json
+) -> dict[str, Any]:
+    """Writes a model, reads it in a fresh process, and writes and returns its manifest.
+
+    Args:
+        form: a key of FORMATS.
+        folder: empty.
+        validation: windows that the reloaded model is measured on.
+        made: what the manifest says of how it was made.
+
+    Raises:
+        GpmetricError: the reloaded model is not the one that was found, or does not generate.
+        OSError, SafetensorError: the files cannot be written.
+    """
+    before = sum(parameter.numel() for parameter in model.module.parameters())
+    write_model(model, shrinker, slimmed, form, folder)
+    reloaded = _reloaded(folder, validation.tokens, model)
+    gap = _check_reloaded(model, shrinker, slimmed, validation.tokens, reloaded)
+    manifest = _manifest(slimmed, folder, made, reloaded) | {"logits_off": gap}
+    with shrinker.keeping(slimmed.kept, slimmed.repairs):
+        manifest["perplexity_before_writing"] = perplexity(mean_loss(model, validation.tokens))
+    card = _CARD.format(
+        name=printable(Path(model.name).name),
+        removed=made["sparsity"],
+        before=before,
+        after=manifest["parameters_after"],
+        form=form,
+        version=made["versions"]["gpmetric"],
+        manifest=MANIFEST,
+        opening=FORMATS[form].opening,
+    )
+    write_text(folder / "README.md", card)
+    manifest["files"] = {name: file_digest(folder / name) for name in files_of(folder)}
+    write_text(folder / MANIFEST, json.dumps(finite(manifest), indent=1, allow_nan=False) + "\n")
+    return manifest
+
+
+def _manifest(slimmed: Slimmed, folder: Path, made: Json, reloaded: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a manifest says of how a model was made and of what was written, but the files' digests."""
+    weights = [name for name in files_of(folder) if name.endswith(".safetensors")]
+    return {
+        "version": 1,
+        "kind": "slim",
+        **made,
+        "parameters_after": int(reloaded["parameters"]),
+        "perplexity": perplexity(float(reloaded["loss"])),
+        "generated": reloaded["generated"].tolist(),
+        "widths": slimmed.widths(),
+        "repaired": len(slimmed.repairs),
+        "bytes": sum((folder / name).stat().st_size for name in weights),
+        "layers": [],
+        "tensors": sorted(tensors(folder)),
+    }
+
+
+def _check_reloaded(
+    model: Model, shrinker: Shrinker, slimmed: Slimmed, tokens: Tensor, reloaded: Mapping[str, Tensor]
+) -> float:
+    """Refuses a written model that is not the one that was found; the largest difference of a logit, in the largest."""
+    with torch.no_grad(), shrinker.masking(slimmed.kept, slimmed.repairs):  # [windows, length, vocabulary]
+        logits = model.module(input_ids=tokens[:_COMPARED].to(model.device), use_cache=False).logits
+    expected = logits.float().cpu()
+    gap = float((reloaded["logits"] - expected).abs().max() / expected.abs().max())
+    if not gap <= _CLOSE[model.dtype]:
+        raise GpmetricError(f"the written model is not the one that was found: its logits are off by {gap:.2g}")
+    if len(reloaded["generated"]) != _GENERATED:
+        raise GpmetricError(f"the written model generated {len(reloaded['generated'])} tokens, not {_GENERATED}")
+    return gap
+
+
+def _reloaded(folder: Path, tokens: Tensor, model: Model) -> dict[str, Tensor]:
+    """What a fresh process finds, if it ends well: logits, loss, number of parameters, tokens that it generates."""
+    with tempfile.TemporaryDirectory() as place:
+        asked, told = Path(place) / "asked.safetensors", Path(place) / "told.safetensors"
+        save_file({"tokens": tokens.contiguous(), "compared": tokens[:_COMPARED].clone()}, asked)
+        command = [sys.executable, "-m", "gpmetric.structured.reload", str(folder), str(asked), str(told)]
+        command += [model.dtype, model.device.type, str(_GENERATED)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
+            raise GpmetricError(f"the written model cannot be used in a fresh process: {lines[-1]}")
+        return dict(load_file(told))

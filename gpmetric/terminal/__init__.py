@@ -1,0 +1,1 @@
+"""What commands print: `live` while they run, `tables` when they are done."""

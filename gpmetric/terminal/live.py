@@ -1,0 +1,159 @@
+"""What commands show while they run: bars, lines, a live table; formulas are plain text, never markup."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from gpmetric.allocation.allocate import AllocateListener
+from gpmetric.allocation.evaluation_log import Measured
+from gpmetric.evolution.discover import DiscoverListener
+from gpmetric.evolution.fitness import mean_excess
+from gpmetric.evolution.selection import Individual
+from gpmetric.pruning.bench import BenchListener, BenchRow
+from gpmetric.session.evaluate import EvaluateListener
+from gpmetric.structured.slim import SlimListener
+from gpmetric.terminal.figures import figures_of, number
+
+__all__ = ["AllocateReport", "BenchReport", "DiscoverReport", "EvaluateReport", "SlimReport"]
+
+_SEARCHED = {"kl": "divergence"}  # what an objective is called, where that is not its name
+_SLIM_SECONDS = 10  # between two lines of a structured search
+_SHOWN = 12  # rows of the live table
+
+
+class _Bars:
+    """Progress bars that vanish when done; none where the output is not a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console,
+            transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(what, total=total)
+        self._bar.update(self._tasks[what], completed=done)
+
+    def dense(self, ppl: Mapping[str, float]) -> None:
+        self._console.print(Text("dense: " + figures_of(ppl)))
+
+
+class BenchReport(_Bars, BenchListener):
+    """Prints the dense model and every row as soon as it is measured."""
+
+    def model(self, name: str) -> None:
+        for task in self._tasks.values():  # of the model before
+            self._bar.remove_task(task)
+        self._tasks.clear()
+        self._console.print(Text(f"model {name}"), soft_wrap=True)
+
+    def row(self, row: BenchRow) -> None:
+        outcome = "failed" if row.error else f"{figures_of(row.ppl)} ({row.seconds:.1f} s)"
+        self._console.print(Text(f"{row.target} {row.metric}: {outcome}"))
+
+
+class EvaluateReport(_Bars, EvaluateListener):
+    """Prints every text's perplexity as soon as it is measured."""
+
+    def text(self, name: str, ppl: float) -> None:
+        self._console.print(Text(f"{name}: perplexity {ppl:.4f}"), soft_wrap=True)
+
+
+class AllocateReport(_Bars, AllocateListener):
+    """A line per generation."""
+
+    def generation(self, number: int, population: Sequence[Measured], batches: int, spent: float) -> None:
+        ends = sorted(population, key=lambda one: one.sparsity)
+        shown = [ends[0], ends[len(ends) // 2], ends[-1]]
+        figures = ", ".join(f"{one.value(batches):.3f} at {one.sparsity:.2f}" for one in shown)
+        self._console.print(Text(f"generation {number} ({spent:.0%} of the budget): {figures}"), soft_wrap=True)
+
+
+class SlimReport(_Bars, SlimListener):
+    """A line now and then: objective of the drawn models, entropy of the policy, budget."""
+
+    _next = 0.0
+
+    def report(self, report: Mapping[str, Any], share: float) -> None:
+        self.progress("search, % of its length", int(100 * share), 100)
+        if report["seconds"] >= self._next or share >= 1:
+            self._next = report["seconds"] + _SLIM_SECONDS
+            loss = f"{_SEARCHED.get(report['objective'], report['objective'])} {number(report['loss']):.4f}"
+            kept = f"entropy {report['entropy']:.3f} bits, {report['kept']:.4f} of the units' cost stays"
+            line = f"step {report['step']} ({share:.0%}): {loss}, {kept}"
+            self._console.print(Text(line), soft_wrap=True)
+
+
+class DiscoverReport(_Bars, DiscoverListener):
+    """A live Pareto table on a terminal, a line per generation elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._live = Live(console=console, auto_refresh=False)
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self._live.stop()
+
+    def baselines(self, excess: Mapping[str, Mapping[str, float]]) -> None:
+        best = min(excess, key=lambda name: mean_excess(excess[name]))
+        self._console.print(Text(f"best baseline on validation: {best}, mean excess {mean_excess(excess[best]):.4f}"))
+        self._bar.stop()
+
+    def generation(self, number: int, front: Sequence[Individual], counts: Mapping[str, int]) -> None:
+        line = (
+            f"generation {number}: {counts['drawn']} drawn, {counts['unique_masks']} masks, {counts['paid']} evaluated"
+        )
+        if not self._console.is_terminal:
+            self._console.print(Text(line + _best(front)), soft_wrap=True)
+            return
+        self._live.start()
+        self._live.update(self._table(line, front), refresh=True)
+
+    def _table(self, title: str, front: Sequence[Individual]) -> Table:
+        table = Table(title=Text(title + "; excess log-loss on the search text"), title_justify="left")
+        for heading in ("mean", *(front[0].excess if front else ()), "nodes"):
+            table.add_column(Text(heading), justify="right")
+        table.add_column("formula (bold: the best without gradients)", overflow="fold")
+        free = _without_gradients(front)
+        shown = list(front[:_SHOWN])
+        if free is not None and free not in shown:
+            shown[-1] = free
+        for one in shown:
+            figures = (f"{value:.4f}" for value in (mean_excess(one.excess), *one.excess.values()))
+            style = "bold" if one is free else ""
+            table.add_row(*figures, str(len(one.expression)), Text(one.text, style))
+        return table
+
+
+def _without_gradients(front: Sequence[Individual]) -> Individual | None:
+    """The best that needs no gradients of a front with the best first."""
+    return next((one for one in front if not one.metric.needs_gradients), None)
+
+
+def _best(front: Sequence[Individual]) -> str:
+    """The best of a front and, where that is another, the best without gradients, to be put after a line."""
+    if not front:
+        return ""
+    told = f", mean excess of the best {mean_excess(front[0].excess):.4f}: {front[0].text}"
+    free = _without_gradients(front)
+    if free is None or free is front[0]:
+        return told
+    return f"{told}; without gradients {mean_excess(free.excess):.4f}: {free.text}"

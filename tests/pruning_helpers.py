@@ -1,0 +1,40 @@
+"""One weight at a time, and windows and sessions of a text file, for tests of everything that prunes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gpmetric.calibration.accumulators import LayerStatistics
+from gpmetric.data import Windows
+from gpmetric.metrics import Metric
+from gpmetric.models import Model
+from gpmetric.pruning.updaters import prune_weights
+from gpmetric.session.inputs import Inputs
+from gpmetric.session.session import Session
+from gpmetric.session.splits import open_text, read_windows
+from gpmetric.targets import Target
+
+
+def prune_weight(
+    weight: Tensor,
+    metric: Metric,
+    target: Target,
+    statistics: LayerStatistics,
+    update: str = "none",
+    score: Tensor | None = None,
+) -> Tensor:
+    """`prune_weights` of one weight at one target."""
+    return prune_weights([weight], metric, [target], [statistics], update, None if score is None else [score])[0][0]
+
+
+def windows_of(model: Model, text: Path, length: int = 32, count: int | None = 12) -> Windows:
+    """The first windows of a text file."""
+    return read_windows(model, open_text(str(text)), length, count)
+
+
+def session_of(model: Model, calibration: Windows, **inputs: Any) -> Session:
+    """A session of a model that is loaded, which is evaluated on what it is calibrated on."""
+    return Session(Inputs(**inputs), model, {"calibration": calibration}, [calibration])
