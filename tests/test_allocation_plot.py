@@ -21,6 +21,8 @@ from gpmetric.allocation.plot import draw_front, write_csv
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.files import check_picture
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 LLAMA = [f"model.layers.{block}.{kind}" for block in range(5) for kind in KINDS]
 DENSE = 4.0  # nats per token

@@ -23,6 +23,8 @@ from gpmetric.session.session import open_session
 from gpmetric.session.splits import open_text, read_windows
 from gpmetric.targets import parse_target
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SIZE = ["--samples", "4", "--search-windows", "4", "--windows", "4", "--sequence-length", "16", "--tokens", "1000"]
 CASE = ("allocator", "sparsity", "update", "protocol", "text")

@@ -21,6 +21,8 @@ from gpmetric.expression import parse
 from gpmetric.expression.evaluate import evaluate
 from gpmetric.targets import Target, parse_target
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHAPES = [(6, 40), (3, 123)]
 

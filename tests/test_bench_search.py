@@ -17,6 +17,8 @@ from torch import Tensor
 
 from gpmetric.metrics import resolve_metric
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SEQUENCES, LENGTH = 4, 8
 

@@ -15,6 +15,8 @@ import pytest
 
 from gpmetric.structured.groups import find_groups
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SIZE = ["--samples", "4", "--search-windows", "4", "--windows", "4", "--sequence-length", "16", "--steps", "5"]
 

@@ -474,6 +474,7 @@ def test_stopped_after_every_outcome_and_resumed_equals_uninterrupted(
         assert len(reborn.tasks) == len(whole.tasks) - life  # nothing is computed again
 
 
+@pytest.mark.slow
 def test_stopped_after_every_ledger_write_and_resumed_equals_uninterrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,8 @@ import pytest
 from gpmetric.demo import text as demo
 from gpmetric.demo.text import SPLITS, demo_text
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -438,6 +438,7 @@ def test_bad_requests(request_for: Any, tmp_path: Path, change: dict[str, Any], 
     assert not (tmp_path / "a.sqlite").exists()
 
 
+@pytest.mark.slow
 def test_an_unfinished_ledger_of_version_2_ends_as_the_finished_one_did(tmp_path: Path) -> None:
     """Both are of one campaign on the demo model, as the version before wrote them."""
     golden = Path(__file__).parent / "golden"

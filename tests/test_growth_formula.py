@@ -205,6 +205,7 @@ def test_a_granularity_is_a_row(tmp_path: Path) -> None:
     assert export_expression(parse("W"), "json", tmp_path / "out", "0", "narrow")["group"] == "narrow"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("grown")
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is for Linux")
 def test_all_of_it_in_a_triton_file(tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def test_an_objective_is_a_row_where_kept_weights_are_updated(
     assert all(set(row["top1"]) == {"0.5", "2:4"} for row in result["front"])
 
 
+@pytest.mark.slow
 def test_a_comparison_group_is_a_row(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """It can be asked for as a target, started from, and is evolved with the formulas where a target leaves it open."""
     monkeypatch.setitem(GRANULARITIES, "strip", STRIP)
