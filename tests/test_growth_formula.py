@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import signal
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpmetric import cli
 from gpmetric.codegen.functions import triton_functions
 from gpmetric.codegen.loading import load_module
 from gpmetric.errors import ExpressionError
@@ -29,6 +31,7 @@ from gpmetric.expression.rank import rank_form
 from gpmetric.expression.shared_program import SharedProgram
 from gpmetric.expression.sign import nonnegative, parity
 from gpmetric.operands import OPERANDS, Operand
+from gpmetric.pruning.bench import bench
 from gpmetric.targets import GRANULARITIES, Granularity
 
 W = torch.tensor([[1.0, -3.0], [0.0, 2.0]])
@@ -187,6 +190,28 @@ def test_a_format_is_a_row(tmp_path: Path) -> None:
     record = export_expression(parse("abs(W)*X"), "prefix", tmp_path / "out", "0")
     assert (tmp_path / "out").read_text() == "('mul', 'abs', 'W', 'X')\n"
     assert (record["format"], record["canonical"]) == ("prefix", "abs(W)*X")
+
+
+@pytest.mark.usefixtures("grown")
+@pytest.mark.parametrize("form", ["prefix", "python", "latex"])
+def test_the_commands_take_what_was_added(
+    form: str, tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`export` a formula of an added primitive and reduction in an added format, and `bench` it."""
+    formula = "narrow:abs(softsign(W))*X/rowenergy(W)"
+    command = ["gpmetric", "export", formula, "--format", form, "-o", str(tmp_path / "out.py")]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)  # that of this process stays
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    assert "softsign" in (tmp_path / "out.py").read_text()
+    result = bench(
+        str(tiny_llama), calibration=str(tiny_text), text=[str(tiny_text)], metric=[formula, "narrow:wanda"],
+        target=["0.5"], samples=2, windows=2, sequence_length=32, device="cpu",
+    )  # fmt: skip
+    assert [row["error"] for row in result["results"]] == [None, None]
+    assert result["results"][0]["sparsity"] == result["results"][1]["sparsity"] > 0.45
 
 
 @pytest.mark.usefixtures("grown")
