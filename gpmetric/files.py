@@ -17,7 +17,9 @@ from platformdirs import user_cache_path
 
 from gpmetric.errors import GpmetricError, InputError
 
-__all__ = ["STDOUT", "cache_folder", "check_output", "check_picture", "finite", "write_json", "write_text"]
+__all__ = [
+    "STDOUT", "cache_folder", "check_output", "check_picture", "finite", "scratch_folder", "write_json", "write_text",
+]  # fmt: skip
 
 STDOUT = Path("-")  # what --json writes to standard output for
 
@@ -33,6 +35,20 @@ def cache_folder() -> Path:
     folder = user_cache_path("gpmetric")
     if not folder.is_absolute():  # ~ stands for nothing
         raise GpmetricError("there is no home folder for caches; XDG_CACHE_HOME can name one")
+    return folder
+
+
+def scratch_folder() -> Path:
+    """Where large files go that a command needs while it runs; often, what is temporary elsewhere is in memory.
+
+    Raises:
+        GpmetricError: there is no home for caches, or it cannot be written.
+    """
+    folder = cache_folder() / "scratch"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GpmetricError(f"{str(folder)!r} cannot be made: {error.strerror}; XDG_CACHE_HOME can name another") from error
     return folder
 
 

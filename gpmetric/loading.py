@@ -7,24 +7,32 @@ import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import cached_file  # type: ignore[attr-defined]
 from transformers.utils import logging as transformers_logging
 
+from gpmetric.blockwise.replay import check_blocks
 from gpmetric.errors import InputError, ModelError
-from gpmetric.models import Model, check_model, find_blocks
+from gpmetric.models import Model, check_weights, find_blocks, find_parts
+from gpmetric.placement import Placement
 
-__all__ = ["DEMO_MODEL", "check_path", "load", "load_model", "pick_device", "quiet_transformers"]
+__all__ = [
+    "DEMO_MODEL", "check_path", "load", "load_model", "open_model", "pick_device", "prepare_model",
+    "quiet_transformers",
+]
 
 _LOG = logging.getLogger(__name__)
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 _HUB_SECONDS = 10  # to answer at all
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def pick_device(device: str) -> torch.device:
@@ -40,7 +48,36 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def load_model(
+def load_model(name: str | None = None, *, resident: bool = True, **options: Any) -> Model:
+    """A model that is ready to run; arguments and errors as of `open_model`.
+
+    Args:
+        name: a directory or a Hub name; None is the embedded demo model.
+        resident: whether all weights are brought to the device, or each block when it is needed.
+        options: of `open_model`.
+
+    Raises:
+        ModelError: also for weights that are not finite, and for a model that is not causal or whose blocks cannot be
+            run one by one.
+    """
+    model = open_model(name, **options)
+    prepare_model(model, resident=resident)
+    return model
+
+
+def prepare_model(model: Model, *, resident: bool) -> None:
+    """Brings an opened model to its device, if it is to stay there, and checks that it gives figures with a meaning.
+
+    Raises:
+        ModelError: see `load_model`.
+    """
+    check_weights(model)
+    if resident and model.placement is not None:
+        model.placement.settle()
+    check_blocks(model)
+
+
+def open_model(
     name: str | None = None,
     *,
     device: str = "auto",
@@ -48,7 +85,7 @@ def load_model(
     include: str | None = None,
     exclude: str | None = None,
 ) -> Model:
-    """Loads a Hugging Face causal language model and finds its prunable layers.
+    """Opens a Hugging Face causal language model and finds its prunable layers; its weights are mapped, not read.
 
     Args:
         name: a directory or a Hub name; None is the embedded demo model.
@@ -58,8 +95,8 @@ def load_model(
         exclude: leave out the layers whose name this regular expression is found in.
 
     Raises:
-        ModelError: missing, damaged, incomplete, quantised, not causal, without repeated blocks, or with weights of a
-            form that would silently stay dense.
+        ModelError: missing, damaged, incomplete, quantised, without repeated blocks, or with weights of a form that
+            would silently stay dense.
     """
     where = pick_device(device)
     path = DEMO_MODEL if name is None else name
@@ -67,14 +104,15 @@ def load_model(
     wanted = _resolve_dtype(dtype, where)
     with quiet_transformers():
         module, tokenizer = _load(str(path), wanted)
-    module.to(where).eval().requires_grad_(False)
+    module.eval().requires_grad_(False)
+    for _, buffer in module.named_buffers():
+        buffer.data = buffer.to(where)
     module.config.use_cache = False
     if getattr(module, "loss_type", None) is None:  # GPT-2's class names none, which transformers would warn of
         module.loss_type = "ForCausalLM"
     blocks = find_blocks(module, include, exclude)
-    model = Model("demo" if name is None else str(name), module, tokenizer, blocks, _folder(str(path)))
-    check_model(model)
-    return model
+    placement = Placement(find_parts(module, blocks), where, torch.float32 if wanted == torch.float32 else None)
+    return Model("demo" if name is None else str(name), module, tokenizer, blocks, _folder(str(path)), placement)
 
 
 def load(name: str | Path, *, device: str = "auto", dtype: str | None = None) -> Any:
@@ -130,16 +168,7 @@ def _load(path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
             raise ModelError(f"model {path!r} is quantised; prune the full-precision checkpoint it was made from")
         if config.is_encoder_decoder:
             raise ModelError(f"model {path!r} ({config.model_type}) is an encoder-decoder; a causal model is wanted")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
-            **options,
-        )
-    module, info = loaded
+        module, info = _mapped(path, config, dtype, options)
     with _explained(f"tokenizer of model {place}"):
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     for kind in ("missing", "mismatched", "unexpected"):
@@ -149,6 +178,44 @@ def _load(path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
         if names:
             _LOG.warning("model %r ignores %d weights that its files hold, first %s", path, len(names), names[0])
     return module, tokenizer
+
+
+def _mapped(path: str, config: Any, dtype: torch.dtype | str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """A module with its weights as their files have them where these can be converted later, else in `dtype`.
+
+    transformers maps the files into memory where a weight keeps its dtype.
+    """
+
+    def load(kind: torch.dtype | str) -> tuple[Any, Any]:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=deepcopy(config),
+            dtype=kind,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused by name
+            output_loading_info=True,
+            **options,
+        )
+        module, info = loaded
+        return module, info
+
+    if dtype != torch.float32:
+        return load(dtype)
+    module, info = load("auto")
+    own = module.dtype
+    stored = {weight.dtype for weight in module.parameters()} | _stored_dtypes(_folder(path))
+    # a buffer that was made in half precision, Gemma's scale of embeddings for instance, is not the one of fp32
+    halved = any(buffer.dtype == own for buffer in module.buffers() if own != torch.float32)
+    return (module, info) if stored == {own} and not halved else load(dtype)
+
+
+def _stored_dtypes(folder: Path) -> set[torch.dtype]:
+    """Floating dtypes of the tensors in a folder's files."""
+    found = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found |= {_FLOATS.get(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    return {dtype for dtype in found if dtype is not None}
 
 
 def _know_slim(path: str, options: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gpmetric.errors import InputError, ModelError
+from gpmetric.placement import FRONT, HEAD, Part, Placement
 
-__all__ = ["Block", "Layer", "Model", "check_model", "find_blocks"]
+__all__ = ["Block", "Layer", "Model", "check_weights", "find_blocks", "find_parts"]
 
 _ROUTER = re.compile(r"(^|\.)(router|gate)$")  # mixture-of-experts routers are never pruned
+_CHECKED = 2**22  # entries of a weight that are looked at together
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache"}  # of a config: no part of what the model computes
 
 
@@ -69,6 +71,16 @@ class Model:
     tokenizer: Any
     blocks: tuple[Block, ...]
     folder: Path | None = None  # where its files are
+    placement: Placement | None = None  # None: all parameters are where they compute
+
+    @property
+    def resident(self) -> bool:
+        """Whether all weights are on the device for good."""
+        return self.placement is None or self.placement.resident
+
+    def at_hand(self, part: Part) -> AbstractContextManager[None]:
+        """A block, by index, or what lies before or behind them, on the device while the context is open."""
+        return nullcontext() if self.placement is None else self.placement.at_hand(part)
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -92,47 +104,49 @@ class Model:
 
     @property
     def device(self) -> torch.device:
+        """Where it computes."""
+        if self.placement is not None:
+            return self.placement.device
         device: torch.device = next(self.module.parameters()).device
         return device
 
     @property
     def dtype(self) -> str:
-        return str(next(self.module.parameters()).dtype).removeprefix("torch.")
+        """That it computes in, without torch's prefix."""
+        own = None if self.placement is None else self.placement.dtype
+        return str(own or next(self.module.parameters()).dtype).removeprefix("torch.")
 
     @cached_property
     def digest(self) -> str:
         """sha256 over the config and every parameter's name, dtype, shape and bytes. Taken while dense."""
         config = {key: value for key, value in self.module.config.to_diff_dict().items() if key not in _VOLATILE}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        own = None if self.placement is None else self.placement.dtype
         for name, parameter in self.module.named_parameters():
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-            flat = parameter.detach().contiguous().view(-1).cpu()
+            dtype = own if own and parameter.is_floating_point() else parameter.dtype
+            digest.update(f"{name} {dtype} {tuple(parameter.shape)}\n".encode())
+            flat = parameter.detach().contiguous().view(-1).cpu().to(dtype)
             digest.update(memoryview(flat.view(torch.uint8).numpy()))
         return digest.hexdigest()
 
     @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Gives the prunable weights back their present values when the block ends, whatever happened in it."""
-        dense = [layer.weight.clone() for layer in self.layers]
-        try:
-            yield
-        finally:
-            for layer, weight in zip(self.layers, dense, strict=True):
-                layer.weight.copy_(weight)
-
-    @contextmanager
-    def holding(self, weights: Sequence[Tensor]) -> Iterator[None]:
+    def holding(self, weights: Sequence[Tensor], layers: Sequence[Layer] | None = None) -> Iterator[None]:
         """The model with these prunable weights [out, in], one per layer, in place of its own; none is copied.
 
         A weight of another dtype is converted, which is a copy.
+
+        Args:
+            weights: of `layers`, or of all.
+            layers: whose block is at hand.
         """
-        own = [layer.parameter.data for layer in self.layers]
+        replaced = self.layers if layers is None else layers
+        own = [layer.parameter.data for layer in replaced]
         try:
-            for layer, weight, mine in zip(self.layers, weights, own, strict=True):
+            for layer, weight, mine in zip(replaced, weights, own, strict=True):
                 layer.parameter.data = layer.oriented(weight).to(mine.dtype)
             yield
         finally:
-            for layer, mine in zip(self.layers, own, strict=True):
+            for layer, mine in zip(replaced, own, strict=True):
                 layer.parameter.data = mine
 
 
@@ -194,11 +208,28 @@ def _refuse_fused_experts(name: str, block: nn.Module) -> None:
                 )
 
 
-def check_model(model: Model) -> None:
+def find_parts(module: Any, blocks: Sequence[Block]) -> dict[Part, list[nn.Parameter]]:
+    """A model's parameters by part: each block's, those that are read before the blocks, and those read behind them.
+
+    What is neither an embedding of tokens nor the output layer is small, and belongs to both ends.
+    """
+    parts: dict[Part, list[nn.Parameter]] = {index: list(block.module.parameters()) for index, block in enumerate(blocks)}
+    inside = {id(parameter) for found in parts.values() for parameter in found}
+    others = [parameter for parameter in module.parameters() if id(parameter) not in inside]
+    first, last = (
+        {id(one) for one in end.parameters()} if end is not None else set()
+        for end in (module.get_input_embeddings(), module.get_output_embeddings())
+    )
+    parts[FRONT] = [one for one in others if id(one) not in last or id(one) in first]
+    parts[HEAD] = [one for one in others if id(one) not in first or id(one) in last]
+    return parts
+
+
+def check_weights(model: Model) -> None:
     """Refuses a model that would give figures without a meaning.
 
     Raises:
-        ModelError: another model's tokenizer, weights that are not in memory or not finite, or not causal.
+        ModelError: another model's tokenizer, or weights that are not in memory or not finite.
     """
     # embeddings are padded to round sizes, by less than a tenth in every published model known to us
     if not 0.9 * model.vocabulary <= len(model.tokenizer) or model.tokenizer.vocab_size > model.vocabulary:
@@ -209,17 +240,7 @@ def check_model(model: Model) -> None:
     for name, parameter in model.module.named_parameters():
         if parameter.is_meta:
             raise ModelError(f"weight {name} of {model.name!r} is not in memory")
-        if not torch.isfinite(parameter).all():
+        if not all(part.isfinite().all() for part in parameter.detach().flatten().split(_CHECKED)):
             raise ModelError(f"weight {name} of {model.name!r} holds NaN or infinity")
-    _check_causal(model)
-
-
-@torch.no_grad()
-def _check_causal(model: Model) -> None:
-    """Refuses a model that sees later tokens (BERT and its kin load as one): its perplexity would mean nothing."""
-    first, second = (
-        model.module(input_ids=torch.tensor([[0, token]], device=model.device), use_cache=False).logits[0, 0].float()
-        for token in (0, 1)
-    )
-    if not torch.allclose(first, second, rtol=1e-4, atol=1e-5, equal_nan=True):
-        raise ModelError(f"model {model.name!r} is not causal: its prediction after a token depends on the next one")
+        if model.placement is not None:
+            model.placement.let_go(parameter.data)

@@ -24,8 +24,9 @@ LAYERS = [
     {"session"},
     {"calibration", "evaluation", "export"},
     {"codegen", "loading", "metrics", "options"},
+    {"blockwise"},
     {"expression", "data", "models", "demo", "provenance", "files", "journal", "targets"},
-    {"operands", "errors", "pareto", "lazy", "kernels", "slim_models"},
+    {"operands", "errors", "pareto", "lazy", "kernels", "slim_models", "placement"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 

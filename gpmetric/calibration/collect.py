@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from gpmetric.blockwise.backward import run_backward
+from gpmetric.blockwise.ends import backward_of_loss
+from gpmetric.blockwise.replay import BlockCalls, record_calls
+from gpmetric.blockwise.shelf import Shelf
 from gpmetric.calibration.accumulators import (
     ACCUMULATORS,
     Accumulator,
@@ -21,11 +25,10 @@ from gpmetric.calibration.accumulators import (
     InputMoments,
     LayerStatistics,
 )
-from gpmetric.calibration.replay import BlockCalls
 from gpmetric.errors import ModelError, SolverError
-from gpmetric.models import Block, Layer, Model
+from gpmetric.models import Layer, Model
 
-__all__ = ["Accumulators", "Statistics", "collect", "collect_block", "collect_chunks", "token_batches"]
+__all__ = ["Accumulators", "Statistics", "collect", "collect_block", "collect_blocks", "token_batches"]
 
 _BATCH_TOKENS = 2048  # tokens per forward pass without gradients; more only costs memory on a CPU
 
@@ -55,83 +58,132 @@ def token_batches(tokens: Tensor) -> list[Tensor]:
 
 
 def collect(model: Model, tokens: Tensor, names: Collection[str], **options: Any) -> Statistics:
-    """Statistics of the model as it is now, over calibration windows; arguments and errors as of `collect_chunks`."""
-    chunks = collect_chunks(model, tokens, names, **options)
-    return Statistics({name: one for chunk in chunks for name, one in chunk.items()}, *tokens.shape)
+    """Statistics of the model as it is now, over calibration windows; arguments and errors as of `collect_blocks`."""
+    found = {name: one for block in collect_blocks(model, tokens, names, **options) for name, one in block.items()}
+    return Statistics({layer.name: found[layer.name] for layer in model.layers}, *tokens.shape)
 
 
-def collect_chunks(
+def collect_blocks(
     model: Model,
     tokens: Tensor,
     names: Collection[str],
     *,
-    chunk_layers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     accumulators: Accumulators = ACCUMULATORS,
+    room: int | None = None,
 ) -> Iterator[dict[str, LayerStatistics]]:
-    """Statistics of the model as it is now, over calibration windows, one chunk of layers after the other.
+    """Statistics of the model as it is now, over calibration windows, block by block, those of gradients from the last.
 
-    Nothing of a chunk is kept here, so that peak memory is that of one chunk, if its receiver lets go of it (and of the
-    variable it is in) before asking for the next.
+    Where the weights are not resident, nothing of a block is kept here once its receiver has let go of it (and of the
+    variable it is in); elsewhere gradients of all layers are accumulated together.
 
     Args:
         model: in evaluation mode; its weights are read, never changed.
         tokens: [sequences, length], int64.
         names: operands, and `gram` for the Gram matrices. X costs nothing and is always there. Gradients take one
             sequence per backward pass; without any, a forward pass is enough.
-        chunk_layers: layers whose accumulators are held at once (all when None); each chunk is another pass over the
-            text, and the result is the same.
-        progress: called with (sequences done, sequences in all).
+        progress: called with (steps done, steps in all); a step is a block's pass over all windows, or a window's over
+            all blocks.
         accumulators: by name, how each is measured.
+        room: bytes of inputs of blocks that are kept in memory for the backward pass; beyond, they go to disk.
 
     Raises:
         ModelError: a layer is not reached by a text.
         SolverError: a Gram matrix has no inverse even after stronger damping.
     """
-    size = chunk_layers or len(model.layers)
-    chunks = [model.layers[start : start + size] for start in range(0, len(model.layers), size)]
-    for index, chunk in enumerate(chunks):
-        with _Watch(chunk, names, accumulators) as watch:
-            run = _with_gradients if watch.needs_gradients else _forward_only
-            for done in run(model, tokens):
-                progress(index * len(tokens) + done, len(chunks) * len(tokens))
-        yield {layer.name: watch.result(layer, len(tokens)) for layer in chunk}
+    rows = {name: row for name, row in accumulators.items() if name in names or name == "X"}
+    if not any(isinstance(row, FromGradients | FromTokens) for row in rows.values()):
+        return _from_inputs(model, tokens, rows, progress)
+    return (_at_once if model.resident else partial(_block_by_block, room=room))(model, tokens, rows, progress)
 
 
 def collect_block(
     calls: BlockCalls,
     index: int,
-    block: Block,
-    hidden: Sequence[Tensor],
+    hidden: Iterable[Tensor],
     names: Collection[str],
     accumulators: Accumulators = ACCUMULATORS,
 ) -> dict[str, LayerStatistics]:
-    """What inputs alone tell of one block's layers, `names` of X, D and the like, the block being replayed once."""
-    known = [name for name in names if isinstance(accumulators[name], FromInputs)]
-    with _Watch(block.layers, known, accumulators) as watch:
-        calls.replay(index, block, hidden)
-    return {layer.name: watch.result(layer, 0) for layer in block.layers}
+    """What inputs alone tell of the layers of a block, which is at hand: `names` of X, D and the like.
+
+    The block is replayed once.
+    """
+    rows = {name: row for name, row in accumulators.items() if name in names or name == "X"}
+    layers = calls.model.blocks[index].layers
+    with _Watch(layers, {name: row for name, row in rows.items() if isinstance(row, FromInputs)}) as watch:
+        for number, states in enumerate(hidden):
+            calls.call(index, number, states)
+    return {layer.name: watch.result(layer, 0) for layer in layers}
 
 
-def _forward_only(model: Model, tokens: Tensor) -> Iterator[int]:
-    """Runs the model over the windows; yields how many are done."""
-    done = 0
-    for batch in token_batches(tokens):
-        with torch.no_grad():
-            model.module.base_model(input_ids=batch.to(model.device), use_cache=False)  # without the output layer
-        done += len(batch)
-        yield done
+_Progress = Callable[[int, int], None]
+_Blocks = Iterator[dict[str, LayerStatistics]]
 
 
-def _with_gradients(model: Model, tokens: Tensor) -> Iterator[int]:
-    """The same with a backward pass for every window."""
-    for done, window in enumerate(tokens, start=1):
-        batch = window[None].to(model.device)  # [1, length]
-        with torch.enable_grad():
-            loss = model.module(input_ids=batch, labels=batch, use_cache=False).loss
-        if loss.requires_grad:  # otherwise no layer was reached, which is refused when results are asked for
-            loss.backward()
-        yield done
+@torch.no_grad()
+def _from_inputs(model: Model, tokens: Tensor, rows: Accumulators, progress: _Progress) -> _Blocks:
+    calls = record_calls(model, token_batches(tokens))
+    hidden: Sequence[Tensor] = calls.hidden
+    for index, block in enumerate(model.blocks):
+        with model.at_hand(index), _Watch(block.layers, rows) as watch:
+            hidden = calls.replay(index, hidden)
+        progress(index + 1, len(model.blocks))
+        yield {layer.name: watch.result(layer, len(tokens)) for layer in block.layers}
+
+
+def _at_once(model: Model, tokens: Tensor, rows: Accumulators, progress: _Progress) -> _Blocks:
+    """A forward and a backward pass for every window, through all blocks."""
+    with _Watch(model.layers, rows) as watch:
+        for done, window in enumerate(tokens, start=1):
+            calls = record_calls(model, [window[None]])
+            for _ in run_backward(calls, [0], backward_of_loss, first=_first_watched(model)):
+                pass
+            progress(done, len(tokens))
+    for block in model.blocks:
+        yield {layer.name: watch.result(layer, len(tokens)) for layer in block.layers}
+
+
+def _block_by_block(
+    model: Model, tokens: Tensor, rows: Accumulators, progress: _Progress, room: int | None
+) -> _Blocks:
+    """All windows through one block after the other, forward and back; of gradients, one block's at a time."""
+    from_inputs = {name: row for name, row in rows.items() if isinstance(row, FromInputs)}
+    others = {name: row for name, row in rows.items() if name not in from_inputs}
+    calls = record_calls(model, list(tokens[:, None]))
+    steps = 2 * len(model.blocks)
+    watches: dict[int, _Watch] = {}
+
+    @contextmanager
+    def forward(index: int) -> Iterator[None]:
+        with _Watch(model.blocks[index].layers, from_inputs) as watch:
+            yield
+        seen = {layer.name: watch.result(layer, len(tokens)).values for layer in model.blocks[index].layers}
+        for name, values in seen.items():
+            inputs.put(name, values)
+        progress(index + 1, steps)
+
+    def backward(index: int) -> _Watch:
+        watches[index] = _Watch(model.blocks[index].layers, others)
+        return watches[index]
+
+    with Shelf(room) as shelf, Shelf(room) as inputs:
+        passes = run_backward(
+            calls, range(len(tokens)), backward_of_loss, first=_first_watched(model), shelf=shelf, forward=forward,
+            backward=backward,
+        )  # fmt: skip
+        for index in passes:
+            watch, found = watches.pop(index), {}
+            for layer in model.blocks[index].layers:
+                gradients = watch.result(layer, len(tokens)).values
+                found[layer.name] = LayerStatistics(**gradients, **inputs.get(layer.name))
+                inputs.drop(layer.name)
+            progress(steps - index, steps)
+            yield found
+
+
+def _first_watched(model: Model) -> int:
+    """The first block that has layers to prune: gradients go no further back."""
+    return next(index for index, block in enumerate(model.blocks) if block.layers)
 
 
 class _Watch(AbstractContextManager["_Watch"]):
@@ -139,18 +191,15 @@ class _Watch(AbstractContextManager["_Watch"]):
 
     Args:
         layers: those watched.
-        names: what is wanted of them.
-        accumulators: by name, how each is measured.
+        rows: by name, how what is wanted of them is measured.
     """
 
-    def __init__(self, layers: Sequence[Layer], names: Collection[str], accumulators: Accumulators) -> None:
-        rows = {name: row for name, row in accumulators.items() if name in names or name == "X"}
+    def __init__(self, layers: Sequence[Layer], rows: Accumulators) -> None:
         self._hooks = ExitStack()
         self._layers = layers
         self._read = {name: row for name, row in rows.items() if isinstance(row, FromInputs)}
         self._gradients = {name: row.start for name, row in rows.items() if isinstance(row, FromGradients)}
         self._tokens = {name: row.start for name, row in rows.items() if isinstance(row, FromTokens)}
-        self.needs_gradients = bool(self._gradients or self._tokens)
         self._moments: dict[str, InputMoments] = {}
         self._accumulated: dict[str, dict[str, Accumulator]] = {}
 
@@ -162,11 +211,12 @@ class _Watch(AbstractContextManager["_Watch"]):
             by_gradient = {name: start(shape, device) for name, start in self._gradients.items()}
             by_token = {name: start(shape, device) for name, start in self._tokens.items()}
             self._accumulated[layer.name] = {**by_gradient, **by_token}
-            self._hooks.enter_context(layer.module.register_forward_pre_hook(partial(self._see_inputs, layer)))
+            if self._read:
+                self._hooks.enter_context(layer.module.register_forward_pre_hook(partial(self._see_inputs, layer)))
             if by_token:
                 watch = partial(_see_tokens, list(by_token.values()))
                 self._hooks.enter_context(layer.module.register_forward_hook(watch))
-            if self.needs_gradients:
+            if self._gradients or self._tokens:
                 self._hooks.enter_context(_gradients_of(layer, list(by_gradient.values())))
         return self
 
@@ -176,7 +226,7 @@ class _Watch(AbstractContextManager["_Watch"]):
     def result(self, layer: Layer, sequences: int) -> LayerStatistics:
         """What was asked for of one layer, over so many sequences."""
         moments = self._moments.pop(layer.name)
-        if not moments.tokens:
+        if self._read and not moments.tokens:
             raise ModelError(f"layer {layer.name} is not reached by a text, so it cannot be calibrated (--exclude)")
         try:
             found = {name: row.read(moments) for name, row in self._read.items()}

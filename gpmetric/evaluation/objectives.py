@@ -1,10 +1,10 @@
-"""What searches compare a pruned model by, one row each: the dense model's reference on a batch of windows."""
+"""What searches compare a pruned model by, one row each: the dense model's reference for some predictions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from gpmetric.lazy import lazy
 
@@ -17,13 +17,18 @@ __all__ = ["OBJECTIVES", "Objective", "Reference"]
 
 
 class Reference(Protocol):
-    """What the dense model says of a batch, for a pruned one to be compared with."""
+    """What the dense model says of some predictions, for a pruned one to be compared with."""
 
     predictions: int
     bytes: int  # memory that it keeps
 
-    def excess(self, model: Any) -> Tensor:
-        """What a model is worse by, summed over predictions, in nats, fp32; with gradients where they are on."""
+    def excess(self, logits: Tensor) -> Tensor:
+        """What a model with these logits is worse by, summed over predictions, in nats, fp32; a scalar with gradients.
+
+        Args:
+            logits: [predictions, vocabulary], fp32, of the same predictions; they may be written to where they have no
+                gradients.
+        """
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Objective:
 
     Attributes:
         meaning: what it is, for the help.
-        reference: (dense model, batch [windows, length]) -> Reference.
+        reference: (logits [predictions, vocabulary] of the dense model, fp32, labels [predictions]) -> Reference.
         keeps_predictions: whether its references take 2 bytes for every token of the vocabulary and every prediction.
         absolute: (model, windows) -> the same with the dense model's own figure in it, None where that is 0. The policy
             gradient of `slim` compares it with a moving average over windows, as published.

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, nll_loss
 
+from gpmetric.blockwise.ends import ends
+from gpmetric.blockwise.replay import BlockCalls, record_calls
 from gpmetric.models import Model
+from gpmetric.placement import HEAD
 
-__all__ = ["DenseLoss", "Teacher", "batches", "mean_loss", "perplexity"]
+__all__ = [
+    "DenseLoss", "Teacher", "batches", "mean_loss", "mean_of", "perplexity", "predictions", "run_blocks", "sum_loss",
+]  # fmt: skip
 
 _BATCH_TOKENS = 2048
 # Logits of a batch, 16 MiB in fp32: from 32 MiB on, glibc maps every temporary anew. Windows of 256 tokens, vocabulary
@@ -20,54 +26,95 @@ _BATCH_TOKENS = 2048
 _BATCH_LOGITS = 2**22
 
 
+AtHand = Callable[[int], AbstractContextManager[object]]
+
+
 @torch.no_grad()
-def mean_loss(model: Model, tokens: Tensor) -> float:
+def mean_loss(model: Model, tokens: Tensor, at_hand: AtHand | None = None) -> float:
     """Mean negative log-likelihood in nats over the length - 1 predictions of each window.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; where its weights are not resident, they are read once for all windows.
         tokens: [windows, length], int64; windows do not see each other.
+        at_hand: by block, the context that it is run in, `model.at_hand` by default; another may hold other weights.
 
     Returns:
         The mean, or infinity when the model's losses are not finite (a model pruned to death).
     """
+    pieces = list(batches(model, tokens))
     total = 0.0
-    for batch in batches(model, tokens):
-        # fp32: a half-precision log-softmax loses the third digit of the perplexity
-        loss = cross_entropy(_logits(model, batch), batch[:, 1:].flatten(), reduction="sum")
-        total += loss.item()
+    for group in [[piece] for piece in pieces] if model.resident else [pieces]:
+        calls = record_calls(model, group)
+        total += sum_loss(calls, run_blocks(calls, at_hand))
+    return mean_of(total, tokens)
+
+
+def run_blocks(calls: BlockCalls, at_hand: AtHand | None = None) -> Sequence[Tensor]:
+    """What the last block gives for every batch."""
+    hidden: Sequence[Tensor] = calls.hidden
+    for index in range(len(calls.model.blocks)):
+        with (at_hand or calls.model.at_hand)(index):
+            hidden = calls.replay(index, hidden)
+    return hidden
+
+
+@torch.no_grad()
+def sum_loss(calls: BlockCalls, hidden: Iterable[Tensor]) -> float:
+    """Negative log-likelihood in nats, summed over the predictions of all batches.
+
+    Args:
+        calls: of the batches.
+        hidden: by batch, what the last block gives.
+    """
+    total = 0.0
+    with calls.model.at_hand(HEAD):
+        for number, states in enumerate(hidden):
+            for logits, labels in ends(calls, number, states):
+                total += cross_entropy(logits, labels, reduction="sum").item()
+    return total
+
+
+def mean_of(total: float, tokens: Tensor) -> float:
+    """The mean loss of windows [windows, length] whose losses sum up to so much."""
     mean = total / (len(tokens) * (tokens.shape[1] - 1))
     return mean if math.isfinite(mean) else math.inf
 
 
+def predictions(model: Model, batch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """What `ends` gives of one batch [windows, length] on the model's device; with gradients where they are on."""
+    calls = record_calls(model, [batch])
+    (states,) = run_blocks(calls)
+    yield from ends(calls, 0, states)
+
+
 class Teacher:
-    """A model's predictions on a batch of windows, kept in fp16 for a pruned copy to be compared with.
+    """A model's predictions, kept in fp16 for those of a pruned copy to be compared with.
 
     Args:
-        model: the dense model.
-        batch: [windows, length], int64, on its device.
+        logits: [predictions, vocabulary], fp32, of the dense model.
+        labels: [predictions], the tokens that followed.
     """
 
-    def __init__(self, model: Model, batch: Tensor) -> None:
-        self._batch = batch
-        log_probabilities = log_softmax(_logits(model, batch), dim=1)  # [windows * (length - 1), vocabulary]
-        self._loss = nll_loss(log_probabilities, batch[:, 1:].flatten(), reduction="sum").item()
+    def __init__(self, logits: Tensor, labels: Tensor) -> None:
+        self._labels = labels
+        log_probabilities = log_softmax(logits, dim=1)
+        self._loss = nll_loss(log_probabilities, labels, reduction="sum").item()
         self._expected = log_probabilities.exp().half()
         self.predictions = len(self._expected)
         self.bytes = self._expected.nbytes
         self._entropy = -torch.special.xlogy(self._expected.float(), self._expected.float()).sum().item()
 
     @torch.no_grad()
-    def compare(self, model: Model) -> Tensor:
+    def compare(self, logits: Tensor) -> Tensor:
         """[2]: excess log-loss and divergence KL(teacher || model), summed over predictions, in nats, fp64."""
-        log_probabilities = log_softmax(_logits(model, self._batch), dim=1)
-        loss = nll_loss(log_probabilities, self._batch[:, 1:].flatten(), reduction="sum").item()
+        log_probabilities = log_softmax(logits, dim=1)
+        loss = nll_loss(log_probabilities, self._labels, reduction="sum").item()
         crossed = -log_probabilities.mul_(self._expected).sum(dim=1).double().sum().item()  # in place: no temporary
         return torch.tensor([loss - self._loss, crossed - self._entropy], dtype=torch.float64)
 
-    def excess(self, model: Model) -> Tensor:
+    def excess(self, logits: Tensor) -> Tensor:
         """KL(teacher || model) summed over predictions, in nats, fp32; a scalar with gradients where they are on."""
-        log_probabilities = log_softmax(_logits(model, self._batch), dim=1)
+        log_probabilities = log_softmax(logits, dim=1)
         keeps = log_probabilities.requires_grad
         crossed: Tensor = log_probabilities * self._expected if keeps else log_probabilities.mul_(self._expected)
         excess: Tensor = -crossed.sum(dim=1).sum() - self._entropy
@@ -75,24 +122,23 @@ class Teacher:
 
 
 class DenseLoss:
-    """A model's loss on a batch of windows, for a pruned copy to be compared with; it takes no memory.
+    """A model's loss, for that of a pruned copy to be compared with; it takes no memory.
 
     Args:
-        model: the dense model.
-        batch: [windows, length], int64, on its device.
+        logits, labels: as of `Teacher`.
     """
 
     bytes = 0
 
-    def __init__(self, model: Model, batch: Tensor) -> None:
-        self._batch = batch
-        self.predictions = len(batch) * (batch.shape[1] - 1)
+    def __init__(self, logits: Tensor, labels: Tensor) -> None:
+        self._labels = labels
+        self.predictions = len(labels)
         self._loss = 0.0
-        self._loss = self.excess(model).item()
+        self._loss = self.excess(logits).item()
 
-    def excess(self, model: Model) -> Tensor:
+    def excess(self, logits: Tensor) -> Tensor:
         """Excess log-loss summed over predictions, in nats, fp32; a scalar with gradients where they are on."""
-        loss: Tensor = cross_entropy(_logits(model, self._batch), self._batch[:, 1:].flatten(), reduction="sum")
+        loss: Tensor = cross_entropy(logits, self._labels, reduction="sum")
         return loss - self._loss
 
 
@@ -106,9 +152,3 @@ def batches(model: Model, tokens: Tensor) -> Iterator[Tensor]:
     size = min(_BATCH_TOKENS, _BATCH_LOGITS // model.vocabulary) if model.device.type == "cpu" else _BATCH_TOKENS
     for batch in torch.split(tokens, max(1, size // tokens.shape[1])):
         yield batch.to(model.device)
-
-
-def _logits(model: Model, batch: Tensor) -> Tensor:
-    """[windows * (length - 1), vocabulary], fp32: the predictions of every token but the first of each window."""
-    logits: Tensor = model.module(input_ids=batch, use_cache=False).logits[:, :-1]  # [windows, length - 1, vocabulary]
-    return logits.flatten(0, 1).float()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from gpmetric.evaluation.objectives import OBJECTIVES
-from gpmetric.evaluation.perplexity import batches
+from gpmetric.evaluation.perplexity import batches, predictions
 from gpmetric.models import Model
 
-__all__ = ["References", "reference_bytes"]
+__all__ = ["References", "parts_of", "reference_bytes"]
 
 
 class _Sized(Protocol):
@@ -22,43 +22,53 @@ class _Sized(Protocol):
 
 
 Kind = TypeVar("Kind", bound=_Sized)
+Parts = Iterable[tuple[Tensor, Tensor]]  # logits and labels, see `blockwise.ends`
 
 
 class References(Generic[Kind]):
     """References of windows, made when they are first wanted; beyond so many bytes, made again every time.
 
     Args:
-        model: dense whenever references are asked for.
-        make: (model, batch [windows, length]) -> a reference: `OBJECTIVES[name].reference`, or a class.
+        make: (logits, labels) of the dense model -> a reference: `OBJECTIVES[name].reference`, or a class.
         limit: bytes that are kept.
     """
 
-    def __init__(self, model: Model, make: Callable[[Model, Tensor], Kind], limit: int) -> None:
-        self._model, self._make = model, make
+    def __init__(self, make: Callable[[Tensor, Tensor], Kind], limit: int) -> None:
+        self._make = make
         self._room = limit
         self._kept: dict[Hashable, list[Kind]] = {}
 
-    def of(self, key: Hashable, windows: Tensor) -> Iterator[Kind]:
-        """The references of windows [n, length], batch by batch; those that are not kept are made one at a time.
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._kept
+
+    def of(self, key: Hashable, dense: Callable[[], Parts]) -> Iterator[Kind]:
+        """The references under a key, part by part; those that are not kept are made one at a time.
 
         Args:
             key: the same for the same windows.
-            windows: int64, on any device.
+            dense: gives logits and labels of the dense model.
         """
         if key in self._kept:
             yield from self._kept[key]
             return
         made: list[Kind] = []
         size = 0
-        for batch in batches(self._model, windows):
+        for logits, labels in dense():
             with torch.no_grad():
-                one = self._make(self._model, batch)
+                one = self._make(logits, labels)
+            del logits, labels
             size += one.bytes
             made = [*made, one] if size <= self._room else []
             yield one
         if size <= self._room:
             self._kept[key] = made
             self._room -= size
+
+
+def parts_of(model: Model, windows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and labels of windows [n, length] by a model as it is, part by part; with gradients where they are on."""
+    for batch in batches(model, windows):
+        yield from predictions(model, batch)
 
 
 def reference_bytes(objective: str, model: Model, tokens: Tensor) -> int:

@@ -7,28 +7,32 @@ nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gpmetric.blockwise.ends import ends
+from gpmetric.blockwise.hidden import Hidden
+from gpmetric.blockwise.replay import BlockCalls, record_calls
+from gpmetric.errors import GpmetricError, MaskError, SolverError
 from gpmetric.evaluation.objectives import OBJECTIVES, Reference
-from gpmetric.evaluation.perplexity import Teacher, mean_loss
+from gpmetric.evaluation.perplexity import Teacher, batches, mean_loss
 from gpmetric.evaluation.references import References
 from gpmetric.evolution.mask_fingerprint import ProbeLayers
 from gpmetric.evolution.tasks import DenseTask, ExcessTask, Figures, ProbeTask, SequentialLoss, SequentialTask, Task
 from gpmetric.metrics import Metric
-from gpmetric.models import Model
-from gpmetric.pruning.bench import measure
+from gpmetric.placement import HEAD
 from gpmetric.pruning.mask import compile_ahead
 from gpmetric.pruning.protocol import Protocol, Rule
 from gpmetric.pruning.updaters import UPDATERS, prune_weights, resolve_target
 from gpmetric.session.session import Session
 from gpmetric.targets import Target, parse_target
 
-__all__ = ["Evaluator"]
+__all__ = ["Evaluator", "alike"]
 
 _PRUNED_ENTRIES = 2**28  # of pruned weights held at once, 1 GiB in fp32, unless those of one target are more
 _TEACHER_BYTES = 2**30  # of the dense model's predictions that are kept; beyond, they are made again for every metric
@@ -56,7 +60,8 @@ class Evaluator:
         self._objectives = tuple(dict.fromkeys((*_COMPARED, objective)))
         self._dense_losses: dict[str, float] = {}
         others = self._objectives[len(_COMPARED) :]
-        self._references = References(self._model, partial(_DenseBatch, others=others), _TEACHER_BYTES)
+        self._references = References(partial(_DenseBatch, others=others), _TEACHER_BYTES)
+        self._recorded: dict[tuple[int, int | None], BlockCalls] = {}
         self._protocols: dict[str, Protocol] = {}  # one at a time: each holds its statistics
 
     def __call__(self, task: Task) -> Any:
@@ -65,17 +70,24 @@ class Evaluator:
         Raises:
             MaskError, SolverError: the formula's scores are not finite, or the update fails.
         """
-        with torch.no_grad():
-            match task:
-                case ProbeTask():
-                    self._compile(task.metrics)
-                    return self._probe_layers.measure(task.metrics)
-                case ExcessTask():
-                    return self._excess(task)
-                case SequentialTask():
-                    return self._sequential(task)
-                case DenseTask():
-                    return {self._model.name: self._dense_loss(task.split)}
+        (answer,) = self.together([task])
+        if isinstance(answer, GpmetricError):
+            raise answer
+        return answer
+
+    @torch.no_grad()
+    def together(self, tasks: Sequence[Task]) -> list[Any]:
+        """The answers to tasks that may share a walk through the blocks, see `alike`, or the errors in their places."""
+        match tasks:
+            case [ExcessTask(), *_]:
+                return self._excess(tasks)
+            case [SequentialTask(), *_]:
+                return self._sequential(tasks)
+            case [ProbeTask(metrics)]:
+                self._compile(metrics)
+                return [self._probe_layers.measure(metrics)]
+            case [DenseTask(split)]:
+                return [{self._model.name: self._dense_loss(split)}]
 
     def _compile(self, metrics: Sequence[Metric]) -> None:
         """Starts to compile the kernel that prunes by those of the metrics that climb on."""
@@ -91,33 +103,94 @@ class Evaluator:
     def _probe_layers(self) -> ProbeLayers:
         return ProbeLayers(self._model.layers, self._statistics, self._targets, self._update)
 
-    def _excess(self, task: ExcessTask) -> Figures:
-        """What the model loses, pruned in one shot, by objective and target, in nats per token; `loss` and `kl` always.
+    def _excess(self, tasks: Sequence[ExcessTask]) -> list[Figures | GpmetricError]:
+        """By task, what the model loses, pruned in one shot, by objective and target, in nats per token.
 
-        What is not finite is infinite.
+        `loss` and `kl` are always among the objectives; what is not finite is infinite. All tasks are on the same
+        windows, which pass through the blocks together.
         """
-        found: dict[str, list[float]] = {}  # by target, in the order of the objectives
-        weights = [layer.weight for layer in self._model.layers]
-        statistics = [self._statistics.layers[layer.name] for layer in self._model.layers]
-        for targets in self._together:
-            by_target = prune_weights(weights, task.metric, targets, statistics, self._update)
-            totals = torch.zeros(len(targets), len(self._objectives), dtype=torch.float64)
-            count = 0
-            windows = self._session.windows["search"].tokens[task.first : task.last]
-            for dense in self._references.of((task.first, task.last), windows):
-                for total, pruned in zip(totals, by_target, strict=True):
-                    with self._model.holding(pruned):
-                        total += dense.compare(self._model)
-                count += dense.predictions
-            means = (totals / count).where(totals.isfinite(), math.inf)
-            found |= zip((target.text for target in targets), means.tolist(), strict=True)
-        return {name: {text: row[at] for text, row in found.items()} for at, name in enumerate(self._objectives)}
+        first, last = tasks[0].first, tasks[0].last
+        calls = self._calls(first, last)
+        errors: dict[int, GpmetricError] = {}
+        ways = {  # by task and target, the windows on their way
+            (place, target.text): Hidden(calls, self._session.shelf)
+            for place in range(len(tasks))
+            for target in self._targets
+        }
+        dense = None if (first, last) in self._references else Hidden(calls, self._session.shelf)
+        for span in self._spans:
+            for place, task in enumerate(tasks):
+                if place not in errors:
+                    try:
+                        self._through(task.metric, span, {one.text: ways[place, one.text] for one in self._targets})
+                    except (MaskError, SolverError) as error:
+                        errors[place] = error
+            if dense is not None:
+                for index in span:
+                    with self._model.at_hand(index):
+                        dense.advance(index)
+        alive = {key: hidden for key, hidden in ways.items() if key[0] not in errors}
+        means = self._compared((first, last), calls, alive, dense)
+        for hidden in (*ways.values(), *([] if dense is None else [dense])):
+            hidden.close()
+        return [
+            errors.get(place)
+            or {
+                name: {target.text: means[place, target.text][at] for target in self._targets}
+                for at, name in enumerate(self._objectives)
+            }
+            for place in range(len(tasks))
+        ]
+
+    def _through(self, metric: Metric, span: Sequence[int], ways: Mapping[str, Hidden]) -> None:
+        """Prunes some blocks by a metric, and moves the windows of each target through them."""
+        blocks = [self._model.blocks[index] for index in span]
+        layers = [layer for block in blocks for layer in block.layers]
+        with ExitStack() as stack:
+            for index in span:
+                stack.enter_context(self._model.at_hand(index))
+            weights = [layer.weight for layer in layers]
+            statistics = [self._statistics.layers[layer.name] for layer in layers]
+            for targets in self._together(weights):
+                by_target = prune_weights(weights, metric, targets, statistics, self._update) if weights else [[]] * len(targets)
+                for target, pruned in zip(targets, by_target, strict=True):
+                    with self._model.holding(pruned, layers):
+                        for index in span:
+                            ways[target.text].advance(index)
+
+    def _compared(
+        self, key: tuple[int, int | None], calls: BlockCalls, ways: Mapping[Any, Hidden], dense: Hidden | None
+    ) -> dict[Any, list[float]]:
+        """By way, its figures in the order of the objectives: means over the predictions of the windows."""
+        totals = {one: torch.zeros(len(self._objectives), dtype=torch.float64) for one in ways}
+        count = 0
+        with self._model.at_hand(HEAD):
+            references = self._references.of(key, lambda: _all_ends(calls, dense))
+            parts = {one: _all_ends(calls, hidden) for one, hidden in ways.items()}
+            for reference in references:
+                count += reference.predictions
+                for one, total in totals.items():
+                    logits, _ = next(parts[one])
+                    total += reference.compare(logits)
+        return {one: (total / count).where(total.isfinite(), math.inf).tolist() for one, total in totals.items()}
+
+    def _calls(self, first: int, last: int | None) -> BlockCalls:
+        """How the model calls its blocks on some of the search windows."""
+        if (first, last) not in self._recorded:
+            windows = self._session.windows["search"].tokens[first:last]
+            self._recorded[first, last] = record_calls(self._model, list(batches(self._model, windows)))
+        return self._recorded[first, last]
 
     @cached_property
-    def _together(self) -> list[Sequence[Target]]:
-        """The targets whose pruned weights are in memory at once: what they share is computed once, if they fit."""
+    def _spans(self) -> list[Sequence[int]]:
+        """Blocks that are pruned at once: all of them where they fit, for what small weights share, else each alone."""
         entries = sum(layer.weight.numel() for layer in self._model.layers)
-        if entries * len(self._targets) <= _PRUNED_ENTRIES:
+        every = range(len(self._model.blocks))
+        return [every] if self._model.resident and entries <= _PRUNED_ENTRIES else [[index] for index in every]
+
+    def _together(self, weights: Sequence[Tensor]) -> list[Sequence[Target]]:
+        """The targets whose pruned weights are in memory at once: what they share is computed once, if they fit."""
+        if sum(weight.numel() for weight in weights) * len(self._targets) <= _PRUNED_ENTRIES:
             return [self._targets]
         return [[target] for target in self._targets]
 
@@ -126,12 +199,15 @@ class Evaluator:
             self._dense_losses[split] = mean_loss(self._model, self._session.windows[split].tokens)
         return self._dense_losses[split]
 
-    def _sequential(self, task: SequentialTask) -> SequentialLoss:
-        protocol = self._protocol(task.calibration)
-        protocol.prepare([task.metric], task.update)
-        rule = Rule(task.metric, parse_target(task.target), task.update)
-        (loss,) = measure(protocol, rule, [self._session.windows[task.split].tokens]).losses
-        return SequentialLoss(loss - self._dense_loss(task.split), loss)
+    def _sequential(self, tasks: Sequence[SequentialTask]) -> list[SequentialLoss | GpmetricError]:
+        """By task, of those on one split with one calibration, what is lost; their models pass the blocks together."""
+        protocol, split = self._protocol(tasks[0].calibration), tasks[0].split
+        for task in tasks:
+            protocol.prepare([task.metric], task.update)
+        rules = [Rule(task.metric, parse_target(task.target), task.update) for task in tasks]
+        dense = self._dense_loss(split)
+        found = protocol.measure(rules, [self._session.windows[split].tokens])
+        return [one.error or SequentialLoss(one.losses[0] - dense, one.losses[0]) for one in found]
 
     def _protocol(self, calibration: str) -> Protocol:
         """That of some calibration windows; what the one before it held is let go."""
@@ -143,16 +219,33 @@ class Evaluator:
         return self._protocols[calibration]
 
 
-class _DenseBatch:
-    """What the dense model says of a batch of windows [windows, length]: a Teacher, and references of `others`."""
+def alike(first: Task, second: Task) -> bool:
+    """Whether two tasks may share a walk through the blocks."""
+    match first, second:
+        case ExcessTask(), ExcessTask():
+            return (first.first, first.last) == (second.first, second.last)
+        case SequentialTask(), SequentialTask():
+            return (first.split, first.calibration) == (second.split, second.calibration)
+    return False
 
-    def __init__(self, model: Model, batch: Tensor, others: Sequence[str]) -> None:
-        self._teacher = Teacher(model, batch)
-        self._others: list[Reference] = [OBJECTIVES[name].reference(model, batch) for name in others]
+
+def _all_ends(calls: BlockCalls, hidden: Hidden | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and labels of all batches, part by part."""
+    assert hidden is not None
+    for number, states in enumerate(hidden):
+        yield from ends(calls, number, states)
+
+
+class _DenseBatch:
+    """What the dense model says of some predictions: a Teacher, and references of `others`."""
+
+    def __init__(self, logits: Tensor, labels: Tensor, others: Sequence[str]) -> None:
+        self._teacher = Teacher(logits, labels)
+        self._others: list[Reference] = [OBJECTIVES[name].reference(logits, labels) for name in others]
         self.predictions = self._teacher.predictions
         self.bytes = self._teacher.bytes + sum(other.bytes for other in self._others)
 
-    def compare(self, model: Model) -> Tensor:
+    def compare(self, logits: Tensor) -> Tensor:
         """[objectives]: loss, divergence and the others, summed over predictions, in nats, fp64."""
-        told = self._teacher.compare(model)
-        return torch.cat([told, *(other.excess(model).double().reshape(1) for other in self._others)])
+        told = self._teacher.compare(logits)
+        return torch.cat([told, *(other.excess(logits).double().reshape(1) for other in self._others)])

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import gc
-import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
-
-from gpmetric.errors import GpmetricError, MaskError, SolverError
+from gpmetric.errors import GpmetricError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.loading import check_path
 from gpmetric.metrics import Metric
 from gpmetric.options import as_function
-from gpmetric.pruning.protocol import Protocol, Rule, check_targets, sparsity
+from gpmetric.pruning.protocol import Protocol, Rule, check_targets
 from gpmetric.pruning.requests import BenchRequest
 from gpmetric.pruning.win_loss import win_loss
 from gpmetric.session.session import Listener, Session, open_session
@@ -26,12 +22,10 @@ from gpmetric.targets import Target, parse_target
 __all__ = [
     "BenchListener",
     "BenchRow",
-    "Measured",
     "bench",
     "bench_failures",
     "bench_rows",
     "first_failure",
-    "measure",
     "run_bench",
 ]
 
@@ -63,34 +57,6 @@ class BenchListener(Listener):
         """One metric at one target is measured."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One pruned model: mean loss on each text, sparsity reached, seconds pruning took."""
-
-    losses: list[float]
-    sparsity: float
-    seconds: float
-
-
-def measure(protocol: Protocol, rule: Rule, texts: Sequence[Tensor]) -> Measured:
-    """The model pruned by a rule, on texts [windows, length] each; it is dense again afterwards.
-
-    Args:
-        protocol: has been prepared for the rule's metric.
-        rule: an allocation in it is one that `check_allocation` lets pass.
-        texts: token windows.
-
-    Raises:
-        MaskError, SolverError: naming metric, target and layer.
-    """
-    model = protocol.session.model
-    with model.restored():
-        start = time.perf_counter()
-        protocol.prune(rule)
-        seconds = time.perf_counter() - start
-        return Measured([mean_loss(model, tokens) for tokens in texts], sparsity(model), seconds)
-
-
 def bench_rows(
     protocol: Protocol, metrics: Sequence[Metric], targets: Sequence[Target], update: str
 ) -> Iterator[BenchRow]:
@@ -104,11 +70,8 @@ def bench_rows(
 
 def _row(protocol: Protocol, rule: Rule) -> BenchRow:
     texts = protocol.session.evaluated
-    error, found = None, Measured([math.inf] * len(texts), math.nan, math.nan)
-    try:
-        found = measure(protocol, rule, [text.tokens for text in texts])
-    except (MaskError, SolverError) as failure:
-        error = str(failure)
+    (found,) = protocol.measure([rule], [text.tokens for text in texts])
+    error = None if found.error is None else str(found.error)
     ppl = {text.text.name: perplexity(loss) for text, loss in zip(texts, found.losses, strict=True)}
     metric, update = rule.metric, rule.metric.update or rule.update
     assert isinstance(rule.plan, Target)

@@ -1,4 +1,4 @@
-"""Pruning a session's model in place by one metric, to one target or by an allocation, under one of two protocols.
+"""Pruning a session's model by one metric or several, to a target or by an allocation, under one of two protocols.
 
 Sequential: the statistics of each block's inputs come from the already pruned blocks before it, as in the published
 codes; those of gradients from the dense model. One-shot: everything comes from the dense model, as in a search.
@@ -6,15 +6,20 @@ codes; those of gradients from the dense model. One-shot: everything comes from 
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from gpmetric.blockwise.hidden import Hidden
+from gpmetric.blockwise.replay import record_calls
 from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.collect import collect_block
-from gpmetric.errors import InputError, MaskError, SolverError
+from gpmetric.errors import GpmetricError, InputError, MaskError, SolverError
+from gpmetric.evaluation.perplexity import batches, mean_of, sum_loss
 from gpmetric.metrics import Metric
 from gpmetric.models import Layer, Model
 from gpmetric.operands import needs_gradients
@@ -23,7 +28,7 @@ from gpmetric.pruning.updaters import needed_statistics, resolve_target, updater
 from gpmetric.session.session import Progress, Session
 from gpmetric.targets import Target
 
-__all__ = ["Protocol", "Rule", "check_targets", "sparsity"]
+__all__ = ["Measured", "Protocol", "Rule", "Walk", "check_targets"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,21 @@ class Rule:
         return resolve_target(asked, self.metric, self.update)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One pruned model: mean loss on each text, sparsity reached, seconds pruning took; or why there is none."""
+
+    losses: list[float]
+    sparsity: float
+    seconds: float
+    error: GpmetricError | None = None
+
+
 class Protocol:
-    """Prunes a session's model; what all rules share (the dense model's block calls, its statistics) is computed once.
+    """Prunes a session's model; what all rules share (the dense model's statistics) is computed once.
 
     Args:
-        session: its model is dense.
+        session: its model is dense, and stays so.
         one_shot: dense statistics everywhere, instead of block after pruned block.
         progress: told of the calibration.
     """
@@ -66,60 +81,176 @@ class Protocol:
         return names if self.one_shot else frozenset(name for name in names if needs_gradients([name]))
 
     def prepare(self, metrics: Sequence[Metric], update: str) -> None:
-        """Collects what these metrics share, so that the seconds of each are its own; the model is dense.
-
-        Raises:
-            InputError: model and dense statistics need more memory than the request allows.
-        """
-        self.session.require(dense := self.shared(metrics, update))
+        """Collects what these metrics share, so that the seconds of each are its own."""
+        dense = self.shared(metrics, update)
         if dense or self.one_shot:
             self.session.statistics(dense, self._progress)
         if not self.one_shot:
             _ = self.session.calls
 
-    @torch.no_grad()
-    def prune(self, rule: Rule) -> None:
-        """Prunes the model for good; `prepare` has been called for this metric.
+    def walk(self, rules: Sequence[Rule], texts: Sequence[Tensor] = (), *, stored: Mapping[str, torch.dtype] | None = None) -> Walk:
+        """Takes the model through its blocks, pruned by each of these rules; `prepare` has been called for them.
 
-        Raises:
-            MaskError, SolverError: naming metric, target and layer; layers before it are already pruned.
+        Args:
+            texts: token windows [windows, length] that the pruned models are measured on.
+            stored: by layer, a dtype that weights are rounded to before they are measured.
         """
-        for layer, statistics in self._dense() if self.one_shot else self._block_by_block(rule):
-            _prune_layer(layer, rule, statistics)
+        return Walk(self, rules, texts, stored or {})
 
-    def _dense(self) -> Iterator[tuple[Layer, LayerStatistics]]:
-        assert self.session.dense is not None
-        for layer in self.session.model.layers:
-            yield layer, self.session.dense.layers[layer.name]
+    def measure(self, rules: Sequence[Rule], texts: Sequence[Tensor]) -> list[Measured]:
+        """The models pruned by these rules, on texts [windows, length] each, together in one walk.
 
-    def _block_by_block(self, rule: Rule) -> Iterator[tuple[Layer, LayerStatistics]]:
-        """Each layer with its statistics; who takes one prunes it before asking for the next."""
-        model, calls = self.session.model, self.session.calls
-        names = [name for name in needed_statistics([rule.metric], rule.update) if not needs_gradients([name])]
-        hidden: Sequence[Tensor] = calls.hidden
-        for index, block in enumerate(model.blocks):
-            collected = collect_block(calls, index, block, hidden, names)
-            for layer in block.layers:
-                yield layer, LayerStatistics(**self._gradients(layer.name), **collected[layer.name].values)
-            if block is not model.blocks[-1]:  # nothing reads what leaves the last one
-                hidden = calls.replay(index, block, hidden)
-
-    def _gradients(self, layer: str) -> Mapping[str, Tensor]:
-        dense = self.session.dense
-        return {} if dense is None else dense.layers[layer].gradients
+        Args:
+            rules: an allocation in one is one that `check_allocation` lets pass.
+        """
+        walk = self.walk(rules, texts)
+        for _ in walk:
+            pass
+        return walk.measured()
 
 
-def _prune_layer(layer: Layer, rule: Rule, statistics: LayerStatistics) -> None:
+@dataclass
+class _Branch:
+    """One pruned model on its way."""
+
+    rule: Rule
+    calibration: Hidden | None  # under the sequential protocol
+    texts: list[Hidden]
+    zeros: int = 0
+    seconds: float = 0.0
+    error: GpmetricError | None = None
+
+    def hidden(self) -> dict[str, Hidden]:
+        named = {f"text-{index}": text for index, text in enumerate(self.texts)}
+        return named | ({"calibration": self.calibration} if self.calibration else {})
+
+    def close(self) -> None:
+        for one in self.hidden().values():
+            one.close()
+
+
+@dataclass
+class Walk:
+    """Pruned models on their way through the blocks of one, which stays as it is; see `Protocol.walk`.
+
+    Iterating over it gives after each block its index and, by rule, the pruned weights [out, in] of its layers by name;
+    a layer that is left alone is not among them, and of a rule that failed there is nothing.
+    """
+
+    protocol: Protocol
+    rules: Sequence[Rule]
+    tokens: Sequence[Tensor]
+    stored: Mapping[str, torch.dtype]
+    _next: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        session = self.protocol.session
+        self._model = session.model
+        texts = [record_calls(self._model, list(batches(self._model, tokens))) for tokens in self.tokens]
+        self._branches = [
+            _Branch(
+                rule,
+                None if self.protocol.one_shot else Hidden(session.calls, session.shelf),
+                [Hidden(calls, session.shelf) for calls in texts],
+            )
+            for rule in self.rules
+        ]
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
+        for index in range(self._next, len(self._model.blocks)):
+            with self._model.at_hand(index):
+                pruned = [self._through(branch, index) for branch in self._branches]
+            self._next = index + 1
+            yield index, pruned
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is needed to go on behind the last block: hidden states by rule, text and batch."""
+        return {
+            f"{place}/{name}/{number}": states
+            for place, branch in enumerate(self._branches)
+            for name, hidden in branch.hidden().items()
+            for number, states in hidden.state().items()
+        }
+
+    def restore(self, block: int, state: Mapping[str, Tensor]) -> None:
+        """Goes on before a block with what `state` gave there."""
+        self._next = block
+        for place, branch in enumerate(self._branches):
+            for name, hidden in branch.hidden().items():
+                start = f"{place}/{name}/"
+                hidden.restore({key.removeprefix(start): one for key, one in state.items() if key.startswith(start)})
+
+    def measured(self) -> list[Measured]:
+        """What became of each rule, once the last block is passed."""
+        weights = sum(layer.weight.numel() for layer in self._model.layers)
+        found = []
+        for branch in self._branches:
+            if branch.error is not None:
+                found.append(Measured([math.inf] * len(self.tokens), math.nan, math.nan, branch.error))
+                continue
+            losses = [
+                mean_of(sum_loss(text.calls, text), tokens) for text, tokens in zip(branch.texts, self.tokens, strict=True)
+            ]
+            branch.close()
+            found.append(Measured(losses, branch.zeros / weights, branch.seconds))
+        return found
+
+    def _through(self, branch: _Branch, index: int) -> dict[str, Tensor]:
+        """Prunes a block by a rule, and moves the rule's hidden states through it."""
+        if branch.error is not None:
+            return {}
+        block, start = self._model.blocks[index], time.perf_counter()
+        try:
+            pruned = self._pruned(branch, index)
+        except (MaskError, SolverError) as error:
+            branch.error = error
+            branch.close()
+            return {}
+        weights = [pruned.get(layer.name, layer.weight) for layer in block.layers]
+        if branch.calibration is not None and block is not self._model.blocks[-1]:  # nothing reads what leaves the last
+            with self._model.holding(weights, block.layers):
+                branch.calibration.advance(index)
+        branch.seconds += time.perf_counter() - start
+        branch.zeros += sum(int((weight == 0).sum()) for weight in weights)
+        rounded = [self._rounded(layer, weight) for layer, weight in zip(block.layers, weights, strict=True)]
+        with self._model.holding(rounded, block.layers):
+            for text in branch.texts:
+                text.advance(index)
+        return pruned
+
+    def _pruned(self, branch: _Branch, index: int) -> dict[str, Tensor]:
+        rule, block, session = branch.rule, self._model.blocks[index], self.protocol.session
+        dense = None if session.dense is None else session.dense.layers
+        collected: Mapping[str, LayerStatistics] = {}
+        if branch.calibration is not None:
+            names = [name for name in needed_statistics([rule.metric], rule.update) if not needs_gradients([name])]
+            collected = collect_block(branch.calibration.calls, index, branch.calibration, names)
+        pruned = {}
+        for layer in block.layers:
+            if rule.target(layer.name).sparsity == 0:
+                continue
+            statistics = dense[layer.name] if dense else LayerStatistics()
+            if branch.calibration is not None:
+                statistics = LayerStatistics(**statistics.gradients, **collected[layer.name].values)
+            pruned[layer.name] = _prune_layer(layer, rule, statistics)
+        return pruned
+
+    def _rounded(self, layer: Layer, weight: Tensor) -> Tensor:
+        dtype = self.stored.get(layer.name)
+        return weight if dtype is None else weight.to(dtype)
+
+
+def _prune_layer(layer: Layer, rule: Rule, statistics: LayerStatistics) -> Tensor:
+    """The pruned weight [out, in], in the dtype of the layer."""
     target = rule.target(layer.name)
-    if target.sparsity == 0:
-        return
     updater = updater_of(rule.metric, rule.update)
     try:
         ((pruned,),) = updater.prune([layer.weight], rule.metric, [target], [statistics])
     except (MaskError, SolverError) as error:
         told = f"metric {rule.metric.name} at {target.text}: {error} (layer {layer.name})"
         raise type(error)(told) from error
-    layer.weight.copy_(pruned)
+    return pruned.to(layer.weight.dtype)
 
 
 def check_targets(model: Model, targets: Collection[Target]) -> None:
@@ -136,8 +267,3 @@ def check_targets(model: Model, targets: Collection[Target]) -> None:
                     f"--target {target.text}: in = {width} of layer {layer.name} is not divisible by {target.group}"
                 )
 
-
-def sparsity(model: Model) -> float:
-    """Fraction of the prunable weights that are zero."""
-    zeros = sum(int((layer.weight == 0).sum()) for layer in model.layers)
-    return zeros / sum(layer.weight.numel() for layer in model.layers)

@@ -54,9 +54,13 @@ def run_prune(request: PruneRequest, listener: BenchListener | None = None) -> d
     made = _made(session, request, rule, targets) | {"text": text.describe(), "dense": dense}
     zeros = {layer.name: int((layer.weight == 0).sum()) for layer in model.layers}
     protocol.prepare([rule.metric], rule.update)
-    start = time.perf_counter()
-    protocol.prune(rule)
-    seconds = time.perf_counter() - start
+    walk = protocol.walk([rule], [])
+    copies = {name: weight for _, (pruned,) in walk for name, weight in pruned.items()}
+    (measured,) = walk.measured()
+    if measured.error: raise measured.error
+    seconds = measured.seconds
+    for layer in model.layers:
+        if layer.name in copies: layer.weight.copy_(copies[layer.name])
     session.forget()
     round_weights(model)
     made["perplexity"] = perplexity(mean_loss(model, text.tokens))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,10 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
+from gpmetric.blockwise.replay import BlockCalls, record_calls
+from gpmetric.blockwise.shelf import Shelf
 from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.cache import cache_key, cached_statistics, estimate_bytes
-from gpmetric.calibration.collect import Statistics, collect_chunks, token_batches
-from gpmetric.calibration.replay import BlockCalls, record_calls
+from gpmetric.calibration.collect import Statistics, collect_blocks, token_batches
 from gpmetric.data import Windows
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.files import cache_folder
@@ -77,17 +79,16 @@ class Session:
         missing = held.union(names) - held
         if self.dense is None or missing:
             self.require(held | missing)
-            found = {name: one for chunk in self.chunks(missing, progress) for name, one in chunk.items()}
+            found = {name: one for block in self.blocks(missing, progress) for name, one in block.items()}
             if self.dense is not None:
                 before = self.dense.layers
                 found = {name: LayerStatistics(**{**one.values, **before[name].values}) for name, one in found.items()}
-            self.dense = Statistics(found, *self.tokens.shape)
+            self.dense = Statistics({layer.name: found[layer.name] for layer in self.model.layers}, *self.tokens.shape)
         return self.dense
 
-    def chunks(self, names: Collection[str], progress: Progress = _silent) -> Iterator[dict[str, LayerStatistics]]:
-        """Statistics of the model as it is, `chunk_layers` layers at a time, of which nothing is kept."""
-        layers, told = self.inputs.chunk_layers, partial(progress, "calibration")
-        return collect_chunks(self.model, self.tokens, names, chunk_layers=layers, progress=told)
+    def blocks(self, names: Collection[str], progress: Progress = _silent) -> Iterator[dict[str, LayerStatistics]]:
+        """Statistics of the model as it is, block by block, of which nothing is kept."""
+        return collect_blocks(self.model, self.tokens, names, progress=partial(progress, "calibration"))
 
     def stored_statistics(self, names: Collection[str], folder: Path | None, progress: Progress = _silent) -> Path:
         """The file of the statistics cache that holds statistics of the dense model, written if it is not there.
@@ -111,6 +112,11 @@ class Session:
     def calls(self) -> BlockCalls:
         """How the dense model calls its blocks on the calibration windows."""
         return record_calls(self.model, token_batches(self.tokens))
+
+    @cached_property
+    def shelf(self) -> Shelf:
+        """Where hidden states are on their way through the blocks."""
+        return Shelf()
 
     def forget(self) -> None:
         """Lets go of what was measured of the dense model."""
@@ -155,7 +161,7 @@ class Session:
 
 def open_model(inputs: Inputs, name: str | None) -> Model:
     """One model of a request, on its device, in its dtype, with its choice of layers."""
-    return load_model(name, device=inputs.device, dtype=inputs.dtype, include=inputs.include, exclude=inputs.exclude)
+    return load_model(name, resident=not os.environ.get("STREAM"), device=inputs.device, dtype=inputs.dtype, include=inputs.include, exclude=inputs.exclude)
 
 
 def open_session(inputs: Inputs, name: str | None = None, sources: Sources | None = None) -> Session:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gpmetric.evaluation.objectives import OBJECTIVES, Reference
-from gpmetric.evaluation.references import References
+from gpmetric.evaluation.references import References, parts_of
 from gpmetric.models import Model
 
 __all__ = ["DrawObjective"]
@@ -37,7 +38,7 @@ class DrawObjective:
         self._model, self._seed = model, seed
         order = np.random.default_rng([seed, 1]).permutation(len(windows))
         self._pieces: Sequence[Tensor] = torch.split(windows[torch.from_numpy(order)], batch)
-        self._kept: References[Reference] = References(model, self._row.reference, _REFERENCE_BYTES)
+        self._kept: References[Reference] = References(self._row.reference, _REFERENCE_BYTES)
         self._windows = self._pieces[0]
         self._references: Sequence[Reference] = ()
 
@@ -48,7 +49,8 @@ class DrawObjective:
         index = int(order[step % per_round])
         self._windows = self._pieces[index]
         if self._row.absolute is None:
-            self._references = list(self._kept.of(index, self._windows))
+            dense = partial(parts_of, self._model, self._windows)
+            self._references = list(self._kept.of(index, dense))
 
     def __len__(self) -> int:
         """Steps until every window has come once."""
@@ -65,5 +67,6 @@ class DrawObjective:
         if self._row.absolute is not None:
             return self._row.absolute(self._model, self._windows)
         predictions = sum(one.predictions for one in self._references)
-        found = sum(one.excess(self._model).item() for one in self._references) / predictions
+        parts = zip(self._references, parts_of(self._model, self._windows), strict=True)
+        found = sum(one.excess(logits).item() for one, (logits, _) in parts) / predictions
         return found if math.isfinite(found) else math.inf

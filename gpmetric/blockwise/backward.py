@@ -1,0 +1,91 @@
+"""Backward passes block by block: each block's is run on its own, from the last to the first.
+
+Where all weights are resident, the graphs of a batch's blocks are kept from the forward pass. Elsewhere the inputs of
+every block are put aside for all batches, and each block is run again before its backward pass, for one more forward
+pass in all. The gradients are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from gpmetric.blockwise.replay import BlockCalls
+from gpmetric.blockwise.shelf import Shelf
+
+__all__ = ["run_backward"]
+
+Watch = Callable[[int], AbstractContextManager[object]]
+Loss = Callable[[BlockCalls, int, Tensor], None]
+
+
+def _unwatched(_: int) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+def run_backward(
+    calls: BlockCalls,
+    numbers: Sequence[int],
+    loss: Loss,
+    *,
+    first: int = 0,
+    shelf: Shelf | None = None,
+    forward: Watch = _unwatched,
+    backward: Watch = _unwatched,
+    at_hand: Watch | None = None,
+) -> Iterator[int]:
+    """Runs batches forward and backward; yields the index of each block, from the last one, when its pass is over.
+
+    Args:
+        calls: of the batches.
+        numbers: of those that are run.
+        loss: (calls, number, states) adds the gradient of what is differentiated to `states.grad`.
+        first: the first block whose gradients are wanted.
+        shelf: takes the inputs of blocks, which are then run twice; None keeps their graphs.
+        forward, backward: by block, the context in which it is run the first time, and in which its gradients come.
+        at_hand: by block, the context in which it has its weights, `model.at_hand` by default.
+    """
+    model = calls.model
+    at_hand = at_hand or model.at_hand
+    hidden = [calls.hidden[number] for number in numbers]
+    graphs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    for index in range(len(model.blocks)):
+        with at_hand(index), forward(index):
+            for place, number in enumerate(numbers):
+                entering = hidden[place].detach().requires_grad_(index > first)
+                if shelf is None or index < first:
+                    with torch.set_grad_enabled(index >= first):
+                        leaving = calls.call(index, number, entering)
+                    if index >= first:
+                        graphs[index, number] = entering, leaving
+                else:
+                    shelf.put((index, number), {"states": entering.detach()})
+                    with torch.no_grad():
+                        leaving = calls.call(index, number, entering)
+                hidden[place] = leaving.detach()
+    gradients = []
+    for place, number in enumerate(numbers):
+        states = hidden[place].requires_grad_()
+        with torch.enable_grad():
+            loss(calls, number, states)
+        assert states.grad is not None
+        gradients.append(states.grad)
+        hidden[place] = torch.empty(0)
+    for index in reversed(range(first, len(model.blocks))):
+        with at_hand(index), backward(index):
+            for place, number in enumerate(numbers):
+                if shelf is None:
+                    entering, leaving = graphs.pop((index, number))
+                else:
+                    entering = shelf.get((index, number))["states"].to(model.device).requires_grad_(index > first)
+                    shelf.drop((index, number))
+                    with torch.enable_grad():
+                        leaving = calls.call(index, number, entering)
+                if leaving.requires_grad:  # otherwise the block has no weight that is watched, and nor had those before
+                    torch.autograd.backward(leaving, gradients[place])
+                if entering.grad is not None:
+                    gradients[place] = entering.grad
+        yield index

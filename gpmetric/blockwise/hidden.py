@@ -1,0 +1,67 @@
+"""Hidden states of token batches on their way through a model's blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from gpmetric.blockwise.replay import BlockCalls
+from gpmetric.blockwise.shelf import Shelf
+
+__all__ = ["Hidden"]
+
+_NAMES = count()
+
+
+class Hidden:
+    """What the next block reads, batch by batch; several may set out from the same calls.
+
+    Args:
+        calls: how the model calls its blocks on these batches.
+        shelf: keeps the states.
+    """
+
+    def __init__(self, calls: BlockCalls, shelf: Shelf) -> None:
+        self.calls = calls
+        self._shelf = shelf
+        self._name = next(_NAMES)
+        self._moved = [False] * len(calls.hidden)
+
+    def __len__(self) -> int:
+        return len(self._moved)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The states [batch, length, width] of every batch, on the model's device."""
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> Tensor:
+        if not self._moved[number]:
+            return self.calls.hidden[number]
+        return self._shelf.get((self._name, number))["states"].to(self.calls.model.device)
+
+    def __setitem__(self, number: int, states: Tensor) -> None:
+        self._shelf.put((self._name, number), {"states": states})
+        self._moved[number] = True
+
+    @torch.no_grad()
+    def advance(self, index: int) -> None:
+        """Moves all batches through a block, which is at hand."""
+        for number in range(len(self)):
+            self[number] = self.calls.call(index, number, self[number])
+
+    def close(self) -> None:
+        """Lets go of the states."""
+        for number in range(len(self)):
+            self._shelf.drop((self._name, number))
+
+    def state(self) -> dict[str, Tensor]:
+        """The states by number, on a CPU."""
+        return {str(number): states.cpu() for number, states in enumerate(self)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on with what `state` gave."""
+        for number in range(len(self)):
+            self[number] = state[str(number)]

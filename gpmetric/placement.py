@@ -1,0 +1,155 @@
+"""Where the weights of a model are: all on the device, or mapped from their files but for the part that is at work.
+
+What is mapped is read when a part is needed and let go behind it, so that a model may be larger than any memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FRONT", "HEAD", "Part", "Placement"]
+
+Part = int | str  # a block's index, or what lies before the blocks or behind them
+FRONT, HEAD = "front", "head"
+
+_DONTNEED, _WILLNEED = 4, 3  # madvise(2)
+
+
+class Placement:
+    """Brings the parts of a model to a device, in a dtype.
+
+    Args:
+        parts: parameters by part; one may be of several parts.
+        device: where the model computes.
+        dtype: that floating parameters are converted to when they get there; None leaves them as they are.
+
+    Attributes:
+        resident: whether everything is on the device for good; until `settle` is called, nothing is.
+    """
+
+    def __init__(
+        self, parts: Mapping[Part, Sequence[nn.Parameter]], device: torch.device, dtype: torch.dtype | None = None
+    ) -> None:
+        self.device, self.dtype, self.resident = device, dtype, False
+        self._homes = {part: {one: one.data for one in parameters} for part, parameters in parts.items()}
+        self._open: Counter[Part] = Counter()
+        self._files = _MappedFiles()
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: dict[Part, Future[list[Tensor]]] = {}
+
+    def settle(self) -> None:
+        """Brings everything to the device, where it stays."""
+        settled: dict[nn.Parameter, Tensor] = {}
+        for home in self._homes.values():
+            for parameter, stored in home.items():
+                if parameter not in settled:
+                    parameter.data = settled[parameter] = self._placed(stored)
+                    if settled[parameter] is not stored:  # a copy
+                        self.let_go(stored)
+                home[parameter] = settled[parameter]
+        self.resident = True
+
+    @contextmanager
+    def at_hand(self, part: Part) -> Iterator[None]:
+        """A part's parameters on the device while the context is open; contexts of one part may be nested."""
+        if self.resident:
+            yield
+            return
+        home = self._homes[part]
+        if not self._open[part]:
+            for parameter, tensor in zip(home, self._arrive(part), strict=True):
+                parameter.data = tensor
+        self._open[part] += 1
+        try:
+            yield
+        finally:
+            self._open[part] -= 1
+            if not self._open[part]:
+                for parameter, stored in home.items():
+                    parameter.data = stored
+                    self.let_go(stored)
+
+    def let_go(self, stored: Tensor) -> None:
+        """Frees the memory that reading a parameter at home took; one that is on the device stays."""
+        if not self.resident:
+            self._files.advise(stored, _DONTNEED)
+
+    def bytes(self, part: Part) -> int:
+        """Memory that a part takes on the device."""
+        return sum(self._size(stored) for stored in self._homes[part].values())
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory that all parts take on the device, shared parameters once."""
+        found = {id(parameter): self._size(stored) for home in self._homes.values() for parameter, stored in home.items()}
+        return sum(found.values())
+
+    def _size(self, stored: Tensor) -> int:
+        width = self.dtype.itemsize if self.dtype and stored.is_floating_point() else stored.element_size()
+        return stored.numel() * width
+
+    def _placed(self, stored: Tensor) -> Tensor:
+        dtype = self.dtype if self.dtype and stored.is_floating_point() else stored.dtype
+        return stored.to(self.device, dtype, non_blocking=True)
+
+    def _arrive(self, part: Part) -> list[Tensor]:
+        """A part's tensors on the device; those of the block after it are fetched meanwhile."""
+        found = self._ahead.pop(part, None)
+        read = list(self._homes[part].values()) if found is None else found.result()
+        following = part + 1 if isinstance(part, int) else None
+        if following in self._homes and following not in self._ahead:
+            if self.device.type == "cuda":
+                self._pool = self._pool or ThreadPoolExecutor(1, "weights")
+                self._ahead[following] = self._pool.submit(_pinned, list(self._homes[following].values()))
+            else:  # the system reads ahead
+                for stored in self._homes[following].values():
+                    self._files.advise(stored, _WILLNEED)
+        placed = []
+        for stored, home in zip(read, self._homes[part].values(), strict=True):
+            placed.append(self._placed(stored))
+            if placed[-1] is not home:  # a copy
+                self.let_go(home)
+        return placed
+
+
+def _pinned(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies that a device can fetch while it computes."""
+    return [one.pin_memory() for one in tensors]
+
+
+class _MappedFiles:
+    """The address ranges of this process that are mapped from safetensors files, where the system tells (Linux)."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+        maps = Path("/proc/self/maps")
+        for line in maps.read_text().splitlines() if maps.exists() else ():
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[1].endswith("p") and fields[5].endswith(".safetensors"):
+                start, end = (int(bound, 16) for bound in fields[0].split("-"))
+                self._starts.append(start)
+                self._ends.append(end)
+
+    def advise(self, tensor: Tensor, advice: int) -> None:
+        """Tells the system of a tensor's pages, if they are a file's: of others, they would be lost."""
+        if tensor.device.type != "cpu" or self._libc is None:
+            return
+        storage = tensor.untyped_storage()
+        start, size = storage.data_ptr(), storage.nbytes()
+        place = bisect_right(self._starts, start) - 1
+        if place >= 0 and size and start + size <= self._ends[place]:
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(start + size - first), ctypes.c_int(advice))
