@@ -6,6 +6,7 @@ GpmetricError
 │   ├── ModelError       a model that cannot be loaded or pruned
 │   ├── DataError        a text that cannot be read or is too short
 │   └── LedgerError      a ledger that cannot be used
+├── OutOfMemoryError     a device or the host has no memory left
 ├── MaskError            a score or target that gives no valid mask
 └── SolverError          a Gram matrix that cannot be factorised
 """
@@ -24,6 +25,7 @@ __all__ = [
     "LedgerError",
     "MaskError",
     "ModelError",
+    "OutOfMemoryError",
     "SolverError",
     "one_of",
 ]
@@ -51,6 +53,10 @@ class DataError(InputError):
 
 class LedgerError(InputError):
     """A ledger that is damaged, foreign, or belongs to another campaign."""
+
+
+class OutOfMemoryError(GpmetricError):
+    """A device or the host has no memory left for what was asked."""
 
 
 class MaskError(GpmetricError):

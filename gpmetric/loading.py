@@ -25,7 +25,13 @@ from gpmetric.models import Model, check_weights, find_blocks, find_parts
 from gpmetric.placement import Placement
 
 __all__ = [
-    "DEMO_MODEL", "check_path", "load", "load_model", "open_model", "pick_device", "prepare_model",
+    "DEMO_MODEL",
+    "check_path",
+    "load",
+    "load_model",
+    "open_model",
+    "pick_device",
+    "prepare_model",
     "quiet_transformers",
 ]
 

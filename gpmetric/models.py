@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gpmetric.errors import InputError, ModelError
-from gpmetric.placement import FRONT, HEAD, Part, Placement
+from gpmetric.placement import BATCH_TOKENS, FRONT, HEAD, Part, Placement
 
 __all__ = ["Block", "Layer", "Model", "check_weights", "find_blocks", "find_parts"]
 
@@ -77,6 +77,11 @@ class Model:
     def resident(self) -> bool:
         """Whether all weights are on the device for good."""
         return self.placement is None or self.placement.resident
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a forward pass."""
+        return BATCH_TOKENS if self.placement is None else self.placement.batch_tokens
 
     def at_hand(self, part: Part) -> AbstractContextManager[None]:
         """A block, by index, or what lies before or behind them, on the device while the context is open."""
@@ -213,7 +218,9 @@ def find_parts(module: Any, blocks: Sequence[Block]) -> dict[Part, list[nn.Param
 
     What is neither an embedding of tokens nor the output layer is small, and belongs to both ends.
     """
-    parts: dict[Part, list[nn.Parameter]] = {index: list(block.module.parameters()) for index, block in enumerate(blocks)}
+    parts: dict[Part, list[nn.Parameter]] = {
+        index: list(block.module.parameters()) for index, block in enumerate(blocks)
+    }
     inside = {id(parameter) for found in parts.values() for parameter in found}
     others = [parameter for parameter in module.parameters() if id(parameter) not in inside]
     first, last = (

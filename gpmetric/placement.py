@@ -18,10 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FRONT", "HEAD", "Part", "Placement"]
+__all__ = ["BATCH_TOKENS", "FRONT", "HEAD", "Part", "Placement"]
 
 Part = int | str  # a block's index, or what lies before the blocks or behind them
 FRONT, HEAD = "front", "head"
+
+BATCH_TOKENS = 2048
 
 _DONTNEED, _WILLNEED = 4, 3  # madvise(2)
 
@@ -36,12 +38,16 @@ class Placement:
 
     Attributes:
         resident: whether everything is on the device for good; until `settle` is called, nothing is.
+        batch_tokens: tokens of a forward pass; fewer where there was no memory for more.
+        room: bytes of hidden states that may be in memory on their way through the parts; None is no limit.
     """
 
     def __init__(
         self, parts: Mapping[Part, Sequence[nn.Parameter]], device: torch.device, dtype: torch.dtype | None = None
     ) -> None:
         self.device, self.dtype, self.resident = device, dtype, False
+        self.room: int | None = None
+        self.batch_tokens = BATCH_TOKENS
         self._homes = {part: {one: one.data for one in parameters} for part, parameters in parts.items()}
         self._open: Counter[Part] = Counter()
         self._files = _MappedFiles()
@@ -92,7 +98,9 @@ class Placement:
     @property
     def total_bytes(self) -> int:
         """Memory that all parts take on the device, shared parameters once."""
-        found = {id(parameter): self._size(stored) for home in self._homes.values() for parameter, stored in home.items()}
+        found = {
+            id(parameter): self._size(stored) for home in self._homes.values() for parameter, stored in home.items()
+        }
         return sum(found.values())
 
     def _size(self, stored: Tensor) -> int:

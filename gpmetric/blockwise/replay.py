@@ -7,7 +7,7 @@ the blocks standing aside, so that no attention mask, position embedding or norm
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from gpmetric.blockwise.shelf import Shelf
 from gpmetric.errors import ModelError
 from gpmetric.models import Model
 from gpmetric.placement import FRONT, HEAD
@@ -38,7 +39,7 @@ class BlockCalls:
 
     model: Model
     batches: list[Tensor]
-    hidden: list[Tensor]
+    hidden: Sequence[Tensor]
     arguments: list[list[Arguments]]
 
     def replay(self, index: int, hidden: Sequence[Tensor]) -> list[Tensor]:
@@ -67,17 +68,22 @@ class BlockCalls:
 
 
 @torch.no_grad()
-def record_calls(model: Model, batches: Sequence[Tensor]) -> BlockCalls:
+def record_calls(model: Model, batches: Sequence[Tensor], shelf: Shelf | None = None) -> BlockCalls:
     """How a model calls its blocks on token batches [batch, length], the blocks themselves not being run.
 
     Each block's own arguments are kept: reusing the first block's for all is wrong where layers differ (Gemma 2,
     sliding windows). Equal arguments of different batches and blocks share their memory.
 
+    Args:
+        model: of which only what lies before the blocks is run.
+        batches: on any device.
+        shelf: takes what the first block reads, where that is not to stay on the device.
+
     Raises:
         ModelError: the model's blocks cannot be run one by one; see `check_blocks`.
     """
     forms = _traits(model).forms
-    recorded = _Recorded(len(model.blocks))
+    recorded = _Recorded(len(model.blocks), None if shelf is None else _Shelved(shelf, model.device))
 
     def stand_in(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _shaped(recorded.keep(index, args, kwargs), forms[index])
@@ -168,8 +174,8 @@ def _examine(model: Model) -> _Traits:
 class _Recorded:
     """Arguments of blocks, equal ones sharing their memory."""
 
-    def __init__(self, blocks: int) -> None:
-        self.hidden: list[Tensor] = []
+    def __init__(self, blocks: int, hidden: MutableSequence[Tensor] | None = None) -> None:
+        self.hidden: MutableSequence[Tensor] = [] if hidden is None else hidden
         self.arguments: list[list[Arguments]] = [[] for _ in range(blocks)]
 
     def keep(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -181,6 +187,34 @@ class _Recorded:
         reference = before[0] if before else ((), {})
         self.arguments[index].append((_share(rest, reference[0]), _share(named, reference[1])))
         return states
+
+
+class _Shelved(MutableSequence[Tensor]):
+    """Hidden states on a shelf, which come back to a device when they are asked for."""
+
+    def __init__(self, shelf: Shelf, device: torch.device) -> None:
+        self._shelf, self._device = shelf, device
+        self._keys: list[object] = []
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._shelf.get(self._keys[number])["states"].to(self._device)
+
+    def insert(self, number: int, states: Tensor) -> None:
+        self._keys.insert(number, object())
+        self._shelf.put(self._keys[number], {"states": states})
+
+    def __setitem__(self, number: Any, states: Any) -> None:
+        self._shelf.put(self._keys[number], {"states": states})
+
+    def __delitem__(self, number: Any) -> None:
+        self._shelf.drop(self._keys.pop(number))
+
+    def __del__(self) -> None:
+        for key in self._keys:
+            self._shelf.drop(key)
 
 
 @contextmanager

@@ -27,10 +27,9 @@ from gpmetric.calibration.accumulators import (
 )
 from gpmetric.errors import ModelError, SolverError
 from gpmetric.models import Layer, Model
+from gpmetric.placement import BATCH_TOKENS
 
 __all__ = ["Accumulators", "Statistics", "collect", "collect_block", "collect_blocks", "token_batches"]
-
-_BATCH_TOKENS = 2048  # tokens per forward pass without gradients; more only costs memory on a CPU
 
 Accumulators = Mapping[str, FromInputs | FromGradients | FromTokens]
 
@@ -42,7 +41,7 @@ class Statistics:
     `sequences` and `length` are part of the statistics because GBLM's two terms are balanced by them.
     """
 
-    layers: dict[str, LayerStatistics]
+    layers: Mapping[str, LayerStatistics]
     sequences: int
     length: int
 
@@ -52,9 +51,9 @@ class Statistics:
         return frozenset(next(iter(self.layers.values())).values)
 
 
-def token_batches(tokens: Tensor) -> list[Tensor]:
-    """Windows [n, length] cut into batches of about 2,048 tokens."""
-    return list(torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])))
+def token_batches(tokens: Tensor, size: int = BATCH_TOKENS) -> list[Tensor]:
+    """Windows [n, length] cut into batches of about so many tokens."""
+    return list(torch.split(tokens, max(1, size // tokens.shape[1])))
 
 
 def collect(model: Model, tokens: Tensor, names: Collection[str], **options: Any) -> Statistics:
@@ -70,12 +69,13 @@ def collect_blocks(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
     accumulators: Accumulators = ACCUMULATORS,
+    at_once: bool = True,
     room: int | None = None,
 ) -> Iterator[dict[str, LayerStatistics]]:
     """Statistics of the model as it is now, over calibration windows, block by block, those of gradients from the last.
 
-    Where the weights are not resident, nothing of a block is kept here once its receiver has let go of it (and of the
-    variable it is in); elsewhere gradients of all layers are accumulated together.
+    Nothing of a block is kept here once its receiver has let go of it (and of the variable it is in), but for gradients
+    that are accumulated at once.
 
     Args:
         model: in evaluation mode; its weights are read, never changed.
@@ -85,6 +85,8 @@ def collect_blocks(
         progress: called with (steps done, steps in all); a step is a block's pass over all windows, or a window's over
             all blocks.
         accumulators: by name, how each is measured.
+        at_once: whether gradients of all layers are accumulated together, in one forward and one backward pass; else
+            those of one block at a time, for one more forward pass.
         room: bytes of inputs of blocks that are kept in memory for the backward pass; beyond, they go to disk.
 
     Raises:
@@ -94,7 +96,9 @@ def collect_blocks(
     rows = {name: row for name, row in accumulators.items() if name in names or name == "X"}
     if not any(isinstance(row, FromGradients | FromTokens) for row in rows.values()):
         return _from_inputs(model, tokens, rows, progress)
-    return (_at_once if model.resident else partial(_block_by_block, room=room))(model, tokens, rows, progress)
+    if at_once and model.resident:
+        return _at_once(model, tokens, rows, progress)
+    return _block_by_block(model, tokens, rows, progress, room)
 
 
 def collect_block(
@@ -122,7 +126,7 @@ _Blocks = Iterator[dict[str, LayerStatistics]]
 
 @torch.no_grad()
 def _from_inputs(model: Model, tokens: Tensor, rows: Accumulators, progress: _Progress) -> _Blocks:
-    calls = record_calls(model, token_batches(tokens))
+    calls = record_calls(model, token_batches(tokens, model.batch_tokens))
     hidden: Sequence[Tensor] = calls.hidden
     for index, block in enumerate(model.blocks):
         with model.at_hand(index), _Watch(block.layers, rows) as watch:
@@ -143,9 +147,7 @@ def _at_once(model: Model, tokens: Tensor, rows: Accumulators, progress: _Progre
         yield {layer.name: watch.result(layer, len(tokens)) for layer in block.layers}
 
 
-def _block_by_block(
-    model: Model, tokens: Tensor, rows: Accumulators, progress: _Progress, room: int | None
-) -> _Blocks:
+def _block_by_block(model: Model, tokens: Tensor, rows: Accumulators, progress: _Progress, room: int | None) -> _Blocks:
     """All windows through one block after the other, forward and back; of gradients, one block's at a time."""
     from_inputs = {name: row for name, row in rows.items() if isinstance(row, FromInputs)}
     others = {name: row for name, row in rows.items() if name not in from_inputs}
@@ -166,7 +168,8 @@ def _block_by_block(
         watches[index] = _Watch(model.blocks[index].layers, others)
         return watches[index]
 
-    with Shelf(room) as shelf, Shelf(room) as inputs:
+    host = torch.device("cpu")
+    with Shelf(room, host) as shelf, Shelf(room, host) as inputs:
         passes = run_backward(
             calls, range(len(tokens)), backward_of_loss, first=_first_watched(model), shelf=shelf, forward=forward,
             backward=backward,
@@ -175,10 +178,14 @@ def _block_by_block(
             watch, found = watches.pop(index), {}
             for layer in model.blocks[index].layers:
                 gradients = watch.result(layer, len(tokens)).values
-                found[layer.name] = LayerStatistics(**gradients, **inputs.get(layer.name))
+                found[layer.name] = LayerStatistics(**gradients, **_moved(inputs.get(layer.name), model.device))
                 inputs.drop(layer.name)
             progress(steps - index, steps)
             yield found
+
+
+def _moved(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in values.items()}
 
 
 def _first_watched(model: Model) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
@@ -19,7 +20,6 @@ __all__ = [
     "DenseLoss", "Teacher", "batches", "mean_loss", "mean_of", "perplexity", "predictions", "run_blocks", "sum_loss",
 ]  # fmt: skip
 
-_BATCH_TOKENS = 2048
 # Logits of a batch, 16 MiB in fp32: from 32 MiB on, glibc maps every temporary anew. Windows of 256 tokens, vocabulary
 # 4,096, 64 wide, one AMD EPYC thread, Teacher.compare per window: 12.0 ms user and 0.1 ms system by 4 windows, 12.9 and
 # 7.0 ms by 8.
@@ -41,12 +41,24 @@ def mean_loss(model: Model, tokens: Tensor, at_hand: AtHand | None = None) -> fl
     Returns:
         The mean, or infinity when the model's losses are not finite (a model pruned to death).
     """
-    pieces = list(batches(model, tokens))
     total = 0.0
-    for group in [[piece] for piece in pieces] if model.resident else [pieces]:
+    for group in _groups(model, tokens):
         calls = record_calls(model, group)
         total += sum_loss(calls, run_blocks(calls, at_hand))
     return mean_of(total, tokens)
+
+
+def _groups(model: Model, tokens: Tensor) -> Iterator[list[Tensor]]:
+    """Batches that pass through the blocks together: one where weights are resident, else as many as there is room."""
+    width = model.module.get_input_embeddings().weight.shape[1]
+    room = 0 if model.placement is None or model.resident else model.placement.room or sys.maxsize
+    group: list[Tensor] = []
+    for batch in batches(model, tokens):
+        if group and 2 * 4 * width * sum(one.numel() for one in (*group, batch)) > room:
+            yield group
+            group = []
+        group.append(batch)
+    yield group
 
 
 def run_blocks(calls: BlockCalls, at_hand: AtHand | None = None) -> Sequence[Tensor]:
@@ -149,6 +161,8 @@ def perplexity(loss: float) -> float:
 
 def batches(model: Model, tokens: Tensor) -> Iterator[Tensor]:
     """The windows [windows, length] in batches that fit into one forward pass, on the model's device."""
-    size = min(_BATCH_TOKENS, _BATCH_LOGITS // model.vocabulary) if model.device.type == "cpu" else _BATCH_TOKENS
+    size = model.batch_tokens
+    if model.device.type == "cpu":
+        size = min(size, _BATCH_LOGITS // model.vocabulary)
     for batch in torch.split(tokens, max(1, size // tokens.shape[1])):
         yield batch.to(model.device)

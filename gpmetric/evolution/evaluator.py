@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -60,7 +60,8 @@ class Evaluator:
         self._objectives = tuple(dict.fromkeys((*_COMPARED, objective)))
         self._dense_losses: dict[str, float] = {}
         others = self._objectives[len(_COMPARED) :]
-        self._references = References(partial(_DenseBatch, others=others), _TEACHER_BYTES)
+        limit = _TEACHER_BYTES if session.plan.kept else 0
+        self._references = References(partial(_DenseBatch, others=others), limit)
         self._recorded: dict[tuple[int, int | None], BlockCalls] = {}
         self._protocols: dict[str, Protocol] = {}  # one at a time: each holds its statistics
 
@@ -78,15 +79,15 @@ class Evaluator:
     @torch.no_grad()
     def together(self, tasks: Sequence[Task]) -> list[Any]:
         """The answers to tasks that may share a walk through the blocks, see `alike`, or the errors in their places."""
-        match tasks:
-            case [ExcessTask(), *_]:
-                return self._excess(tasks)
-            case [SequentialTask(), *_]:
-                return self._sequential(tasks)
-            case [ProbeTask(metrics)]:
+        match tasks[0]:
+            case ExcessTask():
+                return self._excess(cast(Sequence[ExcessTask], tasks))
+            case SequentialTask():
+                return self._sequential(cast(Sequence[SequentialTask], tasks))
+            case ProbeTask(metrics):
                 self._compile(metrics)
                 return [self._probe_layers.measure(metrics)]
-            case [DenseTask(split)]:
+            case DenseTask(split):
                 return [{self._model.name: self._dense_loss(split)}]
 
     def _compile(self, metrics: Sequence[Metric]) -> None:
@@ -151,8 +152,12 @@ class Evaluator:
                 stack.enter_context(self._model.at_hand(index))
             weights = [layer.weight for layer in layers]
             statistics = [self._statistics.layers[layer.name] for layer in layers]
-            for targets in self._together(weights):
-                by_target = prune_weights(weights, metric, targets, statistics, self._update) if weights else [[]] * len(targets)
+            for targets in self._together(weights):  # of a block without layers, none
+                by_target = (
+                    prune_weights(weights, metric, targets, statistics, self._update)
+                    if weights
+                    else [[]] * len(targets)
+                )
                 for target, pruned in zip(targets, by_target, strict=True):
                     with self._model.holding(pruned, layers):
                         for index in span:
@@ -178,7 +183,8 @@ class Evaluator:
         """How the model calls its blocks on some of the search windows."""
         if (first, last) not in self._recorded:
             windows = self._session.windows["search"].tokens[first:last]
-            self._recorded[first, last] = record_calls(self._model, list(batches(self._model, windows)))
+            found = list(batches(self._model, windows))
+            self._recorded[first, last] = record_calls(self._model, found, self._session.shelf)
         return self._recorded[first, last]
 
     @cached_property

@@ -15,21 +15,25 @@ from torch import Tensor
 
 from gpmetric.calibration.cache import load_statistics
 from gpmetric.data import Text, Windows
-from gpmetric.evolution.evaluator import Evaluator
+from gpmetric.evolution.evaluator import Evaluator, alike
 from gpmetric.evolution.executors import Executor, LocalProcesses, Serial
 from gpmetric.evolution.multi_model import MultiModel
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.tasks import Task
+from gpmetric.evolution.walking import Together
+from gpmetric.loading import load_model
 from gpmetric.models import Model
 from gpmetric.operands import GRAM, needs_gradients
 from gpmetric.pruning.protocol import check_targets
 from gpmetric.pruning.updaters import UPDATERS
-from gpmetric.session.session import Progress, Session, open_model, open_session
+from gpmetric.session.plan import Plan, Work
+from gpmetric.session.session import Listener, Progress, Session, open_session
 from gpmetric.session.splits import open_sources
 from gpmetric.targets import parse_target
 
 __all__ = [
     "Workplace",
+    "campaign_work",
     "collect_statistics",
     "make_executor",
     "open_sessions",
@@ -37,6 +41,7 @@ __all__ = [
     "torch_threads",
 ]
 
+_EVALUATIONS = 300  # of a campaign whose length is told in minutes, or not at all
 _HUNG = 3600.0  # seconds of one task after which its worker is taken for hung and replaced
 _SMALL = 50_000_000  # parameters up to which every core gets a copy of the model
 
@@ -49,14 +54,19 @@ class Workplace:
     model: str | None
     tokens: Path  # a safetensors file of token windows by split, draws of the calibration's included
     statistics: Path  # a file of the statistics cache
+    plan: Plan  # of one process
 
     def open(self, model: Model | None = None) -> Evaluator:
         """The evaluator of this place; `model` where this process has it already."""
-        request, model = self.request, model or open_model(self.request, self.model)
+        request, model = self.request, model or self._load()
         windows = {split: Windows(Text(split, ""), tokens) for split, tokens in load_file(self.tokens).items()}
-        dense = load_statistics(self.statistics, str(model.device))
-        session = Session(request, model, windows, dense=dense)
+        dense = load_statistics(self.statistics, str(model.device), kept=self.plan.kept)
+        session = Session(request, model, windows, dense=dense, plan=self.plan)
         return Evaluator(session, request.target, request.update, request.objective)
+
+    def _load(self) -> Model:
+        one = self.request
+        return load_model(self.model, device=one.device, dtype=one.dtype, include=one.include, exclude=one.exclude)
 
 
 def open_workplaces(
@@ -71,7 +81,7 @@ def open_workplaces(
     return MultiModel(evaluators) if len(evaluators) > 1 else next(iter(evaluators.values()))
 
 
-def open_sessions(request: DiscoverRequest) -> dict[str, Session]:
+def open_sessions(request: DiscoverRequest, told: Listener | None = None) -> dict[str, Session]:
     """The models by short name, or by full name where two share a short one, in the order given, with their texts.
 
     Raises:
@@ -80,7 +90,7 @@ def open_sessions(request: DiscoverRequest) -> dict[str, Session]:
     sources = open_sources(request)
     sessions: dict[str, Session] = {}
     for name in request.models:
-        session = open_session(request, name, sources)
+        session = open_session(request, name, sources, work=campaign_work, listener=told)
         check_targets(session.model, [parse_target(text) for text in request.target])
         sessions[session.model.name] = session
     short = {name: Path(name).name for name in sessions}
@@ -89,17 +99,48 @@ def open_sessions(request: DiscoverRequest) -> dict[str, Session]:
     return {short[name]: session for name, session in sessions.items()}
 
 
+def campaign_work(session: Session) -> Work:
+    """What a campaign does with one of its models, as far as its length can be told beforehand."""
+    request, windows = session.inputs, session.windows
+    assert isinstance(request, DiscoverRequest)
+    names, targets = _statistics(request, session.model), len(request.target)
+    tokens = {split: part.tokens.numel() for split, part in windows.items()}
+    baselines = len(request.baselines) * targets
+    per_baseline = 2 * tokens["calibration"] + tokens["validation"]
+    candidates = request.evaluations or _EVALUATIONS
+    return Work(
+        dense=names,
+        block=frozenset({"X", "D", GRAM}),
+        length=session.tokens.shape[1],
+        calibration=tokens["calibration"],
+        texts=max(tokens["validation"], tokens["test"]),
+        rules=request.population * targets,
+        rule_tokens=targets * max(tokens["search"], tokens["calibration"] + tokens["validation"]),
+        copies=targets,
+        solves=True,  # SparseGPT is among the baselines
+        kept=2 * tokens["search"] * session.model.vocabulary,
+        forward=3 * baselines * per_baseline + 2 * candidates * targets * tokens["search"],
+        backward=tokens["calibration"] if needs_gradients(names) else 0,
+    )
+
+
+def _statistics(request: DiscoverRequest, model: Model) -> frozenset[str]:
+    """Names of the statistics that a campaign reads."""
+    names = {"X", *request.operands} - {"W"}
+    read = (name for baseline in request.baselines for name in baseline.operands)
+    names |= {name for name in read if needs_gradients([name])}
+    if "D" in names or UPDATERS[request.update].solves or _is_small(model):
+        names.add(GRAM)
+    return frozenset(names)
+
+
 def collect_statistics(request: DiscoverRequest, session: Session, progress: Progress) -> Path:
     """The file of the dense model's statistics, computed if the cache does not have it.
 
     Gradients are those that formulas and baselines use. The Gram matrices are for D, for a solver, and where they cost
     little for the reconstruction error of the probe layers.
     """
-    names = {"X", *request.operands} - {"W"}
-    read = (name for baseline in request.baselines for name in baseline.operands)
-    names |= {name for name in read if needs_gradients([name])}
-    if "D" in names or UPDATERS[request.update].solves or _is_small(session.model):
-        names.add(GRAM)
+    names = _statistics(request, session.model)
     # One thread where a model is small: D differs in its last bits between thread counts
     with torch_threads(1 if _is_small(session.model) else torch.get_num_threads()):
         file = session.stored_statistics(names, request.cache, progress)
@@ -116,9 +157,12 @@ def make_executor(
         tokens = folder / f"tokens-{number}.safetensors"
         windows = {split: part.tokens for split, part in session.windows.items()}
         save_file(windows | _resampled(session.tokens, request.calibration_draws, request.seed), tokens)
-        places[name] = Workplace(request, request.models[number], tokens, statistics[name])
+        places[name] = Workplace(request, request.models[number], tokens, statistics[name], session.plan)
     models = {name: session.model for name, session in sessions.items()}
     workers = request.workers or (_cores() if all(map(_is_small, models.values())) else 1)
+    if len(sessions) == 1 and (size := next(iter(sessions.values())).plan.together) > 1:
+        evaluator = next(iter(places.values())).open(next(iter(models.values())))
+        return Together(evaluator.together, alike, size)
     if workers > 1:
         return LocalProcesses(open_workplaces, (places,), workers, timeout=_HUNG)
     return Serial(open_workplaces(places, models))

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
 from typing import Any
 
-from gpmetric.errors import GpmetricError
+from gpmetric.errors import GpmetricError, OutOfMemoryError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.loading import check_path
 from gpmetric.metrics import Metric
 from gpmetric.options import as_function
-from gpmetric.pruning.protocol import Protocol, Rule, check_targets
+from gpmetric.pruning.protocol import Measured, Protocol, Rule, check_targets
 from gpmetric.pruning.requests import BenchRequest
 from gpmetric.pruning.win_loss import win_loss
+from gpmetric.session.memory import retried
+from gpmetric.session.plan import Work
 from gpmetric.session.session import Listener, Session, open_session
 from gpmetric.session.splits import Sources, open_sources
 from gpmetric.targets import Target, parse_target
@@ -25,6 +30,7 @@ __all__ = [
     "bench",
     "bench_failures",
     "bench_rows",
+    "bench_work",
     "first_failure",
     "run_bench",
 ]
@@ -60,24 +66,61 @@ class BenchListener(Listener):
 def bench_rows(
     protocol: Protocol, metrics: Sequence[Metric], targets: Sequence[Target], update: str
 ) -> Iterator[BenchRow]:
-    """One row for each distinct (metric, target), target by target; one that fails costs the others nothing."""
+    """One row for each distinct (metric, target); one that fails costs the others nothing.
+
+    What needs fewer statistics of the dense model comes first, so that what can be measured is, before more is
+    collected; of those that need the same, target by target.
+    """
     check_targets(protocol.session.model, targets)
-    protocol.prepare(metrics, update)
-    pairs = {(target.text, metric.name): (target, metric) for target in targets for metric in metrics}
-    for target, metric in pairs.values():
-        yield _row(protocol, Rule(metric, target, update))
+    together = protocol.session.plan.together
+    for alike in _by_needs(protocol, metrics, update):
+        failure: GpmetricError | None = None
+        try:
+            retried(protocol.session.model, partial(protocol.prepare, alike, update))
+        except GpmetricError as error:
+            failure = error
+        pairs = {(target.text, metric.name): Rule(metric, target, update) for target in targets for metric in alike}
+        rules = list(pairs.values())
+        for start in range(0, len(rules), together):
+            yield from _rows(protocol, rules[start : start + together], failure)
 
 
-def _row(protocol: Protocol, rule: Rule) -> BenchRow:
-    texts = protocol.session.evaluated
-    (found,) = protocol.measure([rule], [text.tokens for text in texts])
-    error = None if found.error is None else str(found.error)
-    ppl = {text.text.name: perplexity(loss) for text, loss in zip(texts, found.losses, strict=True)}
-    metric, update = rule.metric, rule.metric.update or rule.update
-    assert isinstance(rule.plan, Target)
-    return BenchRow(
-        metric.name, rule.plan.text, update, str(metric.expression), ppl, found.seconds, found.sparsity, error
-    )
+def _by_needs(protocol: Protocol, metrics: Sequence[Metric], update: str) -> list[list[Metric]]:
+    """Metrics by what they share of the dense model's statistics, those that need least first."""
+    groups: dict[frozenset[str], list[Metric]] = {}
+    for metric in metrics:
+        groups.setdefault(protocol.shared([metric], update), []).append(metric)
+    return [groups[needs] for needs in sorted(groups, key=lambda needs: (len(needs), sorted(needs)))]
+
+
+def _rows(protocol: Protocol, rules: Sequence[Rule], failure: GpmetricError | None) -> Iterator[BenchRow]:
+    session = protocol.session
+    texts = session.evaluated
+    nothing = Measured([math.inf] * len(texts), math.nan, math.nan, failure)
+    found = [nothing] * len(rules)
+    if failure is None:
+        try:
+            found = retried(session.model, lambda: protocol.measure(rules, [text.tokens for text in texts]))
+        except OutOfMemoryError as error:
+            found = [replace(nothing, error=error)] * len(rules)
+    for rule, one in zip(rules, found, strict=True):
+        ppl = {text.text.name: perplexity(loss) for text, loss in zip(texts, one.losses, strict=True)}
+        metric, update = rule.metric, rule.metric.update or rule.update
+        assert isinstance(rule.plan, Target)
+        told = None if one.error is None else str(one.error)
+        formula = str(metric.expression)
+        yield BenchRow(metric.name, rule.plan.text, update, formula, ppl, one.seconds, one.sparsity, told)
+
+
+def bench_work(session: Session) -> Work:
+    """What `bench` does with a session's model."""
+    request = session.inputs
+    assert isinstance(request, BenchRequest)
+    protocol = Protocol(session, one_shot=request.one_shot)
+    metrics = [session.metric(text) for text in request.metrics]
+    rules = len(metrics) * len(set(request.target))
+    texts = sum(part.tokens.numel() for part in session.evaluated)
+    return protocol.work(metrics, request.update, rules=rules, texts=texts)
 
 
 def run_bench(request: BenchRequest, listener: BenchListener | None = None) -> dict[str, Any]:
@@ -113,18 +156,19 @@ def _bench_model(
     request: BenchRequest, name: str | None, sources: Sources, told: BenchListener, document: dict[str, Any]
 ) -> None:
     """Fills the document of one model; its `results` grow row by row, so that what stops it leaves them there."""
-    session = open_session(request, name, sources)
+    session = open_session(request, name, sources, work=bench_work, listener=told)
     targets = [parse_target(text) for text in dict.fromkeys(request.target)]
     check_targets(session.model, targets)
     protocol = Protocol(session, one_shot=request.one_shot, progress=told.progress)
     metrics = [session.metric(text) for text in request.metrics]
-    session.require(protocol.shared(metrics, request.update))
     dense = {part.text.name: perplexity(mean_loss(session.model, part.tokens)) for part in session.evaluated}
     told.dense(dense)
     document |= _described(session, request) | {"dense": dense, "results": []}
+    order = {(target.text, metric.name): place for place, (target, metric) in enumerate(product(targets, metrics))}
     for row in bench_rows(protocol, metrics, targets, request.update):
         told.row(row)
         document["results"].append(asdict(row))
+        document["results"].sort(key=lambda one: order[one["target"], one["metric"]])
 
 
 def _described(session: Session, request: BenchRequest) -> dict[str, Any]:
@@ -149,7 +193,7 @@ def _bench_several(request: BenchRequest, sources: Sources, told: BenchListener)
         documents.append({"model": name})
         try:
             _bench_model(request, name, sources, told, documents[-1])
-        except (GpmetricError, RuntimeError) as failure:  # RuntimeError: torch's, out of memory for one
+        except (GpmetricError, RuntimeError) as failure:  # RuntimeError: torch's
             documents[-1]["error"] = str(failure)
             failures.append(failure.with_traceback(None))  # whose frames hold the model
         gc.collect()  # models are in reference cycles: the next one would be loaded beside this one

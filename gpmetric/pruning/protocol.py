@@ -25,6 +25,7 @@ from gpmetric.models import Layer, Model
 from gpmetric.operands import needs_gradients
 from gpmetric.pruning.allocation import Allocation
 from gpmetric.pruning.updaters import needed_statistics, resolve_target, updater_of
+from gpmetric.session.plan import Work
 from gpmetric.session.session import Progress, Session
 from gpmetric.targets import Target
 
@@ -80,6 +81,27 @@ class Protocol:
         names = needed_statistics(metrics, update)
         return names if self.one_shot else frozenset(name for name in names if needs_gradients([name]))
 
+    def work(self, metrics: Sequence[Metric], update: str, *, rules: int = 1, texts: int = 0) -> Work:
+        """What pruning by so many rules of these metrics takes, measured on so many tokens each.
+
+        The dense model is measured on them, too.
+        """
+        tokens, dense = self.session.tokens, self.shared(metrics, update)
+        calibration = 0 if self.one_shot else tokens.numel()
+        gradients = any(needs_gradients([name]) for name in dense)
+        collected = tokens.numel() if self.one_shot and not gradients else 0
+        return Work(
+            dense=dense | {"X"} if dense or self.one_shot else dense,
+            block=frozenset() if self.one_shot else needed_statistics(metrics, update) - dense | {"X"},
+            length=tokens.shape[1],
+            calibration=calibration,
+            texts=texts,
+            rules=rules,
+            solves=any(updater_of(metric, update).solves for metric in metrics),
+            forward=texts + collected + rules * (2 * calibration + texts),
+            backward=tokens.numel() if gradients else 0,
+        )
+
     def prepare(self, metrics: Sequence[Metric], update: str) -> None:
         """Collects what these metrics share, so that the seconds of each are its own."""
         dense = self.shared(metrics, update)
@@ -88,7 +110,9 @@ class Protocol:
         if not self.one_shot:
             _ = self.session.calls
 
-    def walk(self, rules: Sequence[Rule], texts: Sequence[Tensor] = (), *, stored: Mapping[str, torch.dtype] | None = None) -> Walk:
+    def walk(
+        self, rules: Sequence[Rule], texts: Sequence[Tensor] = (), *, stored: Mapping[str, torch.dtype] | None = None
+    ) -> Walk:
         """Takes the model through its blocks, pruned by each of these rules; `prepare` has been called for them.
 
         Args:
@@ -146,7 +170,7 @@ class Walk:
     def __post_init__(self) -> None:
         session = self.protocol.session
         self._model = session.model
-        texts = [record_calls(self._model, list(batches(self._model, tokens))) for tokens in self.tokens]
+        texts = [record_calls(self._model, list(batches(self._model, tokens)), session.shelf) for tokens in self.tokens]
         self._branches = [
             _Branch(
                 rule,
@@ -190,7 +214,8 @@ class Walk:
                 found.append(Measured([math.inf] * len(self.tokens), math.nan, math.nan, branch.error))
                 continue
             losses = [
-                mean_of(sum_loss(text.calls, text), tokens) for text, tokens in zip(branch.texts, self.tokens, strict=True)
+                mean_of(sum_loss(text.calls, text), tokens)
+                for text, tokens in zip(branch.texts, self.tokens, strict=True)
             ]
             branch.close()
             found.append(Measured(losses, branch.zeros / weights, branch.seconds))
@@ -266,4 +291,3 @@ def check_targets(model: Model, targets: Collection[Target]) -> None:
                 raise InputError(
                     f"--target {target.text}: in = {width} of layer {layer.name} is not divisible by {target.group}"
                 )
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,6 @@ def run_prune(request: PruneRequest, listener: BenchListener | None = None) -> d
     rule = _rule(session, request, allocation)
     targets = {layer.name: rule.target(layer.name) for layer in model.layers}
     protocol = Protocol(session, one_shot=request.one_shot, progress=told.progress)
-    session.require(protocol.shared([rule.metric], rule.update))
 
     dense = perplexity(mean_loss(model, text.tokens))
     told.dense({text.text.name: dense})
@@ -57,10 +55,12 @@ def run_prune(request: PruneRequest, listener: BenchListener | None = None) -> d
     walk = protocol.walk([rule], [])
     copies = {name: weight for _, (pruned,) in walk for name, weight in pruned.items()}
     (measured,) = walk.measured()
-    if measured.error: raise measured.error
+    if measured.error:
+        raise measured.error
     seconds = measured.seconds
     for layer in model.layers:
-        if layer.name in copies: layer.weight.copy_(copies[layer.name])
+        if layer.name in copies:
+            layer.weight.copy_(copies[layer.name])
     session.forget()
     round_weights(model)
     made["perplexity"] = perplexity(mean_loss(model, text.tokens))

@@ -58,17 +58,19 @@ class Inputs(Request):
     dtype: Annotated[str | None, Option("{choices}; float32 on a CPU, as stored on CUDA.", choices=DTYPES)] = None
     include: Annotated[str | None, Option("Prune only layers whose name matches.", metavar="REGEX")] = None
     exclude: Annotated[str | None, Option("Leave layers whose name matches dense.", metavar="REGEX")] = None
-    chunk_layers: Annotated[
-        int | None, Option("Layers whose statistics are accumulated at once, to save memory.", least=1)
-    ] = None
     memory: Annotated[
-        str | None, Option("Refuse to begin what would need more memory, 12GB for instance.", metavar="SIZE")
+        str | None, Option("Memory of the device at most, 12GB for instance; what is free by default.", metavar="SIZE")
     ] = None
 
     def check(self) -> None:
         super().check()
         if self.memory is not None:
             parse_size(self.memory)
+
+    @property
+    def memory_limit(self) -> int | None:
+        """Bytes of the device's memory at most."""
+        return None if self.memory is None else parse_size(self.memory)
 
     @property
     def models(self) -> tuple[str | None, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,16 +17,17 @@ from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.cache import cache_key, cached_statistics, estimate_bytes
 from gpmetric.calibration.collect import Statistics, collect_blocks, token_batches
 from gpmetric.data import Windows
-from gpmetric.errors import GpmetricError, InputError
+from gpmetric.errors import GpmetricError
 from gpmetric.files import cache_folder
-from gpmetric.loading import load_model
+from gpmetric.loading import open_model, prepare_model
 from gpmetric.metrics import Metric, resolve_metric
 from gpmetric.models import Model
 from gpmetric.provenance import versions
-from gpmetric.session.inputs import Inputs, parse_size
+from gpmetric.session.inputs import Inputs
+from gpmetric.session.plan import Plan, Work, make_plan
 from gpmetric.session.splits import Sources, open_sources, read_splits
 
-__all__ = ["Listener", "Progress", "Session", "open_model", "open_session"]
+__all__ = ["Listener", "Progress", "Session", "open_session", "plan_session"]
 
 Progress = Callable[[str, int, int], None]  # what, done, in all
 
@@ -41,6 +41,9 @@ class Listener:
 
     def progress(self, what: str, done: int, total: int) -> None:
         """A step has come so far."""
+
+    def plan(self, plan: Plan) -> None:
+        """What the command is going to take."""
 
     def dense(self, ppl: Mapping[str, float]) -> None:
         """Perplexity of the dense model by text or split, before anything is pruned."""
@@ -56,6 +59,7 @@ class Session:
         windows: by split.
         evaluated: windows of the texts that perplexity is measured on.
         dense: statistics of the dense model that are at hand.
+        plan: where weights and statistics are.
     """
 
     inputs: Inputs
@@ -63,6 +67,13 @@ class Session:
     windows: Mapping[str, Windows] = field(default_factory=dict)
     evaluated: list[Windows] = field(default_factory=list)
     dense: Statistics | None = None
+    plan: Plan = field(default_factory=Plan)
+
+    def start(self) -> None:
+        """Brings the model to where the plan wants it, and checks that it gives figures with a meaning."""
+        prepare_model(self.model, resident=self.plan.resident)
+        if self.model.placement is not None:
+            self.model.placement.room = self.plan.room
 
     @property
     def tokens(self) -> Tensor:
@@ -78,17 +89,18 @@ class Session:
         held = frozenset[str]() if self.dense is None else self.dense.names
         missing = held.union(names) - held
         if self.dense is None or missing:
-            self.require(held | missing)
-            found = {name: one for block in self.blocks(missing, progress) for name, one in block.items()}
-            if self.dense is not None:
-                before = self.dense.layers
-                found = {name: LayerStatistics(**{**one.values, **before[name].values}) for name, one in found.items()}
-            self.dense = Statistics({layer.name: found[layer.name] for layer in self.model.layers}, *self.tokens.shape)
+            store = _Store(self.model, self.plan)
+            for block in self.blocks(missing, progress):
+                for name in list(block):
+                    before = {} if self.dense is None else self.dense.layers[name].values
+                    store.put(name, {**block.pop(name).values, **before})
+            self.dense = Statistics(store, *self.tokens.shape)
         return self.dense
 
     def blocks(self, names: Collection[str], progress: Progress = _silent) -> Iterator[dict[str, LayerStatistics]]:
         """Statistics of the model as it is, block by block, of which nothing is kept."""
-        return collect_blocks(self.model, self.tokens, names, progress=partial(progress, "calibration"))
+        told, plan = partial(progress, "calibration"), self.plan
+        return collect_blocks(self.model, self.tokens, names, progress=told, at_once=plan.kept, room=plan.room)
 
     def stored_statistics(self, names: Collection[str], folder: Path | None, progress: Progress = _silent) -> Path:
         """The file of the statistics cache that holds statistics of the dense model, written if it is not there.
@@ -101,7 +113,6 @@ class Session:
         Raises:
             GpmetricError: the disk has no room for them, or the folder cannot be written.
         """
-        self.require(names)
         folder = folder or cache_folder()
         _check_room(folder, estimate_bytes(self.model, names))
         key = cache_key(self.model, self.tokens, names)
@@ -111,12 +122,12 @@ class Session:
     @cached_property
     def calls(self) -> BlockCalls:
         """How the dense model calls its blocks on the calibration windows."""
-        return record_calls(self.model, token_batches(self.tokens))
+        return record_calls(self.model, token_batches(self.tokens, self.model.batch_tokens), self.shelf)
 
     @cached_property
     def shelf(self) -> Shelf:
         """Where hidden states are on their way through the blocks."""
-        return Shelf()
+        return self.plan.shelf()
 
     def forget(self) -> None:
         """Lets go of what was measured of the dense model."""
@@ -126,26 +137,6 @@ class Session:
     def calibrated_on(self, windows: Windows) -> Session:
         """The same model calibrated on other windows; nothing measured is shared."""
         return replace(self, windows={**self.windows, "calibration": windows}, dense=None)
-
-    def require(self, names: Collection[str]) -> None:
-        """Refuses statistics that with the model would need more memory than the request allows.
-
-        Raises:
-            InputError: naming both sizes, and what takes less.
-        """
-        limit = self.inputs.memory and parse_size(self.inputs.memory)
-        needed = self.bytes(names)
-        if limit and needed > limit:
-            raise InputError(
-                f"--memory {self.inputs.memory}: model and statistics need about {needed / 1e9:.3g} GB; allow more, "
-                "take metrics of fewer operands, --include fewer layers, or --dtype bfloat16"
-            )
-
-    def bytes(self, names: Collection[str]) -> int:
-        """Memory that the model, a copy of its prunable weights, and statistics take, in bytes."""
-        weights: int = sum(one.nbytes for one in self.model.module.parameters())
-        copies = sum(layer.parameter.nbytes for layer in self.model.layers)
-        return weights + copies + estimate_bytes(self.model, names)
 
     def describe(self) -> dict[str, Any]:
         """What every result says of where it came from."""
@@ -159,25 +150,75 @@ class Session:
         }
 
 
-def open_model(inputs: Inputs, name: str | None) -> Model:
-    """One model of a request, on its device, in its dtype, with its choice of layers."""
-    return load_model(name, resident=not os.environ.get("STREAM"), device=inputs.device, dtype=inputs.dtype, include=inputs.include, exclude=inputs.exclude)
-
-
-def open_session(inputs: Inputs, name: str | None = None, sources: Sources | None = None) -> Session:
+def open_session(
+    inputs: Inputs,
+    name: str | None = None,
+    sources: Sources | None = None,
+    *,
+    work: Callable[[Session], Work] | None = None,
+    listener: Listener | None = None,
+) -> Session:
     """Opens what a request names: the texts first, which fail soonest, then the model, then its windows.
 
     Args:
         inputs: the request.
         name: which of its models; the first by default.
         sources: its texts, where they are open already.
+        work: what is going to be done, which decides where weights and statistics are; everything is on the device
+            where it is not told.
+        listener: told of the plan.
 
     Raises:
-        InputError: for anything that cannot be used.
+        InputError: for anything that cannot be used, or that takes more memory than there is.
     """
+    session = plan_session(inputs, name, sources, work=work)
+    (listener or Listener()).plan(session.plan)
+    session.start()
+    return session
+
+
+def plan_session(
+    inputs: Inputs,
+    name: str | None = None,
+    sources: Sources | None = None,
+    *,
+    work: Callable[[Session], Work] | None = None,
+) -> Session:
+    """The same session before the model's weights are read, with its plan; `start` makes it ready."""
     sources = sources or open_sources(inputs)
-    model = open_model(inputs, inputs.models[0] if name is None else name)
-    return Session(inputs, model, *read_splits(model, inputs, sources))
+    chosen = inputs.models[0] if name is None else name
+    model = open_model(chosen, device=inputs.device, dtype=inputs.dtype, include=inputs.include, exclude=inputs.exclude)
+    session = Session(inputs, model, *read_splits(model, inputs, sources))
+    if work is not None:
+        session.plan = make_plan(model, work(session), inputs.memory_limit)
+    return session
+
+
+class _Store(Mapping[str, LayerStatistics]):
+    """Statistics by layer: on the device, or where the plan puts them; what is not kept is read when asked for."""
+
+    def __init__(self, model: Model, plan: Plan) -> None:
+        self._names = [layer.name for layer in model.layers]
+        self._device = model.device
+        self._kept: dict[str, LayerStatistics] = {}
+        self._shelf = None if plan.kept else plan.shelf()
+
+    def put(self, name: str, values: Mapping[str, Tensor]) -> None:
+        if self._shelf is None:
+            self._kept[name] = LayerStatistics(**values)
+        else:
+            self._shelf.put(name, values)
+
+    def __getitem__(self, name: str) -> LayerStatistics:
+        if self._shelf is None:
+            return self._kept[name]
+        return LayerStatistics(**{key: one.to(self._device) for key, one in self._shelf.get(name).items()})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _check_room(folder: Path, size: int) -> None:

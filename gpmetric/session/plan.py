@@ -1,0 +1,286 @@
+"""What a command takes, before it is begun: memory of device and host, disk, time; and how it is to go about it.
+
+Sizes are counted from shapes: of weights, statistics, hidden states, and of what a step has besides for a moment. What
+the numbers were compared with is in benchmarks/results.csv (`plan`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+
+from gpmetric.blockwise.shelf import Shelf
+from gpmetric.errors import InputError
+from gpmetric.files import scratch_folder
+from gpmetric.models import Model
+from gpmetric.operands import GRAM, needs_gradients, shape_of
+from gpmetric.placement import BATCH_TOKENS, FRONT, HEAD
+from gpmetric.session.memory import free_device, free_disk, free_host, resident_bytes
+
+__all__ = ["Plan", "Work", "make_plan"]
+
+_MARGIN = 0.08  # of the free memory, which is left to others
+_LOGITS = 2**25  # entries of logits that are in memory together, see `blockwise.ends`
+_READ = 1.5e9  # bytes a second that weights are read at from a disk's cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a command does with a model, as far as it takes memory or time.
+
+    Attributes:
+        dense: statistics of the dense model that are measured of all layers and kept.
+        block: statistics that are measured of one block at a time, and let go.
+        length: tokens of a window.
+        calibration: tokens of the calibration windows that pass through the blocks; 0 where none do.
+        texts: tokens that are measured on while blocks are pruned.
+        rules: pruned models that are measured in all.
+        rule_tokens: tokens whose hidden states each of them has of its own; those of calibration and texts by default.
+        copies: pruned copies of a block's weights at once, for each model that passes.
+        solves: whether a solver updates kept weights.
+        kept: bytes kept besides where there is room, of the dense model's predictions for instance.
+        per_weight: bytes kept of every prunable weight besides.
+        forward, backward: tokens of passes through all blocks, in all.
+        resident: whether all weights must be on the device.
+    """
+
+    dense: frozenset[str] = frozenset()
+    block: frozenset[str] = frozenset()
+    length: int = 0
+    calibration: int = 0
+    texts: int = 0
+    rules: int = 1
+    rule_tokens: int = 0
+    copies: int = 1
+    solves: bool = False
+    kept: int = 0
+    per_weight: int = 0
+    forward: int = 0
+    backward: int = 0
+    resident: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a command goes about its work, and what that takes.
+
+    Attributes:
+        memory_bytes: peak on the device; on a CPU, the process's.
+        host_bytes: peak of the process.
+        disk_bytes: scratch files, the statistics cache, and what is written.
+        seconds: by a short measurement of this machine; a rough figure.
+        resident: whether all weights are on the device for good, or each block while it is needed.
+        kept: whether statistics of all layers are on the device together.
+        room: bytes of hidden states, and of statistics, that are kept in memory; beyond, they go to disk.
+        together: pruned models that pass through the blocks at once.
+    """
+
+    memory_bytes: int = 0
+    host_bytes: int = 0
+    disk_bytes: int = 0
+    seconds: float = 0.0
+    resident: bool = True
+    kept: bool = True
+    room: int | None = None
+    together: int = 1
+
+    def describe(self) -> dict[str, Any]:
+        """For --json."""
+        return asdict(self)
+
+    def shelf(self) -> Shelf:
+        """Takes what moves between memory and disk."""
+        return Shelf(self.room, None if self.room is None else torch.device("cpu"))
+
+
+def make_plan(model: Model, work: Work, limit: int | None) -> Plan:
+    """The fastest way that keeps to a limit: everything on the device, or weights alone, or block by block.
+
+    Args:
+        model: opened, on whatever device.
+        limit: bytes on the device (on a CPU, of the process); None is what is free, less a margin.
+
+    Raises:
+        InputError: no way keeps to it; named are what it would take, and what takes less.
+    """
+    sizes = _Sizes(model, work)
+    free = limit if limit is not None else int(free_device(model.device) * (1 - _MARGIN))
+    host = free if model.device.type == "cpu" else int(free_host() * (1 - _MARGIN))
+    for resident, kept in [(True, True), (True, False), (False, False)][: 1 if work.resident else 3]:
+        plan = sizes.way(resident, kept, free, host)
+        if plan is not None:
+            return plan
+    given = "allowed by --memory" if limit is not None else "free"
+    least = sizes.device(resident=work.resident, kept=work.resident) + (sizes.moving(True) if work.resident else 0)
+    raise InputError(
+        f"{model.name!r} needs at least {_told(least)} here, of {_told(free)} {given}: allow more, take a shorter "
+        "--sequence-length, metrics of fewer operands, or --dtype bfloat16"
+    )
+
+
+def _told(size: int) -> str:
+    return f"{size / 1e9:.3g} GB"
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of what a command holds, by a model's shapes."""
+
+    model: Model
+    work: Work
+
+    def way(self, resident: bool, kept: bool, free: int, host: int) -> Plan | None:
+        """The plan of one way, None where it needs more than is free.
+
+        Raises:
+            InputError: the disk has no room for what has none in memory.
+        """
+        plan, on_cpu = Plan(resident=resident, kept=kept), self.model.device.type == "cpu"
+        least, moving = self.device(resident=resident, kept=kept), self.moving(kept)
+        if least + (moving if kept else 0) > free:
+            return None
+        seconds = self.seconds(plan)
+        if kept:
+            whole = least + moving
+            own = whole if on_cpu else resident_bytes() + self.model.placement.bytes(FRONT)  # type: ignore[union-attr]
+            return replace(plan, memory_bytes=whole, host_bytes=own, seconds=seconds)
+        room = max(0, free - least if on_cpu else host - resident_bytes())
+        held = min(moving, room)
+        disk = moving - held
+        scratch = scratch_folder()
+        if disk > free_disk(scratch):
+            raise InputError(
+                f"{self.model.name!r} needs {_told(disk)} of disk in {str(scratch)!r}, which has "
+                f"{_told(free_disk(scratch))}: allow more --memory, take fewer --samples, or name another place by "
+                "XDG_CACHE_HOME"
+            )
+        together = max(1, min(self.work.rules, room // max(1, 2 * self.per_rule)))
+        return replace(
+            plan, memory_bytes=least + held if on_cpu else least, disk_bytes=disk, seconds=seconds, room=room // 2,
+            host_bytes=least + held if on_cpu else resident_bytes() + held, together=together,
+        )  # fmt: skip
+
+    def moving(self, kept: bool) -> int:
+        """What need not be on the device all the time: hidden states, statistics of other blocks, codes of weights."""
+        inputs = len(self.model.blocks) * self.states(self.work.backward)
+        stored = 0 if kept else self.statistics(self.work.dense)
+        return max(self.hidden + self.work.per_weight * self.prunable, 0 if kept else inputs) + stored
+
+    def device(self, *, resident: bool, kept: bool) -> int:
+        """What must be on the device at the same moment; hidden states that can be elsewhere are left out."""
+        placement, work = self.model.placement, self.work
+        assert placement is not None
+        ends = max(placement.bytes(FRONT), placement.bytes(HEAD))
+        weights = placement.total_bytes if resident else max(ends, self.block)
+        dense = self.statistics(work.dense) if kept else self.block_statistics(work.dense)
+        gradients = any(needs_gradients([name]) for name in work.dense)
+        graphs = (len(self.model.blocks) if resident and kept else 1) * self.graph if gradients else 0
+        calibrating = graphs + (2 * self.widest if gradients else 0) + self.logits
+        pruning = self.block_statistics(work.block) + work.copies * self.block + self.workspace + self.activations
+        fixed = resident_bytes(self.model.device) + (work.kept if kept else 0)
+        return fixed + weights + dense + max(calibrating, pruning, self.logits)
+
+    @cached_property
+    def block(self) -> int:
+        """Of the largest block's weights."""
+        assert self.model.placement is not None
+        return max(self.model.placement.bytes(index) for index in range(len(self.model.blocks)))
+
+    @cached_property
+    def prunable(self) -> int:
+        """Prunable weights."""
+        return sum(layer.weight.numel() for layer in self.model.layers)
+
+    @cached_property
+    def widest(self) -> int:
+        """Of the largest prunable weight, in fp32."""
+        return 4 * max(layer.weight.numel() for layer in self.model.layers)
+
+    @cached_property
+    def itemsize(self) -> int:
+        return int(getattr(torch, self.model.dtype).itemsize)
+
+    def statistics(self, names: Collection[str]) -> int:
+        """Of statistics of all layers."""
+        return self._statistics(names, self.model.layers)
+
+    def block_statistics(self, names: Collection[str]) -> int:
+        """The same of the block that has most."""
+        return max(self._statistics(names, block.layers) for block in self.model.blocks)
+
+    def _statistics(self, names: Collection[str], layers: Collection[Any]) -> int:
+        shapes = [layer.weight.shape for layer in layers]
+        return 4 * sum(prod(shape_of(name, shape)) for name in names for shape in shapes)
+
+    def states(self, tokens: int) -> int:
+        """Of hidden states."""
+        width = self.model.module.get_input_embeddings().weight.shape[1]
+        return int(tokens * width * self.itemsize)
+
+    @cached_property
+    def per_rule(self) -> int:
+        """Of what a pruned model has of its own on its way."""
+        return self.states(self.work.rule_tokens or self.work.calibration + self.work.texts) + self.block
+
+    @cached_property
+    def hidden(self) -> int:
+        """Of all windows on their way: what the first block reads, and what one pruned model makes of it."""
+        return self.states(self.work.calibration + self.work.texts) + self.per_rule
+
+    @cached_property
+    def _features(self) -> int:
+        """Outputs of a block's layers for one token."""
+        return max(sum(layer.weight.shape[0] for layer in block.layers) for block in self.model.blocks)
+
+    @cached_property
+    def activations(self) -> int:
+        """Of a batch inside a block, without gradients."""
+        return int(max(BATCH_TOKENS, self.work.length) * self._features * self.itemsize)
+
+    @cached_property
+    def graph(self) -> int:
+        """Of a window inside a block, as its backward pass needs it."""
+        return int(3 * self.work.length * self._features * self.itemsize)
+
+    @cached_property
+    def logits(self) -> int:
+        """Of a batch's predictions: logits, their log-softmax, and what is computed of it."""
+        entries = max(1, min(_LOGITS, max(self.work.length, BATCH_TOKENS) * self.model.vocabulary))
+        return 3 * 4 * entries
+
+    @cached_property
+    def workspace(self) -> int:
+        """Of choosing masks and solving: copies of one weight, and of its inputs' products."""
+        inputs = 4 * max(layer.weight.shape[1] for layer in self.model.layers) ** 2
+        pairs = {"D", GRAM} & (self.work.block | self.work.dense)
+        return 4 * self.widest + (4 * self.widest if self.work.solves else 0) + (4 * inputs if pairs else 0)
+
+    def seconds(self, plan: Plan) -> float:
+        """Of the passes, by the speed of one product of matrices here, and of reading weights where they are read."""
+        work, model = self.work, self.model
+        assert model.placement is not None
+        again = 1 if plan.kept else 2
+        tokens = work.forward + (2 + again) * work.backward
+        flops = 2 * tokens * (self.prunable + model.vocabulary * self.states(1) // self.itemsize)
+        walks = -(-work.rules // plan.together) + 3
+        read = 0.0 if plan.resident else walks * model.placement.total_bytes / _READ
+        return float(flops / _speed(model.device, getattr(torch, model.dtype)) + read)
+
+
+def _speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a product of matrices, measured in a tenth of a second."""
+    size = 1024 if device.type == "cpu" else 8192
+    first = torch.ones(size, size, device=device, dtype=dtype)
+    done, start = 0, time.perf_counter()
+    while done < 2 or time.perf_counter() - start < 0.1:
+        first @ first
+        done += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return 2 * size**3 * done / (time.perf_counter() - start)
