@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gpmetric.digests import remembered_digest
 from gpmetric.errors import InputError, ModelError
 from gpmetric.placement import BATCH_TOKENS, FRONT, HEAD, Part, Placement
 
@@ -27,6 +29,7 @@ __all__ = ["Block", "Layer", "Model", "check_weights", "find_blocks", "find_part
 
 _ROUTER = re.compile(r"(^|\.)(router|gate)$")  # mixture-of-experts routers are never pruned
 _CHECKED = 2**22  # entries of a weight that are looked at together
+_PIECE = 2**24  # entries of a parameter that are hashed at once
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache"}  # of a config: no part of what the model computes
 
 
@@ -123,16 +126,36 @@ class Model:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over the config and every parameter's name, dtype, shape and bytes. Taken while dense."""
+        """sha256 over the config and every parameter's name, dtype, shape and bytes, as they were loaded.
+
+        Taken while dense; of files that have not changed it is remembered from one command to the next.
+        """
         config = {key: value for key, value in self.module.config.to_diff_dict().items() if key not in _VOLATILE}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        own = None if self.placement is None else self.placement.dtype
+        told = json.dumps(config, sort_keys=True, default=str)
+        if self.folder is None:
+            return self._computed_digest(told)
+        drawn = [(self._kind(name, one), _sample(one)) for name, one in self.module.named_parameters()]
+        settings = {"config": told, "parameters": drawn, "versions": [torch.__version__, transformers.__version__]}
+        return remembered_digest(self.folder, settings, lambda: self._computed_digest(told))
+
+    def _computed_digest(self, config: str) -> str:
+        digest = hashlib.sha256(config.encode())
         for name, parameter in self.module.named_parameters():
-            dtype = own if own and parameter.is_floating_point() else parameter.dtype
-            digest.update(f"{name} {dtype} {tuple(parameter.shape)}\n".encode())
-            flat = parameter.detach().contiguous().view(-1).cpu().to(dtype)
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+            digest.update(f"{self._kind(name, parameter)}\n".encode())
+            flat = parameter.detach().contiguous().view(-1)  # [entries]
+            for piece in flat.split(_PIECE):  # of a device, so that no copy of all of it is made
+                digest.update(memoryview(piece.cpu().to(self._dtype_of(parameter)).view(torch.uint8).numpy()))
+            if self.placement is not None:
+                self.placement.let_go(parameter.data)
         return digest.hexdigest()
+
+    def _dtype_of(self, parameter: Tensor) -> torch.dtype:
+        """That a parameter has when it is at hand."""
+        own = None if self.placement is None else self.placement.dtype
+        return own if own and parameter.is_floating_point() else parameter.dtype
+
+    def _kind(self, name: str, parameter: Tensor) -> str:
+        return f"{name} {self._dtype_of(parameter)} {tuple(parameter.shape)}"
 
     @contextmanager
     def holding(self, weights: Sequence[Tensor], layers: Sequence[Layer] | None = None) -> Iterator[None]:
@@ -153,6 +176,12 @@ class Model:
         finally:
             for layer, mine in zip(replaced, own, strict=True):
                 layer.parameter.data = mine
+
+
+def _sample(parameter: Tensor) -> list[float]:
+    """Some entries: a model that was pruned in memory is not taken for the one of its files."""
+    flat = parameter.detach().reshape(-1)  # [entries]
+    return [float(value) for value in flat[:: max(1, len(flat) // 16)].cpu()]
 
 
 def find_blocks(module: Any, include: str | None = None, exclude: str | None = None) -> tuple[Block, ...]:

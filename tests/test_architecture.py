@@ -25,7 +25,9 @@ LAYERS = [
     {"calibration", "evaluation", "export"},
     {"codegen", "loading", "metrics", "options"},
     {"blockwise"},
-    {"expression", "data", "models", "demo", "provenance", "files", "journal", "targets"},
+    {"expression", "data", "models", "demo", "provenance", "journal", "targets"},
+    {"digests"},
+    {"files", "tensor_file"},
     {"operands", "errors", "pareto", "lazy", "kernels", "slim_models", "placement"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
