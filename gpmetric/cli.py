@@ -13,7 +13,8 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import MISSING
+from dataclasses import MISSING, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,11 +25,15 @@ from gpmetric.commands import COMMANDS, Command
 from gpmetric.config import load_config
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.files import STDOUT, write_json
+from gpmetric.lazy import lazy
 from gpmetric.options import Described, check_request, described, make_request
 from gpmetric.provenance import gpmetric_version
 
 __all__ = ["app", "main", "resume_command"]
 
+plan_command = lazy("gpmetric.session.session:plan_command")
+is_out_of_memory = lazy("gpmetric.session.memory:is_out_of_memory")
+out_of_memory = lazy("gpmetric.session.memory:out_of_memory")
 app = typer.Typer(
     name="gpmetric",
     help="Discovers pruning metrics for language models by genetic programming, benchmarks, exports and applies them.",
@@ -36,6 +41,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+_planned = typer.Typer(help="Says what a command would take of memory, disk and time, and runs nothing.")
+_PLANNED: dict[str, Any] = {
+    "show": lazy("gpmetric.terminal.tables:print_plan"),
+    "listener": None,
+    "timed": False,
+    "write": lambda document, request: None,
+}
 
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # typer carries its own copy of click, or does not
 _JSON = typer.Option("--json", metavar="FILE", help="Write the full result as JSON; - for standard output.")
@@ -59,7 +72,7 @@ def _root(
     """Shared by every command."""
 
 
-def _add(name: str, command: Command) -> None:
+def _add(place: typer.Typer, name: str, command: Command) -> None:
     """Makes a command's function, whose parameters are the options of its request, known to typer."""
 
     def call(json: Path | None, config: Path | None, **options: Any) -> None:
@@ -70,7 +83,7 @@ def _add(name: str, command: Command) -> None:
     parameters += [_keyword(field, Annotated[kind, option], None) for field, kind, option in shared]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app.command(name, help=command.help)(call)
+    place.command(name, help=command.help)(call)
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
@@ -129,7 +142,10 @@ def resume_command(ledger: Path) -> str:
 
 
 for _name, _command in COMMANDS.items():
-    _add(_name, _command)
+    _add(app, _name, _command)
+    if _command.work is not None:
+        _add(_planned, _name, replace(_command, run=partial(plan_command, work=_command.work), **_PLANNED))
+app.add_typer(_planned, name="plan")
 
 
 def main() -> None:
@@ -144,6 +160,10 @@ def main() -> None:
         code = _fail(str(error), 2)
     except GpmetricError as error:
         code = _fail(str(error), 1)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        code = _fail(str(out_of_memory(error)), 1)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     if code == 130:  # some versions of typer answer Ctrl-C themselves, without a word

@@ -33,6 +33,7 @@ class Command:
         timed: whether `run` wants to know when the command began, as `started`.
         write: called with the document and the request once --json is written, for what can be made of it again.
         live: whether the listener prints what belongs to the tables.
+        work: what it does with a session, for `gpmetric plan`; None for a command that runs no model.
     """
 
     help: str
@@ -44,6 +45,7 @@ class Command:
     timed: bool = False
     write: Callable[..., None] = lambda document, request: None
     live: bool = False
+    work: Callable[..., Any] | None = None
 
 
 COMMANDS: dict[str, Command] = {
@@ -54,6 +56,7 @@ COMMANDS: dict[str, Command] = {
         lazy("gpmetric.terminal.tables:print_discover"),
         lazy("gpmetric.terminal.live:DiscoverReport"),
         timed=True,
+        work=lazy("gpmetric.evolution.workplace:campaign_work"),
     ),
     "bench": Command(
         "Benchmarks metrics: perplexity of the model pruned by each metric to each target.\n\n"
@@ -64,6 +67,7 @@ COMMANDS: dict[str, Command] = {
         lazy("gpmetric.terminal.tables:print_bench"),
         lazy("gpmetric.terminal.live:BenchReport"),
         lazy("gpmetric.pruning.bench:first_failure"),
+        work=lazy("gpmetric.pruning.bench:bench_work"),
     ),
     "export": Command(
         "Writes a formula, or the winner of a campaign, as a self-contained file.",
@@ -107,6 +111,7 @@ COMMANDS: dict[str, Command] = {
         lazy("gpmetric.terminal.tables:print_evaluation"),
         lazy("gpmetric.terminal.live:EvaluateReport"),
         live=True,
+        work=lazy("gpmetric.session.evaluate:evaluate_work"),
     ),
     "analyse": Command(
         "Shows which operands, operations, sub-expressions and masks go with good fitness in a campaign.",

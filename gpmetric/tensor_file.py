@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gpmetric.errors import GpmetricError
 
-__all__ = ["Place", "TensorFile", "dtype_name", "write_tensors"]
+__all__ = ["Place", "TensorFile", "create_file", "dtype_name", "write_tensors"]
 
 _LONGEST = 100_000_000  # bytes of a header, as safetensors has it
 _PIECE = 2**24  # bytes of a tensor read at once where it is not needed as a whole
@@ -28,6 +28,7 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+Kinds = Mapping[str, tuple[torch.dtype, Sequence[int]]]  # dtype and shape by name
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -112,7 +113,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def write_tensors(
     path: Path,
-    kinds: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    kinds: Kinds,
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str],
 ) -> None:
@@ -127,6 +128,29 @@ def write_tensors(
     Raises:
         OSError: it cannot be written.
     """
+    names, text, _ = _laid_out(kinds, metadata)
+    with path.open("wb", buffering=0) as file:
+        _write_bytes(file, memoryview(text))
+        for name in names:
+            _write_all(file, read(name).to("cpu", kinds[name][0]))
+        os.fsync(file.fileno())
+
+
+def create_file(path: Path, kinds: Kinds, metadata: Mapping[str, str]) -> TensorFile:
+    """A safetensors file of zeros, for tensors to be written into it in any order; arguments as of `write_tensors`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    _, text, size = _laid_out(kinds, metadata)
+    with path.open("wb", buffering=0) as file:
+        _write_bytes(file, memoryview(text))
+        file.truncate(len(text) + size)
+    return TensorFile(path)
+
+
+def _laid_out(kinds: Kinds, metadata: Mapping[str, str]) -> tuple[list[str], bytes, int]:
+    """Names in the order of the file, what stands before the tensors, and their bytes."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     names = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))  # so that each is aligned
@@ -136,11 +160,7 @@ def write_tensors(
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb", buffering=0) as file:
-        _write_bytes(file, memoryview(len(text).to_bytes(8, "little") + text))
-        for name in names:
-            _write_all(file, read(name).to("cpu", kinds[name][0]))
-        os.fsync(file.fileno())
+    return names, len(text).to_bytes(8, "little") + text, end
 
 
 def _write_all(file: BinaryIO, value: Tensor) -> None:

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from gpmetric.blockwise.replay import BlockCalls
+from gpmetric.models import Model
 
-__all__ = ["backward_of_loss", "ends"]
+__all__ = ["backward_of_loss", "ends", "logits_at_once"]
 
-# Logits that are in memory together, 128 MiB in fp32; where those of one batch are more, it is cut. It changes the last
-# bits of what is summed over it, and is therefore the same whatever memory there is.
-_LOGITS = 2**25
+# Logits that are in memory together, 32 MiB in fp32 on a CPU; where those of one batch are more, it is cut. It changes
+# the last bits of what is summed over it, and is therefore the same whatever memory there is.
+_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 
 
 def ends(calls: BlockCalls, number: int, states: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -49,10 +50,15 @@ def backward_of_loss(calls: BlockCalls, number: int, states: Tensor) -> None:
         (cross_entropy(logits, labels, reduction="sum") / predictions).backward()
 
 
+def logits_at_once(model: Model) -> int:
+    """Entries of logits that are in memory together."""
+    return _LOGITS.get(model.device.type, _LOGITS["cuda"])
+
+
 def _parts(calls: BlockCalls, number: int) -> list[Tensor]:
     """Positions of a batch whose logits are taken together, by part."""
     model, batch = calls.model, calls.batches[number]
     length = batch.shape[1] - 1
-    size = max(1, _LOGITS // (len(batch) * model.vocabulary))
+    size = max(1, logits_at_once(model) // (len(batch) * model.vocabulary))
     may = "logits_to_keep" in inspect.signature(model.module.forward).parameters
     return list(torch.arange(length, device=batch.device).split(size if may and size <= length else length))

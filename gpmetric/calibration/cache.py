@@ -5,64 +5,130 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.collect import Statistics
 from gpmetric.errors import GpmetricError
-from gpmetric.models import Model
-from gpmetric.operands import shape_of
+from gpmetric.models import Layer, Model
+from gpmetric.operands import OPERANDS, shape_of
+from gpmetric.tensor_file import TensorFile, create_file
 
-__all__ = ["cache_key", "cached_statistics", "estimate_bytes", "load_statistics"]
+__all__ = ["Sample", "cache_key", "cached_statistics", "estimate_bytes", "load_statistics", "stored_dtype"]
 
 _FORMAT = 2
 
 
-def cache_key(model: Model, tokens: Tensor, names: Collection[str]) -> str:
-    """sha256 of the model's weights, the calibration tokens, the layers and the names of the statistics."""
-    content = {
+def cache_key(model: Model, tokens: Tensor, names: Collection[str], dtype: torch.dtype | None = None) -> str:
+    """sha256 of the model's weights, the calibration tokens, the layers, the statistics' names and their dtype."""
+    content: dict[str, Any] = {
         "format": _FORMAT,
         "model": model.digest,
         "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "shape": list(tokens.shape),
         "layers": [layer.name for layer in model.layers],
-        "names": sorted(names),
+        "names": sorted({"X", *names}),
     }
+    if dtype is not None:
+        content["dtype"] = str(dtype)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def estimate_bytes(model: Model, names: Collection[str]) -> int:
-    """Size of statistics in memory and on disk, in bytes (fp32); X is always among them."""
-    shapes = [layer.weight.shape for layer in model.layers]
-    return 4 * sum(prod(shape_of(name, shape)) for name in {"X", *names} for shape in shapes)
+def estimate_bytes(layers: Iterable[Layer], names: Collection[str], dtype: torch.dtype | None = None) -> int:
+    """Size of statistics of some layers in memory and on disk, in bytes, matrices [out, in] being in `dtype`."""
+    shapes = [layer.weight.shape for layer in layers]
+    return sum(stored_dtype(name, dtype).itemsize * prod(shape_of(name, shape)) for name in names for shape in shapes)
 
 
-def cached_statistics(folder: Path, key: str, compute: Callable[[], Statistics]) -> tuple[Statistics, Path]:
-    """The statistics under `key`, computed and written when they are not there or not readable, and their file.
+@dataclass(frozen=True)
+class Sample:
+    """What a file of the cache holds: statistics by layer with their shapes, and the windows they were measured on."""
+
+    shapes: Mapping[str, tuple[int, int]]  # [out, in] by layer
+    names: frozenset[str]
+    sequences: int
+    length: int
+    dtype: torch.dtype | None = None  # of matrices [out, in]; None is fp32
+
+    @classmethod
+    def of(cls, model: Model, tokens: Tensor, names: Collection[str], dtype: torch.dtype | None = None) -> Sample:
+        """That of a model's statistics on windows [sequences, length]."""
+        shapes = {layer.name: (layer.weight.shape[0], layer.weight.shape[1]) for layer in model.layers}
+        return cls(shapes, frozenset({"X", *names}), len(tokens), tokens.shape[1], dtype)
+
+    @property
+    def kinds(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each tensor of the file."""
+        return {
+            f"{layer}/{name}": (stored_dtype(name, self.dtype), tuple(shape_of(name, shape)))
+            for layer, shape in self.shapes.items()
+            for name in sorted(self.names)
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """What the file says of itself."""
+        names = {"layers": list(self.shapes), "names": sorted(self.names)}
+        return names | {"sequences": self.sequences, "length": self.length}
+
+
+def stored_dtype(name: str, dtype: torch.dtype | None) -> torch.dtype:
+    """That a statistic is kept in, where matrices [out, in] are to be in `dtype`."""
+    matrix = name in OPERANDS and OPERANDS[name].axes != "in"
+    return dtype if dtype is not None and matrix else torch.float32
+
+
+def cached_statistics(
+    folder: Path, key: str, sample: Sample, blocks: Callable[[], Iterable[Mapping[str, LayerStatistics]]]
+) -> Path:
+    """The file of the statistics under `key`, computed and written when it is not there or not readable.
+
+    Args:
+        folder: of the cache.
+        key: see `cache_key`.
+        sample: what the file holds.
+        blocks: computes them, some layers at a time in any order; each is written as soon as it is there.
 
     Raises:
         GpmetricError: the folder cannot be written.
     """
     path = folder / f"{key}.safetensors"
     try:
-        return load_statistics(path), path
+        load_statistics(path, kept=False)
+        return path
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         pass  # absent, or damaged: it is written anew
     with _explained(folder):  # before the work
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError("no permission")
-    statistics = compute()
-    with _explained(folder):
-        _save(statistics, path)
-    return statistics, path
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        with _explained(folder):
+            file = create_file(partial, sample.kinds, {"gpmetric": json.dumps(sample.describe())})
+        for block in blocks():
+            with _explained(folder):
+                _write(file, block)
+        with _explained(folder):
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _write(file: TensorFile, block: Mapping[str, LayerStatistics]) -> None:
+    for layer, statistics in block.items():
+        for name, value in statistics.values.items():
+            place = f"{layer}/{name}"
+            file.write(place, value.cpu().to(file.places[place].dtype))
 
 
 @contextmanager
@@ -73,40 +139,41 @@ def _explained(folder: Path) -> Iterator[None]:
         raise GpmetricError(f"statistics cache {str(folder)!r} cannot be written: {error}") from error
 
 
-def load_statistics(path: Path, device: str = "cpu") -> Statistics:
+class _Stored(Mapping[str, LayerStatistics]):
+    """The layers of a file of the cache, each read when it is asked for."""
+
+    def __init__(self, path: Path, names: Mapping[str, Sequence[str]], device: str) -> None:
+        self._path, self._names, self._device = path, names, device
+
+    def __getitem__(self, layer: str) -> LayerStatistics:
+        with safe_open(self._path, framework="pt", device=self._device) as file:
+            return LayerStatistics(**{name: file.get_tensor(f"{layer}/{name}") for name in self._names[layer]})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def load_statistics(path: Path, device: str = "cpu", *, kept: bool = True) -> Statistics:
     """Reads a cache file onto a device.
+
+    Args:
+        path: of the file.
+        device: where the statistics come to.
+        kept: whether all are read now, or each layer's when they are asked for.
 
     Raises:
         OSError, SafetensorError, KeyError, TypeError or ValueError: missing or damaged.
     """
-    layers: dict[str, dict[str, Tensor]] = {}
+    layers: dict[str, list[str]] = {}
     with safe_open(path, framework="pt", device=device) as file:
         sample = json.loads((file.metadata() or {})["gpmetric"])
         for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
             layer, _, statistic = name.rpartition("/")
-            layers.setdefault(layer, {})[statistic] = file.get_tensor(name)
-    if any(layers[name].keys() != set(sample["names"]) for name in sample["layers"]):
+            layers.setdefault(layer, []).append(statistic)
+    if any(set(layers[name]) != set(sample["names"]) for name in sample["layers"]):
         raise ValueError(f"{path} lacks a statistic of a layer, or has one more")
-    found = {name: LayerStatistics(**layers[name]) for name in sample["layers"]}
-    return Statistics(found, sequences=sample["sequences"], length=sample["length"])
-
-
-def _save(statistics: Statistics, path: Path) -> None:
-    """Writes beside the final name first, so that a reader never sees half a file."""
-    tensors = {
-        f"{name}/{statistic}": value.contiguous()
-        for name, layer in statistics.layers.items()
-        for statistic, value in layer.values.items()
-    }
-    sample = {
-        "layers": list(statistics.layers),
-        "names": sorted(statistics.names),
-        "sequences": statistics.sequences,
-        "length": statistics.length,
-    }
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, metadata={"gpmetric": json.dumps(sample)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    stored = _Stored(path, {name: layers[name] for name in sample["layers"]}, device)
+    return Statistics(dict(stored) if kept else stored, sequences=sample["sequences"], length=sample["length"])

@@ -121,6 +121,7 @@ def campaign_work(session: Session) -> Work:
         kept=2 * tokens["search"] * session.model.vocabulary,
         forward=3 * baselines * per_baseline + 2 * candidates * targets * tokens["search"],
         backward=tokens["calibration"] if needs_gradients(names) else 0,
+        dtype=request.kept_dtype,
     )
 
 

@@ -100,6 +100,7 @@ class Protocol:
             solves=any(updater_of(metric, update).solves for metric in metrics),
             forward=texts + collected + rules * (2 * calibration + texts),
             backward=tokens.numel() if gradients else 0,
+            dtype=self.session.inputs.kept_dtype,
         )
 
     def prepare(self, metrics: Sequence[Metric], update: str) -> None:

@@ -6,10 +6,11 @@ from typing import Any
 
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.options import as_function
+from gpmetric.session.plan import Work
 from gpmetric.session.requests import EvaluateRequest
-from gpmetric.session.session import Listener, open_session
+from gpmetric.session.session import Listener, Session, open_session
 
-__all__ = ["EvaluateListener", "evaluate", "run_evaluate"]
+__all__ = ["EvaluateListener", "evaluate", "evaluate_work", "run_evaluate"]
 
 
 class EvaluateListener(Listener):
@@ -17,6 +18,12 @@ class EvaluateListener(Listener):
 
     def text(self, name: str, ppl: float) -> None:
         """One text is measured."""
+
+
+def evaluate_work(session: Session) -> Work:
+    """What `evaluate` does with a session's model."""
+    tokens = [part.tokens.numel() for part in session.evaluated]
+    return Work(length=session.evaluated[0].tokens.shape[1], texts=max(tokens), forward=sum(tokens))
 
 
 def run_evaluate(request: EvaluateRequest, listener: EvaluateListener | None = None) -> dict[str, Any]:
@@ -33,7 +40,7 @@ def run_evaluate(request: EvaluateRequest, listener: EvaluateListener | None = N
         InputError: before the model runs, for anything that cannot be used.
     """
     told = listener or EvaluateListener()
-    session = open_session(request)
+    session = open_session(request, work=evaluate_work, listener=told)
     ppl: dict[str, float] = {}
     for done, part in enumerate(session.evaluated):
         told.progress("texts", done, len(session.evaluated))

@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from gpmetric.errors import InputError
 from gpmetric.options import Option, Request
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["DEVICES", "DTYPES", "Inputs", "Texts", "parse_size"]
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")
+STATISTICS_DTYPES = ("float32", "bfloat16")
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -58,6 +62,9 @@ class Inputs(Request):
     dtype: Annotated[str | None, Option("{choices}; float32 on a CPU, as stored on CUDA.", choices=DTYPES)] = None
     include: Annotated[str | None, Option("Prune only layers whose name matches.", metavar="REGEX")] = None
     exclude: Annotated[str | None, Option("Leave layers whose name matches dense.", metavar="REGEX")] = None
+    statistics_dtype: Annotated[str, Option("{choices}: what G, H and F are kept in.", choices=STATISTICS_DTYPES)] = (
+        "float32"
+    )
     memory: Annotated[
         str | None, Option("Memory of the device at most, 12GB for instance; what is free by default.", metavar="SIZE")
     ] = None
@@ -66,6 +73,13 @@ class Inputs(Request):
         super().check()
         if self.memory is not None:
             parse_size(self.memory)
+
+    @property
+    def kept_dtype(self) -> torch.dtype | None:
+        """That matrices of statistics are kept in; None is float32."""
+        import torch  # which options are read without
+
+        return torch.bfloat16 if self.statistics_dtype == "bfloat16" else None
 
     @property
     def memory_limit(self) -> int | None:

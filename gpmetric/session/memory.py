@@ -16,7 +16,9 @@ import torch
 from gpmetric.errors import OutOfMemoryError
 from gpmetric.models import Model
 
-__all__ = ["LEVERS", "free_device", "free_disk", "free_host", "is_out_of_memory", "resident_bytes", "retried"]
+__all__ = [
+    "LEVERS", "free_device", "free_disk", "free_host", "is_out_of_memory", "out_of_memory", "resident_bytes", "retried",
+]  # fmt: skip
 
 LEVERS = "--memory with less than there is, a shorter --sequence-length, or --dtype bfloat16 take less"
 
@@ -85,13 +87,20 @@ def retried(model: Model, function: Callable[[], Result]) -> Result:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).partition("\n")[0]
+            reason = error.with_traceback(None)  # whose frames hold tensors
         gc.collect()
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
         if model.placement is None or model.placement.batch_tokens <= _SMALLEST:
-            raise OutOfMemoryError(f"out of memory on {model.device.type}: {reason[:120]}; {LEVERS}")
+            raise out_of_memory(reason)
         model.placement.batch_tokens //= 2
+
+
+def out_of_memory(error: BaseException) -> OutOfMemoryError:
+    """What is told of an exception that says so, in one line."""
+    place = "the device" if isinstance(error, torch.OutOfMemoryError) else "this machine"
+    reason = " ".join(str(error).split())[:100]
+    return OutOfMemoryError(f"{place} is out of memory ({reason}): {LEVERS}")
 
 
 def _available() -> int:

@@ -10,23 +10,23 @@ import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from math import prod
 from typing import Any
 
 import torch
 
+from gpmetric.blockwise.ends import logits_at_once
 from gpmetric.blockwise.shelf import Shelf
+from gpmetric.calibration.cache import estimate_bytes
 from gpmetric.errors import InputError
 from gpmetric.files import scratch_folder
 from gpmetric.models import Model
-from gpmetric.operands import GRAM, needs_gradients, shape_of
+from gpmetric.operands import GRAM, needs_gradients
 from gpmetric.placement import BATCH_TOKENS, FRONT, HEAD
 from gpmetric.session.memory import free_device, free_disk, free_host, resident_bytes
 
 __all__ = ["Plan", "Work", "make_plan"]
 
 _MARGIN = 0.08  # of the free memory, which is left to others
-_LOGITS = 2**25  # entries of logits that are in memory together, see `blockwise.ends`
 _READ = 1.5e9  # bytes a second that weights are read at from a disk's cache
 
 
@@ -46,7 +46,9 @@ class Work:
         solves: whether a solver updates kept weights.
         kept: bytes kept besides where there is room, of the dense model's predictions for instance.
         per_weight: bytes kept of every prunable weight besides.
+        disk: bytes that are written besides scratch files.
         forward, backward: tokens of passes through all blocks, in all.
+        dtype: that matrices of statistics are kept in; None is fp32.
         resident: whether all weights must be on the device.
     """
 
@@ -61,8 +63,10 @@ class Work:
     solves: bool = False
     kept: int = 0
     per_weight: int = 0
+    disk: int = 0
     forward: int = 0
     backward: int = 0
+    dtype: torch.dtype | None = None
     resident: bool = False
 
 
@@ -149,10 +153,10 @@ class _Sizes:
         if kept:
             whole = least + moving
             own = whole if on_cpu else resident_bytes() + self.model.placement.bytes(FRONT)  # type: ignore[union-attr]
-            return replace(plan, memory_bytes=whole, host_bytes=own, seconds=seconds)
+            return replace(plan, memory_bytes=whole, host_bytes=own, disk_bytes=self.work.disk, seconds=seconds)
         room = max(0, free - least if on_cpu else host - resident_bytes())
         held = min(moving, room)
-        disk = moving - held
+        disk = moving - held + self.work.disk
         scratch = scratch_folder()
         if disk > free_disk(scratch):
             raise InputError(
@@ -215,8 +219,7 @@ class _Sizes:
         return max(self._statistics(names, block.layers) for block in self.model.blocks)
 
     def _statistics(self, names: Collection[str], layers: Collection[Any]) -> int:
-        shapes = [layer.weight.shape for layer in layers]
-        return 4 * sum(prod(shape_of(name, shape)) for name in names for shape in shapes)
+        return estimate_bytes(layers, names, self.work.dtype)
 
     def states(self, tokens: int) -> int:
         """Of hidden states."""
@@ -251,8 +254,8 @@ class _Sizes:
     @cached_property
     def logits(self) -> int:
         """Of a batch's predictions: logits, their log-softmax, and what is computed of it."""
-        entries = max(1, min(_LOGITS, max(self.work.length, BATCH_TOKENS) * self.model.vocabulary))
-        return 3 * 4 * entries
+        entries = max(self.work.length, BATCH_TOKENS) * self.model.vocabulary
+        return 3 * 4 * max(1, min(logits_at_once(self.model), entries))
 
     @cached_property
     def workspace(self) -> int:

@@ -9,12 +9,20 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gpmetric.blockwise.replay import BlockCalls, record_calls
 from gpmetric.blockwise.shelf import Shelf
 from gpmetric.calibration.accumulators import LayerStatistics
-from gpmetric.calibration.cache import cache_key, cached_statistics, estimate_bytes
+from gpmetric.calibration.cache import (
+    Sample,
+    cache_key,
+    cached_statistics,
+    estimate_bytes,
+    load_statistics,
+    stored_dtype,
+)
 from gpmetric.calibration.collect import Statistics, collect_blocks, token_batches
 from gpmetric.data import Windows
 from gpmetric.errors import GpmetricError
@@ -27,7 +35,7 @@ from gpmetric.session.inputs import Inputs
 from gpmetric.session.plan import Plan, Work, make_plan
 from gpmetric.session.splits import Sources, open_sources, read_splits
 
-__all__ = ["Listener", "Progress", "Session", "open_session", "plan_session"]
+__all__ = ["Listener", "Progress", "Session", "open_session", "plan_command", "plan_session"]
 
 Progress = Callable[[str, int, int], None]  # what, done, in all
 
@@ -42,8 +50,8 @@ class Listener:
     def progress(self, what: str, done: int, total: int) -> None:
         """A step has come so far."""
 
-    def plan(self, plan: Plan) -> None:
-        """What the command is going to take."""
+    def needs(self, plan: Plan) -> None:
+        """What the command is going to take of memory, disk and time."""
 
     def dense(self, ppl: Mapping[str, float]) -> None:
         """Perplexity of the dense model by text or split, before anything is pruned."""
@@ -89,7 +97,7 @@ class Session:
         held = frozenset[str]() if self.dense is None else self.dense.names
         missing = held.union(names) - held
         if self.dense is None or missing:
-            store = _Store(self.model, self.plan)
+            store = _Store(self.model, self.plan, self.inputs.kept_dtype)
             for block in self.blocks(missing, progress):
                 for name in list(block):
                     before = {} if self.dense is None else self.dense.layers[name].values
@@ -114,9 +122,13 @@ class Session:
             GpmetricError: the disk has no room for them, or the folder cannot be written.
         """
         folder = folder or cache_folder()
-        _check_room(folder, estimate_bytes(self.model, names))
-        key = cache_key(self.model, self.tokens, names)
-        self.dense, path = cached_statistics(folder, key, lambda: self.statistics(names, progress))
+        names = frozenset({"X", *names})
+        dtype = self.inputs.kept_dtype
+        _check_room(folder, estimate_bytes(self.model.layers, names, dtype))
+        key = cache_key(self.model, self.tokens, names, dtype)
+        sample = Sample.of(self.model, self.tokens, names, dtype)
+        path = cached_statistics(folder, key, sample, lambda: self.blocks(names, progress))
+        self.dense = load_statistics(path, str(self.model.device), kept=self.plan.kept)
         return path
 
     @cached_property
@@ -172,7 +184,7 @@ def open_session(
         InputError: for anything that cannot be used, or that takes more memory than there is.
     """
     session = plan_session(inputs, name, sources, work=work)
-    (listener or Listener()).plan(session.plan)
+    (listener or Listener()).needs(session.plan)
     session.start()
     return session
 
@@ -194,20 +206,38 @@ def plan_session(
     return session
 
 
+def plan_command(request: Inputs, *, work: Callable[[Session], Work]) -> dict[str, Any]:
+    """What a command would take; nothing is run.
+
+    Returns:
+        `memory_bytes`, `host_bytes`, `disk_bytes`, `seconds` and how the model would be held; of several models, the
+        most of each, and the seconds of all.
+
+    Raises:
+        InputError: as of `open_session`.
+    """
+    sources = open_sources(request)
+    plans = [plan_session(request, name, sources, work=work).plan.describe() for name in request.models]
+    seconds = sum(plan["seconds"] for plan in plans)
+    return {name: max(plan[name] or 0 for plan in plans) for name in plans[0]} | {"seconds": seconds}
+
+
 class _Store(Mapping[str, LayerStatistics]):
     """Statistics by layer: on the device, or where the plan puts them; what is not kept is read when asked for."""
 
-    def __init__(self, model: Model, plan: Plan) -> None:
+    def __init__(self, model: Model, plan: Plan, dtype: torch.dtype | None) -> None:
+        self._dtype = dtype
         self._names = [layer.name for layer in model.layers]
         self._device = model.device
         self._kept: dict[str, LayerStatistics] = {}
         self._shelf = None if plan.kept else plan.shelf()
 
     def put(self, name: str, values: Mapping[str, Tensor]) -> None:
+        kept = {key: value.to(stored_dtype(key, self._dtype)) for key, value in values.items()}
         if self._shelf is None:
-            self._kept[name] = LayerStatistics(**values)
+            self._kept[name] = LayerStatistics(**kept)
         else:
-            self._shelf.put(name, values)
+            self._shelf.put(name, kept)
 
     def __getitem__(self, name: str) -> LayerStatistics:
         if self._shelf is None:

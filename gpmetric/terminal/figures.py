@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["figure", "figures_of", "number"]
+__all__ = ["figure", "figures_of", "needs_of", "number"]
 
 
 def number(value: float | None) -> float:
@@ -21,3 +21,18 @@ def figures_of(ppl: Mapping[str, Any]) -> str:
 def figure(ppl: float | Mapping[str, float]) -> str:
     """A perplexity, or those of several models: `(llama 12.300, gpt2 20.100)`."""
     return f"{ppl:.3f}" if isinstance(ppl, float) else f"({figures_of(ppl)})"
+
+
+def needs_of(plan: Mapping[str, Any]) -> str:
+    """What a command takes: memory, disk and time, and how the model is held."""
+    seconds = plan["seconds"]
+    spent = (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+    disk = f", {plan['disk_bytes'] / 1e9:.2g} GB of disk" if plan["disk_bytes"] else ""
+    held = "" if plan["resident"] else "; weights are read block by block"
+    return f"needs about {plan['memory_bytes'] / 1e9:.2g} GB of memory{disk}, about {spent}{held}"

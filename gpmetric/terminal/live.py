@@ -18,13 +18,15 @@ from gpmetric.evolution.fitness import mean_excess
 from gpmetric.evolution.selection import Individual
 from gpmetric.pruning.bench import BenchListener, BenchRow
 from gpmetric.session.evaluate import EvaluateListener
+from gpmetric.session.plan import Plan
 from gpmetric.structured.slim import SlimListener
-from gpmetric.terminal.figures import figures_of, number
+from gpmetric.terminal.figures import figures_of, needs_of, number
 
 __all__ = ["AllocateReport", "BenchReport", "DiscoverReport", "EvaluateReport", "SlimReport"]
 
 _SEARCHED = {"kl": "divergence"}  # what an objective is called, where that is not its name
 _SLIM_SECONDS = 10  # between two lines of a structured search
+_LONG, _LARGE = 20, 2 * 10**9  # seconds and bytes from which on a plan is told
 _SHOWN = 12  # rows of the live table
 
 
@@ -50,6 +52,10 @@ class _Bars:
         if what not in self._tasks:
             self._tasks[what] = self._bar.add_task(what, total=total)
         self._bar.update(self._tasks[what], completed=done)
+
+    def needs(self, plan: Plan) -> None:
+        if plan.seconds > _LONG or plan.memory_bytes > _LARGE:
+            self._console.print(Text(needs_of(plan.describe())), soft_wrap=True)
 
     def dense(self, ppl: Mapping[str, float]) -> None:
         self._console.print(Text("dense: " + figures_of(ppl)))

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.options import Request
-from gpmetric.terminal.figures import figure, number
+from gpmetric.terminal.figures import figure, needs_of, number
 
 __all__ = [
     "print_allocation",
@@ -22,6 +22,7 @@ __all__ = [
     "print_discover",
     "print_evaluation",
     "print_export",
+    "print_plan",
     "print_prune",
     "print_slim",
     "print_verify",
@@ -275,3 +276,8 @@ def print_evaluation(console: Console, result: Mapping[str, Any], request: Reque
     """What was measured on; the listener has printed the figures."""
     size = f"{result['windows']} windows of {result['sequence_length']} tokens"
     console.print(Text(f"{size}, {result['dtype']}, {result['device']}"), soft_wrap=True)
+
+
+def print_plan(console: Console, result: Mapping[str, Any], request: Request) -> None:
+    """What a command would take."""
+    console.print(Text(needs_of(result)), soft_wrap=True)
