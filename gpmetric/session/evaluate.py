@@ -23,7 +23,8 @@ class EvaluateListener(Listener):
 def evaluate_work(session: Session) -> Work:
     """What `evaluate` does with a session's model."""
     tokens = [part.tokens.numel() for part in session.evaluated]
-    return Work(length=session.evaluated[0].tokens.shape[1], texts=max(tokens), forward=sum(tokens))
+    length = session.evaluated[0].tokens.shape[1]
+    return Work(length=length, texts=max(tokens), forward=sum(tokens), resident=False)
 
 
 def run_evaluate(request: EvaluateRequest, listener: EvaluateListener | None = None) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from gpmetric.session.memory import free_device, free_disk, free_host, resident_
 
 __all__ = ["Plan", "Work", "make_plan"]
 
-_MARGIN = 0.08  # of the free memory, which is left to others
+_MARGIN = 0.08  # of the memory, which is left to others, and to what allocators keep
+_ROOM = 2 * 10**9  # bytes that move between memory and disk; files of beyond that are in the system's cache anyway
 _READ = 1.5e9  # bytes a second that weights are read at from a disk's cache
 
 
@@ -49,7 +50,8 @@ class Work:
         disk: bytes that are written besides scratch files.
         forward, backward: tokens of passes through all blocks, in all.
         dtype: that matrices of statistics are kept in; None is fp32.
-        resident: whether all weights must be on the device.
+        resident: whether all weights must be on the device; False where blocks are read so few times that it does not
+            pay, None where it does if there is room.
     """
 
     dense: frozenset[str] = frozenset()
@@ -67,7 +69,7 @@ class Work:
     forward: int = 0
     backward: int = 0
     dtype: torch.dtype | None = None
-    resident: bool = False
+    resident: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -114,14 +116,16 @@ def make_plan(model: Model, work: Work, limit: int | None) -> Plan:
         InputError: no way keeps to it; named are what it would take, and what takes less.
     """
     sizes = _Sizes(model, work)
-    free = limit if limit is not None else int(free_device(model.device) * (1 - _MARGIN))
+    free = int((limit or free_device(model.device)) * (1 - _MARGIN))
     host = free if model.device.type == "cpu" else int(free_host() * (1 - _MARGIN))
-    for resident, kept in [(True, True), (True, False), (False, False)][: 1 if work.resident else 3]:
+    ways = {True: [(True, True)], False: [(False, False)], None: [(True, True), (True, False), (False, False)]}
+    for resident, kept in ways[work.resident]:
         plan = sizes.way(resident, kept, free, host)
         if plan is not None:
             return plan
     given = "allowed by --memory" if limit is not None else "free"
-    least = sizes.device(resident=work.resident, kept=work.resident) + (sizes.moving(True) if work.resident else 0)
+    whole = bool(work.resident)
+    least = sizes.device(resident=whole, kept=whole) + (sizes.moving(True) if whole else 0)
     raise InputError(
         f"{model.name!r} needs at least {_told(least)} here, of {_told(free)} {given}: allow more, take a shorter "
         "--sequence-length, metrics of fewer operands, or --dtype bfloat16"
@@ -154,7 +158,7 @@ class _Sizes:
             whole = least + moving
             own = whole if on_cpu else resident_bytes() + self.model.placement.bytes(FRONT)  # type: ignore[union-attr]
             return replace(plan, memory_bytes=whole, host_bytes=own, disk_bytes=self.work.disk, seconds=seconds)
-        room = max(0, free - least if on_cpu else host - resident_bytes())
+        room = min(_ROOM, max(0, free - least if on_cpu else host - resident_bytes()))
         held = min(moving, room)
         disk = moving - held + self.work.disk
         scratch = scratch_folder()

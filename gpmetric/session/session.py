@@ -219,7 +219,8 @@ def plan_command(request: Inputs, *, work: Callable[[Session], Work]) -> dict[st
     sources = open_sources(request)
     plans = [plan_session(request, name, sources, work=work).plan.describe() for name in request.models]
     seconds = sum(plan["seconds"] for plan in plans)
-    return {name: max(plan[name] or 0 for plan in plans) for name in plans[0]} | {"seconds": seconds}
+    most = {name: max(plan[name] for plan in plans) for name in ("memory_bytes", "host_bytes", "disk_bytes")}
+    return plans[0] | most | {"seconds": seconds}
 
 
 class _Store(Mapping[str, LayerStatistics]):
