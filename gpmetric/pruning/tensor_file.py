@@ -1,0 +1,181 @@
+"""A safetensors file read and written in place, one tensor at a time: nothing is mapped, nothing else is in memory.
+
+A file is 8 bytes with the length of its header, the header in JSON with the place of each tensor, and the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from gpmetric.errors import GpmetricError
+
+__all__ = ["Place", "TensorFile", "dtype_name", "write_tensors"]
+
+_LONGEST = 100_000_000  # bytes of a header, as safetensors has it
+_PIECE = 2**24  # bytes of a tensor read at once where it is not needed as a whole
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is in its file, [start, end) in bytes, and what it is."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class TensorFile:
+    """The tensors of a safetensors file by name.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        places: by name, in the order of the header.
+        metadata: texts that the file says of itself.
+
+    Raises:
+        OSError: it cannot be read.
+        GpmetricError: it is damaged or cut short, or holds a dtype that is not known.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                header = _read_header(file, size)
+                self.metadata: dict[str, str] = dict(header.pop("__metadata__", {}))
+                begin = file.tell()
+                self.places = {name: _place(name, entry, begin, size) for name, entry in header.items()}
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+                raise GpmetricError(f"{str(path)!r} is no whole safetensors file: {reason:.120}") from error
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the file, in memory of its own."""
+        place = self.places[name]
+        found = torch.empty(math.prod(place.shape), dtype=place.dtype)
+        with self.path.open("rb", buffering=0) as file:
+            self._fill(file, found, place.start)
+        return found.reshape(place.shape)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor of the file, flat, piece by piece of at most 16 MiB."""
+        place = self.places[name]
+        size = place.dtype.itemsize
+        with self.path.open("rb", buffering=0) as file:
+            for start in range(place.start, place.end, _PIECE):
+                found = torch.empty(min(_PIECE, place.end - start) // size, dtype=place.dtype)
+                self._fill(file, found, start)
+                yield found
+
+    def write(self, name: str, value: Tensor) -> None:
+        """Puts other numbers in the place of a tensor, of the same shape and dtype."""
+        place = self.places[name]
+        assert (value.shape, value.dtype) == (place.shape, place.dtype), name
+        with self.path.open("r+b", buffering=0) as file:
+            file.seek(place.start)
+            _write_all(file, value)
+
+    def _fill(self, file: BinaryIO, values: Tensor, start: int) -> None:
+        """Reads a flat tensor from its place in the file."""
+        file.seek(start)
+        free = _bytes_of(values)
+        while free:
+            if not (count := file.readinto(free)):  # type: ignore[attr-defined]  # of a file without a buffer
+                raise GpmetricError(f"{str(self.path)!r} ends before its tensors do")
+            free = free[count:]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What safetensors calls a dtype."""
+    return _NAMES[dtype]
+
+
+def write_tensors(
+    path: Path,
+    kinds: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes a safetensors file as `save_file` does, asking for one tensor at a time.
+
+    Args:
+        path: of the file.
+        kinds: by name, dtype and shape.
+        read: gives the tensor of a name, on any device.
+        metadata: texts that the file says of itself.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    names = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))  # so that each is aligned
+    for name in names:
+        dtype, shape = kinds[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb", buffering=0) as file:
+        _write_bytes(file, memoryview(len(text).to_bytes(8, "little") + text))
+        for name in names:
+            _write_all(file, read(name).to("cpu", kinds[name][0]))
+        os.fsync(file.fileno())
+
+
+def _write_all(file: BinaryIO, value: Tensor) -> None:
+    _write_bytes(file, _bytes_of(value.detach().contiguous()))
+
+
+def _write_bytes(file: BinaryIO, content: memoryview) -> None:
+    while content:
+        content = content[file.write(content) :]
+
+
+def _bytes_of(value: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not copied."""
+    return value.reshape(-1).view(torch.uint8).numpy().data  # [bytes]
+
+
+def _read_header(file: BinaryIO, size: int) -> dict[str, Any]:
+    """The header of a file; ValueError says what is wrong with it."""
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= min(_LONGEST, size - 8):
+        raise ValueError(f"its header has {length} bytes, the file {size}")
+    header = json.loads(file.read(length).decode())
+    if not isinstance(header, dict):
+        raise ValueError("its header is no table")
+    return header
+
+
+def _place(name: str, entry: Any, begin: int, size: int) -> Place:
+    """What a header says of a tensor; its offsets count from `begin`, and the file has `size` bytes."""
+    dtype, shape = _DTYPES.get(entry["dtype"]), tuple(entry["shape"])
+    if dtype is None:
+        raise ValueError(f"tensor {name} is of dtype {entry['dtype']!r}")
+    start, end = entry["data_offsets"]
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)):
+        raise ValueError(f"tensor {name} has no place in it")
+    if end - start != math.prod(shape) * dtype.itemsize or end > size - begin:
+        raise ValueError(f"tensor {name} does not fit into its place")
+    return Place(dtype, shape, begin + start, begin + end)
