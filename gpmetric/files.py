@@ -30,10 +30,10 @@ def cache_folder() -> Path:
     Raises:
         GpmetricError: the user has no home.
     """
-    folder = user_cache_path("gpmetric")
-    if not folder.is_absolute():  # ~ stands for nothing
-        raise GpmetricError("there is no home folder for caches; XDG_CACHE_HOME can name one")
-    return folder
+    with suppress(RuntimeError):  # of some versions of platformdirs; others leave ~ as it is
+        if (folder := user_cache_path("gpmetric")).is_absolute():
+            return folder
+    raise GpmetricError("there is no home folder for caches; XDG_CACHE_HOME can name one")
 
 
 def check_output(option: str, path: Path | None) -> None:

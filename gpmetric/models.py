@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gpmetric.digests import remembered_digest
 from gpmetric.errors import InputError, ModelError
 
 __all__ = ["Block", "Layer", "Model", "check_model", "find_blocks"]
 
 _ROUTER = re.compile(r"(^|\.)(router|gate)$")  # mixture-of-experts routers are never pruned
+_PIECE = 2**24  # entries of a parameter that are hashed at once
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache"}  # of a config: no part of what the model computes
 
 
@@ -101,13 +104,25 @@ class Model:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over the config and every parameter's name, dtype, shape and bytes. Taken while dense."""
+        """sha256 over the config and every parameter's name, dtype, shape and bytes, as they were loaded.
+
+        Taken while dense; of files that have not changed it is remembered from one command to the next.
+        """
         config = {key: value for key, value in self.module.config.to_diff_dict().items() if key not in _VOLATILE}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        told = json.dumps(config, sort_keys=True, default=str)
+        if self.folder is None:
+            return self._computed_digest(told)
+        drawn = [(_kind(name, one), _sample(one)) for name, one in self.module.named_parameters()]
+        settings = {"config": told, "parameters": drawn, "versions": [torch.__version__, transformers.__version__]}
+        return remembered_digest(self.folder, settings, lambda: self._computed_digest(told))
+
+    def _computed_digest(self, config: str) -> str:
+        digest = hashlib.sha256(config.encode())
         for name, parameter in self.module.named_parameters():
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-            flat = parameter.detach().contiguous().view(-1).cpu()
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+            digest.update(f"{_kind(name, parameter)}\n".encode())
+            flat = parameter.detach().contiguous().view(-1)  # [entries]
+            for piece in flat.split(_PIECE):  # of a device, so that no copy of all of it is made
+                digest.update(memoryview(piece.cpu().view(torch.uint8).numpy()))
         return digest.hexdigest()
 
     @contextmanager
@@ -134,6 +149,16 @@ class Model:
         finally:
             for layer, mine in zip(self.layers, own, strict=True):
                 layer.parameter.data = mine
+
+
+def _kind(name: str, parameter: Tensor) -> str:
+    return f"{name} {parameter.dtype} {tuple(parameter.shape)}"
+
+
+def _sample(parameter: Tensor) -> list[float]:
+    """Some entries: a model that was pruned in memory is not taken for the one of its files."""
+    flat = parameter.detach().reshape(-1)  # [entries]
+    return [float(value) for value in flat[:: max(1, len(flat) // 16)].cpu()]
 
 
 def find_blocks(module: Any, include: str | None = None, exclude: str | None = None) -> tuple[Block, ...]:

@@ -24,7 +24,9 @@ LAYERS = [
     {"session"},
     {"calibration", "evaluation", "export"},
     {"codegen", "loading", "metrics", "options"},
-    {"expression", "data", "models", "demo", "provenance", "files", "journal", "targets"},
+    {"expression", "data", "models", "demo", "provenance", "journal", "targets"},
+    {"digests"},
+    {"files"},
     {"operands", "errors", "pareto", "lazy", "kernels", "slim_models"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def test_digest_is_of_the_contents(model: Model, family: str, request: pytest.Fi
     copy = shutil.copytree(folder, tmp_path / "elsewhere")
     assert load_model(str(copy)).digest == model.digest
     assert load_model(str(folder), dtype="bfloat16").digest != model.digest
-    changed = load_model(str(folder))
+    changed = replace(load_model(str(folder)), folder=None)  # else the digest of its files is remembered
     weight = changed.layers[3].weight
     weight[1, 2] = torch.nextafter(weight[1, 2], torch.tensor(9.0))
     assert changed.digest != model.digest
