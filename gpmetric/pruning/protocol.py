@@ -6,24 +6,29 @@ codes; those of gradients from the dense model. One-shot: everything comes from 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.collect import collect_block
+from gpmetric.calibration.replay import record_calls
 from gpmetric.errors import InputError, MaskError, SolverError
+from gpmetric.evaluation.perplexity import batches, mean_loss
 from gpmetric.metrics import Metric
 from gpmetric.models import Layer, Model
 from gpmetric.operands import needs_gradients
 from gpmetric.pruning.allocation import Allocation
+from gpmetric.pruning.checkpoint import stored_layers
 from gpmetric.pruning.updaters import needed_statistics, resolve_target, updater_of
 from gpmetric.session.session import Progress, Session
 from gpmetric.targets import Target
 
-__all__ = ["Protocol", "Rule", "check_targets", "sparsity"]
+__all__ = ["Protocol", "Rule", "Walk", "Walked", "check_targets", "sparsity"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,14 @@ class Rule:
         """What a layer is pruned to, comparison group included."""
         asked = self.plan.targets[layer] if isinstance(self.plan, Allocation) else self.plan
         return resolve_target(asked, self.metric, self.update)
+
+
+@dataclass(frozen=True)
+class Walked:
+    """What a walk found: mean loss of the pruned model on each text, in nats, and the seconds that pruning took."""
+
+    losses: list[float]
+    seconds: float
 
 
 class Protocol:
@@ -87,6 +100,16 @@ class Protocol:
         for layer, statistics in self._dense() if self.one_shot else self._block_by_block(rule):
             _prune_layer(layer, rule, statistics)
 
+    def walk(self, rules: Sequence[Rule], texts: Sequence[Tensor] = ()) -> Walk:
+        """The same block by block, texts being read on the way; `prepare` has been called for these metrics.
+
+        Args:
+            rules: how; one.
+            texts: [windows, length], int64: what the pruned model is measured on.
+        """
+        (rule,) = rules
+        return Walk(self, rule, texts)
+
     def _dense(self) -> Iterator[tuple[Layer, LayerStatistics]]:
         assert self.session.dense is not None
         for layer in self.session.model.layers:
@@ -107,6 +130,77 @@ class Protocol:
     def _gradients(self, layer: str) -> Mapping[str, Tensor]:
         dense = self.session.dense
         return {} if dense is None else dense.layers[layer].gradients
+
+
+class Walk:
+    """The model pruned by one rule, block by block: `for index, (pruned,) in walk`, by layer name [out, in].
+
+    Layers that are left alone are not among the pruned ones. A walk can be gone on with behind any block.
+    """
+
+    def __init__(self, protocol: Protocol, rule: Rule, texts: Sequence[Tensor]) -> None:
+        self._protocol, self._rule, self._texts = protocol, rule, texts
+        self._model, self._block, self._seconds = protocol.session.model, 0, 0.0
+        self._names = [name for name in needed_statistics([rule.metric], rule.update) if not needs_gradients([name])]
+        self._read = [record_calls(self._model, list(batches(self._model, tokens))) for tokens in texts]
+        self._hidden: list[list[Tensor]] = [calls.hidden for calls in self._read]
+        if not protocol.one_shot:
+            self._read.append(protocol.session.calls)
+            self._hidden.append(protocol.session.calls.hidden)
+        self._dtypes = {name: file.places[tensor].dtype for name, (file, tensor) in stored_layers(self._model).items()}
+
+    def __iter__(self) -> Iterator[tuple[int, tuple[dict[str, Tensor]]]]:
+        for index in range(self._block, len(self._model.blocks)):
+            yield index, (self._prune(index),)
+
+    def restore(self, block: int, state: Mapping[str, Tensor]) -> None:
+        """Goes on before a block with what `state` gave there."""
+        self._block = block
+        for number, hidden in enumerate(self._hidden):
+            for batch in range(len(hidden)):
+                hidden[batch] = state[f"{number}.{batch}"].to(self._model.device)
+
+    def state(self) -> dict[str, Tensor]:
+        """What is needed to go on behind the last block: what leaves it, by text and batch."""
+        return {f"{i}.{j}": batch for i, hidden in enumerate(self._hidden) for j, batch in enumerate(hidden)}
+
+    @torch.no_grad()
+    def measured(self) -> tuple[Walked]:
+        """For each rule, what the walk found."""
+        losses = []
+        for tokens, hidden in zip(self._texts, self._hidden, strict=False):
+            states = iter(hidden)
+
+            def told(_: object, __: object, output: Any, states: Iterator[Tensor] = states) -> Any:
+                return (next(states), *output[1:]) if isinstance(output, tuple) else next(states)
+
+            with self._model.blocks[-1].module.register_forward_hook(told):
+                losses.append(mean_loss(self._model, tokens))
+        return (Walked(losses, self._seconds),)
+
+    @torch.no_grad()
+    def _prune(self, index: int) -> dict[str, Tensor]:
+        start, block, session = time.perf_counter(), self._model.blocks[index], self._protocol.session
+        if self._protocol.one_shot:
+            assert session.dense is not None
+            found = {layer.name: session.dense.layers[layer.name] for layer in block.layers}
+        else:
+            collected = collect_block(session.calls, index, block, self._hidden[-1], self._names)
+            found = {
+                name: LayerStatistics(**self._protocol._gradients(name), **one.values)
+                for name, one in collected.items()
+            }
+        for layer in block.layers:
+            _prune_layer(layer, self._rule, found[layer.name])
+        if not self._protocol.one_shot:
+            self._hidden[-1] = self._read[-1].replay(index, block, self._hidden[-1])
+        self._seconds += time.perf_counter() - start
+        for layer in block.layers:  # texts read the model as it is stored
+            layer.weight.copy_(layer.weight.to(self._dtypes[layer.name]))
+        for number in range(len(self._texts)):
+            self._hidden[number] = self._read[number].replay(index, block, self._hidden[number])
+        self._block = index + 1
+        return {layer.name: layer.weight for layer in block.layers if self._rule.target(layer.name).sparsity > 0}
 
 
 def _prune_layer(layer: Layer, rule: Rule, statistics: LayerStatistics) -> None:
