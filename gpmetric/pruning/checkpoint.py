@@ -94,9 +94,10 @@ class CheckpointWriter:
             pruned: [out, in], on any device; None where the layer is left alone.
         """
         file, name = self._stored[layer.name]
-        dense = written = file.read(name)
+        written = file.read(name)
+        before = _zeros(written)
         if pruned is not None:
-            written = self._written(dense, layer, pruned)
+            written = self._written(written, layer, pruned)
             for shard in self._shards.values():
                 if name in shard.places:  # the copy has the same places
                     TensorFile(self._folder / shard.path.name).write(name, written)
@@ -104,14 +105,14 @@ class CheckpointWriter:
         return {
             "name": layer.name,
             "tensor": name,
-            "shape": list(layer.oriented(dense).shape),
+            "shape": list(layer.oriented(written).shape),
             "transposed": isinstance(layer.module, Conv1D),
             "granularity": rule.granularity,
             "target": rule.text,
-            "entries": dense.numel(),
+            "entries": written.numel(),
             "zeros": zeros,
-            "zeros_before": _zeros(dense),
-            "sparsity": zeros / dense.numel(),
+            "zeros_before": before,
+            "sparsity": zeros / written.numel(),
         }
 
     def finish(self, made: dict[str, Any], layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -140,9 +141,9 @@ class CheckpointWriter:
         return manifest
 
     def _written(self, stored: Tensor, layer: Layer, pruned: Tensor) -> Tensor:
-        """A layer's weight as its file holds it: the dense numbers masked, or the updated ones, rounded."""
+        """A layer's weight as its file holds it: the dense numbers masked in place, or the updated ones, rounded."""
         if not self._update:
-            return stored.where(layer.oriented(pruned != 0).cpu(), 0)
+            return stored.masked_fill_(layer.oriented(pruned == 0).cpu(), 0)
         return layer.oriented(pruned.to(layer.parameter.dtype)).cpu().to(stored.dtype)
 
 

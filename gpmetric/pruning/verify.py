@@ -211,7 +211,8 @@ def _is_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite; float8 is widened for that."""
     if not values.is_floating_point():
         return True
-    return bool((values.float() if values.itemsize == 1 else values).isfinite().all())
+    ends = torch.stack((values.float() if values.itemsize == 1 else values).aminmax())  # NaN if any is
+    return bool(ends.isfinite().all())
 
 
 def _shape_problems(model: Model, manifest: _Manifest) -> Iterator[str]:
@@ -233,28 +234,29 @@ def _layer_problems(stored: Tensor, layer: _Layer) -> Iterator[str]:
     if tuple(weight.shape) != layer.shape or not weight.numel():
         yield f"layer {layer.name} is {list(weight.shape)}, the manifest says {list(layer.shape)}"
         return
-    zeros = int((weight == 0).sum())
+    gone = weight == 0
+    zeros = int(torch.count_nonzero(gone))
     if zeros != layer.zeros:
         yield f"layer {layer.name} has {zeros} zeros, the manifest says {layer.zeros}"
     target = parse_target(layer.target)
     if not target.group and layer.granularity != "n:m":
         target = target.within(layer.granularity)
-    if short := _too_full(weight, target):
+    if short := _too_full(gone, target):
         yield f"layer {layer.name} has {short} groups with more weights than {target.text} leaves"
 
 
-def _too_full(weight: Tensor, target: Target) -> int:
-    """How many comparison groups have fewer zeros than the target removes."""
-    if not target.fits(weight.shape[1]):
+def _too_full(gone: Tensor, target: Target) -> int:
+    """How many comparison groups of zeros [out, in], bool, have fewer of them than the target removes."""
+    if not target.fits(gone.shape[1]):
         return 1
     found = 0
 
     def count(groups: Tensor) -> Tensor:
         nonlocal found
-        found += int((groups.sum(dim=1) < target.removed(groups.shape[1])).sum())
+        found += int((groups.sum(dim=1, dtype=torch.int32) < target.removed(groups.shape[1])).sum())
         return groups
 
-    by_group(count, weight == 0, target)
+    by_group(count, gone, target)
     return found
 
 
@@ -275,7 +277,7 @@ def _differences(folder: Path, manifest: _Manifest, dense: Path) -> Iterator[str
         masked = name in layers and _only_masked(manifest, layers[name])
         if name not in layers and not all(torch.equal(*pair) for pair in pairs):
             yield f"tensor {name} is not that of {str(dense)!r}, though it was not pruned"
-        elif masked and not all(torch.equal(found, was.where(found != 0, 0)) for found, was in pairs):
+        elif masked and not all(torch.equal(found, was.masked_fill_(found == 0, 0)) for found, was in pairs):
             yield f"weights of layer {layers[name].name} that were kept are not those of {str(dense)!r}"
 
 
