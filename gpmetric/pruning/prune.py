@@ -129,7 +129,7 @@ def _prune_blocks(
     """Prunes and writes the blocks that are left and measures the pruned model; the record, saved now and then."""
     session = protocol.session
     blocks, layers = session.model.blocks, list(record.layers)
-    if partial.due and not record.block:  # the dense model took long
+    if partial.due and record != partial.record:  # the dense model took long
         partial.save(record)
     protocol.prepare([rule.metric], rule.update)
     walk = protocol.walk([rule], texts=[one.tokens for one in session.evaluated])
