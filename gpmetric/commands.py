@@ -88,7 +88,8 @@ COMMANDS: dict[str, Command] = {
         PruneRequest,
         lazy("gpmetric.pruning.prune:run_prune"),
         lazy("gpmetric.terminal.tables:print_prune"),
-        lazy("gpmetric.terminal.live:BenchReport"),
+        lazy("gpmetric.terminal.live:PruneReport"),
+        work=lazy("gpmetric.pruning.prune:prune_work"),
     ),
     "slim": Command(
         "Removes channels, heads and layers for good, chosen by a policy gradient that needs forward passes only.",

@@ -28,8 +28,8 @@ from gpmetric.pruning.allocation import (
     read_allocation,
 )
 from gpmetric.pruning.bench import measure
-from gpmetric.pruning.checkpoint import MANIFEST
 from gpmetric.pruning.mask import select_mask
+from gpmetric.pruning.output_folder import MANIFEST
 from gpmetric.pruning.protocol import Protocol, Rule
 from gpmetric.pruning.prune import prune
 from gpmetric.pruning.verify import verify

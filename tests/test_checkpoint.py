@@ -20,7 +20,7 @@ from gpmetric.errors import GpmetricError, InputError
 from gpmetric.loading import load_model
 from gpmetric.pruning import prune as module
 from gpmetric.pruning.bench import bench
-from gpmetric.pruning.checkpoint import MANIFEST, check_folder
+from gpmetric.pruning.output_folder import MANIFEST, check_folder, file_digest
 from gpmetric.pruning.prune import prune
 from gpmetric.pruning.verify import verify
 
@@ -37,8 +37,6 @@ def pruned(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> Path:
 
 def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any], sign: bool = True) -> None:
     """Changes tensors, and the manifest's digest with them unless the file is to look damaged."""
-    from gpmetric.pruning.checkpoint import file_digest
-
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -262,24 +260,33 @@ def test_a_name_of_the_hub_is_no_folder(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_folder_that_appears_meanwhile_is_spared(
     tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = module.write_checkpoint
+    """And once it is gone again, what was pruned takes its place."""
+    original, options = module.run_verify, QUICK | {"calibration": str(tiny_text)}
 
-    def slow(*arguments: Any) -> Any:
+    def slow(*arguments: Any, **keywords: Any) -> Any:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.tex").write_text("dear")
-        return original(*arguments)
+        return original(*arguments, **keywords)
 
-    monkeypatch.setattr(module, "write_checkpoint", slow)
-    with pytest.raises(InputError, match="exists already"):
-        prune(str(tiny_llama), output=tmp_path / "out", calibration=str(tiny_text), **QUICK)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "run_verify", slow)
+        with pytest.raises(InputError, match="exists already"):
+            prune(str(tiny_llama), output=tmp_path / "out", **options)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(InputError, match="which gpmetric did not write"):
+        prune(str(tiny_llama), output=tmp_path / "out", **options)
+    (tmp_path / "out" / "thesis.tex").rename(tmp_path / "thesis.tex")
+    (tmp_path / "out").rmdir()
+    monkeypatch.setattr(module, "mean_loss", None)  # nothing is measured again
+    prune(str(tiny_llama), output=tmp_path / "out", **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "thesis.tex"]
 
 
 def test_an_interrupt_between_the_renames_loses_nothing(
     tiny_llama: Path, tiny_text: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = (pruned / MANIFEST).read_text()
+    """Neither what was there before, nor what was pruned."""
+    before, options = (pruned / MANIFEST).read_text(), QUICK | {"calibration": str(tiny_text), "force": True}
     rename, calls = os.rename, []
 
     def once(source: Any, target: Any) -> None:
@@ -290,9 +297,11 @@ def test_an_interrupt_between_the_renames_loses_nothing(
 
     monkeypatch.setattr(os, "rename", once)
     with pytest.raises(KeyboardInterrupt):
-        prune(str(tiny_llama), output=pruned, calibration=str(tiny_text), force=True, **QUICK)
+        prune(str(tiny_llama), output=pruned, **options)
     assert (pruned / MANIFEST).read_text() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+    prune(str(tiny_llama), output=pruned, **options)
+    assert json.loads((pruned / MANIFEST).read_text())["target"] == "0.5"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned"]
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}])

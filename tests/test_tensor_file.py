@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpmetric.errors import GpmetricError
-from gpmetric.pruning import tensor_file
+from gpmetric import tensor_file
 from gpmetric.tensor_file import TensorFile, write_tensors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.uint8]

@@ -1,47 +1,33 @@
 """A pruned model as a standard Hugging Face checkpoint: the files of the dense one, with other numbers in its layers.
 
-Every tensor keeps its name, file and dtype. The manifest, `gpmetric_manifest.json`, says what was pruned, how, and from
-what, and has a sha256 of every file. `quantization_config` and its like are left out: serving engines refuse them.
+Files of tensors are copied, and the layers' numbers are written in their place: every tensor keeps its name, file and
+dtype. The manifest, `gpmetric_manifest.json`, says what was pruned, how, and from what, and has a sha256 of every file.
+`quantization_config` and its like are left out: serving engines refuse them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from gpmetric import slim_models
-from gpmetric.errors import GpmetricError, InputError
+from gpmetric.errors import GpmetricError
 from gpmetric.files import finite, write_text
 from gpmetric.models import Layer, Model
+from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of, unwritable
 from gpmetric.targets import Target
+from gpmetric.tensor_file import TensorFile, write_tensors
 
-__all__ = [
-    "FOREIGN_KEYS",
-    "MANIFEST",
-    "check_folder",
-    "file_digest",
-    "files_of",
-    "printable",
-    "replacing",
-    "round_weights",
-    "tensors",
-    "write_checkpoint",
-    "write_masks",
-]
+__all__ = ["FOREIGN_KEYS", "CheckpointWriter", "printable", "stored_layers", "tensors", "write_masks"]
 
-MANIFEST = "gpmetric_manifest.json"
 FOREIGN_KEYS = ("quantization_config", "sparsity_config", "compression_config")  # of a config.json
 _INDEX = "model.safetensors.index.json"
 # What is taken over from the dense checkpoint beside its tensors: configurations, tokenizer, chat templates.
@@ -60,118 +46,136 @@ Made by gpmetric {version}; `{manifest}` says how, and `gpmetric verify` reads i
 """
 
 
-def check_folder(folder: Path, force: bool, needed: Sequence[Path] = ()) -> None:
-    """Refuses a folder that a checkpoint cannot be written to, or that `force` must not replace.
+class CheckpointWriter:
+    """Writes a pruned model into a folder layer by layer; writing a layer again changes nothing.
 
     Args:
-        folder: to be written.
-        force: whether a checkpoint there may be replaced.
-        needed: what is read or written otherwise, which must not be in it where it exists.
+        model: its files are the dense ones; of its weights only the dtypes are looked at.
+        folder: of the new files; it may hold some of them.
+        rules: by layer name, what it is pruned to.
+        update: whether weights that stay may have changed.
 
     Raises:
-        InputError: naming the folder, and what is in the way.
+        GpmetricError: the checkpoint stores a layer under another name, or is damaged.
     """
-    where = f"--output {str(folder)!r}"
-    whole = folder.absolute()
-    places = [path.resolve() for path in (Path.cwd(), *needed) if path.exists()]
-    if any(whole.resolve() in (place, *place.parents) for place in places):
-        raise InputError(f"{where} holds what is needed, or the working directory")
-    if os.path.lexists(folder):
-        if not force:
-            raise InputError(f"{where} exists already; --force replaces a checkpoint")
-        if folder.is_symlink() or not folder.is_dir():
-            raise InputError(f"{where} is no folder; --force replaces a checkpoint only")
-        if foreign := _foreign(folder):
-            raise InputError(f"{where} holds {foreign!r}, which gpmetric did not write; --force replaces its own only")
-    if not whole.parent.is_dir():
-        raise InputError(f"{where}: the directory {str(folder.parent)!r} does not exist")
-    if not os.access(whole.parent, os.W_OK):
-        raise InputError(f"{where}: {str(folder.parent)!r} is not writable")
-    if len(os.fsencode(whole.name)) > 255:
-        raise InputError(f"{where}: the name is too long")
+
+    def __init__(self, model: Model, folder: Path, rules: Mapping[str, Target], *, update: bool) -> None:
+        assert model.folder is not None  # load_model knows it
+        self._model, self._folder, self._rules, self._update = model, folder, rules, update
+        self._source = model.folder
+        self._stored = stored_layers(model)
+        self._places = tensors(self._source)
+        self._shards = {file.path: file for file in self._places.values()}
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """By layer, what its weight is stored in."""
+        return {name: file.places[tensor].dtype for name, (file, tensor) in self._stored.items()}
+
+    def copy_files(self) -> bool:
+        """Copies the files of tensors that are not there yet; whether there were any.
+
+        Raises:
+            GpmetricError: the disk has no room for them.
+            OSError: they cannot be written.
+        """
+        missing = [path for path in self._shards if not _same_size(path, self._folder / path.name)]
+        needed, free = sum(path.stat().st_size for path in missing), shutil.disk_usage(self._folder).free
+        if needed > free:
+            where = str(self._folder.parent.parent)
+            raise GpmetricError(f"the checkpoint needs {needed / 1e9:.3g} GB, {where!r} has {free / 1e9:.3g} GB free")
+        for path in missing:
+            partial = self._folder / f".{path.name}.partial"
+            shutil.copyfile(path, partial)
+            partial.chmod(0o644)  # safetensors' files are their owner's alone
+            os.replace(partial, self._folder / path.name)
+        return bool(missing)
+
+    def write_layer(self, layer: Layer, pruned: Tensor | None) -> dict[str, Any]:
+        """Puts a layer's numbers in their place, and returns what the manifest says of it.
+
+        Args:
+            layer: of the model.
+            pruned: [out, in], on any device; None where the layer is left alone.
+        """
+        file, name = self._stored[layer.name]
+        written = file.read(name)
+        before = _zeros(written)
+        if pruned is not None:
+            written = self._written(written, layer, pruned)
+            for shard in self._shards.values():
+                if name in shard.places:  # the copy has the same places
+                    TensorFile(self._folder / shard.path.name).write(name, written)
+        rule, zeros = self._rules[layer.name], _zeros(written)
+        return {
+            "name": layer.name,
+            "tensor": name,
+            "shape": list(layer.oriented(written).shape),
+            "transposed": isinstance(layer.module, Conv1D),
+            "granularity": rule.granularity,
+            "target": rule.text,
+            "entries": written.numel(),
+            "zeros": zeros,
+            "zeros_before": before,
+            "sparsity": zeros / written.numel(),
+        }
+
+    def finish(self, made: dict[str, Any], layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Writes the other files of the dense model, a model card and the manifest, and returns the manifest.
+
+        Args:
+            made: what the manifest says of source, metric, target, allocation, calibration, perplexity and versions.
+            layers: what `write_layer` returned for each, in the model's order.
+
+        Raises:
+            GpmetricError, OSError: the files cannot be written.
+        """
+        shards = {path.name for path in self._shards}
+        for name in files_of(self._folder):  # of a run that was killed
+            if name not in shards:
+                (self._folder / name).unlink()
+        _copy_others(
+            self._model, self._source, self._folder, {name: made[name] for name in ("metric", "target", "update")}
+        )
+        zeros, entries = (sum(layer[key] for layer in layers) for key in ("zeros", "entries"))
+        manifest: dict[str, Any] = {"version": 1} | made | {"sparsity": zeros / entries, "layers": list(layers)}
+        write_text(self._folder / "README.md", _card(self._model, manifest))
+        manifest["tensors"] = sorted(self._places)
+        manifest["files"] = {name: file_digest(self._folder / name) for name in files_of(self._folder)}
+        write_text(self._folder / MANIFEST, json.dumps(finite(manifest), indent=1, allow_nan=False) + "\n")
+        return manifest
+
+    def _written(self, stored: Tensor, layer: Layer, pruned: Tensor) -> Tensor:
+        """A layer's weight as its file holds it: the dense numbers masked in place, or the updated ones, rounded."""
+        if not self._update:
+            return stored.masked_fill_(layer.oriented(pruned == 0).cpu(), 0)
+        return layer.oriented(pruned.to(layer.parameter.dtype)).cpu().to(stored.dtype)
 
 
-@contextmanager
-def replacing(folder: Path, force: bool) -> Iterator[Path]:
-    """A folder beside it to write to, which takes its place when the block ends well and is removed otherwise.
+def stored_layers(model: Model) -> dict[str, tuple[TensorFile, str]]:
+    """By layer name, the file that holds its weight, and its name there: some leave out the base model's prefix.
 
     Raises:
-        GpmetricError: something cannot be written; what was there before is there still.
+        GpmetricError: the checkpoint stores a layer under another name, or is damaged.
     """
-    folder = folder.absolute()
-    aside = [folder.with_name(f".{folder.name[:40]}.{secrets.token_hex(6)}.{kind}") for kind in ("partial", "old")]
-    partial, old = aside
-    try:
-        partial.mkdir()
-        yield partial
-        check_folder(folder, force)  # it may have come to be meanwhile
-        if folder.exists():
-            os.rename(folder, old)
-            try:
-                os.rename(partial, folder)
-            except BaseException:
-                os.rename(old, folder)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(partial, folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise GpmetricError(f"{str(folder)!r} cannot be written: {reason}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def round_weights(model: Model) -> None:
-    """Rounds the prunable weights to the dtypes they are stored in, so that they are measured as they will be read.
-
-    Raises:
-        GpmetricError: the checkpoint stores a layer under another name.
-    """
-    places = tensors(_source(model))
+    assert model.folder is not None
+    places = tensors(model.folder)
+    found = {}
     for layer in model.layers:
-        name = _stored_name(model, layer, places)
-        with safe_open(places[name], framework="pt") as file:
-            layer.weight.copy_(layer.weight.to(file.get_tensor(name).dtype))
+        full = f"{layer.name}.weight"
+        names = [name for name in (full, full.removeprefix(f"{model.module.base_model_prefix}.")) if name in places]
+        if not names:
+            raise GpmetricError(f"the checkpoint of {model.name!r} stores layer {layer.name} under another name")
+        found[layer.name] = places[names[0]], names[0]
+    return found
 
 
-def write_checkpoint(
-    model: Model, folder: Path, made: dict[str, Any], rules: Mapping[str, Target], before: Mapping[str, int]
-) -> dict[str, Any]:
-    """Writes a pruned model, the other files of the dense one, a model card and the manifest, and returns the manifest.
+def _zeros(values: Tensor) -> int:
+    return values.numel() - int(torch.count_nonzero(values))
 
-    Args:
-        model: already pruned.
-        folder: empty.
-        made: what the manifest says of source, metric, target, allocation, calibration, perplexity and versions.
-        rules: by layer name, what it was pruned to.
-        before: by layer name, how many weights were zero in the dense model.
 
-    Raises:
-        GpmetricError: the checkpoint stores a layer under another name.
-        OSError, SafetensorError: the files cannot be written.
-    """
-    source = _source(model)
-    places = tensors(source)
-    layers = {_stored_name(model, layer, places): layer for layer in model.layers}
-    for path in sorted(set(places.values())):
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            stored = {name: file.get_tensor(name) for name in sorted(set(file.keys()))}
-        for name in stored.keys() & layers.keys():
-            updated = made["update"] != "none" and rules[layers[name].name].sparsity > 0
-            stored[name] = _written(stored[name], layers[name], updated)
-        save_file(stored, folder / path.name, metadata=metadata)
-        (folder / path.name).chmod(0o644)  # safetensors' files are their owner's alone
-    _copy_others(model, source, folder, {name: made[name] for name in ("metric", "target", "update")})
-    described = [_describe(name, layer, rules[layer.name], before[layer.name]) for name, layer in layers.items()]
-    zeros, entries = (sum(layer[key] for layer in described) for key in ("zeros", "entries"))
-    manifest: dict[str, Any] = {"version": 1} | made | {"sparsity": zeros / entries, "layers": described}
-    write_text(folder / "README.md", _card(model, manifest))
-    manifest["tensors"] = sorted(places)
-    manifest["files"] = {name: file_digest(folder / name) for name in files_of(folder)}
-    write_text(folder / MANIFEST, json.dumps(finite(manifest), indent=1, allow_nan=False) + "\n")
-    return manifest
+def _same_size(path: Path, copy: Path) -> bool:
+    return copy.exists() and copy.stat().st_size == path.stat().st_size
 
 
 def _copy_others(model: Model, source: Path, folder: Path, told: dict[str, Any]) -> None:
@@ -201,101 +205,54 @@ def _card(model: Model, manifest: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
-def write_masks(model: Model, path: Path) -> None:
-    """Writes which weights are not zero, boolean [out, in] by layer name, as one safetensors file.
+def write_masks(folder: Path, layers: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Writes which weights of a checkpoint are not zero, boolean [out, in] by layer name, as one safetensors file.
+
+    Args:
+        folder: of the checkpoint.
+        layers: what its manifest says of them.
+        path: of the file.
 
     Raises:
-        GpmetricError: it cannot be written.
+        GpmetricError: it cannot be written, from an OSError, or the checkpoint is damaged.
     """
-    partial = path.with_name(f".{path.name[:40]}.{secrets.token_hex(6)}.partial")
+    files = tensors(folder)
+    by_name = {layer["name"]: layer for layer in layers}
+
+    def mask(name: str) -> Tensor:
+        layer = by_name[name]
+        weight = files[layer["tensor"]].read(layer["tensor"])
+        return (weight.t() if layer["transposed"] else weight) != 0
+
+    partial = path.with_name(f".{path.name[:200]}.partial")  # which one that was killed left there is written over
     try:
-        save_file({layer.name: (layer.weight != 0).cpu().contiguous() for layer in model.layers}, partial)
+        write_tensors(partial, {name: (torch.bool, layer["shape"]) for name, layer in by_name.items()}, mask, {})
         partial.chmod(0o644)
         os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise GpmetricError(f"{str(path)!r} cannot be written: {reason}") from error
+    except OSError as error:
+        raise unwritable(path, error) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
-def tensors(folder: Path) -> dict[str, Path]:
+def tensors(folder: Path) -> dict[str, TensorFile]:
     """Every tensor that transformers reads of a checkpoint, and the file that holds it.
 
     Raises:
-        OSError, SafetensorError: a file is missing or damaged.
-        GpmetricError: the index names a file elsewhere.
+        OSError: a file is missing.
+        GpmetricError: a file is damaged, or the index names one elsewhere.
     """
     names = ["model.safetensors"]
     if (folder / _INDEX).is_file():
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         names = sorted(set(map(str, index["weight_map"].values())))
-    found: dict[str, Path] = {}
+    found: dict[str, TensorFile] = {}
     for name in names:
         if Path(name).name != name:
             raise GpmetricError(f"{_INDEX} names {name!r}, which is not in the folder")
-        with safe_open(folder / name, framework="pt") as file:
-            found |= dict.fromkeys(file.keys(), folder / name)
+        file = TensorFile(folder / name)
+        found |= dict.fromkeys(file.places, file)
     return found
-
-
-def files_of(folder: Path) -> list[str]:
-    """Every file in a folder and its folders, as paths within it."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _foreign(folder: Path) -> str | None:
-    """The first file of a folder that its manifest does not list; None where all are its own, or there are none."""
-    found = files_of(folder)
-    try:
-        listed = set(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]) | {MANIFEST}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        listed = set()
-    return next((name for name in found if name not in listed), None)
-
-
-def _source(model: Model) -> Path:
-    assert model.folder is not None  # load_model knows it
-    return model.folder
-
-
-def _stored_name(model: Model, layer: Layer, places: Mapping[str, Path]) -> str:
-    """What the files call a layer's weight: some leave out the prefix of the base model."""
-    name = f"{layer.name}.weight"
-    for found in (name, name.removeprefix(f"{model.module.base_model_prefix}.")):
-        if found in places:
-            return found
-    raise GpmetricError(f"the checkpoint of {model.name!r} stores layer {layer.name} under another name")
-
-
-def _written(stored: Tensor, layer: Layer, updated: bool) -> Tensor:
-    """A layer's weight as its file holds it: the dense numbers masked, or the updated ones, rounded."""
-    weight = layer.oriented(layer.weight).cpu()  # as stored
-    return weight.to(stored.dtype).contiguous() if updated else stored.where(weight != 0, 0)
-
-
-def _describe(name: str, layer: Layer, rule: Target, before: int) -> dict[str, Any]:
-    """What the manifest says of a layer."""
-    weight = layer.weight
-    zeros = int((weight == 0).sum())
-    return {
-        "name": layer.name,
-        "tensor": name,
-        "shape": list(weight.shape),
-        "transposed": isinstance(layer.module, Conv1D),
-        "granularity": rule.granularity,
-        "target": rule.text,
-        "entries": weight.numel(),
-        "zeros": zeros,
-        "zeros_before": before,
-        "sparsity": zeros / weight.numel(),
-    }
 
 
 def printable(text: str) -> str:

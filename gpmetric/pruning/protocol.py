@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -103,16 +104,24 @@ class Protocol:
             dtype=self.session.inputs.kept_dtype,
         )
 
-    def prepare(self, metrics: Sequence[Metric], update: str) -> None:
-        """Collects what these metrics share, so that the seconds of each are its own."""
+    def prepare(self, metrics: Sequence[Metric], update: str, folder: Path | None = None) -> None:
+        """Collects what these metrics share, so that the seconds of each are its own.
+
+        Args:
+            metrics: of rules that follow.
+            update: theirs.
+            folder: keeps the statistics in a file, for a command that is killed to find again.
+        """
         dense = self.shared(metrics, update)
-        if dense or self.one_shot:
+        if dense and folder is not None:
+            self.session.stored_statistics(dense, folder, self._progress)
+        elif dense or self.one_shot:
             self.session.statistics(dense, self._progress)
         if not self.one_shot:
             _ = self.session.calls
 
     def walk(
-        self, rules: Sequence[Rule], texts: Sequence[Tensor] = (), *, stored: Mapping[str, torch.dtype] | None = None
+        self, rules: Sequence[Rule], texts: Sequence[Tensor] = (), stored: Mapping[str, torch.dtype] | None = None
     ) -> Walk:
         """Takes the model through its blocks, pruned by each of these rules; `prepare` has been called for them.
 

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gpmetric.digests import weight_stamps
 from gpmetric.errors import GpmetricError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.options import as_function
 from gpmetric.pruning.allocation import Allocation, check_allocation, mean_sparsity, read_allocation
-from gpmetric.pruning.bench import BenchListener
-from gpmetric.pruning.checkpoint import check_folder, replacing, round_weights, write_checkpoint, write_masks
+from gpmetric.pruning.checkpoint import CheckpointWriter, write_masks
+from gpmetric.pruning.output_folder import MANIFEST, check_folder, file_digest
 from gpmetric.pruning.protocol import Protocol, Rule, check_targets
 from gpmetric.pruning.requests import PruneRequest, VerifyRequest
+from gpmetric.pruning.unfinished import Record, Unfinished, is_begun, unfinished
 from gpmetric.pruning.verify import run_verify
-from gpmetric.session.session import Session, open_session
+from gpmetric.session.plan import Work
+from gpmetric.session.session import Listener, Session, open_session
 from gpmetric.targets import Target, parse_target
 
-__all__ = ["prune", "run_prune"]
+__all__ = ["PruneListener", "prune", "prune_work", "run_prune"]
 
 
-def run_prune(request: PruneRequest, listener: BenchListener | None = None) -> dict[str, Any]:
-    """Prunes a model under the protocol of `bench`, writes it and verifies what was written.
+class PruneListener(Listener):
+    """What pruning tells while it runs; every method may be overridden."""
+
+    def resumed(self, block: int, blocks: int) -> None:
+        """A command that was killed is gone on with at a block, counted from 0."""
+
+
+def run_prune(request: PruneRequest, listener: PruneListener | None = None) -> dict[str, Any]:
+    """Prunes a model under the protocol of `bench`, writes it block by block and verifies what was written.
+
+    Killed at any moment, the same request goes on where it was: the files are those of an uninterrupted run.
 
     Args:
         request: what to prune and how. Weights are written in the dtype that the model is stored in.
-        listener: told of calibration and of the dense perplexity.
+        listener: told of calibration, of the dense perplexity and of blocks.
 
     Returns:
         The manifest without its lists of files and tensors, with `output`, `dense` and `seconds`. `perplexity` is that
@@ -37,46 +52,114 @@ def run_prune(request: PruneRequest, listener: BenchListener | None = None) -> d
         GpmetricError: pruning failed, or the files cannot be written or do not verify; `output` is then as it was.
     """
     assert request.output is not None
-    told, folder, masks = listener or BenchListener(), request.output, request.save_masks
+    told, folder, masks = listener or PruneListener(), request.output, request.save_masks
     allocation = None if request.allocation is None else read_allocation(request.allocation)
     inputs = (request.model, request.calibration, request.text, request.allocation, masks and masks.parent)
-    check_folder(folder, request.force, [Path(str(name)) for name in inputs if name is not None])
-    session = open_session(request)
-    model, (text,) = session.model, session.evaluated
+    needed = [Path(str(name)) for name in inputs if name is not None]
+    check_folder(folder, request.force or is_begun(folder), needed)
+    session = open_session(request, work=prune_work, listener=told)
     rule = _rule(session, request, allocation)
-    targets = {layer.name: rule.target(layer.name) for layer in model.layers}
+    targets = {layer.name: rule.target(layer.name) for layer in session.model.layers}
     protocol = Protocol(session, one_shot=request.one_shot, progress=told.progress)
-
-    dense = perplexity(mean_loss(model, text.tokens))
-    told.dense({text.text.name: dense})
-    made = _made(session, request, rule, targets) | {"text": text.describe(), "dense": dense}
-    zeros = {layer.name: int((layer.weight == 0).sum()) for layer in model.layers}
-    protocol.prepare([rule.metric], rule.update)
-    walk = protocol.walk([rule], [])
-    copies = {name: weight for _, (pruned,) in walk for name, weight in pruned.items()}
-    (measured,) = walk.measured()
-    if measured.error:
-        raise measured.error
-    seconds = measured.seconds
-    for layer in model.layers:
-        if layer.name in copies:
-            layer.weight.copy_(copies[layer.name])
-    session.forget()
-    round_weights(model)
-    made["perplexity"] = perplexity(mean_loss(model, text.tokens))
-    with replacing(folder, request.force) as partial:
-        manifest = write_checkpoint(model, partial, made, targets, zeros)
-        again = VerifyRequest(folder=str(partial), against=str(model.folder), device=request.device)
-        found = run_verify(again, text.tokens)
-        if not found["ok"]:
-            raise GpmetricError(f"the written checkpoint does not verify: {found['problems'][0]}")
-    if masks is not None:
-        write_masks(model, masks)
+    made = _made(session, request, rule, targets)
+    with unfinished(folder, _identity(session, made, targets), resume=request.resume) as partial:
+        if not partial.placed:
+            check_folder(folder, request.force)
+            _write(partial, protocol, rule, targets, made, told)
+            partial.place(request.force)
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if masks is not None:
+            write_masks(folder, manifest["layers"], masks)
+        found = partial.record
     result = {key: value for key, value in manifest.items() if key not in ("files", "tensors")}
-    return result | {"output": str(folder), "perplexity": found["perplexity"], "seconds": seconds}
+    ended = {"output": str(folder), "dense": found.dense, "perplexity": found.verified, "seconds": found.seconds}
+    return result | ended
 
 
 prune = as_function("prune", PruneRequest, run_prune, "model")
+
+
+def _write(
+    partial: Unfinished,
+    protocol: Protocol,
+    rule: Rule,
+    targets: Mapping[str, Target],
+    made: Mapping[str, Any],
+    told: PruneListener,
+) -> None:
+    """Writes and verifies the files, from where they are on.
+
+    Raises:
+        GpmetricError: pruning failed, or what was written does not verify.
+        OSError: something cannot be written.
+    """
+    session, record = protocol.session, partial.record
+    (text,) = session.evaluated
+    writer = CheckpointWriter(session.model, partial.files, targets, update=made["update"] != "none")
+    if writer.copy_files() and record.block:  # some were lost
+        partial.forget()
+        writer.copy_files()
+        record = partial.record
+    if record.dense is None:
+        record = replace(record, dense=perplexity(mean_loss(session.model, text.tokens)))
+    else:
+        told.resumed(record.block, len(session.model.blocks))
+    assert record.dense is not None
+    told.dense({text.text.name: record.dense})
+    if record.perplexity is None:
+        record = _prune_blocks(partial, record, protocol, rule, writer, told)
+    session.forget()
+    if record.manifest is None:
+        ends = {"text": text.describe(), "dense": record.dense, "perplexity": record.perplexity}
+        writer.finish({**made, **ends}, record.layers)
+        partial.save(record := replace(record, manifest=file_digest(partial.files / MANIFEST)))
+    if record.verified is None:
+        again = VerifyRequest(
+            folder=str(partial.files), against=str(session.model.folder), device=session.inputs.device
+        )
+        found = run_verify(again, text.tokens, digests=False)  # they were taken from the same files
+        if not found["ok"]:
+            raise GpmetricError(f"the written checkpoint does not verify: {found['problems'][0]}")
+        partial.save(replace(record, verified=found["perplexity"]))
+
+
+def _prune_blocks(
+    partial: Unfinished, record: Record, protocol: Protocol, rule: Rule, writer: CheckpointWriter, told: PruneListener
+) -> Record:
+    """Prunes and writes the blocks that are left and measures the pruned model; the record, saved now and then."""
+    session = protocol.session
+    blocks, layers = session.model.blocks, list(record.layers)
+    if partial.due and record != partial.record:  # the dense model took long
+        partial.save(record)
+    protocol.prepare([rule.metric], rule.update, partial.statistics)
+    walk = protocol.walk([rule], [one.tokens for one in session.evaluated], writer.dtypes)
+    if record.block:
+        walk.restore(record.block, partial.state())
+    for index, (pruned,) in walk:
+        layers += [writer.write_layer(layer, pruned.get(layer.name)) for layer in blocks[index].layers]
+        told.progress("blocks", index + 1, len(blocks))
+        if partial.due and index + 1 < len(blocks):
+            partial.save(replace(record, block=index + 1, layers=layers), walk.state())
+    (measured,) = walk.measured()
+    if measured.error is not None:
+        raise measured.error
+    reached = perplexity(measured.losses[0])
+    partial.save(
+        record := replace(record, block=len(blocks), layers=layers, seconds=measured.seconds, perplexity=reached)
+    )
+    return record
+
+
+def prune_work(session: Session) -> Work:
+    """What `prune` does with a session's model, verifying included; each block is read a few times."""
+    request, (text,) = session.inputs, session.evaluated
+    assert isinstance(request, PruneRequest)
+    protocol = Protocol(session, one_shot=request.one_shot)
+    tokens = text.tokens.numel()
+    work = protocol.work([session.metric(request.metric)], request.update, texts=tokens)
+    assert session.model.folder is not None
+    files = sum(path.stat().st_size for path in session.model.folder.glob("*.safetensors"))
+    return replace(work, resident=False, disk=files, forward=work.forward + tokens)
 
 
 def _rule(session: Session, request: PruneRequest, allocation: Allocation | None) -> Rule:
@@ -88,6 +171,20 @@ def _rule(session: Session, request: PruneRequest, allocation: Allocation | None
         return Rule(metric, target, request.update)
     check_allocation(session.model.layers, allocation, target.resolved(metric.granularity) if request.target else None)
     return Rule(metric, allocation, request.update)
+
+
+def _identity(session: Session, made: Mapping[str, Any], targets: Mapping[str, Target]) -> dict[str, Any]:
+    """All that determines the files that are written."""
+    folder, texts = session.model.folder, {"calibration": session.windows["calibration"], "text": session.evaluated[0]}
+    assert folder is not None  # load_model knows it
+    return {
+        **made,
+        "device": str(session.model.device),
+        "layers": {name: [target.text, target.granularity] for name, target in targets.items()},
+        "tokens": {name: hashlib.sha256(one.tokens.numpy().tobytes()).hexdigest() for name, one in texts.items()},
+        "files": [stamp[:3] for stamp in weight_stamps(folder)],
+        "text": texts["text"].describe(),
+    }
 
 
 def _made(session: Session, request: PruneRequest, rule: Rule, targets: Mapping[str, Target]) -> dict[str, Any]:

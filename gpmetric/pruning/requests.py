@@ -22,6 +22,8 @@ ONE_SHOT = Option("Dense statistics everywhere, or block after pruned block.", n
 OUTPUT = Option("Folder to write.", metavar="DIR", names=("--output", "-o"), writes="folder")
 FORCE = Option("Replace a checkpoint that gpmetric wrote.", names=("--force",))
 
+RESUME = Option("Go on with the same command where it was stopped, or begin anew.", names=("--resume/--restart",))
+
 
 def target_option(end: str) -> Option:
     """The option --target, with a last sentence."""
@@ -75,6 +77,7 @@ class PruneRequest(Inputs):
         Option("Safetensors file of masks, True = kept, [out, in] by layer.", metavar="FILE", writes="file"),
     ] = None
     force: Annotated[bool, FORCE] = False
+    resume: Annotated[bool, RESUME] = True
 
     def check(self) -> None:
         super().check()

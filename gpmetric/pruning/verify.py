@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpmetric.data import split_text
@@ -19,8 +18,9 @@ from gpmetric.loading import check_path, load_model, pick_device
 from gpmetric.models import Model
 from gpmetric.options import as_function
 from gpmetric.pruning.allocation import GranularityName
-from gpmetric.pruning.checkpoint import FOREIGN_KEYS, MANIFEST, file_digest, files_of, tensors
+from gpmetric.pruning.checkpoint import FOREIGN_KEYS, tensors
 from gpmetric.pruning.mask import by_group
+from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of
 from gpmetric.pruning.requests import VerifyRequest
 from gpmetric.pruning.updaters import UPDATERS
 from gpmetric.session.splits import PARTS, open_text, read_windows
@@ -93,13 +93,14 @@ class _Manifest(BaseModel):
         return self
 
 
-def run_verify(request: VerifyRequest, windows: Tensor | None = None) -> dict[str, Any]:
-    """Re-reads a checkpoint that `prune` or `slim` wrote.
+def run_verify(request: VerifyRequest, windows: Tensor | None = None, *, digests: bool = True) -> dict[str, Any]:
+    """Re-reads a checkpoint that `prune` or `slim` wrote, one tensor at a time.
 
     Args:
         request: which, and the dense model whose other tensors, and kept weights, must be the same (kept weights not
             where they were updated).
         windows: [n, length], to measure it on; by default those of the manifest, where their text is at hand.
+        digests: whether the files' sha256 are compared, too.
 
     Returns:
         `ok`, `problems` (one line each), `layers`, `sparsity`, and `perplexity` of the reloaded model, None where the
@@ -117,15 +118,15 @@ def run_verify(request: VerifyRequest, windows: Tensor | None = None) -> dict[st
     problems: list[str] = []
     found: float | None = None
     try:
-        problems += _file_problems(path, manifest)
+        problems += _file_problems(path, manifest, digests)
         problems += _tensor_problems(path, manifest)
         if dense is not None:
             problems += _differences(path, manifest, dense)
-        model = load_model(str(path), device=request.device, dtype=manifest.dtype)
+        model = load_model(str(path), device=request.device, dtype=manifest.dtype, resident=False)
         problems += _shape_problems(model, manifest)
         windows = _windows(model, manifest) if windows is None else windows
         found = None if windows is None else perplexity(mean_loss(model, windows))
-    except (GpmetricError, SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (GpmetricError, OSError, ValueError, KeyError, TypeError) as error:
         problems.append(f"the checkpoint cannot be read: {error}")
     said = manifest.perplexity
     if found is not None and said is not None and not abs(found - said) <= _CLOSE * said:
@@ -178,12 +179,12 @@ def _read_manifest(folder: Path) -> _Manifest:
         raise InputError(f"{str(path)!r} is no manifest: {error}") from error
 
 
-def _file_problems(folder: Path, manifest: _Manifest) -> Iterator[str]:
+def _file_problems(folder: Path, manifest: _Manifest, digests: bool) -> Iterator[str]:
     present = set(files_of(folder))
     for name, digest in manifest.files.items():
         if name not in present:
             yield f"{name} is missing"
-        elif (folder / name).is_symlink() or file_digest(folder / name) != digest:
+        elif (folder / name).is_symlink() or (digests and file_digest(folder / name) != digest):
             yield f"{name} is not as it was written: its sha256 differs"
     for name in sorted(present - manifest.files.keys() - {MANIFEST}):
         yield f"{name} was not written with the others"
@@ -196,14 +197,22 @@ def _tensor_problems(folder: Path, manifest: _Manifest) -> Iterator[str]:
     places = tensors(folder)
     yield from (f"tensor {name} is missing" for name in manifest.tensors if name not in places)
     yield from (f"tensor {name} is not in the manifest" for name in places if name not in manifest.tensors)
-    for name, path in places.items():
-        if not _read(path, name).float().isfinite().all():
+    for name, file in places.items():
+        if not all(_is_finite(piece) for piece in file.pieces(name)):
             yield f"tensor {name} holds NaN or infinity"
     for layer in manifest.layers:
         if layer.tensor in places:
-            yield from _layer_problems(_read(places[layer.tensor], layer.tensor), layer)
+            yield from _layer_problems(places[layer.tensor].read(layer.tensor), layer)
         else:
             yield f"layer {layer.name} has no tensor"
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; float8 is widened for that."""
+    if not values.is_floating_point():
+        return True
+    ends = torch.stack((values.float() if values.itemsize == 1 else values).aminmax())  # NaN if any is
+    return bool(ends.isfinite().all())
 
 
 def _shape_problems(model: Model, manifest: _Manifest) -> Iterator[str]:
@@ -225,28 +234,29 @@ def _layer_problems(stored: Tensor, layer: _Layer) -> Iterator[str]:
     if tuple(weight.shape) != layer.shape or not weight.numel():
         yield f"layer {layer.name} is {list(weight.shape)}, the manifest says {list(layer.shape)}"
         return
-    zeros = int((weight == 0).sum())
+    gone = weight == 0
+    zeros = int(torch.count_nonzero(gone))
     if zeros != layer.zeros:
         yield f"layer {layer.name} has {zeros} zeros, the manifest says {layer.zeros}"
     target = parse_target(layer.target)
     if not target.group and layer.granularity != "n:m":
         target = target.within(layer.granularity)
-    if short := _too_full(weight, target):
+    if short := _too_full(gone, target):
         yield f"layer {layer.name} has {short} groups with more weights than {target.text} leaves"
 
 
-def _too_full(weight: Tensor, target: Target) -> int:
-    """How many comparison groups have fewer zeros than the target removes."""
-    if not target.fits(weight.shape[1]):
+def _too_full(gone: Tensor, target: Target) -> int:
+    """How many comparison groups of zeros [out, in], bool, have fewer of them than the target removes."""
+    if not target.fits(gone.shape[1]):
         return 1
     found = 0
 
     def count(groups: Tensor) -> Tensor:
         nonlocal found
-        found += int((groups.sum(dim=1) < target.removed(groups.shape[1])).sum())
+        found += int((groups.sum(dim=1, dtype=torch.int32) < target.removed(groups.shape[1])).sum())
         return groups
 
-    by_group(count, weight == 0, target)
+    by_group(count, gone, target)
     return found
 
 
@@ -254,19 +264,20 @@ def _differences(folder: Path, manifest: _Manifest, dense: Path) -> Iterator[str
     """Tensors that pruning should have left alone, dtype included."""
     layers = {layer.tensor: layer for layer in manifest.layers}
     there = tensors(dense)
-    for name, path in tensors(folder).items():
+    for name, file in tensors(folder).items():
         if name not in there:
             yield f"tensor {name} is not in {str(dense)!r}"
             continue
-        mine, other = _read(path, name), _read(there[name], name)
+        mine, other = file.places[name], there[name].places[name]
         if mine.shape != other.shape or mine.dtype != other.dtype:
             kinds = [f"{one.dtype} {list(one.shape)}" for one in (mine, other)]
             yield f"tensor {name} is {kinds[0]}, in {str(dense)!r} {kinds[1]}"
-        elif name not in layers and not torch.equal(mine, other):
+            continue
+        pairs = zip(file.pieces(name), there[name].pieces(name), strict=True)
+        masked = name in layers and _only_masked(manifest, layers[name])
+        if name not in layers and not all(torch.equal(*pair) for pair in pairs):
             yield f"tensor {name} is not that of {str(dense)!r}, though it was not pruned"
-        elif (
-            name in layers and _only_masked(manifest, layers[name]) and not torch.equal(mine, other.where(mine != 0, 0))
-        ):
+        elif masked and not all(torch.equal(found, was.masked_fill_(found == 0, 0)) for found, was in pairs):
             yield f"weights of layer {layers[name].name} that were kept are not those of {str(dense)!r}"
 
 
@@ -289,9 +300,3 @@ def _windows(model: Model, manifest: _Manifest) -> Tensor | None:
         return None
     seed = manifest.seed if manifest.shuffle else None
     return read_windows(model, text, said.sequence_length, said.windows, seed).tokens
-
-
-def _read(path: Path, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        found: Tensor = file.get_tensor(name)
-    return found

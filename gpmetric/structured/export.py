@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from gpmetric import slim_models
@@ -23,10 +22,11 @@ from gpmetric.slim_models import SLIM_FILE, SLIM_MODELS
 from gpmetric.structured.groups import SUBLAYERS, Groups, find_groups
 from gpmetric.structured.request import FORMATS
 from gpmetric.structured.shrink import Repair, Shrinker
+from gpmetric.tensor_file import dtype_name
 
 __all__ = ["Slimmed", "check_format", "make_hetero", "make_padded", "make_uniform", "stored_dtypes", "write_model"]
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors calls them
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _REMOTE = SLIM_FILE.removesuffix(".py")
 
 Made = tuple[Any, dict[str, Tensor], Any]  # config, state and class of the model to write
@@ -73,17 +73,16 @@ def stored_dtypes(model: Model) -> tuple[dict[str, torch.dtype], torch.dtype]:
     found: dict[str, torch.dtype] = {}
     sizes: dict[torch.dtype, int] = {}
     others: set[str] = set()
-    for name, path in tensors(model.folder).items():
-        with safe_open(path, framework="pt") as file:
-            part = file.get_slice(name)
-            dtype = _DTYPES.get(part.get_dtype())
-            if dtype is None:
-                others.add(part.get_dtype())
-                continue
-            found[name if name in known else prefix + name] = dtype
-            sizes[dtype] = max(sizes.get(dtype, 0), math.prod(part.get_shape()))
+    for name, file in tensors(model.folder).items():
+        place = file.places[name]
+        if place.dtype not in _DTYPES:
+            others.add(dtype_name(place.dtype))
+            continue
+        found[name if name in known else prefix + name] = place.dtype
+        sizes[place.dtype] = max(sizes.get(place.dtype, 0), math.prod(place.shape))
     if not sizes:
-        raise ModelError(f"{model.name!r} is stored as {', '.join(sorted(others))}: accepted are {', '.join(_DTYPES)}")
+        accepted = ", ".join(map(dtype_name, _DTYPES))
+        raise ModelError(f"{model.name!r} is stored as {', '.join(sorted(others))}: accepted are {accepted}")
     return found, max(sizes, key=lambda dtype: sizes[dtype])
 
 

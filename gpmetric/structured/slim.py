@@ -15,7 +15,7 @@ from torch import Tensor
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.options import as_function
-from gpmetric.pruning.checkpoint import check_folder, replacing
+from gpmetric.pruning.output_folder import check_folder, replacing
 from gpmetric.session.session import Listener, open_session
 from gpmetric.structured.cost_budgets import accepted_heads, macs, pools_of, uniform_counts, uniform_pools
 from gpmetric.structured.draw_objective import DrawObjective

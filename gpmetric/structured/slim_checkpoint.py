@@ -19,7 +19,8 @@ from gpmetric.errors import GpmetricError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.files import finite, write_text
 from gpmetric.models import Model
-from gpmetric.pruning.checkpoint import MANIFEST, file_digest, files_of, printable, tensors
+from gpmetric.pruning.checkpoint import printable, tensors
+from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of
 from gpmetric.structured.export import Slimmed, write_model
 from gpmetric.structured.request import FORMATS
 from gpmetric.structured.shrink import Shrinker

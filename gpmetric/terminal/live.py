@@ -17,12 +17,13 @@ from gpmetric.evolution.discover import DiscoverListener
 from gpmetric.evolution.fitness import mean_excess
 from gpmetric.evolution.selection import Individual
 from gpmetric.pruning.bench import BenchListener, BenchRow
+from gpmetric.pruning.prune import PruneListener
 from gpmetric.session.evaluate import EvaluateListener
 from gpmetric.session.plan import Plan
 from gpmetric.structured.slim import SlimListener
 from gpmetric.terminal.figures import figures_of, needs_of, number
 
-__all__ = ["AllocateReport", "BenchReport", "DiscoverReport", "EvaluateReport", "SlimReport"]
+__all__ = ["AllocateReport", "BenchReport", "DiscoverReport", "EvaluateReport", "PruneReport", "SlimReport"]
 
 _SEARCHED = {"kl": "divergence"}  # what an objective is called, where that is not its name
 _SLIM_SECONDS = 10  # between two lines of a structured search
@@ -90,6 +91,14 @@ class AllocateReport(_Bars, AllocateListener):
         shown = [ends[0], ends[len(ends) // 2], ends[-1]]
         figures = ", ".join(f"{one.value(batches):.3f} at {one.sparsity:.2f}" for one in shown)
         self._console.print(Text(f"generation {number} ({spent:.0%} of the budget): {figures}"), soft_wrap=True)
+
+
+class PruneReport(_Bars, PruneListener):
+    """Says where a command that was killed goes on."""
+
+    def resumed(self, block: int, blocks: int) -> None:
+        place = f"at block {block} of {blocks}" if block < blocks else f"behind the last of {blocks} blocks"
+        self._console.print(Text(f"going on {place}; --restart begins anew"), soft_wrap=True)
 
 
 class SlimReport(_Bars, SlimListener):
