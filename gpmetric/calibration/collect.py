@@ -120,12 +120,12 @@ _Progress = Callable[[int, int], None]
 _Blocks = Iterator[dict[str, LayerStatistics]]
 
 
-@torch.no_grad()
 def _from_inputs(model: Model, tokens: Tensor, rows: Accumulators, progress: _Progress) -> _Blocks:
     calls = record_calls(model, token_batches(tokens))
     hidden: Sequence[Tensor] = calls.hidden
     for index, block in enumerate(model.blocks):
-        with model.at_hand(index), _Watch(block.layers, rows) as watch:
+        # not around the generator: torch's wrapper of one keeps what it gave until the next is made
+        with torch.no_grad(), model.at_hand(index), _Watch(block.layers, rows) as watch:
             hidden = calls.replay(index, hidden)
         progress(index + 1, len(model.blocks))
         yield {layer.name: watch.result(layer, len(tokens)) for layer in block.layers}
@@ -157,14 +157,18 @@ def _block_by_block(
     def forward(index: int) -> Iterator[None]:
         with _Watch(model.blocks[index].layers, from_inputs) as watch:
             yield
-        seen = {layer.name: watch.result(layer, len(tokens)).values for layer in model.blocks[index].layers}
-        for name, values in seen.items():
-            inputs.put(name, values)
+        for layer in model.blocks[index].layers:
+            inputs.put(layer.name, watch.result(layer, len(tokens)).values)
         progress(index + 1, steps)
 
     def backward(index: int) -> _Watch:
         watches[index] = _Watch(model.blocks[index].layers, others)
         return watches[index]
+
+    def result(layer: Layer, watch: _Watch) -> LayerStatistics:
+        seen = inputs.get(layer.name)
+        inputs.drop(layer.name)
+        return LayerStatistics(**watch.result(layer, len(tokens)).values, **seen)
 
     with Shelf(room) as shelf, Shelf(room) as inputs:
         passes = run_backward(
@@ -172,13 +176,9 @@ def _block_by_block(
             backward=backward,
         )  # fmt: skip
         for index in passes:
-            watch, found = watches.pop(index), {}
-            for layer in model.blocks[index].layers:
-                gradients = watch.result(layer, len(tokens)).values
-                found[layer.name] = LayerStatistics(**gradients, **inputs.get(layer.name))
-                inputs.drop(layer.name)
             progress(steps - index, steps)
-            yield found
+            watch = watches.pop(index)
+            yield {layer.name: result(layer, watch) for layer in model.blocks[index].layers}
 
 
 def _first_watched(model: Model) -> int:

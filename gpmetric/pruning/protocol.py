@@ -156,13 +156,17 @@ class Walk:
             for rule in self.rules
         ]
 
-    @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
         for index in range(self._next, len(self._model.blocks)):
-            with self._model.at_hand(index):
-                pruned = [self._through(branch, index) for branch in self._branches]
-            self._next = index + 1
-            yield index, pruned
+            yield index, self._step(index)  # nothing of it is kept here
+
+    @torch.no_grad()
+    def _step(self, index: int) -> list[dict[str, Tensor]]:
+        """Moves all rules past a block."""
+        with self._model.at_hand(index):
+            pruned = [self._through(branch, index) for branch in self._branches]
+        self._next = index + 1
+        return pruned
 
     def state(self) -> dict[str, Tensor]:
         """All that is needed to go on behind the last block: hidden states by rule, text and batch."""

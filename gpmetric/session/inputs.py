@@ -58,9 +58,6 @@ class Inputs(Request):
     dtype: Annotated[str | None, Option("{choices}; float32 on a CPU, as stored on CUDA.", choices=DTYPES)] = None
     include: Annotated[str | None, Option("Prune only layers whose name matches.", metavar="REGEX")] = None
     exclude: Annotated[str | None, Option("Leave layers whose name matches dense.", metavar="REGEX")] = None
-    chunk_layers: Annotated[
-        int | None, Option("Layers whose statistics are accumulated at once, to save memory.", least=1)
-    ] = None
     memory: Annotated[
         str | None, Option("Refuse to begin what would need more memory, 12GB for instance.", metavar="SIZE")
     ] = None

@@ -15,9 +15,7 @@ __all__ = ["EvaluateRequest"]
 class EvaluateRequest(Inputs):
     """Everything `gpmetric evaluate` can be asked for."""
 
-    unused: ClassVar[frozenset[str]] = frozenset(
-        {"calibration", "samples", "include", "exclude", "chunk_layers", "memory"}
-    )
+    unused: ClassVar[frozenset[str]] = frozenset({"calibration", "samples", "include", "exclude", "memory"})
 
     text: Annotated[tuple[str, ...], Option("Text to evaluate; may be repeated.", reads=True)] = ()
 
