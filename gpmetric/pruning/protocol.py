@@ -81,8 +81,12 @@ class Protocol:
         return names if self.one_shot else frozenset(name for name in names if needs_gradients([name]))
 
     def prepare(self, metrics: Sequence[Metric], update: str) -> None:
-        """Collects what these metrics share, so that the seconds of each are its own."""
-        dense = self.shared(metrics, update)
+        """Collects what these metrics share, so that the seconds of each are its own.
+
+        Raises:
+            InputError: model and dense statistics need more memory than the request allows.
+        """
+        self.session.require(dense := self.shared(metrics, update))
         if dense or self.one_shot:
             self.session.statistics(dense, self._progress)
         if not self.one_shot:
