@@ -48,7 +48,9 @@ def scratch_folder() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise GpmetricError(f"{str(folder)!r} cannot be made: {error.strerror}; XDG_CACHE_HOME can name another") from error
+        raise GpmetricError(
+            f"{str(folder)!r} cannot be made: {error.strerror}; XDG_CACHE_HOME can name another"
+        ) from error
     return folder
 
 

@@ -26,7 +26,7 @@ from gpmetric.placement import FRONT, HEAD, Part, Placement
 __all__ = ["Block", "Layer", "Model", "check_weights", "find_blocks", "find_parts"]
 
 _ROUTER = re.compile(r"(^|\.)(router|gate)$")  # mixture-of-experts routers are never pruned
-_CHECKED = 2**22  # entries of a weight that are looked at together
+_TOGETHER = 2**22  # entries of a weight that are looked at together
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache"}  # of a config: no part of what the model computes
 
 
@@ -125,8 +125,10 @@ class Model:
         for name, parameter in self.module.named_parameters():
             dtype = own if own and parameter.is_floating_point() else parameter.dtype
             digest.update(f"{name} {dtype} {tuple(parameter.shape)}\n".encode())
-            flat = parameter.detach().contiguous().view(-1).cpu().to(dtype)
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+            for part in parameter.detach().contiguous().view(-1).split(_TOGETHER):
+                digest.update(memoryview(part.cpu().to(dtype).view(torch.uint8).numpy()))
+            if self.placement is not None:
+                self.placement.let_go(parameter.data)
         return digest.hexdigest()
 
     @contextmanager
@@ -213,7 +215,9 @@ def find_parts(module: Any, blocks: Sequence[Block]) -> dict[Part, list[nn.Param
 
     What is neither an embedding of tokens nor the output layer is small, and belongs to both ends.
     """
-    parts: dict[Part, list[nn.Parameter]] = {index: list(block.module.parameters()) for index, block in enumerate(blocks)}
+    parts: dict[Part, list[nn.Parameter]] = {
+        index: list(block.module.parameters()) for index, block in enumerate(blocks)
+    }
     inside = {id(parameter) for found in parts.values() for parameter in found}
     others = [parameter for parameter in module.parameters() if id(parameter) not in inside]
     first, last = (
@@ -240,7 +244,7 @@ def check_weights(model: Model) -> None:
     for name, parameter in model.module.named_parameters():
         if parameter.is_meta:
             raise ModelError(f"weight {name} of {model.name!r} is not in memory")
-        if not all(part.isfinite().all() for part in parameter.detach().flatten().split(_CHECKED)):
+        if not all(part.isfinite().all() for part in parameter.detach().flatten().split(_TOGETHER)):
             raise ModelError(f"weight {name} of {model.name!r} holds NaN or infinity")
         if model.placement is not None:
             model.placement.let_go(parameter.data)

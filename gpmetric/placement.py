@@ -43,10 +43,11 @@ class Placement:
     ) -> None:
         self.device, self.dtype, self.resident = device, dtype, False
         self._homes = {part: {one: one.data for one in parameters} for part, parameters in parts.items()}
-        self._open: Counter[Part] = Counter()
+        self._users: Counter[nn.Parameter] = Counter()  # open contexts
         self._files = _MappedFiles()
         self._pool: ThreadPoolExecutor | None = None
-        self._ahead: dict[Part, Future[list[Tensor]]] = {}
+        self._last = -1  # block that was brought
+        self._ahead: tuple[Part, Future[list[Tensor]]] | None = None
 
     def settle(self) -> None:
         """Brings everything to the device, where it stays."""
@@ -62,21 +63,22 @@ class Placement:
 
     @contextmanager
     def at_hand(self, part: Part) -> Iterator[None]:
-        """A part's parameters on the device while the context is open; contexts of one part may be nested."""
+        """A part's parameters on the device while the context is open; contexts may be nested and share parameters."""
         if self.resident:
             yield
             return
         home = self._homes[part]
-        if not self._open[part]:
+        if not all(self._users[parameter] for parameter in home):
             for parameter, tensor in zip(home, self._arrive(part), strict=True):
-                parameter.data = tensor
-        self._open[part] += 1
+                if not self._users[parameter]:
+                    parameter.data = tensor
+        self._users.update(home.keys())
         try:
             yield
         finally:
-            self._open[part] -= 1
-            if not self._open[part]:
-                for parameter, stored in home.items():
+            self._users.subtract(home.keys())
+            for parameter, stored in home.items():
+                if not self._users[parameter]:
                     parameter.data = stored
                     self.let_go(stored)
 
@@ -92,7 +94,9 @@ class Placement:
     @property
     def total_bytes(self) -> int:
         """Memory that all parts take on the device, shared parameters once."""
-        found = {id(parameter): self._size(stored) for home in self._homes.values() for parameter, stored in home.items()}
+        found = {
+            id(parameter): self._size(stored) for home in self._homes.values() for parameter, stored in home.items()
+        }
         return sum(found.values())
 
     def _size(self, stored: Tensor) -> int:
@@ -104,23 +108,30 @@ class Placement:
         return stored.to(self.device, dtype, non_blocking=True)
 
     def _arrive(self, part: Part) -> list[Tensor]:
-        """A part's tensors on the device; those of the block after it are fetched meanwhile."""
-        found = self._ahead.pop(part, None)
-        read = list(self._homes[part].values()) if found is None else found.result()
-        following = part + 1 if isinstance(part, int) else None
-        if following in self._homes and following not in self._ahead:
-            if self.device.type == "cuda":
-                self._pool = self._pool or ThreadPoolExecutor(1, "weights")
-                self._ahead[following] = self._pool.submit(_pinned, list(self._homes[following].values()))
-            else:  # the system reads ahead
-                for stored in self._homes[following].values():
-                    self._files.advise(stored, _WILLNEED)
+        """A part's tensors on the device; those of the block that is likely to be next are fetched meanwhile."""
+        read = list(self._homes[part].values())
+        if self._ahead is not None and self._ahead[0] == part:
+            read = self._ahead[1].result()
+            self._ahead = None
+        if isinstance(part, int):
+            self._fetch(part - 1 if part < self._last else part + 1)
+            self._last = part
         placed = []
         for stored, home in zip(read, self._homes[part].values(), strict=True):
             placed.append(self._placed(stored))
             if placed[-1] is not home:  # a copy
                 self.let_go(home)
         return placed
+
+    def _fetch(self, part: Part) -> None:
+        """Begins to read a part; of another one that was begun, nothing is kept."""
+        stored = list(self._homes.get(part, {}).values())
+        if self.device.type == "cuda":
+            self._pool = self._pool or ThreadPoolExecutor(1, "weights")
+            self._ahead = part, self._pool.submit(_pinned, stored)
+        else:  # the system reads ahead
+            for one in stored:
+                self._files.advise(one, _WILLNEED)
 
 
 def _pinned(tensors: Sequence[Tensor]) -> list[Tensor]:

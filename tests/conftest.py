@@ -136,17 +136,11 @@ def tiny_gpt2(save_model: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def checkpoint(request: pytest.FixtureRequest, save_model: Callable[..., Path]) -> Path:
-    """Directory of a random model of each architecture."""
-    return save_model(request.param, **ARCHITECTURES[request.param])
-
-
-@pytest.fixture(scope="module")
-def architecture(checkpoint: Path) -> Any:
-    """A model of each architecture, loaded."""
+def architecture(request: pytest.FixtureRequest, save_model: Callable[..., Path]) -> Any:
+    """A random model of each architecture, loaded."""
     from gpmetric.loading import load_model
 
-    return load_model(str(checkpoint))
+    return load_model(str(save_model(request.param, **ARCHITECTURES[request.param])))
 
 
 @pytest.fixture(scope="session")

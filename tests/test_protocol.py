@@ -289,7 +289,9 @@ def test_the_model_is_dense_again_whatever_fails(
             nonlocal calls
             calls += 1
             if calls == last:
-                assert place == "mask" or any(not torch.equal(one, before[name]) for name, one in weights(llama).items())
+                assert place == "mask" or any(
+                    not torch.equal(one, before[name]) for name, one in weights(llama).items()
+                )
                 raise error
             return original(*arguments)
 

@@ -143,9 +143,7 @@ def _at_once(model: Model, tokens: Tensor, rows: Accumulators, progress: _Progre
         yield {layer.name: watch.result(layer, len(tokens)) for layer in block.layers}
 
 
-def _block_by_block(
-    model: Model, tokens: Tensor, rows: Accumulators, progress: _Progress, room: int | None
-) -> _Blocks:
+def _block_by_block(model: Model, tokens: Tensor, rows: Accumulators, progress: _Progress, room: int | None) -> _Blocks:
     """All windows through one block after the other, forward and back; of gradients, one block's at a time."""
     from_inputs = {name: row for name, row in rows.items() if isinstance(row, FromInputs)}
     others = {name: row for name, row in rows.items() if name not in from_inputs}

@@ -92,7 +92,9 @@ class Protocol:
         if not self.one_shot:
             _ = self.session.calls
 
-    def walk(self, rules: Sequence[Rule], texts: Sequence[Tensor] = (), *, stored: Mapping[str, torch.dtype] | None = None) -> Walk:
+    def walk(
+        self, rules: Sequence[Rule], texts: Sequence[Tensor] = (), *, stored: Mapping[str, torch.dtype] | None = None
+    ) -> Walk:
         """Takes the model through its blocks, pruned by each of these rules; `prepare` has been called for them.
 
         Args:
@@ -198,7 +200,8 @@ class Walk:
                 found.append(Measured([math.inf] * len(self.tokens), math.nan, math.nan, branch.error))
                 continue
             losses = [
-                mean_of(sum_loss(text.calls, text), tokens) for text, tokens in zip(branch.texts, self.tokens, strict=True)
+                mean_of(sum_loss(text.calls, text), tokens)
+                for text, tokens in zip(branch.texts, self.tokens, strict=True)
             ]
             branch.close()
             found.append(Measured(losses, branch.zeros / weights, branch.seconds))
@@ -274,4 +277,3 @@ def check_targets(model: Model, targets: Collection[Target]) -> None:
                 raise InputError(
                     f"--target {target.text}: in = {width} of layer {layer.name} is not divisible by {target.group}"
                 )
-
