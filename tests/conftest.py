@@ -21,6 +21,42 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = ("test_kernels.py", "test_readme.py")  # tests of a minute each
 CONTEXT = 64  # positions of the tiny models
+SIZES = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 4, "num_attention_heads": 4}
+GROUPED = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": GROUPED,
+    "mistral": GROUPED | {"sliding_window": 5},
+    "ministral3": GROUPED | {"head_dim": 8},
+    "qwen2": GROUPED | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+    "qwen3": GROUPED | {"head_dim": 8},
+    "gemma": GROUPED | {"head_dim": 8},
+    "gemma2": GROUPED | {"head_dim": 8, "sliding_window": 5},
+    "gemma3_text": GROUPED | {"head_dim": 8, "sliding_window": 5, "num_hidden_layers": 7},
+    "phi": GROUPED,
+    "phi3": GROUPED | {"sliding_window": 5},
+    "olmo2": GROUPED,
+    "olmo3": GROUPED | {"sliding_window": 5},
+    "granite": GROUPED,
+    "cohere": GROUPED,
+    "cohere2": GROUPED | {"head_dim": 8, "sliding_window": 5},
+    "stablelm": GROUPED,
+    "starcoder2": GROUPED | {"sliding_window": 5},
+    "smollm3": GROUPED,
+    "glm4": GROUPED | {"head_dim": 8},
+    "gpt_neox": SIZES,
+    "opt": SIZES | {"ffn_dim": 44, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+    "bloom": {"hidden_size": 32, "n_layer": 4, "n_head": 4},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64},
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": 4,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 2]],
+        "window_size": 5,
+    },
+    "gptj": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "rotary_dim": 8},
+}
 WORDS = "the a one small large old metric weight layer model token prunes keeps scores reads of in under with and"
 
 
@@ -97,6 +133,14 @@ def tiny_llama(save_model: Callable[..., Path]) -> Path:
 def tiny_gpt2(save_model: Callable[..., Path]) -> Path:
     """Directory of a random GPT-2: 3 blocks, 32 wide, every layer a Conv1D with its weight as [in, out]."""
     return save_model("gpt2", n_embd=32, n_layer=3, n_head=4, n_positions=CONTEXT, initializer_range=0.2)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest, save_model: Callable[..., Path]) -> Any:
+    """A random model of each architecture, loaded."""
+    from gpmetric.loading import load_model
+
+    return load_model(str(save_model(request.param, **ARCHITECTURES[request.param])))
 
 
 @pytest.fixture(scope="session")

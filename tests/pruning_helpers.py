@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,17 @@ def prune_weight(
 ) -> Tensor:
     """`prune_weights` of one weight at one target."""
     return prune_weights([weight], metric, [target], [statistics], update, None if score is None else [score])[0][0]
+
+
+@contextmanager
+def restored(model: Model) -> Iterator[None]:
+    """Gives every bit of the layers back that is changed in place while the context is open."""
+    copies = [layer.parameter.data.clone() for layer in model.layers]
+    try:
+        yield
+    finally:
+        for layer, copy in zip(model.layers, copies, strict=True):
+            layer.parameter.data.copy_(copy)
 
 
 def windows_of(model: Model, text: Path, length: int = 32, count: int | None = 12) -> Windows:

@@ -15,18 +15,15 @@ from gpmetric.calibration import collect
 from gpmetric.errors import DataError, ExpressionError, InputError, ModelError
 from gpmetric.loading import load_model
 from gpmetric.metrics import BASELINES, resolve_metric
-from gpmetric.pruning import bench as bench_module
 from gpmetric.pruning.bench import (
     BenchListener,
     BenchRow,
-    Measured,
     bench,
     bench_failures,
     bench_rows,
     first_failure,
-    measure,
 )
-from gpmetric.pruning.protocol import Protocol, Rule, check_targets
+from gpmetric.pruning.protocol import Measured, Protocol, Rule, check_targets
 from gpmetric.pruning.win_loss import win_loss
 from gpmetric.session import session as session_module
 from gpmetric.session.evaluate import evaluate
@@ -186,10 +183,10 @@ def test_no_gradients_are_collected_for_who_needs_none(
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("a pass over the calibration text that nobody needs")
 
-    monkeypatch.setattr(session_module, "collect_chunks", refuse)
+    monkeypatch.setattr(session_module, "collect_blocks", refuse)
     run(tiny_llama, tiny_text, metric=["magnitude", "wanda", "ria", "sparsegpt"], target=["0.5"])
     monkeypatch.undo()
-    monkeypatch.setattr(collect, "_with_gradients", refuse)
+    monkeypatch.setattr(collect, "run_backward", refuse)
     run(tiny_llama, tiny_text, metric=["wanda", "sparsegpt"], target=["0.5"], one_shot=True)
 
 
@@ -212,10 +209,11 @@ def test_a_measurement_leaves_the_model_dense(tiny_llama: Path, tiny_text: Path)
     )
     protocol.prepare([rule.metric], "none")
     digest = [layer.weight.clone() for layer in model.layers]
-    found = measure(protocol, rule, [windows.tokens, windows.tokens[:2]])
+    (found,) = protocol.measure([rule], [windows.tokens, windows.tokens[:2]])
     assert (len(found.losses), found.sparsity) == (2, 0.5)
     assert found.seconds > 0
-    assert measure(protocol, rule, [windows.tokens[:2]]).losses == found.losses[1:]
+    (again,) = protocol.measure([rule], [windows.tokens[:2]])
+    assert again.losses == found.losses[1:]
     assert all(torch.equal(layer.weight, before) for layer, before in zip(model.layers, digest, strict=True))
 
 
@@ -293,13 +291,15 @@ def test_rows_measured_before_a_model_fails_are_kept(
     """The device is full at the second row of the second model; that model is in no comparison."""
     calls: list[str] = []
 
-    def full(protocol: Protocol, *arguments: Any) -> Measured:
+    measure = Protocol.measure
+
+    def full(protocol: Protocol, *arguments: Any) -> list[Measured]:
         calls.append(protocol.session.model.name)
         if len(calls) == 4:
             raise torch.OutOfMemoryError("no memory is left")
         return measure(protocol, *arguments)
 
-    monkeypatch.setattr(bench_module, "measure", full)
+    monkeypatch.setattr(Protocol, "measure", full)
     first, second = (result := run([tiny_llama, tiny_gpt2], tiny_text, metric=["wanda", "ria"]))["models"]
     assert "error" not in first
     assert second["error"] == "no memory is left"

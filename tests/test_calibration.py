@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gpmetric.blockwise.replay import record_calls
 from gpmetric.calibration.accumulators import (
     ACCUMULATORS,
     DAMPING,
@@ -31,13 +33,13 @@ from gpmetric.calibration.accumulators import (
     inverse_factor,
 )
 from gpmetric.calibration.cache import cache_key, cached_statistics, estimate_bytes, load_statistics
-from gpmetric.calibration.collect import Statistics, collect, collect_block, collect_chunks, token_batches
-from gpmetric.calibration.replay import record_calls
+from gpmetric.calibration.collect import Statistics, collect, collect_block, collect_blocks, token_batches
 from gpmetric.data import cut_windows, read_text
 from gpmetric.errors import GpmetricError, ModelError, SolverError
 from gpmetric.loading import load_model
 from gpmetric.models import Layer, Model
 from gpmetric.operands import OPERANDS, needs_gradients, shape_of
+from tests.pruning_helpers import restored
 
 ALL = ("X", "G", "H", "D", "F", "gram")
 INPUTS = ("X", "D", "gram")
@@ -227,60 +229,58 @@ def test_shapes_and_sample(model: Model, tokens: Tensor, statistics: Statistics)
         assert torch.equal(found["D"], curvature(found["gram"]))
 
 
-@pytest.mark.parametrize("chunk_layers", [1, 3, 5, 100])
-def test_chunks_change_no_bit(model: Model, tokens: Tensor, statistics: Statistics, chunk_layers: int) -> None:
+@pytest.mark.parametrize("names", [ALL, INPUTS])
+def test_blocks_come_one_after_the_other(model: Model, tokens: Tensor, names: tuple[str, ...]) -> None:
+    """Each with its own layers; a step is a window's way through all blocks, or a block's pass over all windows."""
     steps: list[tuple[int, int]] = []
-    chunked = collect(
-        model, tokens, ALL, chunk_layers=chunk_layers, progress=lambda done, total: steps.append((done, total))
-    )
-    assert_same_bits(chunked, statistics)
-    total = -(-len(model.layers) // chunk_layers) * len(tokens)
+    found = list(collect_blocks(model, tokens, names, progress=lambda done, total: steps.append((done, total))))
+    assert [list(one) for one in found] == [[layer.name for layer in block.layers] for block in model.blocks]
+    merged = {name: one for block in found for name, one in block.items()}
+    collected = collect(model, tokens, names)
+    assert_same_bits(replace(collected, layers=merged), collected, names)
+    total = len(tokens) if names == ALL else len(model.blocks)
     assert steps == [(done, total) for done in range(1, total + 1)]
 
 
-@pytest.mark.parametrize("chunk_layers", [1, 4, 5, None])
-def test_chunks_come_one_after_the_other(
-    model: Model, tokens: Tensor, statistics: Statistics, chunk_layers: int | None
+@pytest.mark.parametrize("names", [ALL, INPUTS])
+def test_statistics_of_one_block_are_in_memory_at_a_time(
+    model: Model, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
 ) -> None:
-    size = chunk_layers or len(model.layers)
-    chunks = list(collect_chunks(model, tokens, ALL, chunk_layers=chunk_layers))
-    assert [list(chunk) for chunk in chunks] == [
-        [layer.name for layer in model.layers[start : start + size]] for start in range(0, len(model.layers), size)
-    ]
-    merged = {name: found for chunk in chunks for name, found in chunk.items()}
-    assert_same_bits(replace(statistics, layers=merged), statistics)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("gradients", [True, False])
-def test_one_chunk_is_in_memory_at_a_time(model: Model, tokens: Tensor, gradients: bool) -> None:
-    """No moment of another chunk is alive while one is collected, nor any statistics, without a garbage collection."""
+    """No moment of another block is alive while one is collected, nor any statistics, without a garbage collection."""
     kinds = (InputMoments, AbsoluteGradients, SquaredGradients, TokenMoments, LayerStatistics)
+    made: WeakSet[Any] = WeakSet()
+    alive: list[list[int]] = []
 
     def count() -> list[int]:
-        found = [type(thing) for thing in gc.get_objects()]
-        return [found.count(kind) for kind in kinds]
+        return [sum(type(one) is kind for one in made) for kind in kinds]
 
-    alive: list[list[int]] = []
-    gc.collect()
+    for kind in kinds:
+        start: Any = kind.__init__
+
+        def registered(self: Any, *arguments: Any, start: Any = start, **options: Any) -> None:
+            made.add(self)
+            start(self, *arguments, **options)
+
+        monkeypatch.setattr(kind, "__init__", registered)
+    for kind in kinds[:-1]:
+        add: Any = kind.add
+
+        def counted(self: Any, *arguments: Any, add: Any = add) -> None:
+            alive.append(count())
+            add(self, *arguments)
+
+        monkeypatch.setattr(kind, "add", counted)
     gc.disable()
     try:
-        before = count()
-        chunks = collect_chunks(
-            model,
-            tokens[:1],
-            ALL if gradients else INPUTS,
-            chunk_layers=5,
-            progress=lambda *_: alive.append([now - then for now, then in zip(count(), before, strict=True)]),
-        )
-        for chunk in chunks:
-            assert count()[-1] - before[-1] == len(chunk)
-            del chunk  # or the loop would keep it while the next is made
-        assert count() == before
+        for block in collect_blocks(load_model(model.name, resident=False), tokens[:1], names):
+            assert count()[-1] == len(block)
+            del block  # or the loop would keep it while the next is made
+        assert count() == [0] * len(kinds)
     finally:
         gc.enable()
-    sizes = [len(model.layers[start : start + 5]) for start in range(0, len(model.layers), 5)]
-    assert alive == [[size, *[size * gradients] * 3, 0] for size in sizes]
+    size = len(model.blocks[0].layers)
+    gradients = [[size, *[size] * 3, 0]] if names == ALL else []  # beside each, moments of inputs without any tokens
+    assert {*map(tuple, alive)} == {*map(tuple, [[size, 0, 0, 0, 0], *gradients])}
 
 
 def test_forward_only_agrees(model: Model, tokens: Tensor, statistics: Statistics) -> None:
@@ -290,7 +290,6 @@ def test_forward_only_agrees(model: Model, tokens: Tensor, statistics: Statistic
         for name, found in forward.layers.items():
             assert torch.allclose(found["X"], statistics.layers[name]["X"], rtol=1e-5)
             assert found.values.keys() == set(names)
-        assert_same_bits(forward, collect(model, tokens, names, chunk_layers=3))
 
 
 def test_a_model_is_left_as_it_was(model: Model, tokens: Tensor) -> None:
@@ -300,7 +299,7 @@ def test_a_model_is_left_as_it_was(model: Model, tokens: Tensor) -> None:
         assert any(layer.parameter.requires_grad for layer in model.layers)
         raise KeyboardInterrupt
 
-    collect(model, tokens[:1], ALL, chunk_layers=4)
+    collect(model, tokens[:1], ALL)
     with pytest.raises(KeyboardInterrupt):
         collect(model, tokens, ALL, progress=interrupt)
     for parameter in model.module.parameters():
@@ -327,14 +326,14 @@ def test_one_gradient_is_alive_at_a_time(model: Model, tokens: Tensor, monkeypat
 def test_a_layer_without_tokens_is_refused(llama: Model) -> None:
     """Zeros for its X would pass for a measurement: a decoder's cross-attention, a vision tower, an idle expert."""
     stray = Layer("blocks.0.idle", nn.Linear(4, 4))
-    idle = replace(llama, blocks=(replace(llama.blocks[0], layers=(stray,)),))
+    idle = replace(llama, blocks=tuple(replace(block, layers=(stray,)) for block in llama.blocks))
     for names in ("", "X", "D", "G", "F"):
         with pytest.raises(ModelError, match=r"^layer blocks\.0\.idle is not reached by a text"):
             collect(idle, make_tokens(1, 8), names)
 
 
 def test_overflowing_activations_are_an_error(llama: Model) -> None:
-    with llama.restored(), torch.no_grad():
+    with restored(llama), torch.no_grad():
         llama.layers[3].weight.fill_(1e38)
         with pytest.raises(SolverError, match=r"^layer model\.layers\.0\.mlp\.gate_proj: .* holds NaN or infinity"):
             collect(llama, make_tokens(1, 8), "D")
@@ -355,48 +354,7 @@ def test_batches_hold_about_2048_tokens() -> None:
 
 # Replaying blocks
 
-SIZES = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 4, "num_attention_heads": 4}
-GROUPED = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64}
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": GROUPED,
-    "mistral": GROUPED | {"sliding_window": 5},
-    "ministral3": GROUPED | {"head_dim": 8},
-    "qwen2": GROUPED | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
-    "qwen3": GROUPED | {"head_dim": 8},
-    "gemma": GROUPED | {"head_dim": 8},
-    "gemma2": GROUPED | {"head_dim": 8, "sliding_window": 5},
-    "gemma3_text": GROUPED | {"head_dim": 8, "sliding_window": 5, "num_hidden_layers": 7},
-    "phi": GROUPED,
-    "phi3": GROUPED | {"sliding_window": 5},
-    "olmo2": GROUPED,
-    "olmo3": GROUPED | {"sliding_window": 5},
-    "granite": GROUPED,
-    "cohere": GROUPED,
-    "cohere2": GROUPED | {"head_dim": 8, "sliding_window": 5},
-    "stablelm": GROUPED,
-    "starcoder2": GROUPED | {"sliding_window": 5},
-    "smollm3": GROUPED,
-    "glm4": GROUPED | {"head_dim": 8},
-    "gpt_neox": SIZES,
-    "opt": SIZES | {"ffn_dim": 44, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
-    "bloom": {"hidden_size": 32, "n_layer": 4, "n_head": 4},
-    "falcon": {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64},
-    "gpt_neo": {
-        "hidden_size": 32,
-        "num_layers": 4,
-        "num_heads": 4,
-        "attention_types": [[["global", "local"], 2]],
-        "window_size": 5,
-    },
-    "gptj": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "rotary_dim": 8},
-}
 NOT_MATRICES = (nn.LayerNorm, nn.Embedding)
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def architecture(request: pytest.FixtureRequest, save_model: Callable[..., Path]) -> Model:
-    return load_model(str(save_model(request.param, **ARCHITECTURES[request.param])))
 
 
 def test_replaying_the_blocks_is_the_model(architecture: Model) -> None:
@@ -414,11 +372,11 @@ def test_replaying_the_blocks_is_the_model(architecture: Model) -> None:
     for hook in hooks:
         hook.remove()
     calls = record_calls(architecture, batches)
-    assert not any(block.module._forward_pre_hooks for block in architecture.blocks)
+    assert not any("forward" in vars(block.module) for block in architecture.blocks)
     for _ in range(2):  # a replay leaves nothing behind
         hidden = calls.hidden
-        for index, (block, expected) in enumerate(zip(architecture.blocks, outputs, strict=True)):
-            hidden = calls.replay(index, block, hidden)
+        for index, expected in enumerate(outputs):
+            hidden = calls.replay(index, hidden)
             assert not any(states.requires_grad for states in hidden)
             for states, output in zip(hidden, expected, strict=True):
                 assert torch.equal(states, output[0] if isinstance(output, tuple) else output), index
@@ -458,14 +416,14 @@ def test_a_block_on_dense_inputs_has_the_dense_statistics(model: Model, tokens: 
     dense = collect(model, tokens, INPUTS)
     calls = record_calls(model, token_batches(tokens))
     hidden = calls.hidden
-    for index, block in enumerate(model.blocks):
-        found = collect_block(calls, index, block, hidden, ALL)
+    for index in range(len(model.blocks)):
+        found = collect_block(calls, index, hidden, ALL)
         for name, layer in found.items():
             assert layer.values.keys() == set(INPUTS), "what inputs alone tell"
             assert all(torch.equal(layer[one], dense.layers[name][one]) for one in INPUTS)
-        (few, *_) = collect_block(calls, index, block, hidden, ["X"]).values()
+        (few, *_) = collect_block(calls, index, hidden, ["X"]).values()
         assert few.values.keys() == {"X"}
-        hidden = calls.replay(index, block, hidden)
+        hidden = calls.replay(index, hidden)
 
 
 # Accumulators and solvers

@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from gpmetric.errors import DataError, InputError
 from gpmetric.evaluation.objectives import OBJECTIVES
-from gpmetric.evaluation.perplexity import DenseLoss, Teacher, batches, mean_loss, perplexity
+from gpmetric.evaluation.perplexity import DenseLoss, Teacher, batches, mean_loss, perplexity, predictions
 from gpmetric.files import write_json
 from gpmetric.loading import load_model
 from gpmetric.models import Model
 from gpmetric.session.evaluate import EvaluateListener, evaluate
-from tests.pruning_helpers import windows_of
+from tests.pruning_helpers import restored, windows_of
 
 
 @pytest.fixture(scope="module", params=["tiny_llama", "tiny_gpt2"])
@@ -51,7 +52,7 @@ def test_mean_loss_by_hand(llama: Model) -> None:
 
 
 def test_a_model_without_preference_has_the_vocabulary_for_perplexity(llama: Model) -> None:
-    with llama.restored(), torch.no_grad():
+    with restored(llama), torch.no_grad():
         norm = llama.module.model.norm.weight
         kept = norm.clone()
         norm.zero_()
@@ -61,7 +62,7 @@ def test_a_model_without_preference_has_the_vocabulary_for_perplexity(llama: Mod
 
 def test_a_model_pruned_to_death_is_infinite(llama: Model) -> None:
     for value in (torch.nan, torch.inf):
-        with llama.restored():
+        with restored(llama):
             llama.layers[0].weight.fill_(value)
             assert mean_loss(llama, torch.arange(40).view(2, 20)) == math.inf
 
@@ -90,16 +91,18 @@ def test_dense_perplexity_of_the_reference(name: str, text: str, shared: Path) -
 def test_a_teacher_by_hand(model: Model) -> None:
     """Excess and sum of p (ln p - ln q) over 6 predictions, in double precision; predictions are kept in fp16."""
     rows = torch.tensor([[5, 9, 200, 7], [1, 2, 3, 4]])
-    with torch.no_grad(), model.restored():
+    with torch.no_grad(), restored(model):
         p = model.module(input_ids=rows).logits[:, :-1].double().log_softmax(dim=-1)
-        teacher = Teacher(model, rows)
+        ((logits, labels),) = predictions(model, rows)
+        teacher = Teacher(logits, labels)
         assert teacher.predictions == 6
         assert teacher.bytes == 6 * 300 * 2
-        same = teacher.compare(model)
+        same = teacher.compare(logits)
         for layer in model.layers:
             layer.weight.mul_(0.8)
         q = model.module(input_ids=rows).logits[:, :-1].double().log_softmax(dim=-1)
-        excess, divergence = teacher.compare(model).tolist()
+        ((logits, _),) = predictions(model, rows)
+        excess, divergence = teacher.compare(logits).tolist()
     taken = rows[:, 1:, None]
     assert excess == pytest.approx(float((p - q).gather(2, taken).sum()), rel=1e-4)
     assert divergence == pytest.approx(float((p.exp() * (p - q)).sum()), rel=2e-3)
@@ -108,24 +111,32 @@ def test_a_teacher_by_hand(model: Model) -> None:
 
 
 def test_a_pupil_pruned_to_death_is_not_finite(llama: Model) -> None:
-    with torch.no_grad(), llama.restored():
-        teacher = Teacher(llama, torch.arange(40).view(2, 20))
+    with torch.no_grad(), restored(llama):
+        rows = torch.arange(40).view(2, 20)
+        (dense,) = predictions(llama, rows)
+        teacher = Teacher(*dense)
         llama.layers[0].weight.fill_(torch.nan)
-        assert not teacher.compare(llama).isfinite().any()
+        ((logits, _),) = predictions(llama, rows)
+        assert not teacher.compare(logits).isfinite().any()
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_is_zero_for_the_dense_model_and_has_gradients(model: Model, name: str) -> None:
     """What its row says of it: nats over so many predictions, memory where predictions are kept and nowhere else."""
     rows = torch.tensor([[5, 9, 200, 7], [1, 2, 3, 4]])
-    with torch.no_grad(), model.restored():
-        reference = OBJECTIVES[name].reference(model, rows)
+
+    def logits() -> Tensor:
+        ((found, _),) = predictions(model, rows)
+        return found
+
+    with torch.no_grad(), restored(model):
+        reference = OBJECTIVES[name].reference(logits(), rows[:, 1:].flatten())
         assert reference.predictions == 6
         assert reference.bytes == (6 * 300 * 2 if OBJECTIVES[name].keeps_predictions else 0)
-        assert abs(float(reference.excess(model))) < 1e-3
+        assert abs(float(reference.excess(logits()))) < 1e-3
         for layer in model.layers:
             layer.weight.mul_(0.5)
-        excess = reference.excess(model)
+        excess = reference.excess(logits())
         assert excess.isfinite()
         assert abs(float(excess)) > 1e-2
         expected = Teacher if name == "kl" else DenseLoss
@@ -133,7 +144,7 @@ def test_an_objective_is_zero_for_the_dense_model_and_has_gradients(model: Model
         weight = model.layers[-1].parameter
         with torch.enable_grad():
             weight.requires_grad_(True)
-            traced = reference.excess(model)
+            traced = reference.excess(logits())
             traced.backward()
             weight.requires_grad_(False)
         assert float(traced.detach()) == pytest.approx(float(excess), rel=1e-4)

@@ -21,7 +21,7 @@ from gpmetric.evaluation import references
 from gpmetric.evaluation.perplexity import Teacher
 from gpmetric.evaluation.references import References
 from gpmetric.evolution import evaluator as module
-from gpmetric.evolution.evaluator import Evaluator
+from gpmetric.evolution.evaluator import Evaluator, alike
 from gpmetric.evolution.tasks import DenseTask, ExcessTask, MaskFingerprint, NoMasks, ProbeTask, SequentialTask
 from gpmetric.loading import load_model
 from gpmetric.metrics import resolve_metric
@@ -182,7 +182,11 @@ def test_no_more_predictions_are_held_than_are_kept(
 ) -> None:
     """Those of a large vocabulary would not fit into memory together."""
     monkeypatch.setattr(references, "batches", lambda model, windows: iter(windows.split(1)))
-    (size,) = {one.bytes for one in References(model, Teacher, 2**30).of("all", tokens["search"][:6])}
+
+    def dense() -> Iterator[tuple[Tensor, Tensor]]:
+        return references.parts_of(model, tokens["search"][:6])
+
+    (size,) = {one.bytes for one in References(Teacher, 2**30).of("all", dense)}
     alive: list[int] = []
 
     class Counted(Teacher):
@@ -193,9 +197,10 @@ def test_no_more_predictions_are_held_than_are_kept(
         def __del__(self) -> None:
             alive.pop()
 
-    kept = References(model, Counted, int(2.5 * size))
-    assert max(len(alive) for _ in kept.of("all", tokens["search"][:6])) <= 4  # two kept, the present one and the next
+    kept = References(Counted, int(2.5 * size))
+    assert max(len(alive) for _ in kept.of("all", dense)) <= 4  # two kept, the present one and the next
     assert not alive
+    assert "all" not in kept
 
 
 @pytest.mark.parametrize("update", ["none", "obs", "obs-blockwise"])
@@ -212,6 +217,29 @@ def test_errors_leave_the_model_dense(
     monkeypatch.setattr(module.Teacher, "compare", lambda *arguments: (_ for _ in ()).throw(RuntimeError("died")))
     with pytest.raises(RuntimeError, match="died"):
         evaluator(excess("abs(W)", 0, 2))
+
+
+def test_tasks_together_are_answered_as_each_alone(
+    model: Model, statistics: Statistics, tokens: dict[str, Tensor]
+) -> None:
+    """To the bit, with the errors in their places; blocks that are read one by one change nothing."""
+    formulas = ("abs(W)*X", BAD, "layer:abs(W)*G", "W*W*D")
+    excesses = [excess(text, 1, 5) for text in formulas]
+    sequences = [SequentialTask(resolve_metric(text), "0.5", "test", "calibration", "obs") for text in formulas]
+    streamed = load_model(model.name, resident=False)
+    one = evaluator_of(model, statistics, tokens)
+    for tasks in (excesses, sequences):
+        assert all(alike(tasks[0], task) for task in tasks)
+        for evaluator in (one, evaluator_of(streamed, statistics, tokens)):
+            for task, found in zip(tasks, evaluator.together(tasks), strict=True):
+                if task.metric.name == BAD:
+                    assert isinstance(found, MaskError)
+                else:
+                    assert found == one(task)
+    assert not alike(excesses[0], excess("abs(W)", 1, 4))
+    assert not alike(excesses[0], sequences[0])
+    assert not alike(sequences[0], replace(sequences[0], calibration="calibration-0"))
+    assert not alike(probe("abs(W)"), probe("abs(W)"))
 
 
 def test_a_probe_answers_for_every_metric_in_order(evaluator: Evaluator) -> None:

@@ -14,7 +14,6 @@ from gpmetric.evolution.discover import discover
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.metrics import resolve_metric
-from gpmetric.models import Model
 from gpmetric.pruning.protocol import Protocol, Rule
 from gpmetric.session.session import Session, open_session
 from gpmetric.targets import GRANULARITIES, Granularity, parse_target
@@ -32,22 +31,17 @@ def options(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> dict[str, Any]
 
 
 class Disagreement:
-    """The dense model's likeliest next tokens on a batch."""
+    """The dense model's likeliest next tokens."""
 
     bytes = 0
 
-    def __init__(self, model: Model, batch: Tensor) -> None:
-        self._batch = batch
-        self.predictions = len(batch) * (batch.shape[1] - 1)
-        self._likeliest = self._choices(model)
+    def __init__(self, logits: Tensor, labels: Tensor) -> None:
+        self.predictions = len(labels)
+        self._likeliest = logits.argmax(dim=-1)
 
-    def excess(self, model: Model) -> Tensor:
+    def excess(self, logits: Tensor) -> Tensor:
         """How often a model chooses another."""
-        return (self._choices(model) != self._likeliest).sum().float()
-
-    def _choices(self, model: Model) -> Tensor:
-        choices: Tensor = model.module(input_ids=self._batch).logits[:, :-1].argmax(dim=-1)
-        return choices
+        return (logits.argmax(dim=-1) != self._likeliest).sum().float()
 
 
 TOP1 = Objective("share of predictions whose likeliest token changes", Disagreement)
@@ -62,8 +56,10 @@ def disagreement(session: Session, formula: str, target: str) -> float:
     metric = resolve_metric(formula)
     protocol = Protocol(session, one_shot=True)
     protocol.prepare([metric], "none")
-    with session.model.restored():
-        protocol.prune(Rule(metric, parse_target(target)))
+    pruned = {
+        name: one for _, (block,) in protocol.walk([Rule(metric, parse_target(target))]) for name, one in block.items()
+    }
+    with session.model.holding([pruned[layer.name] for layer in session.model.layers]):
         after = module(input_ids=tokens).logits[:, :-1].argmax(dim=-1)
     return float((before != after).double().mean())
 

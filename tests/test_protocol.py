@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpmetric.blockwise.hidden import Hidden
 from gpmetric.calibration import collect as collecting
 from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.collect import collect
@@ -19,11 +21,10 @@ from gpmetric.loading import load_model
 from gpmetric.metrics import resolve_metric
 from gpmetric.models import Block, Model
 from gpmetric.pruning import mask, protocol
-from gpmetric.pruning.bench import measure
 from gpmetric.pruning.mask import select_mask
-from gpmetric.pruning.protocol import Protocol, Rule, sparsity
+from gpmetric.pruning.protocol import Protocol, Rule
 from gpmetric.targets import Target, parse_target
-from tests.pruning_helpers import session_of, windows_of
+from tests.pruning_helpers import restored, session_of, windows_of
 
 
 @pytest.fixture
@@ -40,12 +41,27 @@ def weights(model: Model) -> dict[str, Tensor]:
     return {layer.name: layer.weight.clone() for layer in model.layers}
 
 
+def sparsity(model: Model) -> float:
+    """Fraction of the prunable weights that are zero."""
+    zeros = sum(int((layer.weight == 0).sum()) for layer in model.layers)
+    return zeros / sum(layer.weight.numel() for layer in model.layers)
+
+
 def prune(model: Model, text: Path, metric: str, target: str, *, one_shot: bool, update: str, count: int) -> Protocol:
+    """Leaves the model pruned."""
     windows = windows_of(model, text, count=count)
     made = Protocol(session_of(model, windows), one_shot=one_shot)
     rule = Rule(made.session.metric(metric), parse_target(target), update)
     made.prepare([rule.metric], update)
-    made.prune(rule)
+    walk = made.walk([rule])
+    pruned = {name: weight for _, (block,) in walk for name, weight in block.items()}
+    (measured,) = walk.measured()
+    if measured.error:
+        raise measured.error
+    assert pruned.keys() == {layer.name for layer in model.layers}
+    for layer in model.layers:
+        layer.weight.copy_(pruned[layer.name])
+    assert measured.sparsity == sparsity(model)
     return made
 
 
@@ -63,9 +79,9 @@ def seen_statistics(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Layer
     original = protocol._prune_layer
     found: dict[str, LayerStatistics] = {}
 
-    def spy(layer: Any, rule: Rule, statistics: LayerStatistics) -> None:
+    def spy(layer: Any, rule: Rule, statistics: LayerStatistics) -> Tensor:
         found[layer.name] = statistics
-        original(layer, rule, statistics)
+        return original(layer, rule, statistics)
 
     with monkeypatch.context() as patch:
         patch.setattr(protocol, "_prune_layer", spy)
@@ -221,7 +237,7 @@ def test_what_each_group_loses(tiny_llama: Path, tiny_text: Path, metric: str, t
 def test_stored_dtype_is_kept(tiny_llama: Path, tiny_text: Path, dtype: str) -> None:
     """Masks leave kept weights as they were, bit for bit; an update writes them in the stored dtype."""
     model = load_model(str(tiny_llama), device="cpu", dtype=dtype)
-    with model.restored():
+    with restored(model):
         dense = weights(model)
         sequential(model, tiny_text, "wanda", "2:4", count=4)
         for layer in model.layers:
@@ -255,36 +271,75 @@ def test_excluded_layers_stay_dense(tiny_llama: Path, tiny_text: Path) -> None:
 
 
 @pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("place", ["mask", "block"])
 @pytest.mark.parametrize("error", [MaskError("no"), SolverError("no"), KeyboardInterrupt(), RuntimeError("no")])
 def test_the_model_is_dense_again_whatever_fails(
-    llama: Model, tiny_text: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, once: bool
+    llama: Model, tiny_text: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, place: str, once: bool
 ) -> None:
-    """A failure at the tenth layer, deep in the second block: bit for bit what it was, and usable again."""
+    """A failure at the tenth layer, or while pruned blocks are run: bit for bit what it was, and usable again."""
     windows = windows_of(llama, tiny_text, count=4)
     before = weights(llama)
     made, rule = Protocol(session_of(llama, windows), one_shot=once), Rule(resolve_metric("wanda"), parse_target("0.5"))
     made.prepare([rule.metric], "none")
-    expected = measure(made, rule, [windows.tokens]).losses
+    (expected,) = made.measure([rule], [windows.tokens])
     calls = 0
 
-    def fail(score: Tensor, target: Target) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 10:
-            assert not torch.equal(llama.layers[0].weight, before[llama.layers[0].name]), "half pruned"
-            raise error
-        return select_mask(score, target)
+    def failing(original: Callable[..., Any], last: int) -> Callable[..., Any]:
+        def fail(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                assert place == "mask" or any(
+                    not torch.equal(one, before[name]) for name, one in weights(llama).items()
+                )
+                raise error
+            return original(*arguments)
+
+        return fail
 
     with monkeypatch.context() as patch:
-        patch.setattr(mask, "select_mask", fail)
-        with pytest.raises(type(error)) as caught:
-            measure(made, rule, [windows.tokens])
-    if isinstance(error, GpmetricError):
-        assert str(caught.value) == f"metric wanda at 0.5: no (layer {llama.layers[9].name})"
-    assert calls == 10
+        if place == "mask":
+            patch.setattr(mask, "select_mask", failing(select_mask, 10))
+        else:
+            patch.setattr(Hidden, "advance", failing(Hidden.advance, 3))
+        if place == "mask" and isinstance(error, GpmetricError):
+            (found,) = made.measure([rule], [windows.tokens])
+            assert str(found.error) == f"metric wanda at 0.5: no (layer {llama.layers[9].name})"
+            assert type(found.error) is type(error)
+            assert found.losses == [math.inf]
+        else:
+            with pytest.raises(type(error)):
+                made.measure([rule], [windows.tokens])
+    assert calls == (10 if place == "mask" else 3)
     for layer in llama.layers:
         assert torch.equal(layer.weight.view(torch.int32), before[layer.name].view(torch.int32))
-    assert measure(made, rule, [windows.tokens]).losses == expected
+    assert made.measure([rule], [windows.tokens])[0].losses == expected.losses
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_rules_measured_together_are_as_each_alone(llama: Model, tiny_text: Path, once: bool) -> None:
+    """To the bit, on texts of several batches; one that fails costs the others nothing."""
+    windows = windows_of(llama, tiny_text, length=24, count=5)
+    texts = [windows_of(llama, tiny_text, length=60, count=40).tokens, windows.tokens[:2]]
+    metrics = ("wanda", "abs(W)*exp(W*1e9)*1e29", "gblm_l1", "sparsegpt", "wanda")
+    targets = ("0.5", "0.5", "2:4", "0.3", "layer:0.6")
+    made = Protocol(session_of(llama, windows), one_shot=once)
+    rules = [
+        Rule(made.session.metric(metric), parse_target(target)) for metric, target in zip(metrics, targets, strict=True)
+    ]
+    made.prepare([rule.metric for rule in rules], "none")
+    together = made.measure(rules, texts)
+    for rule, found in zip(rules, together, strict=True):
+        (alone,) = made.measure([rule], texts)
+        assert found.losses == alone.losses
+        if "exp" in rule.metric.name:
+            assert str(found.error) == str(alone.error)
+            assert isinstance(found.error, MaskError)
+        else:
+            assert (found.sparsity, found.error) == (alone.sparsity, None)
+            assert len(found.losses) == 2
+            assert found.seconds > 0
+    assert len({found.losses[0] for found in together}) == len(rules)
 
 
 def test_a_score_that_is_not_finite_names_metric_target_and_layer(llama: Model, tiny_text: Path) -> None:

@@ -212,13 +212,13 @@ def test_texts_fail_before_the_model_is_loaded(tiny_text: Path, monkeypatch: pyt
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[frozenset[str]]:
     """Which statistics are collected, call by call."""
     asked: list[frozenset[str]] = []
-    original = session_module.collect_chunks
+    original = session_module.collect_blocks
 
     def spy(model: Any, tokens: Any, names: Any, **options: Any) -> Any:
         asked.append(frozenset(names))
         return original(model, tokens, names, **options)
 
-    monkeypatch.setattr(session_module, "collect_chunks", spy)
+    monkeypatch.setattr(session_module, "collect_blocks", spy)
     return asked
 
 
@@ -254,13 +254,11 @@ def test_statistics_at_hand_are_taken(session: Session, monkeypatch: pytest.Monk
     assert asked == []
 
 
-def test_chunks_are_as_large_as_asked_for_and_progress_is_told(llama: Model, windows: Windows) -> None:
+def test_blocks_come_one_by_one_and_progress_is_told(session: Session) -> None:
     told: list[tuple[str, int, int]] = []
-    session = session_of(llama, windows, chunk_layers=5)
-    chunks = list(session.chunks("X", lambda *progress: told.append(progress)))
-    names = [layer.name for layer in llama.layers]
-    assert [list(chunk) for chunk in chunks] == [names[start : start + 5] for start in range(0, len(names), 5)]
-    assert told[-1] == ("calibration", len(chunks) * 4, len(chunks) * 4)
+    found = list(session.blocks("X", lambda *progress: told.append(progress)))
+    assert [list(one) for one in found] == [[layer.name for layer in block.layers] for block in session.model.blocks]
+    assert told == [("calibration", done, len(found)) for done in range(1, len(found) + 1)]
     assert session.dense is None
 
 

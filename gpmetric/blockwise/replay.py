@@ -116,7 +116,7 @@ class _Traits:
 
     Attributes:
         logits: of the windows that it was run on.
-        forms: by block, what it returns behind the hidden states; None where it returns them alone.
+        forms: by block, what it returns behind the hidden states, without any tensors; None where it returns them alone.
         by_states: whether the end of the model may be run without token ids.
     """
 
@@ -145,27 +145,25 @@ def _examine(model: Model) -> _Traits:
     def run(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Callable[..., Any]) -> Any:
         nonlocal follows
         states = real.keep(index, args, kwargs)
-        follows &= index == 0 or torch.equal(states, last[0])
+        follows &= index == 0 or _alike(states, last[0], rtol=0, atol=0)
         with model.at_hand(index):
             output = forward(*args, **kwargs)
-        forms[index] = output[1:] if isinstance(output, tuple) else None
+        forms[index] = _emptied(output[1:]) if isinstance(output, tuple) else None
         last[0] = _first(output).clone()
         return output
 
     with model.at_hand(FRONT), model.at_hand(HEAD), _standing_aside(model, run, real=True):
         logits: Tensor = model.module(input_ids=tokens, use_cache=False).logits
-    for by_states in (True, False):
+    follows &= all(len(arguments) == 1 for arguments in real.arguments)  # each is called, and once
+    takes = inspect.signature(model.module.forward).parameters
+    for by_states in (True, False) if "inputs_embeds" in takes else (False,):
         _KNOWN[model.module] = traits = _Traits(logits, forms, by_states)
-        calls = record_calls(model, [tokens])
-        if not follows or not _same(calls.arguments, real.arguments):
-            break
-        if by_states and "inputs_embeds" not in inspect.signature(model.module.forward).parameters:
-            continue
         try:
+            calls = record_calls(model, [tokens])
             found = calls.finish(0, last[0]).logits
-        except Exception:  # whatever an architecture raises that wants ids
+        except Exception:  # whatever an architecture raises that wants ids, or what a block hands on
             continue
-        if found.shape == logits.shape and torch.allclose(found, logits, equal_nan=True):
+        if follows and _same(calls.arguments, real.arguments) and _alike(found, logits):
             return traits
     del _KNOWN[model.module]
     raise ModelError(f"model {model.name!r} cannot be run block by block: its blocks hand on more than hidden states")
@@ -237,9 +235,18 @@ def _shaped(states: Tensor, rest: tuple[Any, ...] | None) -> Any:
     return states if rest is None else (states, *rest)
 
 
+def _emptied(value: Any) -> Any:
+    """The same without its tensors, so that who would read one cannot."""
+    if isinstance(value, tuple):
+        return tuple(map(_emptied, value))
+    return None if isinstance(value, Tensor) else value
+
+
 def _separate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
     if args:
         return args[0], args[1:], kwargs
+    if "hidden_states" not in kwargs:
+        raise ModelError(f"the model cannot be run block by block: its blocks take {', '.join(kwargs) or 'nothing'}")
     return kwargs["hidden_states"], (), {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
 
@@ -263,6 +270,11 @@ def _same(value: Any, other: Any) -> bool:
     if isinstance(value, dict) and isinstance(other, dict):
         return value.keys() == other.keys() and all(_same(value[name], other[name]) for name in value)
     return type(value) is type(other)
+
+
+def _alike(value: Tensor, other: Tensor, **tolerance: float) -> bool:
+    """Whether two tensors are equal, also where a model gives nothing that is finite."""
+    return value.shape == other.shape and torch.allclose(value, other, equal_nan=True, **tolerance)
 
 
 def _first(output: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import tempfile
 import weakref
@@ -70,6 +71,7 @@ class Shelf:
         try:
             save_file({name: one.detach().cpu().contiguous() for name, one in tensors.items()}, path)
         except (OSError, SafetensorError) as error:
+            path.unlink(missing_ok=True)
             raise GpmetricError(f"scratch file {str(path)!r} cannot be written: {error}") from error
         self._files[key] = path
 
@@ -91,13 +93,20 @@ class Shelf:
 
 
 def _new_folder() -> Path:
-    """A folder of this process; those that killed ones left are removed."""
-    scratch = scratch_folder()
-    for left in scratch.iterdir():
-        owner = left.name.partition("-")[0]
-        if owner.isdecimal() and not _is_alive(int(owner)):
-            shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=scratch))
+    """A folder of this process; those that killed ones of this machine left are removed.
+
+    Raises:
+        GpmetricError: it cannot be made.
+    """
+    scratch, here = scratch_folder(), f"-{platform.node()}-"
+    try:
+        for left in scratch.iterdir():
+            owner, found, _ = left.name.partition(here)
+            if found and owner.isdecimal() and not _is_alive(int(owner)):
+                shutil.rmtree(left, ignore_errors=True)
+        return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}{here}", dir=scratch))
+    except OSError as error:
+        raise GpmetricError(f"scratch folder {str(scratch)!r} cannot be written: {error.strerror}") from error
 
 
 def _is_alive(process: int) -> bool:

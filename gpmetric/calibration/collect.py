@@ -124,12 +124,12 @@ _Progress = Callable[[int, int], None]
 _Blocks = Iterator[dict[str, LayerStatistics]]
 
 
-@torch.no_grad()
 def _from_inputs(model: Model, tokens: Tensor, rows: Accumulators, progress: _Progress) -> _Blocks:
     calls = record_calls(model, token_batches(tokens, model.batch_tokens))
     hidden: Sequence[Tensor] = calls.hidden
     for index, block in enumerate(model.blocks):
-        with model.at_hand(index), _Watch(block.layers, rows) as watch:
+        # not around the generator: torch's wrapper of one keeps what it gave until the next is made
+        with torch.no_grad(), model.at_hand(index), _Watch(block.layers, rows) as watch:
             hidden = calls.replay(index, hidden)
         progress(index + 1, len(model.blocks))
         yield {layer.name: watch.result(layer, len(tokens)) for layer in block.layers}
@@ -159,14 +159,18 @@ def _block_by_block(model: Model, tokens: Tensor, rows: Accumulators, progress: 
     def forward(index: int) -> Iterator[None]:
         with _Watch(model.blocks[index].layers, from_inputs) as watch:
             yield
-        seen = {layer.name: watch.result(layer, len(tokens)).values for layer in model.blocks[index].layers}
-        for name, values in seen.items():
-            inputs.put(name, values)
+        for layer in model.blocks[index].layers:
+            inputs.put(layer.name, watch.result(layer, len(tokens)).values)
         progress(index + 1, steps)
 
     def backward(index: int) -> _Watch:
         watches[index] = _Watch(model.blocks[index].layers, others)
         return watches[index]
+
+    def result(layer: Layer, watch: _Watch) -> LayerStatistics:
+        seen = _moved(inputs.get(layer.name), model.device)
+        inputs.drop(layer.name)
+        return LayerStatistics(**watch.result(layer, len(tokens)).values, **seen)
 
     host = torch.device("cpu")
     with Shelf(room, host) as shelf, Shelf(room, host) as inputs:
@@ -175,13 +179,9 @@ def _block_by_block(model: Model, tokens: Tensor, rows: Accumulators, progress: 
             backward=backward,
         )  # fmt: skip
         for index in passes:
-            watch, found = watches.pop(index), {}
-            for layer in model.blocks[index].layers:
-                gradients = watch.result(layer, len(tokens)).values
-                found[layer.name] = LayerStatistics(**gradients, **_moved(inputs.get(layer.name), model.device))
-                inputs.drop(layer.name)
             progress(steps - index, steps)
-            yield found
+            watch = watches.pop(index)
+            yield {layer.name: result(layer, watch) for layer in model.blocks[index].layers}
 
 
 def _moved(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

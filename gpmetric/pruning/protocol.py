@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,8 +139,7 @@ class Protocol:
             rules: an allocation in one is one that `check_allocation` lets pass.
         """
         walk = self.walk(rules, texts)
-        for _ in walk:
-            pass
+        deque(walk, maxlen=0)  # in a loop, the variable would keep a block's weights while the next is pruned
         return walk.measured()
 
 
@@ -190,13 +190,17 @@ class Walk:
             for rule in self.rules
         ]
 
-    @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
         for index in range(self._next, len(self._model.blocks)):
-            with self._model.at_hand(index):
-                pruned = [self._through(branch, index) for branch in self._branches]
-            self._next = index + 1
-            yield index, pruned
+            yield index, self._step(index)  # nothing of it is kept here
+
+    @torch.no_grad()
+    def _step(self, index: int) -> list[dict[str, Tensor]]:
+        """Moves all rules past a block."""
+        with self._model.at_hand(index):
+            pruned = [self._through(branch, index) for branch in self._branches]
+        self._next = index + 1
+        return pruned
 
     def state(self) -> dict[str, Tensor]:
         """All that is needed to go on behind the last block: hidden states by rule, text and batch."""
