@@ -206,7 +206,12 @@ def _mapped(path: str, config: Any, dtype: torch.dtype | str, options: dict[str,
     stored = {weight.dtype for weight in module.parameters()} | _stored_dtypes(_folder(path))
     # a buffer that was made in half precision, Gemma's scale of embeddings for instance, is not the one of fp32
     halved = any(buffer.dtype == own for buffer in module.buffers() if own != torch.float32)
-    return (module, info) if stored == {own} and not halved else load(dtype)
+    if stored != {own} or halved:
+        return load(dtype)
+    for part in (module.config, *(getattr(module.config, name) for name in module.config.sub_configs)):
+        if part is not None:
+            part.dtype = dtype  # that it computes in, as transformers has it; a model's digest is taken of it
+    return module, info
 
 
 def _stored_dtypes(folder: Path) -> set[torch.dtype]:
