@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gpmetric.blockwise.replay import BlockCalls
 from gpmetric.blockwise.shelf import Shelf
+from gpmetric.placement import HEAD
 
 __all__ = ["run_backward"]
 
@@ -67,13 +68,14 @@ def run_backward(
                         leaving = calls.call(index, number, entering)
                 hidden[place] = leaving.detach()
     gradients = []
-    for place, number in enumerate(numbers):
-        states = hidden[place].requires_grad_()
-        with torch.enable_grad():
-            loss(calls, number, states)
-        assert states.grad is not None
-        gradients.append(states.grad)
-        hidden[place] = torch.empty(0)
+    with model.at_hand(HEAD):  # until its gradients are there: a graph reads the weights as they are by then
+        for place, number in enumerate(numbers):
+            states = hidden[place].requires_grad_()
+            with torch.enable_grad():
+                loss(calls, number, states)
+            assert states.grad is not None
+            gradients.append(states.grad)
+            hidden[place] = torch.empty(0)
     for index in reversed(range(first, len(model.blocks))):
         with at_hand(index), backward(index):
             for place, number in enumerate(numbers):
