@@ -159,24 +159,35 @@ class Session:
         }
 
 
-def open_model(inputs: Inputs, name: str | None) -> Model:
-    """One model of a request, on its device, in its dtype, with its choice of layers."""
-    return load_model(name, resident=not os.environ.get("STREAM"), device=inputs.device, dtype=inputs.dtype, include=inputs.include, exclude=inputs.exclude)
+def open_model(inputs: Inputs, name: str | None, *, resident: bool = False) -> Model:
+    """One model of a request, on its device, in its dtype, with its choice of layers.
+
+    Args:
+        inputs: the request.
+        name: of the model.
+        resident: whether all its weights have to be on the device, whatever memory there is.
+    """
+    resident = resident or not os.environ.get("STREAM")
+    chosen = {option: getattr(inputs, option) for option in ("device", "dtype", "include", "exclude")}
+    return load_model(name, resident=resident, **chosen)
 
 
-def open_session(inputs: Inputs, name: str | None = None, sources: Sources | None = None) -> Session:
+def open_session(
+    inputs: Inputs, name: str | None = None, sources: Sources | None = None, *, resident: bool = False
+) -> Session:
     """Opens what a request names: the texts first, which fail soonest, then the model, then its windows.
 
     Args:
         inputs: the request.
         name: which of its models; the first by default.
         sources: its texts, where they are open already.
+        resident: as of `open_model`.
 
     Raises:
         InputError: for anything that cannot be used.
     """
     sources = sources or open_sources(inputs)
-    model = open_model(inputs, inputs.models[0] if name is None else name)
+    model = open_model(inputs, inputs.models[0] if name is None else name, resident=resident)
     return Session(inputs, model, *read_splits(model, inputs, sources))
 
 

@@ -149,7 +149,7 @@ def open_units(request: SlimRequest) -> UnitSession:
     Raises:
         InputError, ModelError: model or texts cannot be used.
     """
-    session = open_session(request)
+    session = open_session(request, resident=True)  # shrinking takes rows out of weights wherever they are
     groups = find_groups(session.model, request.kinds)
     check_format(session.model, request.format, biases=request.add_bias)
     stored_dtypes(session.model)
