@@ -1,4 +1,4 @@
-"""What allocation costs: memory of calibration by chunks of layers, seconds of the steps of one evaluation."""
+"""What allocation costs: memory of calibration at once and block by block, seconds of the steps of one evaluation."""
 
 from __future__ import annotations
 
@@ -24,74 +24,77 @@ from gpmetric.allocation.level_masks import level_codes
 from gpmetric.allocation.levels import Levels, level_table
 from gpmetric.allocation.prepare import calibrate
 from gpmetric.allocation.request import AllocateRequest
-from gpmetric.calibration.collect import collect_chunks
+from gpmetric.calibration.collect import collect_blocks
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.metrics import resolve_metric
-from gpmetric.models import Block, Layer, Model
+from gpmetric.models import Block, Layer, Model, find_parts
+from gpmetric.placement import Placement
 
 WINDOWS, LENGTH = 4, 64  # of calibration
-PARTS = (1, 2, 4, 12)  # chunks that --memory cuts the layers into: 48, 24, 12 and 4 layers each
+WAYS = {"all blocks at once": True, "block by block": False}  # whether the model is resident
 STEP = 4  # levels that a gene moves by
 
 
 def memory_rows(blocks: int, width: int, repeats: int) -> list[dict[str, str]]:
-    """Peak memory of second-order calibration beyond the model's, by chunk size, a fresh process each time.
+    """Peak memory of second-order calibration beyond the model's, at once and by block, a fresh process each time.
 
     Raises:
         InputError: no such model.
     """
     if blocks < 1 or width < 64 or width % 64 or repeats < 1:
         raise InputError("--blocks and --repeats must be at least 1, --width a multiple of 64")
-    layers = 4 * blocks
     found: list[dict[str, str]] = []
     whole: float | None = None
-    for size in sorted({-(-layers // part) for part in PARTS}, reverse=True):
-        measured = [_chunk_in_process(blocks, width, size) for _ in range(repeats)]
+    for way in WAYS:
+        measured = [_calibrated_in_process(blocks, width, way) for _ in range(repeats)]
         peaks = np.array([one["peak"] for one in measured])
         seconds = float(np.median([one["seconds"] for one in measured]))
-        case = f"GPT-2 {blocks}x{width}, {size} of {layers} layers at once"
+        case = f"GPT-2 {blocks}x{width}, {way}"
+        found.append(row("calibration memory", case, peaks, whole, "MiB"))
         whole = float(np.median(peaks)) if whole is None else whole
-        found.append(row("chunked calibration", case, peaks, None if size == layers else whole, "MiB"))
         print(
             f"{case}: {np.median(peaks):.0f} MiB beyond the {measured[0]['before']:.0f} before it, "
-            f"{found[-1]['ratio'] or '1'} of unchunked, {seconds:.0f} s",
+            f"{found[-1]['ratio'] or '1'} of all at once, {seconds:.0f} s",
             flush=True,
         )
     return found
 
 
-def _chunk_in_process(blocks: int, width: int, size: int) -> dict[str, float]:
+def _calibrated_in_process(blocks: int, width: int, way: str) -> dict[str, float]:
     command = [sys.executable, str(Path(__file__).with_name("bench_allocation.py"))]
-    command += ["--memory-chunk", str(size), "--blocks", str(blocks), "--width", str(width)]
+    command += ["--memory-of", way, "--blocks", str(blocks), "--width", str(width)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise GpmetricError(f"measuring {size} layers at once failed: {done.stderr[-400:]}")
+        raise GpmetricError(f"measuring {way} failed: {done.stderr[-400:]}")
     measured: dict[str, float] = json.loads(done.stdout)
     return measured
 
 
-def measure_chunk(blocks: int, width: int, size: int) -> dict[str, float]:
-    """MiB and seconds of one calibration of a random GPT-2, as `gpmetric allocate` does it for W*W*H."""
-    model = random_gpt2(blocks, width)
+def measure_calibration(blocks: int, width: int, way: str) -> dict[str, float]:
+    """MiB and seconds of one calibration of a random GPT-2, as `gpmetric allocate` does it for W*W*H.
+
+    Args:
+        way: a key of WAYS.
+    """
+    model = random_gpt2(blocks, width, resident=WAYS[way])
     metric = resolve_metric("W*W*H")
     table = level_table(model, "row")
     layers = {layer.name: (index, layer) for index, layer in enumerate(model.layers)}
     tokens = torch.randint(model.vocabulary, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    codes = []
+    codes = {}
     _forget_peak()  # of building the model: 140 MiB above what it takes at 12x768
     before, start = peak_memory(), time.perf_counter()
-    for chunk in collect_chunks(model, tokens, metric.operands, chunk_layers=size):
-        for name, statistics in chunk.items():
+    for block in collect_blocks(model, tokens, metric.operands):
+        for name in list(block):
             index, layer = layers[name]
-            score = metric(layer.weight, **statistics.operands)
-            codes.append(level_codes(score, table.targets[index], nested=True))
-        chunk.clear()
+            score = metric(layer.weight, **block.pop(name).operands)
+            codes[index] = level_codes(score, table.targets[index], nested=True)
     seconds = time.perf_counter() - start
     return {"peak": peak_memory() - before, "before": before, "seconds": seconds}
 
 
-def random_gpt2(blocks: int, width: int) -> Model:
-    """A GPT-2 of random weights; it has no tokenizer, and needs none."""
+def random_gpt2(blocks: int, width: int, *, resident: bool = True) -> Model:
+    """A GPT-2 of random weights, which are in memory in any case; it has no tokenizer, and needs none."""
     torch.manual_seed(0)
     config = GPT2Config(n_layer=blocks, n_embd=width, n_head=width // 64, use_cache=False)
     module = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
@@ -106,7 +109,8 @@ def random_gpt2(blocks: int, width: int) -> Model:
         )
         for index, block in enumerate(module.transformer.h)
     ]
-    return Model("random GPT-2", module, None, tuple(found))
+    placement = None if resident else Placement(find_parts(module, found), torch.device("cpu"))
+    return Model("random GPT-2", module, None, tuple(found), placement=placement)
 
 
 def _forget_peak() -> None:

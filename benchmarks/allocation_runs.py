@@ -19,7 +19,6 @@ from gpmetric.data import Windows, check_disjoint
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.metrics import Metric
 from gpmetric.pruning.allocation import Allocation
-from gpmetric.pruning.bench import measure
 from gpmetric.pruning.protocol import Protocol, Rule
 from gpmetric.session.session import Session
 from gpmetric.session.splits import open_text, read_windows
@@ -65,7 +64,7 @@ def run_case(settings: Settings, model: str, metric: str, seed: int) -> dict[str
 def make_request(settings: Settings, model: str, metric: str, seed: int) -> AllocateRequest:
     """What is prepared, and what a search of the whole front is asked for; its range holds all sparsities compared."""
     sparsities = (settings["focus"], *settings["sparsity"])
-    names = ("calibration", "samples", "search_windows", "sequence_length", "tokens", "device", "dtype", "chunk_layers")
+    names = ("calibration", "samples", "search_windows", "sequence_length", "tokens", "device", "dtype")
     return AllocateRequest(
         model=model,
         metric=metric,
@@ -145,7 +144,10 @@ def judged(
         protocol.prepare([metric], max(settings["update"], key=lambda update: update != "none"))  # also what none needs
         for update in settings["update"]:
             for one in found:
-                losses = measure(protocol, Rule(metric, one.allocation, update), [test.tokens for test in tests]).losses
+                rule = Rule(metric, one.allocation, update)
+                (measured,) = protocol.measure([rule], [test.tokens for test in tests])
+                if measured.error is not None:
+                    raise measured.error
                 shared = {
                     "allocator": one.allocator,
                     "sparsity": one.sparsity,
@@ -157,7 +159,7 @@ def judged(
                     "kept_total": total - one.removed,
                     **one.cost,
                 }
-                for test, loss, before in zip(tests, losses, dense, strict=True):
+                for test, loss, before in zip(tests, measured.losses, dense, strict=True):
                     yield shared | {
                         "text": test.text.name,
                         "loss": loss,

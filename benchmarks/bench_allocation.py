@@ -21,7 +21,7 @@ a Hub name; about 25 bytes per weight of memory):
         --sparsity 0.1 0.2 0.3 0.4 0.5 0.6 0.7 --focus 0.5 --allocator nsga2 uniform --json gpt2.json
 
 Texts may be files or `hf:` sources, as hf:Salesforce/wikitext/wikitext-2-raw-v1:test. Two more modes measure costs,
---memory that of calibration chunk of layers by chunk, --split that of the steps of one evaluation.
+--memory that of calibration at once and block by block, --split that of the steps of one evaluation.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from allocation_costs import measure_chunk, memory_rows, split_rows
+from allocation_costs import WAYS, measure_calibration, memory_rows, split_rows
 from allocation_report import draw, report, report_sizes, rows, short, summarise
 from allocation_runs import make_request, run_case
 from cases import finished, one_thread, opened, save, told
@@ -46,7 +46,7 @@ from gpmetric.pruning.updaters import UPDATERS
 from gpmetric.session.splits import open_text
 
 PROTOCOLS = ("one-shot", "sequential")
-OUTSIDE = ("models", "metric", "seeds", "jobs", "json", "resume", "csv", "plot", "memory", "memory_chunk", "split")
+OUTSIDE = ("models", "metric", "seeds", "jobs", "json", "resume", "csv", "plot", "memory", "memory_of", "split")
 OUTSIDE += ("repeats", "blocks", "width")  # options that change no figure of a case
 
 
@@ -55,8 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = read_options(arguments)
     one_thread()
     try:
-        if options.memory_chunk is not None:
-            print(json.dumps(measure_chunk(options.blocks, options.width, options.memory_chunk)))
+        if options.memory_of is not None:
+            print(json.dumps(measure_calibration(options.blocks, options.width, options.memory_of)))
         elif options.memory:
             add(memory_rows(options.blocks, options.width, options.repeats), options.csv)
         else:
@@ -169,7 +169,6 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--search-windows", type=int, default=32)
     parser.add_argument("--windows", type=int, help="test windows of each text; all by default")
     parser.add_argument("--sequence-length", type=int)
-    parser.add_argument("--chunk-layers", type=int, help="layers whose statistics are in memory at once, in preparing")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype")
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
@@ -182,7 +181,7 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="of --memory and --split")
     parser.add_argument("--blocks", type=int, default=12, help="of --memory's random GPT-2")
     parser.add_argument("--width", type=int, default=768, help="of --memory's random GPT-2")
-    parser.add_argument("--memory-chunk", type=int, help=argparse.SUPPRESS)  # one measurement, in its own process
+    parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)  # one measurement, in its own process
     options = parser.parse_args(arguments)
     options.metric = list(dict.fromkeys(options.metric or ["wanda"]))
     options.csv = None if str(options.csv) == "-" else options.csv

@@ -81,6 +81,7 @@ COMMANDS: dict[str, Command] = {
         lazy("gpmetric.allocation.allocate:run_allocation"),
         lazy("gpmetric.terminal.tables:print_allocation"),
         lazy("gpmetric.terminal.live:AllocateReport"),
+        work=lazy("gpmetric.allocation.prepare:allocate_work"),
         write=lazy("gpmetric.allocation.allocate:write_pages"),
     ),
     "prune": Command(
@@ -97,6 +98,7 @@ COMMANDS: dict[str, Command] = {
         lazy("gpmetric.structured.slim:run_slim"),
         lazy("gpmetric.terminal.tables:print_slim"),
         lazy("gpmetric.terminal.live:SlimReport"),
+        work=lazy("gpmetric.structured.slim:slim_work"),
     ),
     "verify": Command(
         "Re-reads a checkpoint: files, finite values, sparsity, pattern, untouched tensors, perplexity.",

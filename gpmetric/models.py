@@ -276,7 +276,7 @@ def check_weights(model: Model) -> None:
     for name, parameter in model.module.named_parameters():
         if parameter.is_meta:
             raise ModelError(f"weight {name} of {model.name!r} is not in memory")
-        if not all(part.isfinite().all() for part in parameter.detach().flatten().split(_TOGETHER)):
+        if not all(part.isfinite().all() for part in parameter.detach().flatten().split(_CHECKED)):
             raise ModelError(f"weight {name} of {model.name!r} holds NaN or infinity")
         if model.placement is not None:
             model.placement.let_go(parameter.data)

@@ -6,13 +6,17 @@ import random
 
 from gpmetric.allocation.level_masks import PrunedModel, level_codes
 from gpmetric.allocation.levels import Levels, LevelTable
+from gpmetric.blockwise.shelf import Shelf
 from gpmetric.models import Model
 
 
 def pruned_model(model: Model, table: LevelTable) -> PrunedModel:
     """By magnitude."""
-    pairs = zip(model.layers, table.targets, strict=True)
-    codes = [level_codes(layer.weight.abs(), targets, nested=table.nested) for layer, targets in pairs]
+    codes, targets = Shelf(), iter(enumerate(table.targets))
+    for place, block in enumerate(model.blocks):
+        with model.at_hand(place):
+            for layer, (index, mine) in zip(block.layers, targets, strict=False):
+                codes.put(index, {"codes": level_codes(layer.weight.abs(), mine, nested=table.nested)})
     return PrunedModel(model, table, codes)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpmetric.allocation import candidate_objective as objective_module
 from gpmetric.allocation import search_budget as budget_module
-from gpmetric.allocation.candidate_objective import CandidateObjective
+from gpmetric.allocation.candidate_objective import Asked, CandidateObjective
 from gpmetric.allocation.evaluation_log import RADIUS, EvaluationLog, Measured
 from gpmetric.allocation.level_masks import PrunedModel
 from gpmetric.allocation.levels import Levels, LevelTable, level_table
@@ -201,9 +201,10 @@ class NotingObjective(CandidateObjective):
         super().__init__(pruned, tokens)
         self.asked: list[tuple[Any, ...]] = []
 
-    def measure(self, levels: Levels, first: int, last: int) -> list[float]:
-        self.asked.append(("values", levels, first, last))
-        return super().measure(levels, first, last)
+    def measure_all(self, asked: Sequence[Asked]) -> Iterator[list[float]]:
+        for one, found in zip(asked, super().measure_all(asked), strict=True):
+            self.asked.append(("values", *one))
+            yield found
 
     def slopes(self, levels: Levels, last: int) -> list[np.ndarray]:
         self.asked.append(("slopes", levels, last))

@@ -17,7 +17,6 @@ import pytest
 
 from gpmetric.allocation.request import ALLOCATORS, AllocateRequest
 from gpmetric.evaluation.perplexity import mean_loss
-from gpmetric.pruning.bench import measure
 from gpmetric.pruning.protocol import Protocol, Rule
 from gpmetric.session.session import open_session
 from gpmetric.session.splits import open_text, read_windows
@@ -122,10 +121,10 @@ def test_uniform_is_the_plain_target(
     tokens = read_windows(model, open_text(str(other_text)), 16, 4).tokens
     judge = Protocol(session, one_shot=protocol == "one-shot")
     judge.prepare([rule.metric], update)
-    (loss,) = measure(judge, rule, [tokens]).losses
+    (measured,) = judge.measure([rule], [tokens])
     wanted = {"allocator": "uniform", "sparsity": 0.7, "seed": 0, "protocol": protocol, "update": update}
     (run,) = [run for run in runs if wanted.items() <= run.items()]
-    assert run["loss"] == pytest.approx(loss, rel=1e-6)
+    assert run["loss"] == pytest.approx(measured.losses[0], rel=1e-6)
     assert run["dense_perplexity"] == pytest.approx(math.exp(mean_loss(model, tokens)))
     assert run["kept_total"] == sum(one.numel() for one in model.module.parameters()) - run["removed"]
 
@@ -251,7 +250,7 @@ def test_memory_of_a_random_gpt2(costs: ModuleType) -> None:
     In a process of its own: this one may still hold the memory that tests before have freed.
     """
     assert [len(block.layers) for block in costs.random_gpt2(3, 64).blocks] == [4, 4, 4]
-    code = "import json, allocation_costs; print(json.dumps(allocation_costs.measure_chunk(1, 64, 2)))"
+    code = "import json, allocation_costs as it; print(json.dumps(it.measure_calibration(1, 64, 'block by block')))"
     done = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
     measured = json.loads(done.stdout)
     assert measured["before"] > 0

@@ -20,7 +20,6 @@ from gpmetric.allocation.levels import Levels
 from gpmetric.allocation.request import ALLOCATORS, Allocator
 from gpmetric.errors import InputError
 from gpmetric.evaluation.objectives import OBJECTIVES, Objective
-from gpmetric.models import Model
 from gpmetric.pruning.allocation import read_allocation
 from gpmetric.pruning.prune import prune
 from gpmetric.structured import reload, slim_checkpoint
@@ -98,16 +97,12 @@ class Squares:
 
     bytes = 0
 
-    def __init__(self, model: Model, batch: Tensor) -> None:
-        self._batch, self.predictions = batch, batch.numel()
-        self._dense = self._told(model)
+    def __init__(self, logits: Tensor, labels: Tensor) -> None:
+        self.predictions = len(labels)
+        self._dense = logits.log_softmax(-1)
 
-    def excess(self, model: Model) -> Tensor:
-        return (self._told(model) - self._dense).square().mean(dim=-1).sum()
-
-    def _told(self, model: Model) -> Tensor:
-        logits: Tensor = model.module(input_ids=self._batch, use_cache=False).logits
-        return logits.float().log_softmax(-1)
+    def excess(self, logits: Tensor) -> Tensor:
+        return (logits.log_softmax(-1) - self._dense).square().mean(dim=-1).sum()
 
 
 def test_an_objective(tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,12 @@ import gpmetric
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.pruning.prune import prune
 from gpmetric.pruning.verify import verify
+from gpmetric.session import session
 from gpmetric.session.evaluate import evaluate
 from gpmetric.slim_models import SLIM_FILE, SLIM_MODELS
 from gpmetric.structured import reload, slim_checkpoint
-from gpmetric.structured.slim import slim
+from gpmetric.structured.request import SlimRequest
+from gpmetric.structured.slim import open_units, slim
 
 SMALL: dict[str, Any] = {
     "samples": 4, "search_windows": 8, "windows": 4, "sequence_length": 32, "steps": 6, "batch": 2, "device": "cpu",
@@ -317,3 +319,21 @@ def test_bad_input(options: dict[str, Any], told: str, tiny_llama: Path, tiny_te
     with pytest.raises(GpmetricError, match=told):
         run(tiny_llama, tiny_text, tmp_path / "small", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_are_resident_whatever_memory_there_is(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shrinking takes rows out of them."""
+    asked: list[bool] = []
+    load = session.load_model
+
+    def spy(name: str | None, **options: Any) -> Any:
+        asked.append(options["resident"])
+        return load(name, **options)
+
+    monkeypatch.setattr(session, "load_model", spy)
+    monkeypatch.setenv("STREAM", "1")
+    request = SlimRequest(model=str(tiny_llama), calibration=str(tiny_text), output=tmp_path / "small", sparsity=0.4)
+    assert open_units(request).model.resident
+    assert asked == [True]

@@ -518,9 +518,7 @@ def test_a_policy_finds_what_does_no_harm() -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_model_without_a_loss_ends_the_search(model: Model, groups: Groups, tokens: Tensor, objective: Any) -> None:
     policy, _, repairer = made_policy(model, groups, tokens)
-    with model.restored():
-        for layer in model.layers:
-            layer.weight.fill_(1e30)
+    with model.holding([torch.full_like(layer.weight, 1e30) for layer in model.layers]):
         measure, schedule = DrawObjective(model, tokens, objective, 2, 0), Schedule(60, None, 2, 0.1, 0)
         with pytest.raises(GpmetricError, match="no model that was drawn has a finite loss"):
             PolicySearch(policy, Shrinker(model, groups), repairer, measure, schedule, SearchLog(None, {})).run()

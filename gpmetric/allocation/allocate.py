@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from gpmetric.allocation.allocators import Problem, diagonal, search
@@ -63,7 +64,7 @@ allocate = as_function("allocate", AllocateRequest, run_allocation, "model", wri
 
 def _searched(request: AllocateRequest, told: AllocateListener) -> dict[str, Any]:
     profiles = [read_allocation(path, "--init") for path in request.init]
-    calibrated = calibrate(request, told.progress)
+    calibrated = calibrate(request, told.progress, told)
     _check_reach(request, calibrated)
     windows, table = calibrated.session.windows, calibrated.table
     scorer = Scorer(calibrated)
@@ -102,10 +103,10 @@ def _result(request: AllocateRequest, problem: Problem, scorer: Scorer, found: S
     if not found:
         span = f"--lowest {request.lowest:g} and --highest {request.highest:g}"
         raise GpmetricError(f"no allocation that was measured has a sparsity between {span}")
-    front = held_out_front(zip(_scored(problem, scorer, "front", found), found, strict=True))
+    points = _told(problem, "front", scorer.points(found), len(found))
+    front = held_out_front(zip(points, found, strict=True))
     if not front:
         raise GpmetricError("no allocation of the front has a finite loss on validation (--highest)")
-    points = [point for point, _ in front]
     rule = ALLOCATORS[request.allocator].rule
     allocation, picked, error = None, None, None
     try:
@@ -115,8 +116,8 @@ def _result(request: AllocateRequest, problem: Problem, scorer: Scorer, found: S
     except GpmetricError as failure:  # the front is not lost with it
         error = str(failure)
     return {
-        "front": points,
-        "knee": knee(points),
+        "front": [point for point, _ in front],
+        "knee": knee([point for point, _ in front]),
         "picked": picked,
         "error": error,
         "baselines": _baselines(request, problem, scorer),
@@ -127,19 +128,22 @@ def _result(request: AllocateRequest, problem: Problem, scorer: Scorer, found: S
 def _baselines(request: AllocateRequest, problem: Problem, scorer: Scorer) -> dict[str, list[Point]]:
     """Every rule at sparsities over the range of the front."""
     sparsities = diagonal(request, request.sparsity)
-    return {
-        name: _scored(problem, scorer, name, [row.rule(problem, sparsity) for sparsity in sparsities])
+    by_rule = {
+        name: [row.rule(problem, sparsity) for sparsity in sparsities]
         for name, row in rules().items()
         if row.rule is not None
     }
+    points = scorer.points([levels for found in by_rule.values() for levels in found])
+    return {name: _told(problem, name, islice(points, len(found)), len(found)) for name, found in by_rule.items()}
 
 
-def _scored(problem: Problem, scorer: Scorer, what: str, found: Sequence[Levels]) -> list[Point]:
-    points = []
-    for done, levels in enumerate(found, start=1):
-        points.append(scorer.point(levels))
-        problem.progress(f"{what} on validation", done, len(found))
-    return points
+def _told(problem: Problem, what: str, points: Iterable[Point], count: int) -> list[Point]:
+    """The points, each told of when it is there."""
+    found = []
+    for done, point in enumerate(points, start=1):
+        found.append(point)
+        problem.progress(f"{what} on validation", done, count)
+    return found
 
 
 def _check_reach(request: AllocateRequest, calibrated: CalibratedModel) -> None:

@@ -67,12 +67,15 @@ class Problem:
         """By gene, what each of its levels costs with the others dense, in nats per prediction, interpolated."""
         dense = tuple(0 for _ in self.table.genes)
         batches = self.probe_batches
+        by_gene = [
+            sorted({int(np.abs(removed - share * size).argmin()) for share in _PROBES})
+            for removed, size in zip(self.table.removed, self.table.sizes, strict=True)
+        ]
+        pairs = [(gene, level) for gene, probed in enumerate(by_gene) for level in probed]
+        measured = self.log.measure_all([(*dense[:gene], level, *dense[gene + 1 :]) for gene, level in pairs], batches)
         found = []
-        for gene, (removed, size) in enumerate(zip(self.table.removed, self.table.sizes, strict=True)):
-            probed = sorted({int(np.abs(removed - share * size).argmin()) for share in _PROBES})
-            values = [
-                self.log.measure((*dense[:gene], level, *dense[gene + 1 :]), batches).value(batches) for level in probed
-            ]
+        for gene, (removed, probed) in enumerate(zip(self.table.removed, by_gene, strict=True)):
+            values = [next(measured).value(batches) for _ in probed]
             costs = np.interp(removed, [0, *removed[probed]], [0.0, *np.maximum.accumulate(values)])
             costs[removed > removed[probed[-1]]] = np.inf  # never measured
             found.append(costs)
@@ -131,7 +134,7 @@ def arithmetic(problem: Problem, sparsity: float) -> Levels:
         for step in np.linspace(0, steepest, _STEPS)
     ]
     batches = max(1, problem.log.batches // 2)
-    measured = [problem.log.measure(levels, batches) for levels in dict.fromkeys(tried)]
+    measured = problem.log.measure_all(list(dict.fromkeys(tried)), batches)
     return min(measured, key=lambda one: one.value(batches)).levels
 
 

@@ -7,7 +7,7 @@ resumed search first goes again through what it did, at no cost, and ends at the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,17 +102,27 @@ class EvaluationLog(Journal):
 
     def measure(self, levels: Levels, batches: int) -> Measured:
         """The candidate, measured on at least so many batches."""
-        one = self.candidates.setdefault(levels, Measured(levels, self.table.sparsity(levels)))
-        first = len(one.values)
-        if first < batches:
-            self.tokens += sum(self._objective.tokens[first:batches])
-            known = self._values.get((levels, first, batches))
-            if known is None:
-                known = self._objective.measure(levels, first, batches)
-                told = [value if math.isfinite(value) else None for value in known]
-                self.write({"levels": levels, "first": first, "values": told})
-            one.values += known
-        return one
+        return next(self.measure_all([levels], batches))
+
+    def measure_all(self, candidates: Sequence[Levels], batches: int) -> Iterator[Measured]:
+        """Each candidate, measured on at least so many batches; nothing else is measured before the last one is there.
+
+        What the objective measures together is written down one by one, in the order of the candidates.
+        """
+        new = [(levels, self._measured_on(levels), batches) for levels in dict.fromkeys(candidates)]
+        figures = self._objective.measure_all([one for one in new if one[1] < batches and one not in self._values])
+        for levels in candidates:
+            one = self.candidates.setdefault(levels, Measured(levels, self.table.sparsity(levels)))
+            first = len(one.values)
+            if first < batches:
+                self.tokens += sum(self._objective.tokens[first:batches])
+                known = self._values.get((levels, first, batches))
+                if known is None:
+                    known = next(figures)
+                    told = [value if math.isfinite(value) else None for value in known]
+                    self.write({"levels": levels, "first": first, "values": told})
+                one.values += known
+            yield one
 
     def slopes(self, levels: Levels, batches: int) -> Slopes:
         """`CandidateObjective.slopes` of a candidate on the first batches, NaN more than RADIUS levels away."""
@@ -132,6 +142,10 @@ class EvaluationLog(Journal):
     def spent(self, budget: Budget) -> float:
         """Share of a budget that is used up by now; a resumed search is told the same times as before."""
         return budget.share(self.evaluations, self.tokens, self._clock.look())
+
+    def _measured_on(self, levels: Levels) -> int:
+        """Batches that a candidate was measured on."""
+        return len(self.candidates[levels].values) if levels in self.candidates else 0
 
     def _expanded(self, levels: Levels, near: Sequence[Sequence[float]]) -> Slopes:
         found = []

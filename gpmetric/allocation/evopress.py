@@ -41,7 +41,7 @@ def search_sparsity(
         rest = list(dict.fromkeys(levels for levels in drawn if levels != parent.levels))
         for survivors, part in _STAGES:
             batches = max(1, log.batches // part)
-            measured = [log.measure(levels, batches) for levels in rest]
+            measured = list(log.measure_all(rest, batches))
             measured += [parent] if survivors == 1 else []
             measured.sort(key=lambda one: one.value(batches))
             rest = [one.levels for one in measured[:survivors]]

@@ -104,8 +104,7 @@ def _affords_probes(problem: Problem, budget: Budget, sparsities: Sequence[float
     evaluations, tokens = problem.cost_of_probes()
     minutes = 0.0
     if budget.minutes is not None:
-        for sparsity in sparsities:
-            log.measure(uniform(problem, sparsity), 1)
+        list(log.measure_all([uniform(problem, sparsity) for sparsity in sparsities], 1))
         minutes = log.spent(Budget(minutes=1)) * tokens / log.tokens
     limits = ((evaluations, budget.evaluations), (tokens, budget.tokens), (minutes, budget.minutes))
     return all(limit is None or 2 * cost <= limit for cost, limit in limits)
@@ -128,7 +127,7 @@ def evolve(
         on_generation: called with its number, the population, the batches that it is measured on, and the share of
             the budget that was spent when it began.
     """
-    population = [log.measure(levels, 1) for levels in dict.fromkeys(first)]
+    population = list(log.measure_all(list(dict.fromkeys(first)), 1))
     generation = 0
     for end, part in _ROUNDS:
         batches = max(1, log.batches // part)
@@ -147,8 +146,7 @@ def evolve(
             population = _survivors(log, [*population, *children], batches, settings.population)
             on_generation(generation, population, batches, spent)
             generation += 1
-    for one in population:
-        log.measure(one.levels, log.batches)
+    list(log.measure_all([one.levels for one in population], log.batches))
     low, high = settings.lowest - _SHIFT, settings.highest + _SHIFT
     whole = [one for one in log.candidates.values() if len(one.values) == log.batches]
     return front((one for one in whole if low <= one.sparsity <= high), log.batches)
@@ -172,8 +170,8 @@ def hypervolume(candidates: Iterable[Measured], batches: int) -> float:
 
 def _survivors(log: EvaluationLog, candidates: Iterable[Measured], batches: int, count: int) -> list[Measured]:
     """The survivors of NSGA-II, measured on so many batches."""
-    distinct = dict.fromkeys(one.levels for one in candidates)
-    individuals = [_Individual(log.measure(levels, batches), batches) for levels in sorted(distinct)]
+    distinct = sorted({one.levels for one in candidates})
+    individuals = [_Individual(one, batches) for one in log.measure_all(distinct, batches)]
     if len(individuals) > count:
         individuals = tools.selNSGA2(individuals, count, nd="log")
     return [one.candidate for one in individuals]
@@ -217,7 +215,7 @@ def _bred(
         children[repair(table, levels, removed, rng)] = None
     new = sorted([levels for levels in children if levels not in log.candidates][:room])
     few = max(1, batches // _SCREEN)
-    screened = [log.measure(levels, few) for levels in new]
+    screened = list(log.measure_all(new, few))
     return _better_half(screened, front(population, few), few)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from gpmetric.allocation.allocators import Problem
+from gpmetric.allocation.candidate_losses import candidate_losses
 from gpmetric.allocation.exact_budget import allocated, exact_allocation, slack
 from gpmetric.allocation.levels import Levels
 from gpmetric.allocation.prepare import CalibratedModel
@@ -47,18 +48,24 @@ class Scorer:
 
     def point(self, levels: Levels) -> Point:
         """A candidate with its loss."""
-        if levels not in self._losses:
-            self._calibrated.pruned.set(levels)
-            self._losses[levels] = mean_loss(self._calibrated.session.model, self._tokens)
-        return self._told(self._calibrated.table.allocation(levels), self._losses[levels])
+        return next(self.points([levels]))
+
+    def points(self, found: Sequence[Levels]) -> Iterator[Point]:
+        """Candidates with their losses, as soon as they are known."""
+        new = [levels for levels in dict.fromkeys(found) if levels not in self._losses]
+        losses = candidate_losses(self._calibrated.pruned, new, self._tokens)
+        for levels in found:
+            if levels not in self._losses:
+                self._losses[levels] = next(losses)
+            yield self._told(self._calibrated.table.allocation(levels), self._losses[levels])
 
     def point_of(self, allocation: Allocation, levels: Levels) -> Point:
         """An allocation that may lie between a candidate's levels; those that do not are scored as they are."""
         table = self._calibrated.table
         if all(allocation.targets[name] == target for name, target in table.allocation(levels).targets.items()):
             return self.point(levels)
-        with self._calibrated.exactly(allocation):
-            return self._told(allocation, mean_loss(self._calibrated.session.model, self._tokens))
+        with self._calibrated.exactly(allocation) as at_hand:
+            return self._told(allocation, mean_loss(self._calibrated.session.model, self._tokens, at_hand))
 
     def _told(self, allocation: Allocation, loss: float) -> Point:
         table = self._calibrated.table
@@ -180,6 +187,6 @@ def _brought(problem: Problem, found: Sequence[Levels], budget: int) -> tuple[Al
     log, table = problem.log, problem.table
     near = sorted(found, key=lambda levels: (abs(table.removes(levels) - budget), levels))[:NEAREST]
     repaired = dict.fromkeys(repair(table, levels, budget, random.Random(0)) for levels in near)
-    measured = [log.measure(levels, log.batches) for levels in repaired]
+    measured = log.measure_all(list(repaired), log.batches)
     best = min(measured, key=lambda one: one.value(log.batches))
     return exact_allocation(table, best.levels, budget), best.levels

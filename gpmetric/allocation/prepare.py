@@ -14,15 +14,22 @@ from gpmetric.allocation.candidate_objective import check_memory
 from gpmetric.allocation.level_masks import PrunedModel, level_codes
 from gpmetric.allocation.levels import LevelTable, level_table
 from gpmetric.allocation.request import ALLOCATORS, AllocateRequest
+from gpmetric.blockwise.shelf import Shelf
 from gpmetric.errors import MaskError
+from gpmetric.evaluation.perplexity import AtHand
+from gpmetric.evaluation.references import reference_bytes
 from gpmetric.metrics import Metric
-from gpmetric.models import Model
+from gpmetric.models import Layer, Model
+from gpmetric.operands import needs_gradients
 from gpmetric.pruning.allocation import Allocation
 from gpmetric.pruning.mask import select_mask
-from gpmetric.session.session import Progress, Session, open_session
+from gpmetric.session.plan import Work
+from gpmetric.session.session import Listener, Progress, Session, open_session
 
-__all__ = ["CalibratedModel", "calibrate"]
+__all__ = ["CalibratedModel", "allocate_work", "calibrate"]
 
+_EVALUATIONS = 800  # of a search whose length is told in minutes or tokens
+_VALIDATED = 60  # candidates on validation, baselines among them
 _OUTLIER = 5.0  # times the mean score; OWL's M
 
 
@@ -39,16 +46,21 @@ class CalibratedModel:
     progress: Progress  # told of calibrating again
 
     @contextmanager
-    def exactly(self, allocation: Allocation) -> Iterator[None]:
-        """The model pruned by an allocation that lies between levels; calibrated again, as only levels are kept."""
+    def exactly(self, allocation: Allocation) -> Iterator[AtHand]:
+        """Blocks pruned by an allocation that lies between levels; calibrated again, as only levels are kept."""
         self.pruned.dense()
         model = self.session.model
-        weights: list[Tensor] = []
-        scores = _scores(self.session, self.metric, self.progress)
-        for layer, (name, score, _) in zip(model.layers, scores, strict=True):
-            weights.append(layer.weight.masked_fill(~select_mask(score, allocation.targets[name]), 0))
-        with model.holding(weights):
-            yield
+        with _shelf(model) as masks:
+            for layer, score, _ in _scores(self.session, self.metric, self.progress):
+                masks.put(layer.name, {"mask": select_mask(score, allocation.targets[layer.name])})
+
+            @contextmanager
+            def at_hand(index: int) -> Iterator[None]:
+                layers = model.blocks[index].layers
+                with model.at_hand(index), model.holding([_masked(layer, masks) for layer in layers], layers):
+                    yield
+
+            yield at_hand
 
     def identity(self, request: AllocateRequest) -> dict[str, Any]:
         """All that a search depends on but its budget and the sparsity that nsga2 pays attention to."""
@@ -68,54 +80,95 @@ class CalibratedModel:
         }
 
 
-def calibrate(request: AllocateRequest, progress: Progress) -> CalibratedModel:
+def allocate_work(session: Session) -> Work:
+    """What `allocate` does with a session's model."""
+    request, windows, model = session.inputs, session.windows, session.model
+    assert isinstance(request, AllocateRequest)
+    metric, search = session.metric(request.metric), windows["search"].tokens
+    gradients = needs_gradients(metric.operands)
+    spent, validated = request.budget.evaluations or _EVALUATIONS, windows["validation"].tokens.numel()
+    return Work(
+        block=frozenset({"X", *metric.operands}),
+        length=session.tokens.shape[1],
+        calibration=session.tokens.numel(),
+        texts=max(search.numel(), validated),
+        rules=request.population,
+        copied=True,
+        fixed=reference_bytes(request.objective, model, search),
+        per_weight=1,
+        forward=session.tokens.numel() + spent * search.numel() + _VALIDATED * validated,
+        backward=session.tokens.numel() if gradients else 0,
+        dtype=request.kept_dtype,
+    )
+
+
+def calibrate(request: AllocateRequest, progress: Progress, listener: Listener | None = None) -> CalibratedModel:
     """Opens and calibrates.
+
+    Args:
+        request: of which model, on what.
+        progress: told of calibrating.
+        listener: told of what it takes.
 
     Raises:
         InputError: model, texts or patterns cannot be used, or there is not enough memory for what would be kept.
         MaskError: the metric's scores are not finite.
     """
-    session = open_session(request)
+    session = open_session(request, work=allocate_work, listener=listener)
     model = session.model
     check_memory(model, session.windows["search"].tokens, request.objective)
     metric = session.metric(request.metric)
-    session.require(metric.operands if request.chunk_layers is None else ())
     table = level_table(model, request.granularity or metric.granularity, request.genes, request.patterns)
     _ = model.digest  # taken while dense
-    codes: list[Tensor] = []
+    codes = _shelf(model)
     norms: dict[str, Tensor] = {}
-    for name, score, norm in _scores(session, metric, progress):
-        norms[name] = norm
+    for layer, score, norm in _scores(session, metric, progress):
+        norms[layer.name] = norm
+        index = table.layers.index(layer.name)
         try:
-            codes.append(level_codes(score, table.targets[len(codes)], nested=table.nested))
+            codes.put(index, {"codes": level_codes(score, table.targets[index], nested=table.nested)})
         except MaskError as error:
-            raise MaskError(f"metric {metric.name}: {error} (layer {name})") from error
+            raise MaskError(f"metric {metric.name}: {error} (layer {layer.name})") from error
     of_layer = [index for index, block in enumerate(model.blocks) for _ in block.layers]
     blocks = [of_layer[members[0]] for members in table.genes]
-    pruned = PrunedModel(model, table, codes)
+    pruned = PrunedModel(model, table, codes, session.plan.room)
     return CalibratedModel(session, metric, table, pruned, blocks, _outlier_shares(model, norms), progress)
 
 
-def _scores(session: Session, metric: Metric, progress: Progress) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Of every layer in order: name, scores [out, in], X [in]; statistics of one chunk of layers are held at a time."""
-    weights = {layer.name: layer.weight for layer in session.model.layers}
-    for chunk in session.chunks(metric.operands, progress):  # what scores need; an updater's statistics are of no use
-        for name in list(chunk):
-            statistics = chunk.pop(name)
-            yield name, metric(weights[name], **statistics.operands), statistics["X"]
-            del statistics  # before the next chunk is collected
+def _shelf(model: Model) -> Shelf:
+    """For a byte per weight: in memory, or in files, mapped, where even the weights are."""
+    return Shelf(None if model.resident else 0)
+
+
+def _masked(layer: Layer, masks: Shelf) -> Tensor:
+    mask = masks.get(layer.name)["mask"].to(layer.weight.device)
+    return layer.weight.masked_fill(~mask, 0)
+
+
+def _scores(session: Session, metric: Metric, progress: Progress) -> Iterator[tuple[Layer, Tensor, Tensor]]:
+    """Of every layer: scores [out, in], X [in]; block by block, maybe from the last; statistics of one are held."""
+    model = session.model
+    block_of = {layer.name: index for index, block in enumerate(model.blocks) for layer in block.layers}
+    for found in session.blocks(metric.operands, progress):  # what scores need; an updater's statistics are of no use
+        for index in {block_of[name] for name in found}:
+            with model.at_hand(index):
+                for layer in model.blocks[index].layers:
+                    statistics = found.pop(layer.name)
+                    yield layer, metric(layer.weight, **statistics.operands), statistics["X"]
+                    del statistics  # before the next block is collected
 
 
 @torch.no_grad()
 def _outlier_shares(model: Model, norms: Mapping[str, Tensor]) -> list[float]:
     """By block, OWL's share of scores abs(W)*X that are outliers, in per cent; `norms` is X [in] by layer name."""
     shares = []
-    for block in model.blocks:
-        scores = [layer.weight.abs().float() * norms[layer.name] for layer in block.layers]
-        entries = sum(score.numel() for score in scores)
+    for index, block in enumerate(model.blocks):
+        entries = sum(layer.weight.numel() for layer in block.layers)
         if not entries:
             shares.append(0.0)
             continue
+        with model.at_hand(index):
+            scores = [layer.weight.abs().float() * norms[layer.name] for layer in block.layers]
         mean = sum(score.sum(dtype=torch.float64).item() for score in scores) / entries
         shares.append(100 * sum(int((score > _OUTLIER * mean).sum()) for score in scores) / entries)
     return shares

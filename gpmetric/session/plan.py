@@ -44,8 +44,10 @@ class Work:
         rules: pruned models that are measured in all.
         rule_tokens: tokens whose hidden states each of them has of its own; those of calibration and texts by default.
         copies: pruned copies of a block's weights at once, for each model that passes.
+        copied: whether there is a changed copy of every weight, where they are resident.
         solves: whether a solver updates kept weights.
         kept: bytes kept besides where there is room, of the dense model's predictions for instance.
+        fixed: bytes kept besides in any case.
         per_weight: bytes kept of every prunable weight besides.
         disk: bytes that are written besides scratch files.
         forward, backward: tokens of passes through all blocks, in all.
@@ -62,8 +64,10 @@ class Work:
     rules: int = 1
     rule_tokens: int = 0
     copies: int = 1
+    copied: bool = False
     solves: bool = False
     kept: int = 0
+    fixed: int = 0
     per_weight: int = 0
     disk: int = 0
     forward: int = 0
@@ -185,13 +189,13 @@ class _Sizes:
         placement, work = self.model.placement, self.work
         assert placement is not None
         ends = max(placement.bytes(FRONT), placement.bytes(HEAD))
-        weights = placement.total_bytes if resident else max(ends, self.block)
+        weights = (1 + work.copied) * placement.total_bytes if resident else max(ends, self.block)
         dense = self.statistics(work.dense) if kept else self.block_statistics(work.dense)
         gradients = any(needs_gradients([name]) for name in work.dense)
         graphs = (len(self.model.blocks) if resident and kept else 1) * self.graph if gradients else 0
         calibrating = graphs + (2 * self.widest if gradients else 0) + self.logits
         pruning = self.block_statistics(work.block) + work.copies * self.block + self.workspace + self.activations
-        fixed = resident_bytes(self.model.device) + (work.kept if kept else 0)
+        fixed = resident_bytes(self.model.device) + work.fixed + (work.kept if kept else 0)
         return fixed + weights + dense + max(calibrating, pruning, self.logits)
 
     @cached_property

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
+from gpmetric.evaluation.references import reference_bytes
 from gpmetric.options import as_function
 from gpmetric.pruning.output_folder import check_folder, replacing
-from gpmetric.session.session import Listener, open_session
+from gpmetric.session.plan import Work
+from gpmetric.session.session import Listener, Session, open_session
 from gpmetric.structured.cost_budgets import accepted_heads, macs, pools_of, uniform_counts, uniform_pools
 from gpmetric.structured.draw_objective import DrawObjective
 from gpmetric.structured.export import Slimmed, check_format, stored_dtypes
@@ -31,7 +33,7 @@ from gpmetric.structured.shrink import Repair, Shrinker
 from gpmetric.structured.slim_checkpoint import write_slimmed
 from gpmetric.structured.unit_space import Pool, UnitSpace, find_space, project, top_units
 
-__all__ = ["SearchStart", "SlimListener", "open_units", "prepare", "run_slim", "search", "slim"]
+__all__ = ["SearchStart", "SlimListener", "open_units", "prepare", "run_slim", "search", "slim", "slim_work"]
 
 # Of what a search found. Excess on validation at 0.2, 800 steps, by share: gpt2-3m 0.025, 0.020, 0.018, 0.017, 0.016,
 # llama-4m 0.057, 0.044, 0.043, 0.057, 0.072; on 48 windows of the search text the divergence has the same order.
@@ -39,6 +41,7 @@ _SHARES = (0.0, 0.125, 0.25, 0.5, 1.0)
 _JUDGED = 64  # steps' windows that they are judged on
 _OPEN = 0.9  # probability that a gate begins with
 _MINUTES = 6.0  # of a search without a budget
+_STEPS = 1000  # of a search whose length is told in minutes
 
 
 class SlimListener(Listener):
@@ -95,6 +98,23 @@ class SearchStart:
         return slimmed, share, tokens
 
 
+def slim_work(session: Session) -> Work:
+    """What `slim` does with a session's model, which is shrunk wherever its weights are."""
+    request, windows, model = session.inputs, session.windows, session.model
+    assert isinstance(request, SlimRequest)
+    search, validated = windows["search"].tokens, windows["validation"].tokens.numel()
+    steps = request.steps or _STEPS
+    return Work(
+        length=session.tokens.shape[1],
+        calibration=session.tokens.numel(),
+        texts=validated,
+        copied=True,  # the rows and columns of a drawn model
+        kept=reference_bytes(request.objective, model, search),
+        forward=2 * session.tokens.numel() + 2 * steps * search.shape[1] + 4 * validated,
+        resident=True,
+    )
+
+
 def run_slim(request: SlimRequest, listener: SlimListener | None = None) -> dict[str, Any]:
     """Searches, writes what stays, and reads it in a fresh process.
 
@@ -111,7 +131,7 @@ def run_slim(request: SlimRequest, listener: SlimListener | None = None) -> dict
     ledger = request.ledger and request.ledger.absolute().parent
     named = (request.model, request.calibration, request.search, request.validation, ledger)
     check_folder(output, request.force, [Path(str(name)) for name in named if name is not None])
-    units = open_units(request)
+    units = open_units(request, told)
     model, validation = units.model, units.session.windows["validation"]
     identity = _identity(request, units)
     if request.resume:  # another search's ledger is refused before anything is computed
@@ -143,13 +163,13 @@ def run_slim(request: SlimRequest, listener: SlimListener | None = None) -> dict
 slim = as_function("slim", SlimRequest, run_slim, "model")
 
 
-def open_units(request: SlimRequest) -> UnitSession:
+def open_units(request: SlimRequest, listener: Listener | None = None) -> UnitSession:
     """Model, its units, and texts.
 
     Raises:
         InputError, ModelError: model or texts cannot be used.
     """
-    session = open_session(request)
+    session = open_session(request, work=slim_work, listener=listener)
     groups = find_groups(session.model, request.kinds)
     check_format(session.model, request.format, biases=request.add_bias)
     stored_dtypes(session.model)
