@@ -1,0 +1,248 @@
+"""Everything that needs a GPU, in minutes: `python benchmarks/gpu_check.py [--minutes 8] [--out DIR]`.
+
+Checks come first, then peaks of memory against their estimates, then times; each row is written to DIR/rows.jsonl as
+soon as it is there, and what does not fit into the time is told. Needs no network and no files of others: the model has
+random weights of a 7B Llama's shapes, written shard by shard, unless `--model` names a real one.
+
+    --device cpu --blocks 2 --width 256   the same steps on a small model without a GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shutil
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from kernel_checks import CheckError, check_all, choices, other_choices
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gpmetric import allocate, bench, evaluate, prune
+from gpmetric.demo.text import demo_text
+from gpmetric.errors import GpmetricError
+from gpmetric.loading import DEMO_MODEL
+from gpmetric.provenance import versions
+from gpmetric.session.plan import Plan
+from gpmetric.session.session import Listener
+from gpmetric.tensor_file import write_tensors
+
+_HEADS = 128  # wide
+_SHARD = 4 * 10**9  # bytes
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and on what the rows are measured."""
+
+    device: str
+    model: Path
+    calibration: Path
+    text: Path
+    samples: int
+    length: int
+    scratch: Path
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of every command."""
+        return {
+            "calibration": str(self.calibration), "samples": self.samples, "sequence_length": self.length,
+            "windows": self.samples, "device": self.device,
+        }  # fmt: skip
+
+
+class _Told(Listener):
+    """Keeps what a command said that it would take."""
+
+    plan: Plan | None = None
+
+    def needs(self, plan: Plan) -> None:
+        self.plan = plan
+
+
+def main() -> None:
+    """Runs the rows in order until the time is over; exit status 1 where a check failed."""
+    arguments = _parser().parse_args()
+    end = time.monotonic() + 60 * arguments.minutes
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    failed = False
+    with tempfile.TemporaryDirectory() as scratch, (arguments.out / "rows.jsonl").open("w", encoding="utf-8") as file:
+
+        def write(row: dict[str, Any]) -> None:
+            line = json.dumps(row)
+            print(line, flush=True)
+            file.write(line + "\n")
+            file.flush()
+
+        write({"step": "machine", "device": _name(arguments.device), "versions": versions()})
+        place = _place(arguments, Path(scratch))
+        for name, step in _steps(place):
+            if time.monotonic() > end:
+                write({"step": name, "skipped": f"--minutes {arguments.minutes:g} are over"})
+                continue
+            start = time.monotonic()
+            try:
+                row = step()
+            except (CheckError, GpmetricError, RuntimeError) as error:  # the others are measured all the same
+                failed, row = True, {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            write({"step": name, **row, "wall_s": round(time.monotonic() - start, 2)})
+            gc.collect()
+    sys.exit(failed)
+
+
+def _steps(place: Place) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    yield "kernels choose as a stable sort", lambda: _kernels(place.device)
+    yield "demo: device and CPU agree", lambda: _agree(place.device)
+    yield "prune wanda 2:4", lambda: _command(place, prune, metric="wanda", target="2:4", output=place.scratch / "a")
+    yield "bench wanda, sparsegpt, gblm", lambda: _command(
+        place, bench, metric=("wanda", "sparsegpt", "gblm_l1"), target=("0.5", "2:4"), text=(str(place.text),)
+    )
+    yield "prune W*W*F", lambda: _command(place, prune, metric="W*W*F", target="0.5", output=place.scratch / "b")
+    yield "evaluate, block by block", lambda: _command(place, evaluate, text=(str(place.text),))
+    yield "bench wanda in 8 GB", lambda: _command(
+        place, bench, metric=("wanda",), target=("2:4",), text=(str(place.text),), memory="8GB"
+    )
+    yield "bench all operands", lambda: _command(
+        place, bench, metric=("abs(W)*X*G*H*D*F",), target=("0.5",), text=(str(place.text),), one_shot=True
+    )
+    yield "allocate", lambda: _command(
+        place, allocate, sparsity=0.5, evaluations=12, search_windows=4, population=4, genes="block"
+    )
+
+
+def _kernels(device: str) -> dict[str, Any]:
+    shapes = [(4096, 4096), (11008, 4096)] if device == "cuda" else [(96, 256)]
+    found = [*choices(device, False), *other_choices(device, False)]
+    return {"told": list(check_all(found, shapes, device))}
+
+
+def _agree(device: str) -> dict[str, Any]:
+    """Perplexities of the demo model by five metrics, on the device and on the CPU; the largest relative difference."""
+    options = {"metric": ("wanda", "sparsegpt", "gblm_l1", "ria", "W*W*F"), "target": ("0.5", "2:4"), "samples": 16}
+    found = [
+        [row["ppl"]["demo:test"] for row in bench(**options, windows=16, device=one, dtype="float32")["results"]]
+        for one in ("cpu", device)
+    ]
+    worst = max(abs(mine / other - 1) for mine, other in zip(*found, strict=True))
+    if worst > 1e-3:
+        raise CheckError(f"perplexities differ by {worst:.2g}")
+    return {"rows": len(found[0]), "largest_difference": worst}
+
+
+def _command(place: Place, run: Callable[..., dict[str, Any]], **options: Any) -> dict[str, Any]:
+    """Peak of memory of a command against its estimate, and its seconds."""
+    told, cuda = _Told(), place.device == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    unused = {"calibration", "samples"} if run is evaluate else set[str]()
+    known = {name: value for name, value in place.options.items() if name not in unused}
+    start = time.perf_counter()
+    document = run(str(place.model), listener=_listening(run, told), **known, **options)
+    row: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 2)}
+    errors = [one["error"] for one in document.get("results", ()) if one.get("error")]
+    if errors:
+        raise GpmetricError(errors[0])
+    if told.plan is not None:
+        row |= {"estimate_gb": told.plan.memory_bytes / 1e9, "resident": told.plan.resident, "kept": told.plan.kept}
+        row["estimate_s"] = round(told.plan.seconds, 1)
+    if cuda:
+        row["peak_gb"] = torch.cuda.max_memory_reserved() / 1e9
+    shutil.rmtree(options.get("output", place.scratch / "none"), ignore_errors=True)
+    return row
+
+
+def _listening(run: Callable[..., Any], told: _Told) -> Any:
+    """A listener of the command's kind that passes on what it takes."""
+    from gpmetric.allocation.allocate import AllocateListener
+    from gpmetric.pruning.bench import BenchListener
+    from gpmetric.pruning.prune import PruneListener
+    from gpmetric.session.evaluate import EvaluateListener
+
+    kinds = {"allocate": AllocateListener, "bench": BenchListener, "prune": PruneListener, "evaluate": EvaluateListener}
+    listener = kinds[run.__name__]()
+    listener.needs = told.needs  # type: ignore[method-assign]
+    return listener
+
+
+def _place(arguments: argparse.Namespace, scratch: Path) -> Place:
+    text = scratch / "text.txt"
+    text.write_text("\n".join(demo_text(split) for split in ("calibration", "test")), encoding="utf-8")
+    model = arguments.model or _random_llama(scratch / "model", arguments.blocks, arguments.width)
+    return Place(
+        arguments.device, model, arguments.calibration or text, arguments.text or text, arguments.samples,
+        arguments.length, scratch,
+    )  # fmt: skip
+
+
+def _random_llama(folder: Path, blocks: int, width: int) -> Path:
+    """A bf16 checkpoint of random weights with the demo's tokenizer, written shard by shard."""
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=blocks, vocab_size=32000,
+        num_attention_heads=max(1, width // _HEADS), num_key_value_heads=max(1, width // _HEADS),
+        max_position_embeddings=4096, tie_word_embeddings=False, dtype="bfloat16",
+    )  # fmt: skip
+    config.architectures = ["LlamaForCausalLM"]
+    config.vocab_size = json.loads((DEMO_MODEL / "config.json").read_text())["vocab_size"]
+    config.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO_MODEL / name, folder / name)
+    with torch.device("meta"):
+        kinds = {name: tuple(one.shape) for name, one in LlamaForCausalLM(config).named_parameters()}
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, shape in kinds.items():
+        size = sum(2 * torch.Size(one).numel() for one in shards[-1].values())
+        if shards[-1] and size > _SHARD:
+            shards.append({})
+        shards[-1][name] = shape
+    names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.02 * torch.randn(2**22, generator=generator)
+
+    def values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Noise that is repeated, which a mask does not mind, since a normal number takes 10 ns."""
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=torch.bfloat16)
+        count = torch.Size(shape).numel()
+        shift = zlib.crc32(name.encode()) % len(noise)
+        return noise.roll(shift).repeat(-(-count // len(noise)))[:count].reshape(shape).bfloat16()
+
+    for name, shard in zip(names, shards, strict=True):
+        dtypes = {key: (torch.bfloat16, shape) for key, shape in shard.items()}
+        write_tensors(folder / name, dtypes, lambda key: values(key, kinds[key]), {"format": "pt"})
+    places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8, help="after which no further step is begun")
+    parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="folder of rows.jsonl")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--model", type=Path, help="directory of a real model, instead of random weights")
+    parser.add_argument("--calibration", type=Path, help="text file; the demo's by default")
+    parser.add_argument("--text", type=Path, help="text file to evaluate; the demo's by default")
+    parser.add_argument("--blocks", type=int, default=32)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--samples", type=int, default=8, help="windows")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
