@@ -183,12 +183,19 @@ def test_killed_for_real(tiny_llama: Path, tiny_text: Path, place: Path, whole: 
     """kill -9 of the command at a moment drawn at random after a record; then it says that it goes on, and ends."""
     words = [str(tiny_llama), "-o", str(place / "out"), "--calibration", str(tiny_text), "--target", "2:4"]
     words += ["--samples", "4", "--windows", "4", "--sequence-length", "32", "--device", "cpu"]
-    program = "from gpmetric import cli; from gpmetric.pruning import unfinished; unfinished._SECONDS = 0; cli.main()"
+    program = (
+        "import time\n"
+        "from gpmetric import cli\n"
+        "from gpmetric.pruning import checkpoint, unfinished\n"
+        "write, unfinished._SECONDS = checkpoint.CheckpointWriter.write_layer, 0\n"
+        "checkpoint.CheckpointWriter.write_layer = lambda *told: (time.sleep(0.05), write(*told))[1]\n"  # 1 s in all
+        "cli.main()\n"
+    )
     command = [sys.executable, "-c", program, "prune", *words]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(place.glob(".out.*/progress.safetensors")):
         time.sleep(0.001)
-    time.sleep(random.uniform(0, 0.02))
+    time.sleep(random.uniform(0, 0.5))
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert list(place.glob(".out.*"))

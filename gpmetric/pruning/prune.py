@@ -44,8 +44,8 @@ def run_prune(request: PruneRequest, listener: PruneListener | None = None) -> d
         listener: told of calibration, of the dense perplexity and of blocks.
 
     Returns:
-        The manifest without its lists of files and tensors, with `output`, `dense` and `seconds`. `perplexity` is that
-        of the written checkpoint, loaded again.
+        The manifest without its lists of files and tensors, with `output`, `dense` and `seconds`, those of pruning
+        since it was last gone on with. `perplexity` is that of the written checkpoint, loaded again.
 
     Raises:
         InputError: for anything that cannot be used, before the model runs.
@@ -139,7 +139,7 @@ def _prune_blocks(
         layers += [writer.write_layer(layer, pruned.get(layer.name)) for layer in blocks[index].layers]
         told.progress("blocks", index + 1, len(blocks))
         if partial.due and index + 1 < len(blocks):
-            partial.save(replace(record, block=index + 1, layers=layers), walk.state())
+            partial.save(replace(record, block=index + 1, layers=list(layers)), walk.state())
     (measured,) = walk.measured()
     if measured.error is not None:
         raise measured.error

@@ -48,7 +48,7 @@ class Record:
         dense: perplexity of the dense model.
         block: number of the first block that is not pruned yet.
         layers: what the manifest says of the layers before it.
-        seconds: that pruning took so far.
+        seconds: that pruning took, once all blocks are pruned, since it was last gone on with.
         perplexity: of the pruned model, once all blocks are.
         manifest: sha256 of the manifest, once all files are written.
         verified: perplexity of the written checkpoint, once it was read again.
