@@ -27,7 +27,7 @@ from gpmetric.placement import Placement
 __all__ = [
     "DEMO_MODEL", "check_path", "load", "load_model", "open_model", "pick_device", "prepare_model",
     "quiet_transformers",
-]
+]  # fmt: skip
 
 _LOG = logging.getLogger(__name__)
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"

@@ -160,7 +160,7 @@ class _MappedFiles:
 
         glibc keeps up to several blocks' copies: 150 MiB after pruning twelve of 26 MB each. It takes 2 to 5 ms.
         """
-        if hasattr(self._libc, "malloc_trim"):
+        if self._libc is not None and hasattr(self._libc, "malloc_trim"):  # glibc's
             self._libc.malloc_trim(0)
 
     def advise(self, tensor: Tensor, advice: int) -> None:
