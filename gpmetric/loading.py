@@ -33,7 +33,7 @@ __all__ = [
     "pick_device",
     "prepare_model",
     "quiet_transformers",
-]
+]  # fmt: skip
 
 _LOG = logging.getLogger(__name__)
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"

@@ -116,7 +116,7 @@ class _Traits:
 
     Attributes:
         logits: of the windows that it was run on.
-        forms: by block, what it returns behind the hidden states, without any tensors; None where it returns them alone.
+        forms: by block, what it returns behind the hidden states, without tensors; None where it returns them alone.
         by_states: whether the end of the model may be run without token ids.
     """
 
