@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpmetric.data import Windows
 from gpmetric.evaluation.objectives import OBJECTIVES, Reference
 from gpmetric.evaluation.perplexity import Teacher, mean_loss
 from gpmetric.evaluation.references import References
@@ -54,10 +55,10 @@ class Evaluator:
         self._targets = [parse_target(target) for target in targets]
         self._update = update
         self._objectives = tuple(dict.fromkeys((*_COMPARED, objective)))
-        self._dense_losses: dict[str, float] = {}
+        self._dense_losses: dict[tuple[str, int], float] = {}  # by split and part
         others = self._objectives[len(_COMPARED) :]
         self._references = References(self._model, partial(_DenseBatch, others=others), _TEACHER_BYTES)
-        self._protocols: dict[str, Protocol] = {}  # one at a time: each holds its statistics
+        self._protocols: dict[tuple[str, int], Protocol] = {}  # one at a time: each holds its statistics
 
     def __call__(self, task: Task) -> Any:
         """The answer to a task, as its class says.
@@ -75,7 +76,7 @@ class Evaluator:
                 case SequentialTask():
                     return self._sequential(task)
                 case DenseTask():
-                    return {self._model.name: self._dense_loss(task.split)}
+                    return {self._model.name: self._dense_loss(task.split, task.part)}
 
     def _compile(self, metrics: Sequence[Metric]) -> None:
         """Starts to compile the kernel that prunes by those of the metrics that climb on."""
@@ -121,26 +122,31 @@ class Evaluator:
             return [self._targets]
         return [[target] for target in self._targets]
 
-    def _dense_loss(self, split: str) -> float:
-        if split not in self._dense_losses:
-            self._dense_losses[split] = mean_loss(self._model, self._session.windows[split].tokens)
-        return self._dense_losses[split]
+    def _windows(self, split: str, part: int) -> Windows:
+        """1/part of the windows of a split, at least one."""
+        whole = self._session.windows[split]
+        return whole if part == 1 else Windows(whole.text, whole.tokens[: max(1, len(whole.tokens) // part)])
+
+    def _dense_loss(self, split: str, part: int) -> float:
+        if (split, part) not in self._dense_losses:
+            self._dense_losses[split, part] = mean_loss(self._model, self._windows(split, part).tokens)
+        return self._dense_losses[split, part]
 
     def _sequential(self, task: SequentialTask) -> SequentialLoss:
-        protocol = self._protocol(task.calibration)
+        protocol = self._protocol(task.calibration, task.part)
         protocol.prepare([task.metric], task.update)
         rule = Rule(task.metric, parse_target(task.target), task.update)
-        (loss,) = measure(protocol, rule, [self._session.windows[task.split].tokens]).losses
-        return SequentialLoss(loss - self._dense_loss(task.split), loss)
+        (loss,) = measure(protocol, rule, [self._windows(task.split, task.part).tokens]).losses
+        return SequentialLoss(loss - self._dense_loss(task.split, task.part), loss)
 
-    def _protocol(self, calibration: str) -> Protocol:
+    def _protocol(self, calibration: str, part: int) -> Protocol:
         """That of some calibration windows; what the one before it held is let go."""
-        if calibration not in self._protocols:
+        if (calibration, part) not in self._protocols:
             self._protocols.clear()
-            session = self._session.calibrated_on(self._session.windows[calibration])
+            session = self._session.calibrated_on(self._windows(calibration, part))
             session.dense = self._statistics if calibration == "calibration" else None
-            self._protocols[calibration] = Protocol(session, one_shot=False)
-        return self._protocols[calibration]
+            self._protocols[calibration, part] = Protocol(session, one_shot=False)
+        return self._protocols[calibration, part]
 
 
 class _DenseBatch:

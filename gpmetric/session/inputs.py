@@ -61,6 +61,7 @@ class Inputs(Request):
     chunk_layers: Annotated[
         int | None, Option("Layers whose statistics are accumulated at once, to save memory.", least=1)
     ] = None
+    minutes: Annotated[float | None, Option("Wall time of the whole command.", above=0)] = None
     memory: Annotated[
         str | None, Option("Refuse to begin what would need more memory, 12GB for instance.", metavar="SIZE")
     ] = None
