@@ -64,6 +64,7 @@ COMMANDS: dict[str, Command] = {
         lazy("gpmetric.terminal.tables:print_bench"),
         lazy("gpmetric.terminal.live:BenchReport"),
         lazy("gpmetric.pruning.bench:first_failure"),
+        timed=True,
     ),
     "export": Command(
         "Writes a formula, or the winner of a campaign, as a self-contained file.",
@@ -77,6 +78,7 @@ COMMANDS: dict[str, Command] = {
         lazy("gpmetric.allocation.allocate:run_allocation"),
         lazy("gpmetric.terminal.tables:print_allocation"),
         lazy("gpmetric.terminal.live:AllocateReport"),
+        timed=True,
         write=lazy("gpmetric.allocation.allocate:write_pages"),
     ),
     "prune": Command(
@@ -92,6 +94,7 @@ COMMANDS: dict[str, Command] = {
         lazy("gpmetric.structured.slim:run_slim"),
         lazy("gpmetric.terminal.tables:print_slim"),
         lazy("gpmetric.terminal.live:SlimReport"),
+        timed=True,
     ),
     "verify": Command(
         "Re-reads a checkpoint: files, finite values, sparsity, pattern, untouched tensors, perplexity.",
@@ -106,6 +109,7 @@ COMMANDS: dict[str, Command] = {
         lazy("gpmetric.session.evaluate:run_evaluate"),
         lazy("gpmetric.terminal.tables:print_evaluation"),
         lazy("gpmetric.terminal.live:EvaluateReport"),
+        timed=True,
         live=True,
     ),
     "analyse": Command(

@@ -11,23 +11,28 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from gpmetric.analysis.analyse import analyse
 from gpmetric.errors import DataError, GpmetricError, InputError, LedgerError
 from gpmetric.evolution import workplace
 from gpmetric.evolution.discover import discover, run_campaign
-from gpmetric.evolution.ledger import Ledger
+from gpmetric.evolution.export import run_export
+from gpmetric.evolution.ledger import Ledger, winner_of
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.verdict import regrouped
 from gpmetric.evolution.workplace import open_sessions
+from gpmetric.export.request import ExportRequest
 from gpmetric.metrics import BASELINES, masks_only, resolve_metric
-from gpmetric.options import check_request
+from gpmetric.options import check_request, command_line
 from gpmetric.session.session import Session
+from gpmetric.terminal.tables import print_discover
 
 
 @pytest.fixture(scope="module")
@@ -415,10 +420,36 @@ def test_search_in_the_use_a_metric_will_have(request_for: Any, tmp_path: Path, 
 
 
 def test_minutes_end_the_search_and_a_resume_goes_on(request_for: Any, tmp_path: Path) -> None:
-    with pytest.raises(GpmetricError, match=r"--minutes 0.0001 were over before one baseline was measured"):
+    with pytest.raises(
+        GpmetricError,
+        match=r"--minutes 0.0001 (were over before one baseline was measured|are too few: the calibration)",
+    ):
         run_campaign(request_for(evaluations=None, minutes=0.0001))
     longer = run_campaign(request_for(resume=True))
     assert without_seconds(longer) == without_seconds(run_campaign(request_for(ledger=tmp_path / "b.sqlite")))
+
+
+def test_going_on_where_nothing_better_was_found(request_for: Any, tmp_path: Path) -> None:
+    """A verdict that every command takes; what the command line says to do then ends as if never stopped."""
+    request = request_for(evaluations=10, operands=("W", "X"))
+    short = run_campaign(request)
+    assert not short["better"]
+    assert short["winner"]["formula"] in BASELINES
+    assert short["because"] == (
+        f"nothing better than {short['winner']['formula']} was found in 10 evaluations; "
+        "go on with --resume and a larger budget"
+    )
+    told = Console(record=True, width=200, file=StringIO())
+    print_discover(told, short, request)
+    line = f"go on with: {command_line('discover', request.prolonged())}"
+    assert line in told.export_text()
+    assert "--evaluations 20" in line
+    assert winner_of(request.ledger) == short["winner"]["formula"]
+    run_export(ExportRequest(formula=str(request.ledger), output=tmp_path / "metric.py"))
+    assert analyse(request.ledger)["formulas"] == 10
+    longer = run_campaign(request.prolonged())
+    whole = run_campaign(replace(request, evaluations=20, ledger=tmp_path / "b.sqlite"))
+    assert without_seconds(longer) == without_seconds(whole)
 
 
 def test_the_same_text_for_two_splits_is_refused(request_for: Any, tiny_text: Path, tmp_path: Path) -> None:

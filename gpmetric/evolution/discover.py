@@ -124,7 +124,8 @@ def _run(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpmetric-")))
         stack.enter_context(torch_threads(torch.get_num_threads()))  # an evaluator in this process takes its own number
         executor = stack.enter_context(make_executor(request, sessions, statistics, folder))
-        fewest = min(len(one.tokens) for session in sessions.values() for one in session.windows.values())
+        read = ("calibration", "validation", "test")
+        fewest = min(len(session.windows[split].tokens) for session in sessions.values() for split in read)
         held_out = HeldOut(executor, label_targets(request.target, sessions), request.update, ledger, fewest)
         found, steps = find(request, sessions, held_out, told, TimeBudget(deadline), seconds)
     seconds |= steps | {"total": deadline.elapsed}

@@ -78,7 +78,7 @@ class HeldOut:
     Attributes:
         update: the campaign's, for discovered metrics; baselines, in whatever group, are used as published.
         ledger: takes every measurement as soon as it is there; one it has is not made again.
-        fewest_windows: of a split, or of the calibration.
+        fewest_windows: of validation, test or calibration.
         part: only 1/part of the windows is read, of text as of calibration.
     """
 

@@ -20,10 +20,11 @@ from gpmetric.session.deadline import Deadline
 __all__ = ["FINALISTS", "Plan", "TimeBudget"]
 
 FINALISTS = 12  # front members compared on validation
+_SEARCH = 0.52  # of the time: half, and what a last task is not begun for
 _MORE = 0.1  # of the time, for finalists beyond the first ones
 _DRAWS = 1 / 6  # of the time at most, for draws of the calibration
 _ROWS = 10  # metrics that are to fit beside the search on all windows of held-out text: else fewer windows
-_FEWEST = 8  # windows that are left
+_FEWEST = 4  # windows that are left
 _BEFORE = 0.3  # of the time beside the search, for baselines on validation
 _BONE = 2  # rows that a verdict takes: a finalist on validation, the winner on test
 _CAUTION = 1.2  # times what a row is expected to take
@@ -80,7 +81,7 @@ class TimeBudget:
     @property
     def room(self) -> float:
         """Seconds that are left to what is not the search, if it is to have half of the time."""
-        return self.deadline.left - self.deadline.seconds / 2
+        return self.deadline.left - _SEARCH * self.deadline.seconds
 
     def fit_windows(self, held_out: HeldOut, metric: Metric) -> None:
         """Cuts the windows of held-out text and of its statistics, to a half, a quarter..., until some rows fit.
@@ -144,9 +145,10 @@ class TimeBudget:
         row, total, left = _CAUTION * held_out.row_seconds(), self.deadline.seconds, self.deadline.left
         drawn = min(self.draw_seconds(held_out) * draws, _DRAWS * total)
         wanted = row * (FINALISTS + _BONE + tested) + _MORE * total + drawn
-        after = min(wanted, max(self.room, min(_BONE * row, left / 4)))
+        bone = _BONE * row if _BONE * row <= left / 2 else 0.0
+        after = min(wanted, self.room if self.room > 0 else bone)
         self.clock.last_start = self.deadline.end - after
-        self.clock.end = self.deadline.end - min(after, _BONE * row)
+        self.clock.end = self.deadline.end - row * min(_BONE, after // row if row else 0)
         if left - after < total / 2:
             took = spent["load"] + spent["calibration"]
             self.cut.append(f"search: {left - after:.0f} s, less than half: to open and calibrate took {took:.0f} s")

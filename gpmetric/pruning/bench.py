@@ -19,6 +19,7 @@ from gpmetric.options import as_function
 from gpmetric.pruning.protocol import Protocol, Rule, check_targets, sparsity
 from gpmetric.pruning.requests import BenchRequest
 from gpmetric.pruning.win_loss import win_loss
+from gpmetric.session.deadline import Deadline
 from gpmetric.session.session import Listener, Session, open_session
 from gpmetric.session.splits import Sources, open_sources
 from gpmetric.targets import Target, parse_target
@@ -34,6 +35,9 @@ __all__ = [
     "measure",
     "run_bench",
 ]
+
+
+_UNKNOWN = 4.0  # times the others, what the first row of another updater is thought to take; see evolution.tasks
 
 
 @dataclass(frozen=True)
@@ -92,21 +96,41 @@ def measure(protocol: Protocol, rule: Rule, texts: Sequence[Tensor]) -> Measured
 
 
 def bench_rows(
-    protocol: Protocol, metrics: Sequence[Metric], targets: Sequence[Target], update: str
+    protocol: Protocol,
+    metrics: Sequence[Metric],
+    targets: Sequence[Target],
+    update: str,
+    deadline: Deadline | None = None,
+    first: bool = True,
 ) -> Iterator[BenchRow]:
-    """One row for each distinct (metric, target), target by target; one that fails costs the others nothing."""
+    """One row for each distinct (metric, target), target by target; one that fails costs the others nothing.
+
+    A row that would not end in time, if it takes as long as others of its updater, is not begun: it has an error. The
+    `first` of all is measured whatever the time.
+    """
     check_targets(protocol.session.model, targets)
     protocol.prepare(metrics, update)
     pairs = {(target.text, metric.name): (target, metric) for target in targets for metric in metrics}
+    limit = deadline or Deadline.starting(None)
+    seconds: dict[str, float] = {}  # of the longest row by updater
     for target, metric in pairs.values():
-        yield _row(protocol, Rule(metric, target, update))
+        rule = Rule(metric, target, update)
+        kind = metric.update or update
+        known = seconds.get(kind, _UNKNOWN * max(seconds.values(), default=0.0))
+        if limit.left < known or (limit.left < 0 and not first):
+            yield _row(protocol, rule, limit.refusal)
+            continue
+        first, started = False, limit.now()
+        yield _row(protocol, rule)
+        seconds[kind] = max(seconds.get(kind, 0.0), limit.now() - started)
 
 
-def _row(protocol: Protocol, rule: Rule) -> BenchRow:
+def _row(protocol: Protocol, rule: Rule, error: str | None = None) -> BenchRow:
+    """What a rule costs; not measured where there is an error already."""
     texts = protocol.session.evaluated
-    error, found = None, Measured([math.inf] * len(texts), math.nan, math.nan)
+    found = Measured([math.inf] * len(texts), math.nan, math.nan)
     try:
-        found = measure(protocol, rule, [text.tokens for text in texts])
+        found = found if error else measure(protocol, rule, [text.tokens for text in texts])
     except (MaskError, SolverError) as failure:
         error = str(failure)
     ppl = {text.text.name: perplexity(loss) for text, loss in zip(texts, found.losses, strict=True)}
@@ -117,12 +141,15 @@ def _row(protocol: Protocol, rule: Rule) -> BenchRow:
     )
 
 
-def run_bench(request: BenchRequest, listener: BenchListener | None = None) -> dict[str, Any]:
+def run_bench(
+    request: BenchRequest, listener: BenchListener | None = None, started: float | None = None
+) -> dict[str, Any]:
     """Every metric at every target under one protocol, the dense model first.
 
     Args:
         request: what to measure on what.
         listener: told of progress and of every row.
+        started: time.monotonic() at which `minutes` began; now by default.
 
     Returns:
         The JSON document of `gpmetric bench`. A metric that cannot be applied at a target, its scores not being finite
@@ -134,12 +161,12 @@ def run_bench(request: BenchRequest, listener: BenchListener | None = None) -> d
         InputError: for anything that cannot be used, before the model runs; with several models, for what is wrong
             without loading any, or when all of them fail: then the first one's error.
     """
-    told = listener or BenchListener()
+    told, deadline = listener or BenchListener(), Deadline.starting(request.minutes, started)
     sources = open_sources(request)
     if len(request.models) > 1:
-        return _bench_several(request, sources, told)
+        return _bench_several(request, sources, told, deadline)
     document: dict[str, Any] = {}
-    _bench_model(request, request.models[0], sources, told, document)
+    _bench_model(request, request.models[0], sources, told, document, deadline)
     return document
 
 
@@ -147,19 +174,25 @@ bench = as_function("bench", BenchRequest, run_bench, "model")
 
 
 def _bench_model(
-    request: BenchRequest, name: str | None, sources: Sources, told: BenchListener, document: dict[str, Any]
+    request: BenchRequest,
+    name: str | None,
+    sources: Sources,
+    told: BenchListener,
+    document: dict[str, Any],
+    deadline: Deadline,
+    first: bool = True,
 ) -> None:
     """Fills the document of one model; its `results` grow row by row, so that what stops it leaves them there."""
     session = open_session(request, name, sources)
     targets = [parse_target(text) for text in dict.fromkeys(request.target)]
     check_targets(session.model, targets)
-    protocol = Protocol(session, one_shot=request.one_shot, progress=told.progress)
+    protocol = Protocol(session, one_shot=request.one_shot, progress=deadline.watching(told.progress))
     metrics = [session.metric(text) for text in request.metrics]
     session.require(protocol.shared(metrics, request.update))
     dense = {part.text.name: perplexity(mean_loss(session.model, part.tokens)) for part in session.evaluated}
     told.dense(dense)
     document |= _described(session, request) | {"dense": dense, "results": []}
-    for row in bench_rows(protocol, metrics, targets, request.update):
+    for row in bench_rows(protocol, metrics, targets, request.update, deadline, first):
         told.row(row)
         document["results"].append(asdict(row))
 
@@ -175,7 +208,7 @@ def _described(session: Session, request: BenchRequest) -> dict[str, Any]:
     }
 
 
-def _bench_several(request: BenchRequest, sources: Sources, told: BenchListener) -> dict[str, Any]:
+def _bench_several(request: BenchRequest, sources: Sources, told: BenchListener, deadline: Deadline) -> dict[str, Any]:
     names = [name for name in request.models if name is not None]
     for name in names:
         check_path(name)
@@ -184,11 +217,16 @@ def _bench_several(request: BenchRequest, sources: Sources, told: BenchListener)
     for name in names:
         told.model(name)
         documents.append({"model": name})
+        if len(documents) > 1 and deadline.left <= 0:
+            documents[-1]["error"] = deadline.refusal
+            continue
         try:
-            _bench_model(request, name, sources, told, documents[-1])
+            _bench_model(request, name, sources, told, documents[-1], deadline, first=len(documents) == 1)
         except (GpmetricError, RuntimeError) as failure:  # RuntimeError: torch's, out of memory for one
             documents[-1]["error"] = str(failure)
             failures.append(failure.with_traceback(None))  # whose frames hold the model
+        if any(row["error"] == deadline.refusal for row in documents[-1].get("results", ())):
+            documents[-1]["error"] = deadline.refusal  # a row that is missing is no lost one
         gc.collect()  # models are in reference cycles: the next one would be loaded beside this one
     if not any(document.get("results") for document in documents):
         raise failures[0]

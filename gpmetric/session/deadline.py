@@ -58,6 +58,11 @@ class Deadline:
         """Seconds until `end`."""
         return self.end - self.now()
 
+    @property
+    def refusal(self) -> str:
+        """Why something was not measured."""
+        return f"not measured: there was no time left (--minutes {self.minutes})"
+
     def watching(self, progress: Progress) -> Progress:
         """The same progress, which gives a calibration up as soon as it is seen that it cannot end in time.
 
