@@ -117,7 +117,7 @@ def bench_rows(
         rule = Rule(metric, target, update)
         kind = metric.update or update
         known = seconds.get(kind, _UNKNOWN * max(seconds.values(), default=0.0))
-        if limit.left < known or (limit.left < 0 and not first):
+        if not first and limit.left < known:
             yield _row(protocol, rule, limit.refusal)
             continue
         first, started = False, limit.now()
