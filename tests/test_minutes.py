@@ -29,7 +29,7 @@ MISSING = "not measured: there was no time left (--minutes 0.01)"
 
 def deadline(left: float, minutes: float = 10.0) -> Deadline:
     """So many seconds before its end, on a clock that stands still."""
-    return Deadline(minutes, 0.0, lambda: 60 * minutes - 2 - left)
+    return Deadline(minutes, 0.0, lambda: 60 * minutes - 5 - left)
 
 
 def test_every_command_that_reads_texts_has_it_once() -> None:
@@ -79,6 +79,7 @@ def test_a_search_of_allocations_has_what_validation_leaves() -> None:
     """By hand, of ten minutes: 60 passes of 2 s and 10 s of calibration, times 1.3: 169 s; then half; then the bone."""
     assert TimePlan(Deadline(None, 0.0), 10, 2).search_minutes() is None
     assert TimePlan(deadline(590), 10, 2).search_minutes() == pytest.approx((590 - 169) / 60)
+    assert TimePlan(deadline(590), 10, 2, survivors=10).search_minutes() == pytest.approx((590 - 195) / 60)
     assert TimePlan(deadline(420), 10, 2).search_minutes() == 5
     assert TimePlan(deadline(320), 10, 2).search_minutes() == pytest.approx((320 - 1.3 * 22) / 60)
     assert 0 < TimePlan(deadline(10), 10, 2).search_minutes() < 1e-4  # type: ignore[operator]
@@ -96,11 +97,11 @@ def test_a_front_is_thinned_evenly() -> None:
 def test_allocate_keeps_its_minutes(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
     options = {"calibration": str(tiny_text), "search_windows": 8, "sparsity": 0.6, "ledger": tmp_path / "a", **SMALL}
     started = time.monotonic()
-    request = AllocateRequest(model=str(tiny_llama), minutes=0.05, **options)
+    request = AllocateRequest(model=str(tiny_llama), minutes=0.1, **options)
     first = run_allocation(request, started=started)
-    assert time.monotonic() - started <= 3
+    assert time.monotonic() - started <= 6
     assert first["picked"] is not None
-    again = allocate(request.model, minutes=0.05, resume=True, **options)
+    again = allocate(request.model, minutes=0.1, resume=True, **options)
     assert again["hypervolume"] == first["hypervolume"]  # as far as the first time, whatever this run's times are
     options["ledger"] = tmp_path / "b"
     late = run_allocation(AllocateRequest(model=str(tiny_llama), minutes=0.01, **options), started=started - 60)

@@ -75,7 +75,8 @@ def _searched(request: AllocateRequest, told: AllocateListener, deadline: Deadli
     _check_reach(request, calibrated)
     windows, table = calibrated.session.windows, calibrated.table
     scorer = Scorer(calibrated)
-    plan = TimePlan(deadline, times[1] - times[0], deadline.now() - times[1])
+    survivors = request.population * len(windows["search"].tokens) / len(windows["validation"].tokens)
+    plan = TimePlan(deadline, times[1] - times[0], deadline.now() - times[1], survivors)
     told.dense({windows["validation"].text.name: perplexity(scorer.dense)})
     objective = CandidateObjective(calibrated.pruned, windows["search"].tokens, request.objective)
     identity = calibrated.identity(request) | {"init": [profile.digest for profile in profiles]}

@@ -24,12 +24,14 @@ class TimePlan:
         deadline: of the whole command.
         calibration: seconds of the statistics, which an allocation between levels takes again.
         validation: seconds of a pass over the validation text.
+        survivors: passes that a last population takes on the search text.
         cut: what was left out, in words.
     """
 
     deadline: Deadline
     calibration: float = 0.0
     validation: float = 0.0
+    survivors: float = 0.0
     cut: list[str] = field(default_factory=list)
 
     def search_minutes(self) -> float | None:
@@ -37,7 +39,8 @@ class TimePlan:
         if self.deadline.minutes is None:
             return None
         left, half = self.deadline.left, self.deadline.seconds / 2
-        whole, bone = (_CAUTION * (self.calibration + passes * self.validation) for passes in (_PASSES, _BONE))
+        counts = (_PASSES + self.survivors, _BONE)
+        whole, bone = (_CAUTION * (self.calibration + passes * self.validation) for passes in counts)
         return max(left - whole, min(half, left - bone), _LEAST) / 60
 
     def fitting(self, found: Sequence[Levels]) -> list[Levels]:

@@ -100,7 +100,7 @@ class TimeBudget:
             if held_out.part == part:
                 break
         if held_out.part > 1:
-            self.cut.append(f"held-out text and its statistics: 1 of {held_out.part} windows")
+            self.cut.append(f"held-out text and its statistics: 1/{held_out.part} of the windows")
 
     def measure_baselines(self, held_out: HeldOut, request: DiscoverRequest) -> Measured:
         """The baselines on validation that there is time for, the most important first; none where not one ends."""

@@ -148,7 +148,8 @@ def confidence(held_out: HeldOut, tested: Tested, draws: Sequence[str], budget: 
             break
         rows.append((found[winner].mean, found[rival].mean))
         spent = budget.deadline.now() - start
-    budget.note("calibration draws", draws[len(rows) :], len(draws))
+    if len(rows) < len(draws):
+        budget.cut.append(f"calibration draws: {len(rows)} of {len(draws)}")
     bounds = interval([mine - other for mine, other in rows])
     return {
         "asked": len(draws),

@@ -12,7 +12,9 @@ from gpmetric.session.session import Progress
 
 __all__ = ["Deadline"]
 
-_PARTING = (2.0, 0.05)  # seconds, or a share of all of them if that is less, to write results and leave
+# Seconds, or a share of all of them if that is less, to start Python, write results and leave: 4.6 s on two cores with
+# eight busy processes.
+_PARTING = (5.0, 0.08)
 _TOLD = 0.1  # of the time, after which the end of a calibration is foreseen
 
 
