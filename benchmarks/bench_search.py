@@ -55,6 +55,7 @@ from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.rungs import PROBE, Rung
 from gpmetric.evolution.search_config import SearchConfig, make_config
+from gpmetric.evolution.task_clock import OutOfTime
 from gpmetric.evolution.tasks import ExcessTask, Task
 from gpmetric.evolution.workplace import collect_statistics, open_sessions
 from gpmetric.metrics import BASELINES, masks_only
@@ -183,21 +184,20 @@ def run_campaign(lab: Lab, variant: Variant, seed: int, budget: Mapping[str, flo
     wall, start = time.monotonic(), time.process_time()
 
     def traced(task: Task) -> Any:
+        if len(paid) >= budget["evaluations"] and time.process_time() - start >= budget["seconds"]:
+            raise OutOfTime
         try:
             return evaluator(task)
         finally:
             if isinstance(task, ExcessTask) and task.last == lab.windows:
                 paid.append((task.metric.name, time.process_time() - start))
 
-    def is_over() -> bool:
-        return len(paid) >= budget["evaluations"] and time.process_time() - start >= budget["seconds"]
-
     with ExitStack() as stack:
         for module, name, value in variant.constants:
             stack.enter_context(patch.object(module, name, value))
         folder = stack.enter_context(TemporaryDirectory())
         book = stack.enter_context(Ledger.open(Path(folder) / "ledger.sqlite", {}, resume=False))
-        campaign = Campaign(config, book, Serial(traced), out_of_time=is_over)
+        campaign = Campaign(config, book, Serial(traced))
         campaign.run()
         seconds, counts = time.process_time() - start, book.counts()
         figures = {one.text: one.mean for one in campaign.individuals()}

@@ -68,6 +68,7 @@ COMMANDS: dict[str, Command] = {
         lazy("gpmetric.terminal.live:BenchReport"),
         lazy("gpmetric.pruning.bench:first_failure"),
         work=lazy("gpmetric.pruning.bench:bench_work"),
+        timed=True,
     ),
     "export": Command(
         "Writes a formula, or the winner of a campaign, as a self-contained file.",
@@ -82,6 +83,7 @@ COMMANDS: dict[str, Command] = {
         lazy("gpmetric.terminal.tables:print_allocation"),
         lazy("gpmetric.terminal.live:AllocateReport"),
         work=lazy("gpmetric.allocation.prepare:allocate_work"),
+        timed=True,
         write=lazy("gpmetric.allocation.allocate:write_pages"),
     ),
     "prune": Command(
@@ -99,6 +101,7 @@ COMMANDS: dict[str, Command] = {
         lazy("gpmetric.terminal.tables:print_slim"),
         lazy("gpmetric.terminal.live:SlimReport"),
         work=lazy("gpmetric.structured.slim:slim_work"),
+        timed=True,
     ),
     "verify": Command(
         "Re-reads a checkpoint: files, finite values, sparsity, pattern, untouched tensors, perplexity.",
@@ -113,6 +116,7 @@ COMMANDS: dict[str, Command] = {
         lazy("gpmetric.session.evaluate:run_evaluate"),
         lazy("gpmetric.terminal.tables:print_evaluation"),
         lazy("gpmetric.terminal.live:EvaluateReport"),
+        timed=True,
         live=True,
         work=lazy("gpmetric.session.evaluate:evaluate_work"),
     ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import shlex
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
@@ -20,7 +21,16 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin, 
 from gpmetric.errors import InputError, one_of
 from gpmetric.files import STDOUT, check_output, check_picture
 
-__all__ = ["Described", "Option", "Request", "as_function", "check_request", "described", "make_request"]
+__all__ = [
+    "Described",
+    "Option",
+    "Request",
+    "as_function",
+    "check_request",
+    "command_line",
+    "described",
+    "make_request",
+]
 
 
 @dataclass(frozen=True)
@@ -181,6 +191,22 @@ def described(request: type[Request]) -> tuple[Described, ...]:
         kind = (several or [part for part in parts if part is not NoneType])[0]
         found.append(Described(field.name, kind, NoneType in parts, option, field.default))
     return tuple(sorted(found, key=lambda one: 0 if one.name == "model" else 2 - (one.name in own)))
+
+
+def command_line(command: str, request: Request) -> str:
+    """What asks a shell for the same request; options that are at their defaults are left out."""
+    words = ["gpmetric", command]
+    for field in described(type(request)):
+        value, option = getattr(request, field.name), field.option
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(field.spelled if value else option.names[0].split("/")[-1])
+            continue
+        texts = [f"{one:g}" if isinstance(one, float) else str(one) for one in (value if field.several else (value,))]
+        for text in [",".join(texts)] if option.listed else texts:
+            words += [text] if option.argument else [field.spelled, text]
+    return shlex.join(words)
 
 
 Kind = TypeVar("Kind", bound=Request)

@@ -11,20 +11,28 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 
 from gpmetric.analysis.analyse import analyse
-from gpmetric.errors import DataError, InputError, LedgerError
+from gpmetric.errors import DataError, GpmetricError, InputError, LedgerError
 from gpmetric.evolution import workplace
-from gpmetric.evolution.discover import _regrouped, discover, run_campaign
-from gpmetric.evolution.ledger import Ledger
+from gpmetric.evolution.discover import discover, run_campaign
+from gpmetric.evolution.export import run_export
+from gpmetric.evolution.ledger import Ledger, winner_of
 from gpmetric.evolution.request import DiscoverRequest
+from gpmetric.evolution.verdict import regrouped
 from gpmetric.evolution.workplace import open_sessions
+from gpmetric.export.request import ExportRequest
 from gpmetric.metrics import BASELINES, masks_only, resolve_metric
-from gpmetric.options import check_request
+from gpmetric.options import check_request, command_line
+from gpmetric.session.session import Session
+from gpmetric.terminal.tables import print_discover
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +93,7 @@ KEYS = {
     "seconds": {
         "load",
         "calibration",
+        "opening",
         "baselines",
         "search",
         "final",
@@ -130,7 +139,8 @@ def test_the_front_holds_the_winner_and_the_best_without_gradients(request_for: 
         assert row["excess"] == rows[row["formula"]].losses
         assert row["mean_excess"] == pytest.approx(sum(row["excess"].values()) / 2)
         assert row["group"] == resolve_metric(row["formula"]).granularity
-    assert result["winner"]["formula"] in [row["formula"] for row in front if row["validation"] is not None]
+    candidates = [row["formula"] for row in front if row["validation"] is not None]
+    assert result["winner"]["formula"] in (candidates if result["better"] else BASELINES)
     free = [row for row in rows.values() if not {"G", "H"} & set(str(row.operands).split(","))]
     best = result["best_gradient_free"]
     assert best["formula"] in [row.formula for row in free]
@@ -203,8 +213,11 @@ def test_the_group_is_evolved(request_for: Any, tmp_path: Path) -> None:
 def test_a_group_for_all(request_for: Any, tmp_path: Path, group: str) -> None:
     """The best baseline is shown in that group too, measured as `bench` would."""
     result = run_campaign(request_for(group=group, evaluations=6))
-    assert {row["group"] for row in (result["winner"], *result["front"])} == {group}
+    assert {row["group"] for row in result["front"]} == {group}
     assert result["group"] == group
+    if not result["better"]:  # a baseline stands as it is
+        assert (result["winner"]["group"], result["regrouped"]) == ("row", None)
+        return
     rival = result["confidence"]["rival"]
     assert BASELINES[rival].granularity == "row"
     regrouped = result["regrouped"]
@@ -226,7 +239,7 @@ def test_the_regrouped_baseline_only_masks(request_for: Any, tmp_path: Path, cha
 
 
 def moved(excess: dict[str, float], winner: str) -> str | None:
-    found = _regrouped({resolve_metric(name): figure for name, figure in excess.items()}, resolve_metric(winner))
+    found = regrouped({resolve_metric(name): figure for name, figure in excess.items()}, resolve_metric(winner))
     return found and found.name
 
 
@@ -301,6 +314,31 @@ def test_without_gram_matrices_and_with_one_window(
     assert result["screening"][0]["spearman"] is None
     with Ledger.read(tmp_path / "a.sqlite") as ledger:
         assert not [row for row in ledger.candidates() if row.reason == "screened out after reconstruction"]
+
+
+@pytest.mark.parametrize(("workers", "small", "threads"), [(1, True, 1), (1, False, 6), (4, False, 1)])
+def test_a_large_model_has_all_cores(
+    request_for: Any, monkeypatch: pytest.MonkeyPatch, workers: int, small: bool, threads: int
+) -> None:
+    """Its workers share them, and its calibration has them; a small model's have one thread each."""
+    monkeypatch.setattr(workplace, "_cores", lambda: 6)
+    monkeypatch.setattr(workplace, "_SMALL", 10**9 if small else 0)
+    seen: list[int] = []
+    monkeypatch.setattr(workplace, "open_workplaces", lambda places, threads, models=None: seen.append(threads))
+    monkeypatch.setattr(workplace, "LocalProcesses", lambda opened, arguments, *_, **__: opened(*arguments))
+    monkeypatch.setattr(workplace, "Serial", lambda evaluator: evaluator)
+    stored = Session.stored_statistics
+
+    def watched(session: Session, *arguments: Any) -> Path:
+        seen.append(torch.get_num_threads())
+        return stored(session, *arguments)
+
+    monkeypatch.setattr(Session, "stored_statistics", watched)
+    request = request_for(workers=workers)
+    sessions = open_sessions(request)
+    statistics = {name: workplace.collect_statistics(request, one, print) for name, one in sessions.items()}
+    workplace.make_executor(request, sessions, statistics, request.ledger.parent)
+    assert seen == [1 if small else 6, threads]
 
 
 def test_a_search_text_shorter_than_asked_for_has_rungs_of_its_own(request_for: Any, tmp_path: Path) -> None:
@@ -382,11 +420,36 @@ def test_search_in_the_use_a_metric_will_have(request_for: Any, tmp_path: Path, 
 
 
 def test_minutes_end_the_search_and_a_resume_goes_on(request_for: Any, tmp_path: Path) -> None:
-    short = run_campaign(request_for(evaluations=None, minutes=0.0001))
-    assert short["evaluations"] == 1  # the first that was measured on all windows
-    assert short["confidence"]["draws"] == 0
+    with pytest.raises(
+        GpmetricError,
+        match=r"--minutes 0.0001 (were over before one baseline was measured|are too few: the calibration)",
+    ):
+        run_campaign(request_for(evaluations=None, minutes=0.0001))
     longer = run_campaign(request_for(resume=True))
     assert without_seconds(longer) == without_seconds(run_campaign(request_for(ledger=tmp_path / "b.sqlite")))
+
+
+def test_going_on_where_nothing_better_was_found(request_for: Any, tmp_path: Path) -> None:
+    """A verdict that every command takes; what the command line says to do then ends as if never stopped."""
+    request = request_for(evaluations=10, operands=("W", "X"))
+    short = run_campaign(request)
+    assert not short["better"]
+    assert short["winner"]["formula"] in BASELINES
+    assert short["because"] == (
+        f"nothing better than {short['winner']['formula']} was found in 10 evaluations; "
+        "go on with --resume and a larger budget"
+    )
+    told = Console(record=True, width=200, file=StringIO())
+    print_discover(told, short, request)
+    line = f"go on with: {command_line('discover', request.prolonged())}"
+    assert line in told.export_text()
+    assert "--evaluations 20" in line
+    assert winner_of(request.ledger) == short["winner"]["formula"]
+    run_export(ExportRequest(formula=str(request.ledger), output=tmp_path / "metric.py"))
+    assert analyse(request.ledger)["formulas"] == 10
+    longer = run_campaign(request.prolonged())
+    whole = run_campaign(replace(request, evaluations=20, ledger=tmp_path / "b.sqlite"))
+    assert without_seconds(longer) == without_seconds(whole)
 
 
 def test_the_same_text_for_two_splits_is_refused(request_for: Any, tiny_text: Path, tmp_path: Path) -> None:
@@ -454,8 +517,9 @@ def test_an_unfinished_ledger_of_version_2_ends_as_the_finished_one_did(tmp_path
         assert [(row.formula, row.status) for row in found] == [(row.formula, row.status) for row in expected]
         old = theirs.result()
     assert old is not None
-    assert result["winner"]["formula"] == old["winner"]["formula"]
-    assert result["winner"]["excess"] == pytest.approx(old["winner"]["excess"], rel=1e-4)
+    (winner,) = [row for row in result["front"] if row["formula"] == old["winner"]["formula"]]
+    assert winner["validation"] == pytest.approx(old["winner"]["validation"], rel=1e-4)
+    assert (result["winner"]["formula"], result["better"]) == ("ria", False)  # which that version did not compare with
     assert analyse(golden / "ledger-v2-finished.sqlite")["formulas"] == 10
 
 

@@ -22,7 +22,8 @@ from gpmetric import cli
 from gpmetric.allocation.request import AllocateRequest
 from gpmetric.commands import COMMANDS, Command
 from gpmetric.errors import InputError
-from gpmetric.options import Option, Request, as_function, check_request, described, make_request
+from gpmetric.evolution.request import DiscoverRequest
+from gpmetric.options import Option, Request, as_function, check_request, command_line, described, make_request
 from gpmetric.pruning.requests import BenchRequest, PruneRequest, VerifyRequest
 from gpmetric.session.requests import EvaluateRequest
 
@@ -408,3 +409,18 @@ def test_an_older_spelling_is_a_keyword_and_a_config_key_too(tmp_path: Path) -> 
     command = [sys.executable, "-m", "gpmetric", "allocate", "--config", str(tmp_path / "c.toml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, "--ledger 'no/such/folder/x.jsonl'" in done.stderr) == (2, True), done.stderr
+
+
+def test_a_command_line_asks_for_the_same_again() -> None:
+    """Flags, lists, repeated options, floats, quotes."""
+    asked = DiscoverRequest(
+        model=("a", "b c"), operands=("W", "X"), target=("0.5", "2:4"), start=("abs(W)*X",), minutes=2.5, resume=True,
+        ledger=Path("x.sqlite"), seed=3,
+    )  # fmt: skip
+    line = command_line("discover", asked)
+    assert line == (
+        "gpmetric discover --model a --model 'b c' --target 0.5 --target 2:4 --operands W,X --start 'abs(W)*X' "
+        "--ledger x.sqlite --resume --seed 3 --minutes 2.5"
+    )
+    assert command_line("evaluate", EvaluateRequest(model="dir", text=("t",))) == "gpmetric evaluate dir --text t"
+    assert command_line("bench", BenchRequest(one_shot=True)) == "gpmetric bench --one-shot"

@@ -17,6 +17,7 @@ from gpmetric.evolution.records import Measurement
 from gpmetric.evolution.rungs import PROBE, Rung, cumulative, describe_rungs, halving_rungs, promote
 from gpmetric.evolution.screening import Seen, SuccessiveHalving
 from gpmetric.evolution.search_config import SearchConfig
+from gpmetric.evolution.task_clock import TaskClock
 from gpmetric.evolution.tasks import ExcessTask, MaskFingerprint, ProbeTask, Task
 from gpmetric.expression import parse
 from gpmetric.metrics import Metric
@@ -215,10 +216,11 @@ def test_batches_of_eight_and_one_by_one_where_a_batch_is_lost(ledger: Ledger) -
     assert sorted(by_position) == list(range(10))
 
 
-def test_out_of_time_is_asked_after_every_measurement_but_the_last(ledger: Ledger) -> None:
-    clock = iter([False, True])
-    one = halving(ledger, out_of_time=lambda: next(clock))
-    assert one.run(DRAWS) is None  # to probe is one task: the clock is not read
+def test_out_of_time_keeps_what_was_measured(ledger: Ledger) -> None:
+    now = iter(range(100))
+    one = halving(ledger)
+    one.executor.clock = TaskClock(lambda: next(now), last_start=8)  # read three times a task
+    assert one.run(DRAWS) is None
     assert [row.position for row in ledger.measurements() if row.rung == "1 windows"] == [0, 1]
 
 

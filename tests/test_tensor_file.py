@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpmetric.errors import GpmetricError
 from gpmetric import tensor_file
+from gpmetric.errors import GpmetricError
 from gpmetric.tensor_file import TensorFile, write_tensors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.uint8]

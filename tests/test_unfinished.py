@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import torch
 
+from gpmetric import tensor_file
 from gpmetric.errors import GpmetricError, InputError, MaskError
 from gpmetric.loading import load_model
 from gpmetric.pruning import prune as module
-from gpmetric import tensor_file
 from gpmetric.pruning import unfinished as folders
 from gpmetric.pruning.output_folder import MANIFEST
 from gpmetric.pruning.prune import PruneListener, prune

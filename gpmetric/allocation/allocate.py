@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from dataclasses import replace
 from typing import Any
 
 from gpmetric.allocation.allocators import Problem, diagonal, search
@@ -16,11 +16,13 @@ from gpmetric.allocation.pareto_pick import Point, Scorer, held_out_front, knee,
 from gpmetric.allocation.plot import draw_front, write_csv
 from gpmetric.allocation.prepare import CalibratedModel, calibrate
 from gpmetric.allocation.request import ALLOCATORS, AllocateRequest, rules
+from gpmetric.allocation.time_plan import TimePlan
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.files import write_json
 from gpmetric.options import as_function
 from gpmetric.pruning.allocation import read_allocation
+from gpmetric.session.deadline import Deadline
 from gpmetric.session.session import Listener
 
 __all__ = ["AllocateListener", "allocate", "run_allocation", "write_pages"]
@@ -33,10 +35,13 @@ class AllocateListener(Listener):
         """A generation is finished: its population, measured on so many batches, and the share of the budget spent."""
 
 
-def run_allocation(request: AllocateRequest, listener: AllocateListener | None = None) -> dict[str, Any]:
+def run_allocation(
+    request: AllocateRequest, listener: AllocateListener | None = None, started: float | None = None
+) -> dict[str, Any]:
     """Searches the sparsity of each layer, and writes the allocation that is asked for.
 
     Where no allocation meets `sparsity` or `max_loss_ratio`, `picked` and `allocation` are None and `error` says why.
+    `started` is the time.monotonic() at which `minutes` began, now by default.
 
     Returns:
         The JSON document of `gpmetric allocate`; its `allocation` is what an allocation file holds.
@@ -45,7 +50,7 @@ def run_allocation(request: AllocateRequest, listener: AllocateListener | None =
         InputError: for anything that cannot be used, before the search.
         GpmetricError: the metric gives no scores, no loss is finite, or a file cannot be written.
     """
-    result = _searched(request, listener or AllocateListener())
+    result = _searched(request, listener or AllocateListener(), Deadline.starting(request.minutes, started))
     if result["allocation"] is not None:
         write_json(request.output, result["allocation"])
     return result
@@ -62,12 +67,16 @@ def write_pages(result: Mapping[str, Any], request: AllocateRequest) -> None:
 allocate = as_function("allocate", AllocateRequest, run_allocation, "model", write=write_pages)
 
 
-def _searched(request: AllocateRequest, told: AllocateListener) -> dict[str, Any]:
+def _searched(request: AllocateRequest, told: AllocateListener, deadline: Deadline) -> dict[str, Any]:
     profiles = [read_allocation(path, "--init") for path in request.init]
-    calibrated = calibrate(request, told.progress, told)
+    times = [deadline.now()]
+    calibrated = calibrate(request, deadline.watching(told.progress), told)
+    times.append(deadline.now())
     _check_reach(request, calibrated)
     windows, table = calibrated.session.windows, calibrated.table
     scorer = Scorer(calibrated)
+    survivors = request.population * len(windows["search"].tokens) / len(windows["validation"].tokens)
+    plan = TimePlan(deadline, times[1] - times[0], deadline.now() - times[1], survivors)
     told.dense({windows["validation"].text.name: perplexity(scorer.dense)})
     objective = CandidateObjective(calibrated.pruned, windows["search"].tokens, request.objective)
     identity = calibrated.identity(request) | {"init": [profile.digest for profile in profiles]}
@@ -80,10 +89,11 @@ def _searched(request: AllocateRequest, told: AllocateListener) -> dict[str, Any
     with EvaluationLog(
         table, objective, request.ledger, identity, focus=request.sparsity, resume=request.resume
     ) as log:
+        searching = replace(request, minutes=log.planned(request.minutes, plan.search_minutes()))
         problem = Problem(log, calibrated.blocks, calibrated.outliers, told.progress)
-        found = list(dict.fromkeys(search(request, problem, profiles, on_generation)))
+        found = list(dict.fromkeys(search(searching, problem, profiles, on_generation)))
         cost, steps = _cost(log), dict(objective.seconds)
-        result = _result(request, problem, scorer, found)
+        result = _result(request, problem, scorer, found, plan)
         after = {name: value - cost[name] for name, value in _cost(log).items()}
     progress = {
         "hypervolume": [area for area, _ in generations],
@@ -91,20 +101,23 @@ def _searched(request: AllocateRequest, told: AllocateListener) -> dict[str, Any
         "rounds": _rounds(generations),
     }
     paid = cost | {"seconds_by_step": steps, "after_search": after}
-    return _described(request, calibrated, scorer) | paid | progress | result
+    return _described(request, calibrated, scorer) | paid | progress | result | {"cut": plan.cut}
 
 
 def _cost(log: EvaluationLog) -> dict[str, Any]:
     return {"evaluations": log.evaluations, "tokens": log.tokens, "seconds": log.seconds}
 
 
-def _result(request: AllocateRequest, problem: Problem, scorer: Scorer, found: Sequence[Levels]) -> dict[str, Any]:
+def _result(
+    request: AllocateRequest, problem: Problem, scorer: Scorer, found: Sequence[Levels], plan: TimePlan
+) -> dict[str, Any]:
     """What was found, on validation text and beside every rule at the same budgets, and what is picked of it."""
     if not found:
         span = f"--lowest {request.lowest:g} and --highest {request.highest:g}"
         raise GpmetricError(f"no allocation that was measured has a sparsity between {span}")
-    points = _told(problem, "front", scorer.points(found), len(found))
-    front = held_out_front(zip(points, found, strict=True))
+    shown = plan.fitting(found)
+    points = _told(problem, "front", scorer.points(shown), len(shown))
+    front = held_out_front(zip(points, shown, strict=True))
     if not front:
         raise GpmetricError("no allocation of the front has a finite loss on validation (--highest)")
     rule = ALLOCATORS[request.allocator].rule
@@ -120,21 +133,27 @@ def _result(request: AllocateRequest, problem: Problem, scorer: Scorer, found: S
         "knee": knee([point for point, _ in front]),
         "picked": picked,
         "error": error,
-        "baselines": _baselines(request, problem, scorer),
+        "baselines": _baselines(request, problem, scorer, plan),
         "allocation": None if allocation is None else allocation.document(),
     }
 
 
-def _baselines(request: AllocateRequest, problem: Problem, scorer: Scorer) -> dict[str, list[Point]]:
-    """Every rule at sparsities over the range of the front."""
+def _baselines(request: AllocateRequest, problem: Problem, scorer: Scorer, plan: TimePlan) -> dict[str, list[Point]]:
+    """Every rule at sparsities over the range of the front; one that there is no time for is left out."""
     sparsities = diagonal(request, request.sparsity)
-    by_rule = {
-        name: [row.rule(problem, sparsity) for sparsity in sparsities]
-        for name, row in rules().items()
-        if row.rule is not None
-    }
-    points = scorer.points([levels for found in by_rule.values() for levels in found])
-    return {name: _told(problem, name, islice(points, len(found)), len(found)) for name, found in by_rule.items()}
+    found: dict[str, list[Point]] = {}
+    longest = len(sparsities) * plan.validation
+    for name, row in rules().items():
+        assert row.rule is not None
+        extra = problem.tokens_of(row, len(sparsities)) * problem.log.seconds / max(1, problem.log.tokens)
+        if not plan.affords(longest + extra):
+            plan.cut.append(f"baselines on validation: without {name}")
+            continue
+        started = plan.deadline.now()
+        levels = [row.rule(problem, sparsity) for sparsity in sparsities]
+        found[name] = _told(problem, name, scorer.points(levels), len(levels))
+        longest = max(longest, plan.deadline.now() - started) if row.measures == "nothing" else longest
+    return found
 
 
 def _told(problem: Problem, what: str, points: Iterable[Point], count: int) -> list[Point]:

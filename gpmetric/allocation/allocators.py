@@ -12,7 +12,7 @@ import numpy as np
 from gpmetric.allocation.evaluation_log import EvaluationLog, Measured
 from gpmetric.allocation.exact_budget import uniform_budget
 from gpmetric.allocation.levels import Levels, LevelTable, Numbers
-from gpmetric.allocation.request import ALLOCATORS, AllocateRequest
+from gpmetric.allocation.request import ALLOCATORS, AllocateRequest, Allocator
 from gpmetric.allocation.variation import repair
 from gpmetric.pruning.allocation import Allocation
 from gpmetric.session.session import Progress
@@ -56,6 +56,11 @@ class Problem:
         """Evaluations and tokens that `costs` takes."""
         evaluations = len(_PROBES) * len(self.table.genes)
         return evaluations, evaluations * self.log.tokens_of(self.probe_batches)
+
+    def tokens_of(self, row: Allocator, sparsities: int) -> int:
+        """Tokens that a rule takes at so many sparsities, were nothing measured before."""
+        tried = _STEPS * sparsities * self.log.tokens_of(max(1, self.log.batches // 2))
+        return {"nothing": 0, "candidates": tried, "genes": self.cost_of_probes()[1]}[row.measures]
 
     @property
     def probe_batches(self) -> int:

@@ -76,6 +76,7 @@ class EvaluationLog(Journal):
         self._slopes: dict[tuple[Levels, int], Slopes] = {}
         self._sloped: set[tuple[Levels, int]] = set()  # paid for since the search began
         self._times: list[float] = []
+        self._planned: dict[float, float] = {}  # minutes of the search, by those of the command
         head = {"format": _FORMAT, "focus": focus} | dict(settings or {})
         super().__init__(path, "allocate", head, adopted=("focus",), resume=resume)
         self.focus: float | None = self.settings["focus"]
@@ -147,6 +148,15 @@ class EvaluationLog(Journal):
         """Batches that a candidate was measured on."""
         return len(self.candidates[levels].values) if levels in self.candidates else 0
 
+    def planned(self, minutes: float | None, search: float | None) -> float | None:
+        """Minutes of the search of a command that has some, as they were planned when it was run first."""
+        if minutes is None or search is None:
+            return None
+        if minutes not in self._planned:
+            self._planned[minutes] = search
+            self.write({"minutes": minutes, "search": search})
+        return self._planned[minutes]
+
     def _expanded(self, levels: Levels, near: Sequence[Sequence[float]]) -> Slopes:
         found = []
         for removed, level, values in zip(self.table.removed, levels, near, strict=True):
@@ -160,6 +170,9 @@ class EvaluationLog(Journal):
         """One record of the file; a search can go on behind any."""
         if "seconds" in record:
             self._times.append(float(record["seconds"]))
+            return True
+        if "minutes" in record:
+            self._planned[float(record["minutes"])] = float(record["search"])
             return True
         levels = tuple(map(int, record["levels"]))
         if "slopes" in record:

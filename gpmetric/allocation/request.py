@@ -91,8 +91,8 @@ class AllocateRequest(SearchInputs):
     """Everything `gpmetric allocate` can be asked for.
 
     Of evaluations, tokens and minutes, the first one spent ends the search. A token of a backward pass counts for
-    three. The first candidates are measured in any case; calibration before the search and validation after it, the
-    baselines with it, come on top.
+    three. The first candidates are measured in any case. Minutes are the whole command's: the search has what
+    calibration and validation leave of them.
     """
 
     model: Annotated[str | None, Option("Hugging Face directory or name; the demo model if none.")] = None
@@ -124,9 +124,6 @@ class AllocateRequest(SearchInputs):
         int | None, Option(f"Candidates measured at most; {_EVALUATIONS} if no budget.", least=1)
     ] = None
     tokens: Annotated[int | None, Option("Tokens of the search at most.", least=1)] = None
-    minutes: Annotated[
-        float | None, Option("Minutes of the search at most; calibration and validation come on top.", above=0)
-    ] = None
     ledger: Annotated[
         Path | None,
         Option("JSON Lines file that keeps everything measured.", "FILE", ("--ledger", "--archive"), writes="file"),
@@ -153,7 +150,7 @@ class AllocateRequest(SearchInputs):
 
     @property
     def budget(self) -> Budget:
-        """When the search ends."""
+        """When the search ends, if it had all of the time."""
         budget = Budget(self.evaluations, self.tokens, self.minutes)
         return Budget(evaluations=_EVALUATIONS) if budget == Budget() else budget
 

@@ -31,14 +31,13 @@ class Campaign:
     """A search that can be stopped anywhere: what is in the ledger is never computed again.
 
     Attributes:
-        out_of_time: asked between two measurements; when true, the search ends without finishing its generation.
+        executor: whose clock may end the search inside a generation.
         on_generation: called after every generation with its number and the campaign.
     """
 
     config: SearchConfig
     ledger: Ledger
     executor: Executor
-    out_of_time: Callable[[], bool] = lambda: False
     on_generation: Callable[[int, Campaign], None] = lambda number, campaign: None
 
     def __post_init__(self) -> None:
@@ -56,13 +55,13 @@ class Campaign:
         """Runs, or goes on, until the budget is spent, time is out, or nothing new is found.
 
         Raises:
-            GpmetricError: no formula at all could be evaluated.
+            GpmetricError: no formula at all could be evaluated, though there was time.
             LedgerError: the ledger holds other draws than this campaign makes.
         """
         self._restore()
-        while self._wants_more() and not self.out_of_time() and self._generation():
+        while self._wants_more() and self._generation():
             self.on_generation(self._number - 1, self)
-        if not self.ledger.evaluations("done"):
+        if not self.executor.clock.limited and not self.ledger.evaluations("done"):
             raise GpmetricError("no formula could be evaluated; the ledger holds the reasons")
 
     def individuals(self) -> list[Individual]:
@@ -108,7 +107,7 @@ class Campaign:
         """
         draws = self._breeder.draw(self._number, self._population, self._seen.forms.keys())
         self._drawn = {draw.form.name: draw.form for draw in draws}
-        halving = SuccessiveHalving(self.config, self.ledger, self.executor, self._seen, self._number, self.out_of_time)
+        halving = SuccessiveHalving(self.config, self.ledger, self.executor, self._seen, self._number)
         paid = halving.run(draws, self._affordable())
         if paid is None:
             return False

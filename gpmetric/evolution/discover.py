@@ -6,35 +6,38 @@ winner and every baseline.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gpmetric.errors import GpmetricError
 from gpmetric.evolution.campaign import Campaign
-from gpmetric.evolution.document import alone, circumstances, describe_individual, describe_metric, time_split
+from gpmetric.evolution.document import alone, circumstances, describe_individual, time_split
 from gpmetric.evolution.executors import Executor
-from gpmetric.evolution.held_out import HeldOut, HeldOutFigures, Measured, choose_finalists, choose_winner, interval
+from gpmetric.evolution.held_out import HeldOut, Measured, choose_finalists
 from gpmetric.evolution.ledger import BUDGET_KEYS, Ledger
 from gpmetric.evolution.multi_model import label_targets
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.rungs import describe_rungs
 from gpmetric.evolution.search_config import SearchConfig, make_config
 from gpmetric.evolution.selection import Individual
-from gpmetric.evolution.time_budget import FINALISTS, TimeBudget
+from gpmetric.evolution.task_clock import OutOfTime
+from gpmetric.evolution.time_budget import FINALISTS, CampaignPlan, TimeBudget
+from gpmetric.evolution.verdict import confidence, decide, measure_test
 from gpmetric.evolution.workplace import collect_statistics, make_executor, open_sessions, torch_threads
 from gpmetric.files import finite
-from gpmetric.metrics import Metric, masks_only, resolve_metric
 from gpmetric.options import as_function
-from gpmetric.pruning.updaters import UPDATERS
+from gpmetric.session.deadline import Deadline
 from gpmetric.session.session import Listener, Session
 
-__all__ = ["DiscoverListener", "discover", "run_campaign"]
+__all__ = ["DiscoverListener", "discover", "find", "run_campaign"]
 
 _MORE = 36  # finalists that may follow the first ones within a share of --minutes
 # options that decide what a campaign finds: one that goes on must agree in all of them
@@ -50,12 +53,18 @@ class DiscoverListener(Listener):
     def baselines(self, excess: Mapping[str, Mapping[str, float]]) -> None:
         """The baselines' excess on validation by name and target."""
 
+    def plan(self, plan: CampaignPlan, cut: Sequence[str]) -> None:
+        """How the time is shared, and what was left out so far, before the search; not called without a limit."""
+
     def generation(self, number: int, front: Sequence[Individual], counts: Mapping[str, int]) -> None:
         """A generation is finished."""
 
 
 def run_campaign(
-    request: DiscoverRequest, listener: DiscoverListener | None = None, started: float | None = None
+    request: DiscoverRequest,
+    listener: DiscoverListener | None = None,
+    started: float | None = None,
+    now: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any]:
     """Runs a campaign to its end: `gpmetric.discover("DIR", text="t.txt", minutes=30, ledger="campaign.sqlite")`.
 
@@ -63,7 +72,8 @@ def run_campaign(
 
     Args:
         request: one that has been checked.
-        started: time.monotonic() at which `minutes` begin; now by default.
+        started: when `minutes` began, by `now`; they begin now by default.
+        now: seconds of a clock that only goes forward.
 
     Returns:
         The JSON document of `gpmetric discover`. Whatever is interrupted, nothing in the ledger is computed again; a
@@ -73,12 +83,12 @@ def run_campaign(
         InputError: for anything that cannot be used, before the model runs.
         GpmetricError: the work failed; the ledger keeps what was done.
     """
-    began = time.monotonic() if started is None else started
+    deadline = Deadline.starting(request.minutes, started, now)
     request = request.completed()
     assert request.ledger is not None
-    sessions = open_sessions(request)
+    sessions = open_sessions(request, listener)
     with Ledger.open(request.ledger, _settings(request, sessions), resume=request.resume) as ledger:
-        return ledger.result() or _run(request, sessions, ledger, listener or DiscoverListener(), began)
+        return ledger.result() or _run(request, sessions, ledger, listener or DiscoverListener(), deadline)
 
 
 discover = as_function("discover", DiscoverRequest, run_campaign, "model")
@@ -99,159 +109,131 @@ def _settings(request: DiscoverRequest, sessions: Mapping[str, Session]) -> dict
 
 
 def _run(
-    request: DiscoverRequest, sessions: Mapping[str, Session], ledger: Ledger, told: DiscoverListener, began: float
+    request: DiscoverRequest,
+    sessions: Mapping[str, Session],
+    ledger: Ledger,
+    told: DiscoverListener,
+    deadline: Deadline,
 ) -> dict[str, Any]:
     """The result of a campaign that has none yet, saved in its ledger."""
-    loaded = time.monotonic()
-    statistics = {name: collect_statistics(request, one, told.progress) for name, one in sessions.items()}
-    calibrated = time.monotonic()
+    loaded = deadline.elapsed
+    progress = deadline.watching(told.progress)
+    statistics = {name: collect_statistics(request, one, progress) for name, one in sessions.items()}
+    seconds = {"load": loaded, "calibration": deadline.elapsed - loaded}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpmetric-")))
-        stack.enter_context(torch_threads(torch.get_num_threads()))  # an evaluator in this process takes one
+        stack.enter_context(torch_threads(torch.get_num_threads()))  # an evaluator in this process takes its own number
         executor = stack.enter_context(make_executor(request, sessions, statistics, folder))
-        held_out = HeldOut(executor, label_targets(request.target, sessions), request.update, ledger)
-        found, steps = _find(request, sessions, held_out, told, began)
-    seconds = {"load": loaded - began, "calibration": calibrated - loaded, **steps}
-    seconds["total"] = time.monotonic() - began
+        read = ("calibration", "validation", "test")
+        fewest = min(len(session.windows[split].tokens) for session in sessions.values() for split in read)
+        held_out = HeldOut(executor, label_targets(request.target, sessions), request.update, ledger, fewest)
+        found, steps = find(request, sessions, held_out, told, TimeBudget(deadline), seconds)
+    seconds |= steps | {"total": deadline.elapsed}
     result: dict[str, Any] = finite(found | circumstances(request, sessions, ledger))
     ledger.save_result(result, seconds)
     return result | {"seconds": seconds}
 
 
-def _find(
-    request: DiscoverRequest, sessions: Mapping[str, Session], held_out: HeldOut, told: DiscoverListener, began: float
+def find(
+    request: DiscoverRequest,
+    sessions: Mapping[str, Session],
+    held_out: HeldOut,
+    told: DiscoverListener,
+    budget: TimeBudget,
+    before: Mapping[str, float],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Baselines on validation, the generation loop, the finalists, and the test: what is found, and seconds by step."""
-    ledger, opening = held_out.ledger, time.monotonic()
-    dense = {split: held_out.dense(split) for split in ("search", "validation")}
+    """Baselines on validation, the generation loop, the finalists, and the test.
+
+    Args:
+        held_out: whose executor evaluates; it is given the budget's clock.
+        budget: the time that there is.
+        before: seconds by step until now.
+
+    Returns:
+        What is found, as the result tells it, and seconds by step.
+
+    Raises:
+        GpmetricError: time was over before one baseline was measured, or no formula could be evaluated.
+    """
+    ledger, now, first = held_out.ledger, budget.deadline.now, request.baselines_by_importance[0]
+    held_out.executor.clock = budget.clock
+    start = now()
+    try:
+        dense = {"search": held_out.dense("search")}
+        budget.fit_windows(held_out, first)
+        dense["validation"] = held_out.dense("validation")
+    except OutOfTime:
+        raise _too_short(request) from None
     told.dense({split: alone(ppl) for split, ppl in dense.items()})
-    start = time.monotonic()
-    baselines = held_out.measure(request.baselines, "validation")
+    opened = now()
+    baselines = budget.measure_baselines(held_out, request)
+    if not baselines:
+        raise _too_short(request)
     told.baselines({baseline.name: figures.excess for baseline, figures in baselines.items()})
-    searching = time.monotonic()
-    per_metric = (searching - start) / len(baselines)
-    budget = TimeBudget(began, request.minutes, start - opening, per_metric, len(baselines), request.calibration_seeds)
+    seconds = {"opening": opened - start, "baselines": now() - opened}
+    plan = budget.plan_search(held_out, len(baselines), request.calibration_seeds, dict(before) | seconds)
+    if plan is not None:
+        told.plan(plan, budget.cut)
+    searching = now()
     config = make_config(request, sessions, tuple(target.label for target in held_out.targets))
-    campaign = _search(config, ledger, held_out.executor, budget, told)
-    judging = time.monotonic()
+    campaign = _search(config, ledger, held_out.executor, told)
+    budget.end_search()
+    judging = now()
     front = campaign.front()
-    finalists = _measure_finalists(held_out, front, budget)
-    dense["test"] = held_out.dense("test")
-    tested = _test(held_out, request, finalists, baselines)
-    drawing = time.monotonic()
+    finalists = _measure_finalists(held_out, front, len(baselines), budget)
+    verdict = decide(request, finalists, baselines, ledger.counts()["paid"])
+    dense["test"] = _dense_test(held_out)
+    tested = measure_test(held_out, request, verdict, (finalists, baselines), budget)
+    drawing = now()
     document = {
-        **tested.describe(finalists),
-        "confidence": _confidence(held_out, tested, request.calibration_draws, budget),
+        **tested.describe(),
+        "confidence": confidence(held_out, tested, request.calibration_draws, budget),
         "screening": describe_rungs(ledger.measurements(), config.rungs, config.objective),
         "finalists": len(finalists),
         "front": [describe_individual(one, config.objective, finalists) for one in front],
         "baselines": {one.name: tested.describe_baseline(one, figures) for one, figures in baselines.items()},
         "dense": {split: alone(ppl) for split, ppl in dense.items()},
+        "plan": None if plan is None else asdict(plan),
+        "cut": budget.cut,
     }
-    seconds = {"baselines": searching - start, "search": judging - searching, "final": drawing - judging}
-    seconds["confidence"] = time.monotonic() - drawing
+    seconds |= {"search": judging - searching, "final": drawing - judging, "confidence": now() - drawing}
     return document, seconds | {"per_evaluation": time_split(ledger)}
 
 
-def _search(
-    config: SearchConfig, ledger: Ledger, executor: Executor, budget: TimeBudget, told: DiscoverListener
-) -> Campaign:
-    """The generation loop, run to its end."""
+def _too_short(request: DiscoverRequest) -> GpmetricError:
+    return GpmetricError(
+        f"--minutes {request.minutes:g} were over before one baseline was measured on validation: allow more, or take "
+        "fewer --windows, --samples or --target; --resume goes on with what the ledger holds"
+    )
 
-    def out_of_time() -> bool:
-        if not budget.is_over(FINALISTS, budget.for_more):
-            return False
-        # measurements, since the evaluations of a generation are recorded when all of them are there
-        measured = sum(row.rung == config.rungs[-1].name and row.error is None for row in ledger.measurements())
-        return measured > 0 and budget.is_over(min(FINALISTS, measured), budget.for_more)
+
+def _search(config: SearchConfig, ledger: Ledger, executor: Executor, told: DiscoverListener) -> Campaign:
+    """The generation loop, run to its end."""
 
     def tell(number: int, campaign: Campaign) -> None:
         told.generation(number, campaign.front(), ledger.counts())
 
-    campaign = Campaign(config, ledger, executor, out_of_time=out_of_time, on_generation=tell)
+    campaign = Campaign(config, ledger, executor, on_generation=tell)
     campaign.run()
     return campaign
 
 
-def _measure_finalists(held_out: HeldOut, front: Sequence[Individual], budget: TimeBudget) -> Measured:
-    """The first of the front on validation, and more of them while there is time."""
+def _measure_finalists(held_out: HeldOut, front: Sequence[Individual], baselines: int, budget: TimeBudget) -> Measured:
+    """The first of the front on validation, and more of them while there is time; so many baselines are tested."""
     first, others = choose_finalists(front, FINALISTS)
-    finalists = held_out.measure(first, "validation")
-    until = time.monotonic() + budget.for_more
+    until = budget.finalists_until(held_out, baselines)
+    finalists = budget.measure(held_out, first, "validation", until)
+    budget.note("finalists on validation", [one.name for one in first if one not in finalists], len(first))
+    until = min(until, budget.more_until)
     for metric in others[:_MORE]:
-        if time.monotonic() > until or budget.is_over(1):
+        if budget.deadline.now() >= until:
             break
-        finalists |= held_out.measure([metric], "validation")
+        finalists |= budget.measure(held_out, [metric], "validation", until)
     return finalists
 
 
-@dataclass(frozen=True)
-class _Tested:
-    """What is measured on the test text."""
-
-    winner: Metric  # that validation chose
-    free: Metric | None  # the best without gradients there
-    rival: Metric  # the baseline that does best
-    regrouped: Metric | None  # the best baseline in the winner's comparison group, where it does not stand beside it
-    figures: Measured
-
-    def describe(self, finalists: Measured) -> dict[str, Any]:
-        """The rows of the document but those of baselines as published."""
-        rows = {"winner": self.winner, "best_gradient_free": self.free, "regrouped": self.regrouped}
-        told = {name: one and describe_metric(one) | self.figures[one].describe() for name, one in rows.items()}
-        return told | {"winner": {**(told["winner"] or {}), "validation": finalists[self.winner].excess}}
-
-    def describe_baseline(self, baseline: Metric, on_validation: HeldOutFigures) -> dict[str, Any]:
-        """A baseline's row."""
-        told = self.figures[baseline].describe()
-        return told | {"validation": on_validation.excess, "masks_only": masks_only(baseline.name)}
-
-
-def _test(held_out: HeldOut, request: DiscoverRequest, finalists: Measured, baselines: Measured) -> _Tested:
-    """The winner is chosen, and measured on the test text beside every baseline."""
-    masking = [baseline for baseline in baselines if masks_only(baseline.name)]
-    rivals = list(baselines) if UPDATERS[request.update].solves else masking
-    winner = choose_winner(finalists, {rival: baselines[rival] for rival in rivals})
-    without = [metric for metric in finalists if not metric.needs_gradients]
-    free = min(without, key=lambda metric: finalists[metric].mean, default=None)
-    tested = held_out.measure([winner, *baselines, *([free] if free else [])], "test")
-    moved = _regrouped({one: tested[one].mean for one in masking}, winner) if request.groups_matter else None
-    tested |= held_out.measure([moved] if moved else [], "test")
-    return _Tested(winner, free, min(rivals, key=lambda rival: tested[rival].mean), moved, tested)
-
-
-def _regrouped(excess: Mapping[Metric, float], winner: Metric) -> Metric | None:
-    """The best of these masking baselines, moved to the winner's comparison group; None where it stands beside it."""
-    group, best = winner.granularity, min(excess, key=lambda one: excess[one])
-    stands = any((one.expression, one.granularity) == (best.expression, group) for one in excess)
-    return None if stands else resolve_metric(f"{group}:{best.name}")
-
-
-def _confidence(held_out: HeldOut, tested: _Tested, draws: Sequence[str], budget: TimeBudget) -> dict[str, Any]:
-    """Winner and best baseline on the test text again, each time with statistics of calibration windows drawn anew.
-
-    A draw that would end after the deadline is not begun.
-
-    Returns:
-        `draws` `asked` for and made, the `rival`, the mean excess of both by draw, and the 95 % interval of the mean
-        difference over such draws: wholly below zero, the gain does not hang on the sample. Source: Efron 1979.
-    """
-    pair, spent = (tested.winner, tested.rival), budget.per_draw
-    rows: list[tuple[float, ...]] = []
-    for draw in draws:
-        start = time.monotonic()
-        if budget.ends_within(spent):
-            break
-        found = held_out.measure(pair, "test", draw)
-        rows.append(tuple(found[one].mean for one in pair))
-        spent = time.monotonic() - start
-    bounds = interval([mine - other for mine, other in rows])
-    return {
-        "asked": len(draws),
-        "draws": len(rows),
-        "rival": tested.rival.name,
-        "winner_mean_excess": [mine for mine, _ in rows],
-        "rival_mean_excess": [other for _, other in rows],
-        "difference": None if bounds is None else sum(bounds) / 2,
-        "interval": bounds,
-    }
+def _dense_test(held_out: HeldOut) -> dict[str, float]:
+    """Perplexity of the dense model on the test text, by model; NaN where there was no time."""
+    with suppress(OutOfTime):
+        return held_out.dense("test")
+    return dict.fromkeys((target.model for target in held_out.targets), math.nan)

@@ -18,6 +18,7 @@ from torch import Tensor
 from gpmetric.blockwise.ends import ends
 from gpmetric.blockwise.hidden import Hidden
 from gpmetric.blockwise.replay import BlockCalls, record_calls
+from gpmetric.data import Windows
 from gpmetric.errors import GpmetricError, MaskError, SolverError
 from gpmetric.evaluation.objectives import OBJECTIVES, Reference
 from gpmetric.evaluation.perplexity import Teacher, batches, mean_loss
@@ -58,12 +59,12 @@ class Evaluator:
         self._targets = [parse_target(target) for target in targets]
         self._update = update
         self._objectives = tuple(dict.fromkeys((*_COMPARED, objective)))
-        self._dense_losses: dict[str, float] = {}
+        self._dense_losses: dict[tuple[str, int], float] = {}  # by split and part
         others = self._objectives[len(_COMPARED) :]
         limit = _TEACHER_BYTES if session.plan.kept else 0
         self._references = References(partial(_DenseBatch, others=others), limit)
         self._recorded: dict[tuple[int, int | None], BlockCalls] = {}
-        self._protocols: dict[str, Protocol] = {}  # one at a time: each holds its statistics
+        self._protocols: dict[tuple[str, int], Protocol] = {}  # one at a time: each holds its statistics
 
     def __call__(self, task: Task) -> Any:
         """The answer to a task, as its class says.
@@ -87,8 +88,8 @@ class Evaluator:
             case ProbeTask(metrics):
                 self._compile(metrics)
                 return [self._probe_layers.measure(metrics)]
-            case DenseTask(split):
-                return [{self._model.name: self._dense_loss(split)}]
+            case DenseTask(split, part):
+                return [{self._model.name: self._dense_loss(split, part)}]
 
     def _compile(self, metrics: Sequence[Metric]) -> None:
         """Starts to compile the kernel that prunes by those of the metrics that climb on."""
@@ -200,29 +201,35 @@ class Evaluator:
             return [self._targets]
         return [[target] for target in self._targets]
 
-    def _dense_loss(self, split: str) -> float:
-        if split not in self._dense_losses:
-            self._dense_losses[split] = mean_loss(self._model, self._session.windows[split].tokens)
-        return self._dense_losses[split]
+    def _windows(self, split: str, part: int) -> Windows:
+        """1/part of the windows of a split, at least one."""
+        whole = self._session.windows[split]
+        return whole if part == 1 else Windows(whole.text, whole.tokens[: max(1, len(whole.tokens) // part)])
+
+    def _dense_loss(self, split: str, part: int) -> float:
+        if (split, part) not in self._dense_losses:
+            self._dense_losses[split, part] = mean_loss(self._model, self._windows(split, part).tokens)
+        return self._dense_losses[split, part]
 
     def _sequential(self, tasks: Sequence[SequentialTask]) -> list[SequentialLoss | GpmetricError]:
         """By task, of those on one split with one calibration, what is lost; their models pass the blocks together."""
-        protocol, split = self._protocol(tasks[0].calibration), tasks[0].split
+        protocol, split = self._protocol(tasks[0].calibration, tasks[0].part), tasks[0].split
         for task in tasks:
             protocol.prepare([task.metric], task.update)
         rules = [Rule(task.metric, parse_target(task.target), task.update) for task in tasks]
-        dense = self._dense_loss(split)
-        found = protocol.measure(rules, [self._session.windows[split].tokens])
+        part = tasks[0].part
+        dense = self._dense_loss(split, part)
+        found = protocol.measure(rules, [self._windows(split, part).tokens])
         return [one.error or SequentialLoss(one.losses[0] - dense, one.losses[0]) for one in found]
 
-    def _protocol(self, calibration: str) -> Protocol:
+    def _protocol(self, calibration: str, part: int) -> Protocol:
         """That of some calibration windows; what the one before it held is let go."""
-        if calibration not in self._protocols:
+        if (calibration, part) not in self._protocols:
             self._protocols.clear()
-            session = self._session.calibrated_on(self._session.windows[calibration])
+            session = self._session.calibrated_on(self._windows(calibration, part))
             session.dense = self._statistics if calibration == "calibration" else None
-            self._protocols[calibration] = Protocol(session, one_shot=False)
-        return self._protocols[calibration]
+            self._protocols[calibration, part] = Protocol(session, one_shot=False)
+        return self._protocols[calibration, part]
 
 
 def alike(first: Task, second: Task) -> bool:
@@ -231,7 +238,7 @@ def alike(first: Task, second: Task) -> bool:
         case ExcessTask(), ExcessTask():
             return (first.first, first.last) == (second.first, second.last)
         case SequentialTask(), SequentialTask():
-            return (first.split, first.calibration) == (second.split, second.calibration)
+            return (first.split, first.calibration, first.part) == (second.split, second.calibration, second.part)
     return False
 
 

@@ -16,6 +16,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -23,6 +24,7 @@ from typing import Any
 
 from gpmetric import errors
 from gpmetric.errors import GpmetricError
+from gpmetric.evolution.task_clock import OutOfTime, TaskClock
 
 __all__ = ["Executor", "LocalProcesses", "Outcome", "Serial"]
 
@@ -51,11 +53,25 @@ class Executor(AbstractContextManager["Executor"]):
 
     A GpmetricError of the function is the candidate's error; any other exception is a bug and is raised at the
     candidate's turn.
+
+    Attributes:
+        workers: candidates at once, at most.
     """
+
+    workers = 1
+
+    @cached_property
+    def clock(self) -> TaskClock:
+        """The time that candidates have, without end unless another one is set."""
+        return TaskClock()
 
     @abstractmethod
     def map_ordered(self, candidates: Iterable[Any]) -> Iterator[Outcome]:
-        """One outcome per candidate in candidate order, each as soon as those before it are out."""
+        """One outcome per candidate in candidate order, each as soon as those before it are out.
+
+        Raises:
+            OutOfTime: the clock admits the next candidate no longer, or those begun before it did not end in time.
+        """
 
     def close(self) -> None:
         """End all workers; a second call does nothing."""
@@ -73,7 +89,11 @@ class Serial(Executor):
     def map_ordered(self, candidates: Iterable[Any]) -> Iterator[Outcome]:
         """Outcomes in order; a candidate is taken only when its outcome is asked for."""
         for candidate in candidates:
+            if not self.clock.admits(candidate):
+                raise OutOfTime
+            started = self.clock.now()
             value, error, seconds = _call(self._function, candidate)
+            self.clock.note(candidate, self.clock.now() - started)
             yield Outcome(value, error, seconds, os.getpid(), 1)
 
 
@@ -101,18 +121,19 @@ class LocalProcesses(Executor):
         assert workers >= 1, f"workers must be at least 1, but got {workers}"
         assert attempts >= 1, f"attempts must be at least 1, but got {attempts}"
         self._factory, self._arguments = factory, arguments
-        self._count, self._timeout, self._attempts = workers, timeout, attempts
+        self.workers, self._timeout, self._attempts = workers, timeout, attempts
         self._workers: list[_Worker] = []
         self._failed_starts = 0
 
     def map_ordered(self, candidates: Iterable[Any]) -> Iterator[Outcome]:
         """Outcomes in order; candidates are taken ahead of them, as workers become free."""
         assert not any(worker.task for worker in self._workers), "one map_ordered at a time"
-        batch = _Batch(candidates, LOOK_AHEAD * self._count)
+        batch = _Batch(candidates, LOOK_AHEAD * self.workers)
         try:
-            while batch.refill(self._count):
+            while batch.refill(self.workers):
                 self._hire(batch)
                 self._assign(batch)
+                self._check_time(batch)
                 self._collect(batch, patient=not batch.is_ready())
                 self._assign(batch)  # workers just freed are busy while the caller looks at the outcome
                 if batch.is_ready():
@@ -130,12 +151,22 @@ class LocalProcesses(Executor):
     def _hire(self, batch: _Batch) -> None:
         """Start workers up to the number there is work for."""
         busy = sum(worker.task is not None for worker in self._workers)
-        while len(self._workers) < min(self._count, busy + len(batch.waiting)):
+        while len(self._workers) < min(self.workers, busy + len(batch.waiting)):
             self._workers.append(_start(self._factory, self._arguments))
+
+    def _check_time(self, batch: _Batch) -> None:
+        """Gives up where the time is over, or where those that were begun are out and no other may be begun."""
+        busy = any(worker.task for worker in self._workers)
+        over = self.clock.left <= 0 or (batch.is_late and not busy)
+        if over and not batch.is_ready():
+            raise OutOfTime
 
     def _assign(self, batch: _Batch) -> None:
         for worker in [worker for worker in self._workers if worker.ready and worker.task is None]:
-            if not batch.waiting:
+            if not batch.waiting or batch.is_late:
+                return
+            if not self.clock.admits(batch.waiting[0].candidate):
+                batch.is_late = True
                 return
             task = heapq.heappop(batch.waiting)
             try:
@@ -149,6 +180,7 @@ class LocalProcesses(Executor):
     def _collect(self, batch: _Batch, patient: bool) -> None:
         """Take in what workers have sent; a patient call waits until there is something to act on."""
         shortest = min(map(self._remaining, self._workers), default=0.0) if patient else 0.0
+        shortest = min(shortest, self.clock.left)
         patience = None if shortest == float("inf") else max(shortest, 0.0)
         talking = wait([worker.connection for worker in self._workers], patience)
         for worker in list(self._workers):
@@ -180,6 +212,7 @@ class LocalProcesses(Executor):
         else:
             task, worker.task = worker.task, None
             assert task is not None
+            self.clock.note(task.candidate, time.monotonic() - worker.since)
             batch.outcomes[task.index] = content[0] if kind == "bug" else _outcome(worker, task, *content)
 
     def _lose(self, worker: _Worker, batch: _Batch, cause: str) -> None:
@@ -236,6 +269,7 @@ class _Batch:
         self._source: Iterator[Any] | None = iter(candidates)
         self._look_ahead = look_ahead
         self.outcomes: dict[int, Outcome | Exception] = {}  # by index, until their turn
+        self.is_late = False  # whether a candidate was not admitted: no other is begun
         self._taken = self._given = 0
 
     def refill(self, count: int) -> bool:

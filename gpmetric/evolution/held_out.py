@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
@@ -12,12 +13,13 @@ from scipy.stats import t
 
 from gpmetric.errors import GpmetricError
 from gpmetric.evaluation.perplexity import perplexity
-from gpmetric.evolution.executors import Executor
+from gpmetric.evolution.executors import Executor, Outcome
 from gpmetric.evolution.fitness import best_of, mean_excess
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.multi_model import LabelledTarget
 from gpmetric.evolution.records import HeldOutMeasurement
 from gpmetric.evolution.selection import ALIKE, Individual, few_alike
+from gpmetric.evolution.task_clock import OutOfTime
 from gpmetric.evolution.tasks import DenseTask, SequentialLoss, SequentialTask
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
 
@@ -44,12 +46,23 @@ class HeldOutFigures:
         """Mean excess over the targets."""
         return mean_excess(self.excess)
 
-    def add(self, row: HeldOutMeasurement) -> None:
-        """Takes up what was measured at one target."""
-        self.excess[row.target] = math.inf if row.excess is None else row.excess
-        self.losses[row.target] = math.inf if row.loss is None else row.loss
-        if row.error is not None:
-            self.errors[row.target] = row.error
+    @classmethod
+    def of(cls, rows: Iterable[HeldOutMeasurement]) -> HeldOutFigures:
+        """What was measured at each target."""
+        found = cls({}, {})
+        for row in rows:
+            found.excess[row.target] = math.inf if row.excess is None else row.excess
+            found.losses[row.target] = math.inf if row.loss is None else row.loss
+            if row.error is not None:
+                found.errors[row.target] = row.error
+        return found
+
+    @classmethod
+    def missing(cls, targets: Iterable[str]) -> HeldOutFigures:
+        """Of a metric that there was no time to measure."""
+        labels = tuple(targets)
+        unknown = dict.fromkeys(labels, math.inf)
+        return cls(unknown, dict(unknown), dict.fromkeys(labels, "not measured: there was no time left (--minutes)"))
 
     def describe(self) -> dict[str, Any]:
         """Excess by target, its mean, the perplexities, and the first error or None."""
@@ -65,43 +78,94 @@ class HeldOut:
     Attributes:
         update: the campaign's, for discovered metrics; baselines, in whatever group, are used as published.
         ledger: takes every measurement as soon as it is there; one it has is not made again.
+        fewest_windows: of validation, test or calibration.
+        part: only 1/part of the windows is read, of text as of calibration.
     """
 
     executor: Executor
     targets: Sequence[LabelledTarget]
     update: str
     ledger: Ledger
+    fewest_windows: int = 1
+    part: int = 1
 
     def dense(self, split: str) -> dict[str, float]:
         """Perplexity of the dense model on a split, by model; a GpmetricError where it is not finite."""
-        (outcome,) = self.executor.map_ordered([DenseTask(split)])
+        (outcome,) = self.executor.map_ordered([DenseTask(split, 1 if split == "search" else self.part)])
         losses: dict[str, float] = {} if outcome.error is not None else outcome.value
         if not losses or not all(math.isfinite(loss) for loss in losses.values()):
             raise GpmetricError(f"the dense model's loss on the {split} text is {outcome.error or 'not finite'}")
         return {model: perplexity(loss) for model, loss in losses.items()}
 
     def measure(self, metrics: Iterable[Metric], split: str, calibration: str = "calibration") -> Measured:
-        """What each metric costs, a baseline known by its name; one that cannot be applied costs infinitely much."""
+        """What each metric costs, a baseline known by its name; one that cannot be applied costs infinitely much.
+
+        A metric that time is out for, by the executor's clock, at some target is left out.
+        """
         asked = [(metric, at) for metric in dict.fromkeys(metrics) for at in self.targets]
-        known = {(row.metric, row.target): row for row in self.ledger.held_out(split, calibration)}
+        known = self._known(split, calibration)
         missing = [(metric, at) for metric, at in asked if (metric.name, at.label) not in known]
         tasks = [self._task(metric, at, split, calibration) for metric, at in missing]
-        for (metric, at), outcome in zip(missing, self.executor.map_ordered(tasks), strict=True):
-            figures = outcome.value or SequentialLoss(math.inf, math.inf)
-            excess, loss = (one if math.isfinite(one) else None for one in (figures.excess, figures.loss))
-            row = HeldOutMeasurement(metric.name, at.label, split, calibration, excess, loss, outcome.error)
-            self.ledger.hold_out(row)
-            known[metric.name, at.label] = row
+        with suppress(OutOfTime):
+            for (metric, at), outcome in zip(missing, self.executor.map_ordered(tasks), strict=True):
+                row = self._row(metric, at, split, calibration, outcome)
+                self.ledger.hold_out(row)
+                known[metric.name, at.label] = row
         found: Measured = {}
-        for metric, at in asked:
-            found.setdefault(metric, HeldOutFigures({}, {})).add(known[metric.name, at.label])
+        for metric in dict.fromkeys(metric for metric, _ in asked):
+            rows = [known.get((metric.name, at.label)) for at in self.targets]
+            if None not in rows:
+                found[metric] = HeldOutFigures.of(row for row in rows if row is not None)
         return found
+
+    def measure_again(self, metric: Metric) -> float:
+        """Seconds that a metric takes on validation at the first target, known or not; infinite if time is out."""
+        at, started = self.targets[0], self.executor.clock.now()
+        with suppress(OutOfTime):
+            (outcome,) = self.executor.map_ordered([self._task(metric, at, "validation", "calibration")])
+            self.ledger.hold_out(self._row(metric, at, "validation", "calibration", outcome))
+            return self.executor.clock.now() - started
+        return math.inf
+
+    def expected(self, metric: Metric, split: str) -> float:
+        """Seconds that the metric is thought to take at the targets that it was not measured at."""
+        known = self._known(split, "calibration")
+        tasks = [self._task(metric, at, split, "calibration") for at in self.targets]
+        missing = [task for task, at in zip(tasks, self.targets, strict=True) if (metric.name, at.label) not in known]
+        rounds = math.ceil(len(missing) / self.executor.workers)
+        return rounds * max(map(self.executor.clock.expected, missing), default=0.0)
+
+    @property
+    def rounds(self) -> int:
+        """How often workers take a task when a metric is measured at all targets."""
+        return math.ceil(len(self.targets) / self.executor.workers)
+
+    def row_seconds(self) -> float:
+        """Seconds that a discovered metric is thought to take at all targets."""
+        task = self._task(resolve_metric("abs(W)"), self.targets[0], "validation", "calibration")
+        return self.rounds * self.executor.clock.expected(task)
+
+    def _known(self, split: str, calibration: str) -> dict[tuple[str, str], HeldOutMeasurement]:
+        rows = self.ledger.held_out(self._spelled(split), calibration)
+        return {(row.metric, row.target): row for row in rows}
+
+    def _spelled(self, split: str) -> str:
+        """A split as the ledger knows it: figures on few windows and on all are not compared."""
+        return split if self.part == 1 else f"{split}/{self.part}"
+
+    def _row(
+        self, metric: Metric, at: LabelledTarget, split: str, calibration: str, outcome: Outcome
+    ) -> HeldOutMeasurement:
+        figures = outcome.value or SequentialLoss(math.inf, math.inf)
+        excess, loss = (one if math.isfinite(one) else None for one in (figures.excess, figures.loss))
+        place = metric.name, at.label, self._spelled(split), calibration
+        return HeldOutMeasurement(*place, excess, loss, outcome.error)
 
     def _task(self, metric: Metric, at: LabelledTarget, split: str, calibration: str) -> SequentialTask:
         update = self.update
         if metric.name.rpartition(":")[2] in BASELINES:
             metric, update = resolve_metric(metric.name, *at.sample), "none"
-        return SequentialTask(metric, at.target, split, calibration, update, at.model)
+        return SequentialTask(metric, at.target, split, calibration, update, at.model, self.part)
 
 
 def choose_finalists(front: Sequence[Individual], count: int) -> tuple[list[Metric], list[Metric]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from gpmetric.errors import InputError, one_of
 from gpmetric.evaluation.objectives import OBJECTIVES
@@ -25,7 +25,10 @@ from gpmetric.targets import parse_target, plain_granularities
 __all__ = ["SPLITS", "DiscoverRequest", "parse_nesting"]
 
 SPLITS = ("calibration", "search", "validation", "test")  # disjoint; test is read once, at the end
+_EVALUATIONS = 300  # of a campaign without a budget
 _TARGETS = ("0.5", "0.6", "0.7", "2:4")
+# Where time is short: the best that only mask first. Others come after them, and what never was the best comes last.
+_IMPORTANCE = ("wanda", "gblm_l1", "ria", "pruner_zero", "gblm_l2", "sparsegpt", "magnitude_row", "magnitude")
 _EVOLVED = "search"  # the comparison group that is evolved with the formula
 
 
@@ -65,8 +68,9 @@ class DiscoverRequest(Inputs):
     ] = _EVOLVED
     population: Annotated[int, Option("Formulas per generation.", least=4)] = 40
     generations: Annotated[int | None, Option("Generations at most.", least=1)] = None
-    evaluations: Annotated[int | None, Option("Evaluations paid for at most; 300 if no budget.", least=1)] = None
-    minutes: Annotated[float | None, Option("Wall time of the whole command.", above=0)] = None
+    evaluations: Annotated[
+        int | None, Option(f"Evaluations paid for at most; {_EVALUATIONS} if no budget.", least=1)
+    ] = None
     max_nodes: Annotated[int, Option("Size of a formula at most.", least=3)] = 30
     ledger: Annotated[
         Path | None,
@@ -115,6 +119,16 @@ class DiscoverRequest(Inputs):
         if ":" in formula and self.group not in (_EVOLVED, metric.granularity):
             raise InputError(f"--start {formula!r} names another comparison group than --group {self.group}")
 
+    @property
+    def limits(self) -> dict[str, Any]:
+        """Its budget by option, None being no limit; there is a limit of evaluations where none is asked for."""
+        found = {name: getattr(self, name) for name in ("generations", "evaluations", "minutes")}
+        return found | ({"evaluations": _EVALUATIONS} if set(found.values()) == {None} else {})
+
+    def prolonged(self) -> Self:
+        """The request that goes on with this campaign, with twice its budget."""
+        return replace(self, resume=True, **{name: 2 * limit for name, limit in self.limits.items() if limit})
+
     def completed(self) -> Self:
         return self if self.ledger else replace(self, ledger=Path(f"campaign-{datetime.now():%Y%m%d-%H%M%S}.sqlite"))
 
@@ -133,6 +147,17 @@ class DiscoverRequest(Inputs):
         """Those to compare with: all of them, but for those of gradients where none are collected."""
         gradients = needs_gradients(self.operands)
         return [one for one in map(resolve_metric, BASELINES) if gradients or not one.needs_gradients]
+
+    @property
+    def baselines_by_importance(self) -> list[Metric]:
+        """Those to compare with where there may be no time for all: a cheap rival, then those of the same update."""
+        order = {name: place for place, name in enumerate(_IMPORTANCE)}
+
+        def importance(baseline: Metric) -> tuple[bool, int, int]:
+            kind = 0 if baseline.update == self.update else 1 if baseline.update is None else 2
+            return baseline.name != _IMPORTANCE[0], kind, order.get(baseline.name, len(order))
+
+        return sorted(self.baselines, key=importance)
 
     @property
     def forbidden(self) -> tuple[Nesting, ...]:

@@ -7,10 +7,9 @@ matrices, the loss on few search windows, and the loss on all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 from gpmetric.evolution.breeding import Draw
 from gpmetric.evolution.executors import Executor, Outcome
@@ -18,14 +17,11 @@ from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.records import Candidate, Evaluation, Measurement
 from gpmetric.evolution.rungs import PROBE, Rung, figures_at, mean_at, promote
 from gpmetric.evolution.search_config import SearchConfig
+from gpmetric.evolution.task_clock import OutOfTime
 from gpmetric.evolution.tasks import Figures, MaskFingerprint, NoMasks
 from gpmetric.metrics import Metric
 
 __all__ = ["Seen", "SuccessiveHalving"]
-
-
-class _OutOfTime(Exception):
-    """The time for searching is over; what was measured is in the ledger."""
 
 
 @dataclass
@@ -52,7 +48,6 @@ class SuccessiveHalving:
     Attributes:
         ledger: takes every measurement as soon as it is there.
         seen: what was drawn in the generations before.
-        out_of_time: asked after every measurement but the last of a rung.
     """
 
     config: SearchConfig
@@ -60,13 +55,14 @@ class SuccessiveHalving:
     executor: Executor
     seen: Seen
     generation: int
-    out_of_time: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
         self._known = {(row.position, row.rung): row for row in self.ledger.measurements(self.generation)}
 
     def run(self, draws: Sequence[Draw], affordable: int | None = None) -> list[int | None] | None:
         """Ids of the evaluations paid for; None where time or what is affordable ended before all draws were decided.
+
+        The executor's clock tells the time: what it has measured until then is in the ledger.
 
         Args:
             affordable: evaluations at most; None is no limit.
@@ -83,13 +79,13 @@ class SuccessiveHalving:
             for count, rung in enumerate(early, start=1):
                 self._measure(metrics, alive, rung)
                 alive = self._promoted(alive, early[:count])
-        except _OutOfTime:
+        except OutOfTime:
             return None
         paid = alive[:affordable]
         decided = len(draws) if paid == alive else paid[-1] + 1 if paid else 0
         try:
             self._measure(metrics, paid, last)
-        except _OutOfTime:
+        except OutOfTime:
             decided = next(position for position in paid if (position, last.name) not in self._known)
         found = [self._record(position, draws[position], position in paid) for position in range(decided)]
         return [found[position] for position in paid] if decided == len(draws) else None
@@ -114,15 +110,11 @@ class SuccessiveHalving:
         while batches:
             lost: list[int] = []
             tasks = [rung.task([metrics[position] for position in batch]) for batch in batches]
-            # closing: workers still busy when time is out are given up
-            with closing(cast(Generator[Outcome], self.executor.map_ordered(tasks))) as outcomes:
-                for number, (batch, outcome) in enumerate(zip(batches, outcomes, strict=True), start=1):
-                    if outcome.error is not None and len(batch) > 1:
-                        lost += batch
-                    else:
-                        self._store(rung.name, batch, outcome)
-                    if number < len(tasks) and self.out_of_time():
-                        raise _OutOfTime
+            for batch, outcome in zip(batches, self.executor.map_ordered(tasks), strict=True):
+                if outcome.error is not None and len(batch) > 1:
+                    lost += batch
+                else:
+                    self._store(rung.name, batch, outcome)
             batches = [[position] for position in lost]
 
     def _store(self, rung: str, batch: Sequence[int], outcome: Outcome) -> None:

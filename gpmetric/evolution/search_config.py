@@ -17,7 +17,6 @@ from gpmetric.targets import parse_target
 
 __all__ = ["SearchConfig", "make_config", "named"]
 
-_DEFAULT_EVALUATIONS = 300
 # no published metrics: Optimal Brain Damage (LeCun et al. 1990) by the empirical Fisher
 _KNOWN = ("W*W*H", "W*W*F")
 # where kept weights are updated: the share of it that the other inputs cannot make up for, D / X^2
@@ -68,7 +67,6 @@ class SearchConfig:
 
 def make_config(request: DiscoverRequest, sessions: Mapping[str, Session], targets: tuple[str, ...]) -> SearchConfig:
     """What a request asks for on these models, by name; `targets` are the labels of their figures."""
-    unlimited = request.generations is None and request.evaluations is None and request.minutes is None
     sample = next(iter(sessions.values())).tokens.shape
     start, rivals = _start(request, (sample[0], sample[1]))
     return SearchConfig(
@@ -78,7 +76,7 @@ def make_config(request: DiscoverRequest, sessions: Mapping[str, Session], targe
         objective=request.objective,
         objective_bar=request.objective != "loss" and UPDATERS[request.update].solves,
         groups=request.groups, rank_group=_rank_group(request), forbidden=request.forbidden,
-        generations=request.generations, evaluations=_DEFAULT_EVALUATIONS if unlimited else request.evaluations,
+        generations=request.generations, evaluations=request.limits["evaluations"],
     )  # fmt: skip
 
 

@@ -70,13 +70,13 @@ class Workplace:
 
 
 def open_workplaces(
-    places: Mapping[str, Workplace], models: Mapping[str, Model] | None = None
+    places: Mapping[str, Workplace], threads: int = 1, models: Mapping[str, Model] | None = None
 ) -> Callable[[Task], Any]:
-    """The evaluator of a process, of one model or of several, with one torch thread from now on.
+    """The evaluator of a process, of one model or of several, with so many torch threads from now on.
 
-    One thread, so that figures do not depend on the number of workers. `models` are those this process has already.
+    `models` are those this process has already.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     evaluators = {name: place.open((models or {}).get(name)) for name, place in places.items()}
     return MultiModel(evaluators) if len(evaluators) > 1 else next(iter(evaluators.values()))
 
@@ -143,7 +143,7 @@ def collect_statistics(request: DiscoverRequest, session: Session, progress: Pro
     """
     names = _statistics(request, session.model)
     # One thread where a model is small: D differs in its last bits between thread counts
-    with torch_threads(1 if _is_small(session.model) else torch.get_num_threads()):
+    with torch_threads(1 if _is_small(session.model) else _cores()):
         file = session.stored_statistics(names, request.cache, progress)
     session.forget()  # whoever evaluates reads the file
     return file
@@ -152,7 +152,11 @@ def collect_statistics(request: DiscoverRequest, session: Session, progress: Pro
 def make_executor(
     request: DiscoverRequest, sessions: Mapping[str, Session], statistics: Mapping[str, Path], folder: Path
 ) -> Executor:
-    """Where candidates are evaluated: a process per worker, or this one; `folder` takes the workers' token windows."""
+    """Where candidates are evaluated: a process per worker, or this one; `folder` takes the workers' token windows.
+
+    With small models a worker has one thread, so that figures do not depend on the number of workers; with others,
+    all workers together have the cores.
+    """
     places = {}
     for number, (name, session) in enumerate(sessions.items()):
         tokens = folder / f"tokens-{number}.safetensors"
@@ -160,13 +164,16 @@ def make_executor(
         save_file(windows | _resampled(session.tokens, request.calibration_draws, request.seed), tokens)
         places[name] = Workplace(request, request.models[number], tokens, statistics[name], session.plan)
     models = {name: session.model for name, session in sessions.items()}
-    workers = request.workers or (_cores() if all(map(_is_small, models.values())) else 1)
+    small = all(map(_is_small, models.values()))
+    workers = request.workers or (_cores() if small else 1)
+    threads = 1 if small else max(1, _cores() // workers)
     if len(sessions) == 1 and (size := next(iter(sessions.values())).plan.together) > 1:
+        torch.set_num_threads(threads)
         evaluator = next(iter(places.values())).open(next(iter(models.values())))
         return Together(evaluator.together, alike, size)
     if workers > 1:
-        return LocalProcesses(open_workplaces, (places,), workers, timeout=_HUNG)
-    return Serial(open_workplaces(places, models))
+        return LocalProcesses(open_workplaces, (places, threads), workers, timeout=_HUNG)
+    return Serial(open_workplaces(places, threads, models))
 
 
 def _resampled(windows: Tensor, draws: Sequence[str], seed: int) -> dict[str, Tensor]:

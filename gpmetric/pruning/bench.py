@@ -18,6 +18,7 @@ from gpmetric.options import as_function
 from gpmetric.pruning.protocol import Measured, Protocol, Rule, check_targets
 from gpmetric.pruning.requests import BenchRequest
 from gpmetric.pruning.win_loss import win_loss
+from gpmetric.session.deadline import Deadline
 from gpmetric.session.memory import retried
 from gpmetric.session.plan import Work
 from gpmetric.session.session import Listener, Session, open_session
@@ -34,6 +35,9 @@ __all__ = [
     "first_failure",
     "run_bench",
 ]
+
+
+_UNKNOWN = 4.0  # times the others, what the first row of another updater is thought to take; see evolution.tasks
 
 
 @dataclass(frozen=True)
@@ -64,25 +68,43 @@ class BenchListener(Listener):
 
 
 def bench_rows(
-    protocol: Protocol, metrics: Sequence[Metric], targets: Sequence[Target], update: str
+    protocol: Protocol,
+    metrics: Sequence[Metric],
+    targets: Sequence[Target],
+    update: str,
+    deadline: Deadline | None = None,
+    first: bool = True,
 ) -> Iterator[BenchRow]:
     """One row for each distinct (metric, target); one that fails costs the others nothing.
 
     What needs fewer statistics of the dense model comes first, so that what can be measured is, before more is
-    collected; of those that need the same, target by target.
+    collected; of those that need the same, target by target. A row that would not end in time, if it takes as long as
+    others of its updater, is not begun: it has an error. The `first` of all is measured whatever the time.
     """
     check_targets(protocol.session.model, targets)
+    model, limit = protocol.session.model, deadline or Deadline.starting(None)
     together = protocol.session.plan.together
+    seconds: dict[str, float] = {}  # of the longest row by updater
     for alike in _by_needs(protocol, metrics, update):
-        failure: GpmetricError | None = None
+        failure = GpmetricError(limit.refusal) if not first and limit.left <= 0 else None
         try:
-            retried(protocol.session.model, partial(protocol.prepare, alike, update))
+            if failure is None:
+                retried(model, partial(protocol.prepare, alike, update))
         except GpmetricError as error:
             failure = error
         pairs = {(target.text, metric.name): Rule(metric, target, update) for target in targets for metric in alike}
         rules = list(pairs.values())
         for start in range(0, len(rules), together):
-            yield from _rows(protocol, rules[start : start + together], failure)
+            group = rules[start : start + together]
+            kinds = [rule.metric.update or update for rule in group]
+            unknown = _UNKNOWN * max(seconds.values(), default=0.0)
+            if not first and limit.left < sum(seconds.get(kind, unknown) for kind in kinds):
+                yield from _rows(protocol, group, failure or GpmetricError(limit.refusal))
+                continue
+            first, started = False, limit.now()
+            yield from _rows(protocol, group, failure)
+            spent = (limit.now() - started) / len(group)
+            seconds |= {kind: max(seconds.get(kind, 0.0), spent) for kind in kinds}
 
 
 def _by_needs(protocol: Protocol, metrics: Sequence[Metric], update: str) -> list[list[Metric]]:
@@ -123,12 +145,15 @@ def bench_work(session: Session) -> Work:
     return protocol.work(metrics, request.update, rules=rules, texts=texts)
 
 
-def run_bench(request: BenchRequest, listener: BenchListener | None = None) -> dict[str, Any]:
+def run_bench(
+    request: BenchRequest, listener: BenchListener | None = None, started: float | None = None
+) -> dict[str, Any]:
     """Every metric at every target under one protocol, the dense model first.
 
     Args:
         request: what to measure on what.
         listener: told of progress and of every row.
+        started: time.monotonic() at which `minutes` began; now by default.
 
     Returns:
         The JSON document of `gpmetric bench`. A metric that cannot be applied at a target, its scores not being finite
@@ -140,12 +165,12 @@ def run_bench(request: BenchRequest, listener: BenchListener | None = None) -> d
         InputError: for anything that cannot be used, before the model runs; with several models, for what is wrong
             without loading any, or when all of them fail: then the first one's error.
     """
-    told = listener or BenchListener()
+    told, deadline = listener or BenchListener(), Deadline.starting(request.minutes, started)
     sources = open_sources(request)
     if len(request.models) > 1:
-        return _bench_several(request, sources, told)
+        return _bench_several(request, sources, told, deadline)
     document: dict[str, Any] = {}
-    _bench_model(request, request.models[0], sources, told, document)
+    _bench_model(request, request.models[0], sources, told, document, deadline)
     return document
 
 
@@ -153,19 +178,25 @@ bench = as_function("bench", BenchRequest, run_bench, "model")
 
 
 def _bench_model(
-    request: BenchRequest, name: str | None, sources: Sources, told: BenchListener, document: dict[str, Any]
+    request: BenchRequest,
+    name: str | None,
+    sources: Sources,
+    told: BenchListener,
+    document: dict[str, Any],
+    deadline: Deadline,
+    first: bool = True,
 ) -> None:
     """Fills the document of one model; its `results` grow row by row, so that what stops it leaves them there."""
     session = open_session(request, name, sources, work=bench_work, listener=told)
     targets = [parse_target(text) for text in dict.fromkeys(request.target)]
     check_targets(session.model, targets)
-    protocol = Protocol(session, one_shot=request.one_shot, progress=told.progress)
+    protocol = Protocol(session, one_shot=request.one_shot, progress=deadline.watching(told.progress))
     metrics = [session.metric(text) for text in request.metrics]
     dense = {part.text.name: perplexity(mean_loss(session.model, part.tokens)) for part in session.evaluated}
     told.dense(dense)
     document |= _described(session, request) | {"dense": dense, "results": []}
     order = {(target.text, metric.name): place for place, (target, metric) in enumerate(product(targets, metrics))}
-    for row in bench_rows(protocol, metrics, targets, request.update):
+    for row in bench_rows(protocol, metrics, targets, request.update, deadline, first):
         told.row(row)
         document["results"].append(asdict(row))
         document["results"].sort(key=lambda one: order[one["target"], one["metric"]])
@@ -182,7 +213,7 @@ def _described(session: Session, request: BenchRequest) -> dict[str, Any]:
     }
 
 
-def _bench_several(request: BenchRequest, sources: Sources, told: BenchListener) -> dict[str, Any]:
+def _bench_several(request: BenchRequest, sources: Sources, told: BenchListener, deadline: Deadline) -> dict[str, Any]:
     names = [name for name in request.models if name is not None]
     for name in names:
         check_path(name)
@@ -191,11 +222,16 @@ def _bench_several(request: BenchRequest, sources: Sources, told: BenchListener)
     for name in names:
         told.model(name)
         documents.append({"model": name})
+        if len(documents) > 1 and deadline.left <= 0:
+            documents[-1]["error"] = deadline.refusal
+            continue
         try:
-            _bench_model(request, name, sources, told, documents[-1])
+            _bench_model(request, name, sources, told, documents[-1], deadline, first=len(documents) == 1)
         except (GpmetricError, RuntimeError) as failure:  # RuntimeError: torch's
             documents[-1]["error"] = str(failure)
             failures.append(failure.with_traceback(None))  # whose frames hold the model
+        if any(row["error"] == deadline.refusal for row in documents[-1].get("results", ())):
+            documents[-1]["error"] = deadline.refusal  # a row that is missing is no lost one
         gc.collect()  # models are in reference cycles: the next one would be loaded beside this one
     if not any(document.get("results") for document in documents):
         raise failures[0]

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpmetric.evaluation.perplexity import mean_loss, perplexity
+from torch import Tensor
+
+from gpmetric.data import Windows
+from gpmetric.evaluation.perplexity import batches, mean_loss, perplexity
+from gpmetric.models import Model
 from gpmetric.options import as_function
+from gpmetric.session.deadline import Deadline
 from gpmetric.session.plan import Work
 from gpmetric.session.requests import EvaluateRequest
 from gpmetric.session.session import Listener, Session, open_session
@@ -27,33 +32,56 @@ def evaluate_work(session: Session) -> Work:
     return Work(length=length, texts=max(tokens), forward=sum(tokens), resident=False)
 
 
-def run_evaluate(request: EvaluateRequest, listener: EvaluateListener | None = None) -> dict[str, Any]:
+def run_evaluate(
+    request: EvaluateRequest, listener: EvaluateListener | None = None, started: float | None = None
+) -> dict[str, Any]:
     """Perplexity on each text, over non-overlapping windows, with everything needed to repeat it.
 
     Args:
         request: which model and texts.
         listener: told of each text as soon as it is measured.
+        started: time.monotonic() at which `minutes` began; now by default.
 
     Returns:
-        The JSON document of `gpmetric evaluate`.
+        The JSON document of `gpmetric evaluate`: `windows` are those that were measured, of `windows_in_all`.
 
     Raises:
         InputError: before the model runs, for anything that cannot be used.
     """
-    told = listener or EvaluateListener()
+    told, deadline = listener or EvaluateListener(), Deadline.starting(request.minutes, started)
     session = open_session(request, work=evaluate_work, listener=told)
     ppl: dict[str, float] = {}
+    measured: list[Windows] = []
     for done, part in enumerate(session.evaluated):
         told.progress("texts", done, len(session.evaluated))
-        ppl[part.text.name] = perplexity(mean_loss(session.model, part.tokens))
+        until = deadline.now() + deadline.left / (len(session.evaluated) - done)
+        loss, count = _measured(session.model, part.tokens, until, deadline)
+        measured.append(Windows(part.text, part.tokens[:count]))
+        ppl[part.text.name] = perplexity(loss)
         told.text(part.text.name, ppl[part.text.name])
     return session.describe() | {
         "sequence_length": session.evaluated[0].tokens.shape[1],
         "ppl": ppl,
-        "windows": sum(len(part.tokens) for part in session.evaluated),
-        "tokens": sum(part.tokens.numel() for part in session.evaluated),
-        "texts": [part.describe() for part in session.evaluated],
+        "windows": sum(len(part.tokens) for part in measured),
+        "windows_in_all": sum(len(part.tokens) for part in session.evaluated),
+        "tokens": sum(part.tokens.numel() for part in measured),
+        "texts": [part.describe() for part in measured],
     }
+
+
+def _measured(model: Model, tokens: Tensor, until: float, deadline: Deadline) -> tuple[float, int]:
+    """Mean loss on the first windows, as many as can be read until a time but at least a batch, and their number."""
+    if deadline.minutes is None:
+        return mean_loss(model, tokens), len(tokens)
+    total, count, longest = 0.0, 0, 0.0
+    for batch in batches(model, tokens):
+        start = deadline.now()
+        if count and start + longest > until:
+            break
+        total += len(batch) * mean_loss(model, batch)
+        count += len(batch)
+        longest = max(longest, deadline.now() - start)
+    return total / count, count
 
 
 evaluate = as_function("evaluate", EvaluateRequest, run_evaluate, "model")

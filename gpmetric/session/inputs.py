@@ -65,6 +65,7 @@ class Inputs(Request):
     statistics_dtype: Annotated[str, Option("{choices}: what G, H and F are kept in.", choices=STATISTICS_DTYPES)] = (
         "float32"
     )
+    minutes: Annotated[float | None, Option("Wall time of the whole command.", above=0)] = None
     memory: Annotated[
         str | None, Option("Memory of the device at most, 12GB for instance; what is free by default.", metavar="SIZE")
     ] = None

@@ -181,7 +181,6 @@ class SlimRequest(SearchInputs):
         bool, Option("Give a bias to outputs that have none, for the repair.", names=("--add-bias/--no-add-bias",))
     ] = False
     steps: Annotated[int | None, Option("Steps of the search at most; 6 minutes if no limit.", least=1)] = None
-    minutes: Annotated[float | None, Option("Minutes of the search at most.", above=0)] = None
     draws: Annotated[int, Option("Models drawn per step.")] = 2
     batch: Annotated[int, Option("Windows that the draws of a step are measured on.", least=1)] = 1
     rate: Annotated[float | None, Option("Of the first step; the estimator's own by default.", above=0)] = None

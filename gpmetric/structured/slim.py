@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.evaluation.references import reference_bytes
 from gpmetric.options import as_function
 from gpmetric.pruning.output_folder import check_folder, replacing
+from gpmetric.session.deadline import Deadline
 from gpmetric.session.plan import Work
 from gpmetric.session.session import Listener, Session, open_session
 from gpmetric.structured.cost_budgets import accepted_heads, macs, pools_of, uniform_counts, uniform_pools
@@ -41,6 +42,7 @@ _SHARES = (0.0, 0.125, 0.25, 0.5, 1.0)
 _JUDGED = 64  # steps' windows that they are judged on
 _OPEN = 0.9  # probability that a gate begins with
 _MINUTES = 6.0  # of a search without a budget
+_CAUTION = 1.3  # times what was measured before, on a machine that is busy
 _STEPS = 1000  # of a search whose length is told in minutes
 
 
@@ -115,8 +117,20 @@ def slim_work(session: Session) -> Work:
     )
 
 
-def run_slim(request: SlimRequest, listener: SlimListener | None = None) -> dict[str, Any]:
+def run_slim(
+    request: SlimRequest, listener: SlimListener | None = None, started: float | None = None
+) -> dict[str, Any]:
     """Searches, writes what stays, and reads it in a fresh process.
+
+    Args:
+        request: what to remove.
+        listener: told of the search.
+        started: time.monotonic() at which `minutes` began; now by default.
+
+    Args:
+        request: what to remove.
+        listener: told of the search.
+        started: time.monotonic() at which `minutes` began; now by default.
 
     Returns:
         The JSON document of `gpmetric slim`: the manifest without its lists of files and tensors, and what it took.
@@ -127,23 +141,27 @@ def run_slim(request: SlimRequest, listener: SlimListener | None = None) -> dict
             it was.
     """
     assert request.output is not None
-    told, output = listener or SlimListener(), request.output
+    told, output, deadline = listener or SlimListener(), request.output, Deadline.starting(request.minutes, started)
     ledger = request.ledger and request.ledger.absolute().parent
     named = (request.model, request.calibration, request.search, request.validation, ledger)
     check_folder(output, request.force, [Path(str(name)) for name in named if name is not None])
     units = open_units(request, told)
+    opened = deadline.elapsed
     model, validation = units.model, units.session.windows["validation"]
     identity = _identity(request, units)
     if request.resume:  # another search's ledger is refused before anything is computed
         SearchLog(request.ledger, identity, resume=True).close()
     begun = prepare(request, units)
+    measuring = deadline.now()
     dense = mean_loss(model, validation.tokens)
+    window = (deadline.now() - measuring) / len(validation.tokens)
     if not math.isfinite(dense):
         raise GpmetricError(f"the dense model's loss on validation is not finite in {model.dtype} (--dtype)")
     told.dense({validation.text.name: perplexity(dense)})
     before = sum(parameter.numel() for parameter in model.module.parameters())
     with SearchLog(request.ledger, identity, resume=request.resume) as log:
-        best, cost = search(request, begun, log, told)
+        timed = replace(request, minutes=_search_minutes(request, units, deadline, opened, window))
+        best, cost = search(timed, begun, log, told)
     start = begun.chosen(begun.start)
     with begun.shrinker.keeping(start.kept, start.repairs):
         initial_loss = mean_loss(model, validation.tokens)
@@ -217,6 +235,23 @@ def search(
     best, share, tokens = begun.best(policy, objective)
     seconds = state.seconds + time.monotonic() - started
     return best, {"share": share, "steps": state.step, "tokens": state.tokens + tokens, "seconds": seconds}
+
+
+def _search_minutes(
+    request: SlimRequest, units: UnitSession, deadline: Deadline, opened: float, window: float
+) -> float | None:
+    """Minutes of the search: what comes after it has its time, but not more than half of all.
+
+    Args:
+        opened: seconds to open the model, as a fresh process does that reads what is written.
+        window: seconds that the dense model takes for one.
+    """
+    if request.minutes is None:
+        return None
+    judged = len(_SHARES) * min(_JUDGED * request.batch, len(units.session.windows["search"].tokens))
+    after = _CAUTION * (opened + window * (judged + 4 * len(units.session.windows["validation"].tokens)))
+    left = deadline.left
+    return max(left - after, min(deadline.seconds, left) / 2) / 60
 
 
 def _worth(request: SlimRequest, units: UnitSession, space: UnitSpace) -> Tensor:

@@ -18,8 +18,10 @@ def figures_of(ppl: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {figure(value)}" for name, value in ppl.items())
 
 
-def figure(ppl: float | Mapping[str, float]) -> str:
-    """A perplexity, or those of several models: `(llama 12.300, gpt2 20.100)`."""
+def figure(ppl: float | Mapping[str, float] | None) -> str:
+    """A perplexity, or those of several models: `(llama 12.300, gpt2 20.100)`; a dash where there was no time."""
+    if ppl is None:
+        return "-"
     return f"{ppl:.3f}" if isinstance(ppl, float) else f"({figures_of(ppl)})"
 
 

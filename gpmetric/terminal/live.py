@@ -16,6 +16,7 @@ from gpmetric.allocation.evaluation_log import Measured
 from gpmetric.evolution.discover import DiscoverListener
 from gpmetric.evolution.fitness import mean_excess
 from gpmetric.evolution.selection import Individual
+from gpmetric.evolution.time_budget import CampaignPlan
 from gpmetric.pruning.bench import BenchListener, BenchRow
 from gpmetric.pruning.prune import PruneListener
 from gpmetric.session.evaluate import EvaluateListener
@@ -131,6 +132,10 @@ class DiscoverReport(_Bars, DiscoverListener):
         best = min(excess, key=lambda name: mean_excess(excess[name]))
         self._console.print(Text(f"best baseline on validation: {best}, mean excess {mean_excess(excess[best]):.4f}"))
         self._bar.stop()
+
+    def plan(self, plan: CampaignPlan, cut: Sequence[str]) -> None:
+        for line in (str(plan), *(f"cut: {one}" for one in cut)):
+            self._console.print(Text(line), soft_wrap=True)
 
     def generation(self, number: int, front: Sequence[Individual], counts: Mapping[str, int]) -> None:
         line = (

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpmetric.evolution.request import DiscoverRequest
-from gpmetric.options import Request
+from gpmetric.options import Request, command_line
 from gpmetric.terminal.figures import figure, needs_of, number
 
 __all__ = [
@@ -35,7 +35,7 @@ _FREE = "best without gradients"
 def print_discover(console: Console, result: Mapping[str, Any], request: DiscoverRequest) -> None:
     """The winner beside every baseline on the test text, and what the search did to find it."""
     _print_tested(console, result)
-    console.print(Text(f"winner: {result['winner']['formula']}"), soft_wrap=True)
+    _print_verdict(console, result, request)
     if (free := _other_without_gradients(result)) is not None:
         console.print(Text(f"{_FREE}: {free['formula']}"), soft_wrap=True)
     confidence = result["confidence"]
@@ -61,6 +61,18 @@ def print_discover(console: Console, result: Mapping[str, Any], request: Discove
     )
 
 
+def _print_verdict(console: Console, result: Mapping[str, Any], request: DiscoverRequest) -> None:
+    """The winner and why, or that nothing better was found and how to go on; then what the time did not allow."""
+    because = result.get("because", "")  # a ledger of an older version does not say
+    if result.get("better", True):
+        lines = [f"winner: {result['winner']['formula']}", *([because] if because else [])]
+    else:
+        lines = [because.partition(";")[0], f"go on with: {command_line('discover', request.prolonged())}"]
+    lines += [f"cut: {one}" for one in result.get("cut", ())]
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
 def _other_without_gradients(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The row of the best metric without gradients, unless it is the winner's or there is none."""
     free: Mapping[str, Any] | None = result["best_gradient_free"]
@@ -75,16 +87,21 @@ def _print_tested(console: Console, result: Mapping[str, Any]) -> None:
     table.add_column("metric", overflow="fold")
     for heading in (*result["targets"], "mean excess"):
         table.add_column(Text(heading), justify="right")
-    rows = {"winner": result["winner"], **result["baselines"]}
+    rows = {**({"winner": result["winner"]} if result.get("better", True) else {}), **result["baselines"]}
     if (free := _other_without_gradients(result)) is not None:
         rows[_FREE] = free
     if (regrouped := result["regrouped"]) is not None:
         rows[regrouped["formula"]] = regrouped
     for name, row in sorted(rows.items(), key=lambda item: number(item[1]["mean_excess"])):
-        figures = [f"{number(row['ppl'][target]):.3f}" for target in result["targets"]]
-        style = "bold" if name == "winner" else ""
-        table.add_row(Text(name), *figures, f"{number(row['mean_excess']):.4f}", style=style)
+        figures = [_or_dash(row["ppl"][target], 3) for target in result["targets"]]
+        style = "bold" if name in ("winner", result["winner"]["formula"]) else ""
+        table.add_row(Text(name), *figures, _or_dash(row["mean_excess"], 4), style=style)
     console.print(table)
+
+
+def _or_dash(figure: float | None, digits: int) -> str:
+    """A figure, or a dash where there is none or it is not finite."""
+    return "-" if figure is None else f"{figure:.{digits}f}"
 
 
 def _print_rungs(console: Console, result: Mapping[str, Any]) -> None:
@@ -274,7 +291,9 @@ def print_verify(console: Console, result: Mapping[str, Any], request: Request) 
 
 def print_evaluation(console: Console, result: Mapping[str, Any], request: Request) -> None:
     """What was measured on; the listener has printed the figures."""
-    size = f"{result['windows']} windows of {result['sequence_length']} tokens"
+    whole = result["windows_in_all"]
+    windows = f"{result['windows']}{f' of {whole}' if whole > result['windows'] else ''} windows"
+    size = f"{windows} of {result['sequence_length']} tokens"
     console.print(Text(f"{size}, {result['dtype']}, {result['device']}"), soft_wrap=True)
 
 
