@@ -21,7 +21,7 @@ from gpmetric.session.deadline import Deadline
 from gpmetric.session.plan import Work
 from gpmetric.session.session import Listener, Session, open_session
 from gpmetric.structured.cost_budgets import accepted_heads, macs, pools_of, uniform_counts, uniform_pools
-from gpmetric.structured.draw_objective import DrawObjective
+from gpmetric.structured.draw_objective import REFERENCE_BYTES, DrawObjective
 from gpmetric.structured.export import Slimmed, check_format, stored_dtypes
 from gpmetric.structured.groups import find_groups
 from gpmetric.structured.policy import Policy, initial
@@ -111,7 +111,7 @@ def slim_work(session: Session) -> Work:
         calibration=session.tokens.numel(),
         texts=validated,
         copied=True,  # the rows and columns of a drawn model
-        kept=reference_bytes(request.objective, model, search),
+        kept=min(REFERENCE_BYTES, reference_bytes(request.objective, model, search)),
         forward=2 * session.tokens.numel() + 2 * steps * search.shape[1] + 4 * validated,
         resident=True,
     )
@@ -121,11 +121,6 @@ def run_slim(
     request: SlimRequest, listener: SlimListener | None = None, started: float | None = None
 ) -> dict[str, Any]:
     """Searches, writes what stays, and reads it in a fresh process.
-
-    Args:
-        request: what to remove.
-        listener: told of the search.
-        started: time.monotonic() at which `minutes` began; now by default.
 
     Args:
         request: what to remove.
