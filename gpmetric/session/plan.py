@@ -177,8 +177,8 @@ class _Sizes:
             )
         together = max(1, min(self.work.rules, room // max(1, 2 * self.per_rule)))
         return replace(
-            plan, memory_bytes=least + held if on_cpu else least, disk_bytes=aside + self.written, seconds=seconds, room=room // 2,
-            host_bytes=least + held if on_cpu else resident_bytes() + held, together=together,
+            plan, memory_bytes=least + held if on_cpu else least, disk_bytes=aside + self.written, seconds=seconds,
+            room=room // 2, host_bytes=least + held if on_cpu else resident_bytes() + held, together=together,
         )  # fmt: skip
 
     def moving(self, *, resident: bool, kept: bool) -> int:
