@@ -15,6 +15,7 @@ from torch import Tensor
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.evaluation.references import reference_bytes
+from gpmetric.operands import needs_gradients
 from gpmetric.options import as_function
 from gpmetric.pruning.output_folder import check_folder, replacing
 from gpmetric.session.deadline import Deadline
@@ -27,7 +28,7 @@ from gpmetric.structured.groups import find_groups
 from gpmetric.structured.policy import Policy, initial
 from gpmetric.structured.repair import Repairer
 from gpmetric.structured.request import ESTIMATORS, FORMATS, UNIT_RULES, SlimRequest
-from gpmetric.structured.scores import UnitSession, standardised, unit_scores
+from gpmetric.structured.scores import UnitSession, read_by, score_bytes, standardised, unit_scores
 from gpmetric.structured.search import PolicySearch, Schedule
 from gpmetric.structured.search_log import SearchLog
 from gpmetric.structured.shrink import Repair, Shrinker
@@ -105,11 +106,13 @@ def slim_work(session: Session) -> Work:
     request, windows, model = session.inputs, session.windows, session.model
     assert isinstance(request, SlimRequest)
     search, validated = windows["search"].tokens, windows["validation"].tokens.numel()
-    steps = request.steps or _STEPS
+    steps, groups = request.steps or _STEPS, find_groups(model, request.kinds)
     return Work(
         length=session.tokens.shape[1],
         calibration=session.tokens.numel(),
         texts=validated,
+        differentiated=needs_gradients(read_by(request.start)),
+        fixed=score_bytes(request.start, groups, products=request.repair == "least-squares"),
         copied=True,  # the rows and columns of a drawn model
         kept=min(REFERENCE_BYTES, reference_bytes(request.objective, model, search)),
         forward=2 * session.tokens.numel() + 2 * steps * search.shape[1] + 4 * validated,
