@@ -23,7 +23,7 @@ from gpmetric.models import Block, Model
 from gpmetric.pruning import mask, protocol
 from gpmetric.pruning.mask import select_mask
 from gpmetric.pruning.protocol import Protocol, Rule
-from gpmetric.targets import Target, parse_target
+from gpmetric.targets import parse_target
 from tests.pruning_helpers import restored, session_of, windows_of
 
 
