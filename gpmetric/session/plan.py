@@ -188,15 +188,18 @@ class _Sizes:
         """What must be on the device at the same moment; hidden states that can be elsewhere are left out."""
         placement, work = self.model.placement, self.work
         assert placement is not None
-        ends = max(placement.bytes(FRONT), placement.bytes(HEAD))
-        weights = (1 + work.copied) * placement.total_bytes if resident else max(ends, self.block)
-        dense = self.statistics(work.dense) if kept else self.block_statistics(work.dense)
+        fixed = resident_bytes(self.model.device) + work.fixed
+        if kept:
+            fixed += work.kept + self.statistics(work.dense)
+        if resident:
+            fixed += (1 + work.copied) * placement.total_bytes
         gradients = any(needs_gradients([name]) for name in work.dense)
         graphs = (len(self.model.blocks) if resident and kept else 1) * self.graph if gradients else 0
-        calibrating = graphs + (2 * self.widest if gradients else 0) + self.logits
+        calibrating = graphs + (2 * self.widest if gradients else 0)
         pruning = self.block_statistics(work.block) + work.copies * self.block + self.workspace + self.activations
-        fixed = resident_bytes(self.model.device) + work.fixed + (work.kept if kept else 0)
-        return fixed + weights + dense + max(calibrating, pruning, self.logits)
+        block = (0 if resident else self.block) + (0 if kept else self.block_statistics(work.dense))
+        ends = self.logits + (0 if resident else max(placement.bytes(FRONT), placement.bytes(HEAD)))
+        return fixed + max(block + max(calibrating, pruning), ends)
 
     @cached_property
     def block(self) -> int:
