@@ -89,6 +89,7 @@ class Plan:
         kept: whether statistics of all layers are on the device together.
         room: bytes of hidden states, and of statistics, that are kept in memory; beyond, they go to disk.
         together: pruned models that pass through the blocks at once.
+        states: whether hidden states stay on the device.
     """
 
     memory_bytes: int = 0
@@ -99,6 +100,7 @@ class Plan:
     kept: bool = True
     room: int | None = None
     together: int = 1
+    states: bool = True
 
     def describe(self) -> dict[str, Any]:
         """For --json."""
@@ -173,9 +175,13 @@ class _Sizes:
                 "XDG_CACHE_HOME"
             )
         together = max(1, min(self.work.rules, room // max(1, 2 * self.per_rule)))
+        states = not on_cpu and least + self.hidden <= free
+        if states:
+            least, together = least + self.hidden, 1
         return replace(
             plan, memory_bytes=least + held if on_cpu else least, disk_bytes=disk, seconds=seconds, room=room // 2,
             host_bytes=least + held if on_cpu else resident_bytes() + held, together=together,
+            states=states,
         )  # fmt: skip
 
     def moving(self, kept: bool) -> int:
