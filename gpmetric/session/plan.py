@@ -93,6 +93,7 @@ class Plan:
         kept: whether statistics of all layers are on the device together.
         room: bytes of hidden states, and of statistics, that are kept in memory; beyond, they go to disk.
         together: pruned models that pass through the blocks at once.
+        states: whether hidden states stay on the device.
     """
 
     memory_bytes: int = 0
@@ -103,6 +104,7 @@ class Plan:
     kept: bool = True
     room: int | None = None
     together: int = 1
+    states: bool = True
 
     def describe(self) -> dict[str, Any]:
         """For --json."""
@@ -176,9 +178,13 @@ class _Sizes:
                 "XDG_CACHE_HOME"
             )
         together = max(1, min(self.work.rules, room // max(1, 2 * self.per_rule)))
+        states = not on_cpu and least + self.hidden <= free
+        if states:
+            least, together = least + self.hidden, 1
         return replace(
             plan, memory_bytes=least + held if on_cpu else least, disk_bytes=aside + self.written, seconds=seconds,
             room=room // 2, host_bytes=least + held if on_cpu else resident_bytes() + held, together=together,
+            states=states,
         )  # fmt: skip
 
     def moving(self, *, resident: bool, kept: bool) -> int:
@@ -191,10 +197,12 @@ class _Sizes:
         """What must be on the device at the same moment; hidden states that can be elsewhere are left out."""
         placement = self.model.placement
         assert placement is not None
-        ends = max(placement.bytes(FRONT), placement.bytes(HEAD))
-        weights = placement.total_bytes + self.codes if resident else max(ends, self.block)
         calibrating, pruning = self.calibrating(kept), self.pruning(resident=resident, kept=kept)
-        return resident_bytes(self.model.device) + self.work.fixed + weights + max(calibrating, pruning)
+        fixed = resident_bytes(self.model.device) + self.work.fixed
+        if resident:  # the graphs of all blocks are there while the logits are
+            return fixed + placement.total_bytes + self.codes + max(calibrating, pruning) + self.logits
+        ends = max(placement.bytes(FRONT), placement.bytes(HEAD)) + self.logits
+        return fixed + max(self.block + max(calibrating, pruning), ends)
 
     def calibrating(self, kept: bool) -> int:
         """What collecting statistics of the dense model takes, with the statistics, which are fp32 until they are kept.
@@ -208,7 +216,7 @@ class _Sizes:
             return earlier + self.block_accumulators(names) + self.activations
         together = self._statistics(_accumulated(names), self.model.layers)
         found = together if kept else self.block_accumulators(names)
-        return found + (len(self.model.blocks) if kept else 1) * self.graph + 2 * self.widest + self.logits
+        return found + (len(self.model.blocks) if kept else 1) * self.graph + 2 * self.widest
 
     def pruning(self, *, resident: bool, kept: bool) -> int:
         """What choosing masks, solving and measuring take, the statistics that are there meanwhile included."""
@@ -217,7 +225,7 @@ class _Sizes:
         copies = work.copied * self.model.placement.total_bytes if resident else 0  # type: ignore[union-attr]
         graphs = (len(self.model.blocks) if resident else 1) * self.graph if work.differentiated else 0
         block = self.block_accumulators(work.block) + work.copies * self.block + self.workspace + self.activations
-        return dense + copies + max(block, graphs + 2 * self.widest + self.logits)
+        return dense + copies + max(block, graphs + 2 * self.widest)
 
     @cached_property
     def block(self) -> int:
