@@ -147,7 +147,13 @@ def test_too_little_memory_is_told_before_a_window_is_read(
 def test_what_is_written_of_a_plan() -> None:
     """Booleans are booleans."""
     told = json.loads(json.dumps(Plan(resident=False, kept=False, room=5).describe()))
-    assert told == dict.fromkeys(COMPUTED, 0) | {"resident": False, "kept": False, "room": 5, "together": 1}
+    assert told == dict.fromkeys(COMPUTED, 0) | {
+        "resident": False,
+        "kept": False,
+        "room": 5,
+        "together": 1,
+        "states": True,
+    }
     assert (type(told["resident"]), type(told["kept"])) == (bool, bool)
 
 
