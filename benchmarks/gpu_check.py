@@ -103,19 +103,27 @@ def _steps(place: Place) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     yield "kernels choose as a stable sort", lambda: _kernels(place.device)
     yield "demo: device and CPU agree", lambda: _agree(place.device)
     yield "prune wanda 2:4", lambda: _command(place, prune, metric="wanda", target="2:4", output=place.scratch / "a")
-    yield "bench wanda, sparsegpt, gblm", lambda: _command(
-        place, bench, metric=("wanda", "sparsegpt", "gblm_l1"), target=("0.5", "2:4"), text=(str(place.text),)
+    yield (
+        "bench wanda, sparsegpt, gblm",
+        lambda: _command(
+            place, bench, metric=("wanda", "sparsegpt", "gblm_l1"), target=("0.5", "2:4"), text=(str(place.text),)
+        ),
     )
     yield "prune W*W*F", lambda: _command(place, prune, metric="W*W*F", target="0.5", output=place.scratch / "b")
     yield "evaluate, block by block", lambda: _command(place, evaluate, text=(str(place.text),))
-    yield "bench wanda in 8 GB", lambda: _command(
-        place, bench, metric=("wanda",), target=("2:4",), text=(str(place.text),), memory="8GB"
+    yield (
+        "bench wanda in 8 GB",
+        lambda: _command(place, bench, metric=("wanda",), target=("2:4",), text=(str(place.text),), memory="8GB"),
     )
-    yield "bench all operands", lambda: _command(
-        place, bench, metric=("abs(W)*X*G*H*D*F",), target=("0.5",), text=(str(place.text),), one_shot=True
+    yield (
+        "bench all operands",
+        lambda: _command(
+            place, bench, metric=("abs(W)*X*G*H*D*F",), target=("0.5",), text=(str(place.text),), one_shot=True
+        ),
     )
-    yield "allocate", lambda: _command(
-        place, allocate, sparsity=0.5, evaluations=12, search_windows=4, population=4, genes="block"
+    yield (
+        "allocate",
+        lambda: _command(place, allocate, sparsity=0.5, evaluations=12, search_windows=4, population=4, genes="block"),
     )
 
 

@@ -93,6 +93,7 @@ COMMANDS: dict[str, Command] = {
         lazy("gpmetric.terminal.tables:print_prune"),
         lazy("gpmetric.terminal.live:PruneReport"),
         work=lazy("gpmetric.pruning.prune:prune_work"),
+        timed=True,
     ),
     "slim": Command(
         "Removes channels, heads and layers for good, chosen by a policy gradient that needs forward passes only.",

@@ -7,6 +7,7 @@ GpmetricError
 │   ├── DataError        a text that cannot be read or is too short
 │   └── LedgerError      a ledger that cannot be used
 ├── OutOfMemoryError     a device or the host has no memory left
+├── TimeOverError        --minutes are over, and what was done is kept
 ├── MaskError            a score or target that gives no valid mask
 └── SolverError          a Gram matrix that cannot be factorised
 """
@@ -27,6 +28,7 @@ __all__ = [
     "ModelError",
     "OutOfMemoryError",
     "SolverError",
+    "TimeOverError",
     "one_of",
 ]
 
@@ -57,6 +59,10 @@ class LedgerError(InputError):
 
 class OutOfMemoryError(GpmetricError):
     """A device or the host has no memory left for what was asked."""
+
+
+class TimeOverError(GpmetricError):
+    """The time that a command was given is over; the same command goes on with what it did."""
 
 
 class MaskError(GpmetricError):

@@ -27,7 +27,6 @@ from gpmetric.pruning.allocation import (
     mean_sparsity,
     read_allocation,
 )
-from gpmetric.pruning.bench import measure
 from gpmetric.pruning.mask import select_mask
 from gpmetric.pruning.output_folder import MANIFEST
 from gpmetric.pruning.protocol import Protocol, Rule
@@ -346,10 +345,8 @@ def test_bench_measures_an_allocation(tiny_llama: Path, tiny_text: Path) -> None
     protocol, metric = Protocol(session_of(model, windows), one_shot=False), resolve_metric("wanda")
     protocol.prepare([metric], "none")
     names = [layer.name for layer in model.layers]
-    plain, same, other = (
-        measure(protocol, Rule(metric, plan), [windows.tokens])
-        for plan in (parse_target("0.5"), uniform(names, "0.5"), mixed(model, "row"))
-    )
+    plans = (parse_target("0.5"), uniform(names, "0.5"), mixed(model, "row"))
+    plain, same, other = protocol.measure([Rule(metric, plan) for plan in plans], [windows.tokens])
     assert (plain.losses, plain.sparsity) == (same.losses, same.sparsity)
     assert plain.sparsity == 0.5
     assert other.losses != plain.losses

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import resource
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from gpmetric.calibration.accumulators import (
     curvature,
     inverse_factor,
 )
-from gpmetric.calibration.cache import cache_key, cached_statistics, estimate_bytes, load_statistics
+from gpmetric.calibration.cache import Sample, cache_key, cached_statistics, estimate_bytes, load_statistics
 from gpmetric.calibration.collect import Statistics, collect, collect_block, collect_blocks, token_batches
 from gpmetric.data import cut_windows, read_text
 from gpmetric.errors import GpmetricError, ModelError, SolverError
@@ -534,25 +534,40 @@ def test_gram_matrices_without_an_inverse(solve: Callable[[Tensor], Tensor]) -> 
 # The cache
 
 
-def fail() -> Statistics:
+Blocks = Iterable[Mapping[str, LayerStatistics]]
+
+
+def fail() -> Blocks:
     raise AssertionError("computed again")
 
 
-def test_cache_round_trip(statistics: Statistics, tmp_path: Path) -> None:
-    folder = tmp_path / "a" / "cache"
-    found, path = cached_statistics(folder, "k" * 64, lambda: statistics)
-    assert found is statistics
+def sample_of(model: Model, statistics: Statistics) -> Sample:
+    """What a file of statistics holds."""
+    return replace(
+        Sample.of(model, torch.empty(0, 0), statistics.names), sequences=statistics.sequences, length=statistics.length
+    )
+
+
+def backwards(statistics: Statistics) -> Callable[[], Blocks]:
+    """Layer by layer from the last, as gradients come."""
+    return lambda: [{name: statistics.layers[name]} for name in reversed(list(statistics.layers))]
+
+
+def test_cache_round_trip(statistics: Statistics, model: Model, tmp_path: Path) -> None:
+    folder, sample = tmp_path / "a" / "cache", sample_of(model, statistics)
+    path = cached_statistics(folder, "k" * 64, sample, backwards(statistics))
     assert path == folder / f"{'k' * 64}.safetensors"
     assert os.listdir(folder) == [path.name]
-    again, _ = cached_statistics(folder, "k" * 64, fail)
-    assert_same_bits(again, statistics)
-    assert_same_bits(load_statistics(path), statistics)
+    assert cached_statistics(folder, "k" * 64, sample, fail) == path
+    for kept in (True, False):
+        assert_same_bits(load_statistics(path, kept=kept), statistics)
 
 
 def test_cache_keeps_what_was_not_collected_apart(model: Model, tokens: Tensor, tmp_path: Path) -> None:
     plain = collect(model, tokens, "X")
-    cached_statistics(tmp_path, "plain", lambda: plain)
-    again, _ = cached_statistics(tmp_path, "plain", fail)
+    sample = sample_of(model, plain)
+    cached_statistics(tmp_path, "plain", sample, backwards(plain))
+    again = load_statistics(cached_statistics(tmp_path, "plain", sample, fail))
     assert_same_bits(again, plain)
     assert again.names == {"X"}
 
@@ -581,13 +596,13 @@ def test_cache_key_is_of_everything_that_counts(tiny_llama: Path, tiny_gpt2: Pat
 
 def test_estimate_is_the_size_of_the_file(statistics: Statistics, model: Model, tokens: Tensor, tmp_path: Path) -> None:
     def written(statistics: Statistics, key: str) -> int:
-        path = cached_statistics(tmp_path, key, lambda: statistics)[1]
+        path = cached_statistics(tmp_path, key, sample_of(model, statistics), backwards(statistics))
         with safe_open(path, framework="pt") as file:
             return sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
 
-    assert written(statistics, "all") == estimate_bytes(model, ALL)
-    for names in ("", "X", "D", "GF"):
-        assert written(collect(model, tokens[:1], names), f"of {names}") == estimate_bytes(model, names)
+    assert written(statistics, "all") == estimate_bytes(model.layers, ALL)
+    for names in ("X", "XD", "XGF"):
+        assert written(collect(model, tokens[:1], names), f"of {names}") == estimate_bytes(model.layers, names)
 
 
 def cut_short(path: Path) -> None:
@@ -640,32 +655,33 @@ def no_gradients_of_one(path: Path) -> None:
 )
 def test_a_damaged_cache_file_is_written_anew(damage: Callable[[Path], None], llama: Model, tmp_path: Path) -> None:
     statistics = collect(llama, make_tokens(2, 8), ALL)
-    path = cached_statistics(tmp_path, "k", lambda: statistics)[1]
-    damage(path)
-    found, _ = cached_statistics(tmp_path, "k", lambda: statistics)
-    assert found is statistics
-    assert_same_bits(cached_statistics(tmp_path, "k", fail)[0], statistics)
+    sample = sample_of(llama, statistics)
+    damage(cached_statistics(tmp_path, "k", sample, backwards(statistics)))
+    path = cached_statistics(tmp_path, "k", sample, backwards(statistics))
+    assert cached_statistics(tmp_path, "k", sample, fail) == path
+    assert_same_bits(load_statistics(path), statistics)
     assert os.listdir(tmp_path) == ["k.safetensors"]
 
 
-def test_a_folder_that_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_said_before_the_work(llama: Model, tmp_path: Path) -> None:
+    sample = Sample.of(llama, make_tokens(2, 8), "X")
     (tmp_path / "file").write_text("in the way")
     for folder in (tmp_path / "file", tmp_path / "file" / "cache"):
         with pytest.raises(GpmetricError, match=r"^statistics cache '.*' cannot be written: [^\n]*$"):
-            cached_statistics(folder, "k", fail)
+            cached_statistics(folder, "k", sample, fail)
     if os.getuid():  # root may write anywhere
         (tmp_path / "locked").mkdir(mode=0o555)
         with pytest.raises(GpmetricError, match="cannot be written: no permission"):
-            cached_statistics(tmp_path / "locked", "k", fail)
+            cached_statistics(tmp_path / "locked", "k", sample, fail)
 
 
-def test_a_full_disk_leaves_nothing_behind(statistics: Statistics, tmp_path: Path) -> None:
-    """A limit on the size of files stands for the disk; safetensors meets it in the middle of its write."""
+def test_a_full_disk_leaves_nothing_behind(statistics: Statistics, model: Model, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         with pytest.raises(GpmetricError, match=r"^statistics cache '.*' cannot be written: [^\n]*$"):
-            cached_statistics(tmp_path, "k", lambda: statistics)
+            cached_statistics(tmp_path, "k", sample_of(model, statistics), backwards(statistics))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == []

@@ -120,8 +120,10 @@ def test_help_is_complete(run: Run, name: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_takes_the_common_options(name: str) -> None:
-    options = {option for parameter in COMMANDS[name].params for option in parameter.opts}
-    assert {"--seed", "--device", "--json", "--config"} <= options
+    command = COMMANDS[name]
+    for one in getattr(command, "commands", {"": command}).values():
+        options = {option for parameter in one.params for option in parameter.opts}
+        assert {"--seed", "--device", "--json", "--config"} <= options
     if name in ("discover", "bench"):
         assert {"--calibration", "--samples", "--sequence-length", "--windows", "--shuffle"} <= options
 

@@ -312,7 +312,7 @@ def app(monkeypatch: pytest.MonkeyPatch) -> typer.Typer:
     made = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
     made.command("other")(lambda: None)
     monkeypatch.setattr(cli, "app", made)
-    cli._add("paint", Command("Paints. Slowly.", Paint, work, show, Listener))
+    cli._add(made, "paint", Command("Paints. Slowly.", Paint, work, show, Listener))
     return made
 
 

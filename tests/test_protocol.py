@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from gpmetric.blockwise.hidden import Hidden
-from gpmetric.calibration import collect as collecting
 from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.collect import collect
-from gpmetric.errors import GpmetricError, InputError, MaskError, SolverError
+from gpmetric.errors import GpmetricError, MaskError, SolverError
 from gpmetric.loading import load_model
 from gpmetric.metrics import resolve_metric
 from gpmetric.models import Block, Model
@@ -348,16 +347,3 @@ def test_a_score_that_is_not_finite_names_metric_target_and_layer(llama: Model, 
     message = str(caught.value)
     assert message.startswith("metric abs(W)*exp(W*1e9)*1e29 at 0.5: ")
     assert message.endswith(f"scores are NaN or infinite (layer {llama.layers[0].name})")
-
-
-@pytest.mark.parametrize("once", [False, True])
-@pytest.mark.parametrize("metric", ["wanda", "gblm_l1"])
-def test_too_little_memory_is_told_before_a_window_is_read(
-    llama: Model, tiny_text: Path, monkeypatch: pytest.MonkeyPatch, once: bool, metric: str
-) -> None:
-    """Under either protocol, whatever the metric: the model alone does not fit."""
-    monkeypatch.setattr(collecting, "_Watch", lambda *arguments: pytest.fail("collected"))
-    monkeypatch.setattr(protocol.Session, "calls", property(lambda session: pytest.fail("recorded")))
-    session = session_of(llama, windows_of(llama, tiny_text, count=2), memory="10kB")
-    with pytest.raises(InputError, match=r"^--memory 10kB: model and statistics need about 0\.000"):
-        Protocol(session, one_shot=once).prepare([resolve_metric(metric)], "none")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import pytest
 import torch
 
-from gpmetric.calibration.cache import cache_key, estimate_bytes, load_statistics
+from gpmetric.calibration.cache import cache_key, load_statistics
 from gpmetric.calibration.collect import Statistics, collect
 from gpmetric.data import Text, Windows, cut_windows, read_text, split_text
 from gpmetric.errors import DataError, GpmetricError, InputError, ModelError
@@ -204,7 +204,7 @@ def test_open_session(tiny_llama: Path, tiny_text: Path) -> None:
 
 
 def test_texts_fail_before_the_model_is_loaded(tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "load_model", lambda *names, **options: pytest.fail("loaded"))
+    monkeypatch.setattr(session_module, "open_model", lambda *names, **options: pytest.fail("loaded"))
     with pytest.raises(DataError, match=r"missing\.txt"):
         open_session(Search(model="m", calibration=str(tiny_text), text=("missing.txt",)))
 
@@ -313,31 +313,6 @@ class Disk:
 
 
 # Memory
-
-
-def test_bytes_are_those_of_model_copies_and_statistics(session: Session) -> None:
-    parameters = {id(one): one for one in session.model.module.parameters()}
-    whole = sum(one.numel() * 4 for one in parameters.values())
-    layers = sum(layer.weight.numel() * 4 for layer in session.model.layers)
-    for names in ("", "X", "GH", ALL):
-        assert session.bytes(names) == whole + layers + estimate_bytes(session.model, names)
-
-
-@pytest.mark.parametrize("names", ["", "X", "GH", "D"])
-def test_memory_is_refused_by_one_byte(llama: Model, windows: Windows, names: str) -> None:
-    """In numbers that are rounded, hence the megabytes around them."""
-    needed = session_of(llama, windows).bytes(names)
-    session_of(llama, windows).require(ALL)  # no limit
-    session_of(llama, windows, memory=f"{needed}B").require(names)
-    short = session_of(llama, windows, memory=f"{needed - 1}B")
-    with pytest.raises(InputError) as caught:
-        short.require(names)
-    assert str(caught.value).startswith(
-        f"--memory {needed - 1}B: model and statistics need about {needed / 1e9:.3g} GB; allow more, "
-    )
-    with pytest.raises(InputError, match="--memory"):
-        short.statistics(names)
-    assert short.dense is None
 
 
 @pytest.mark.parametrize(

@@ -337,3 +337,13 @@ def test_weights_are_resident_whatever_memory_there_is(
     request = SlimRequest(model=str(tiny_llama), calibration=str(tiny_text), output=tmp_path / "small", sparsity=0.4)
     assert open_units(request).model.resident
     assert asked == [True]
+
+
+@pytest.mark.usefixtures("here")
+def test_what_is_written_is_compared_in_float32(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Searched in bfloat16, whose last bits would be 4e-3 of a logit."""
+    monkeypatch.setattr(slim_checkpoint, "_CLOSE", 1e-6)
+    options = {"dtype": "bfloat16", "repair": "least-squares", "sparsity": 0.4}
+    assert run(tiny_llama, tiny_text, tmp_path / "small", **options)["logits_off"] <= 1e-6

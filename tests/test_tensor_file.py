@@ -119,6 +119,6 @@ def test_damage_is_told_in_one_line(content: bytes, reason: str, tmp_path: Path)
 def test_a_file_cut_short_meanwhile_is_told(path: Path) -> None:
     file = TensorFile(path)
     path.write_bytes(path.read_bytes()[:600])
+    last = max(file.places, key=lambda name: file.places[name].end)
     with pytest.raises(GpmetricError, match="ends before its tensors do"):
-        for name in file.places:
-            file.read(name)
+        file.read(last)

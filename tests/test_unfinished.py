@@ -123,8 +123,8 @@ def quickly(tiny_llama: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) 
     opened: list[Any] = []
     original = module.open_session
 
-    def open_again(request: Any) -> Any:
-        opened.append(opened.pop() if opened else original(request))
+    def open_again(request: Any, **options: Any) -> Any:
+        opened.append(opened.pop() if opened else original(request, **options))
         for layer, weight in zip(opened[0].model.layers, dense, strict=True):
             layer.weight.copy_(weight)
         return replace(opened[0], inputs=request, dense=None)

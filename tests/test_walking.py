@@ -34,7 +34,7 @@ from gpmetric.session.plan import Plan, make_plan
 from gpmetric.session.session import plan_session
 
 BAD = "exp(abs(W)*50)*1e29"  # overflows for the largest weights
-STREAMED = Plan(resident=False, kept=False, room=3000, together=3)  # bytes: most hidden states go to disk
+STREAMED = Plan(resident=False, kept=False, room=3000, together=3, states=False)  # most hidden states go to disk
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from gpmetric.evaluation.references import reference_bytes
 from gpmetric.models import Layer, Model
 from gpmetric.placement import HEAD
 
-__all__ = ["Asked", "CandidateObjective", "Slopes", "check_memory"]
+__all__ = ["Asked", "CandidateObjective", "Slopes", "check_memory", "output_bytes"]
 
 Asked = tuple[Levels, int, int]  # a candidate, and its batches from the first up to the last
 Slopes = list[Numbers]  # by gene, the first-order change of the objective at each level, [levels]
@@ -51,6 +51,13 @@ def check_memory(model: Model, tokens: Tensor, objective: str) -> None:
             f"--objective {objective} would keep {needed / 2**30:.1f} GiB of predictions, of "
             f"{_REFERENCE_BYTES / 2**30:.0f} allowed: take fewer --search-windows, or {others}"
         )
+
+
+def output_bytes(model: Model, tokens: Tensor) -> int:
+    """Memory of the blocks' outputs that are kept for windows [windows, length], where the weights are resident."""
+    width = model.module.get_input_embeddings().weight.shape[1]
+    found = len(model.blocks) * tokens.numel() * width * getattr(torch, model.dtype).itemsize
+    return int(found) if found <= _OUTPUT_BYTES else 0
 
 
 class CandidateObjective:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpmetric.allocation.candidate_objective import check_memory
+from gpmetric.allocation.candidate_objective import check_memory, output_bytes
 from gpmetric.allocation.level_masks import PrunedModel, level_codes
 from gpmetric.allocation.levels import LevelTable, level_table
 from gpmetric.allocation.request import ALLOCATORS, AllocateRequest
@@ -94,11 +94,12 @@ def allocate_work(session: Session) -> Work:
         texts=max(search.numel(), validated),
         rules=request.population,
         copied=True,
+        differentiated=ALLOCATORS[request.allocator].search is not None,
+        kept=output_bytes(model, search),
         fixed=reference_bytes(request.objective, model, search),
         per_weight=1,
         forward=session.tokens.numel() + spent * search.numel() + _VALIDATED * validated,
         backward=session.tokens.numel() if gradients else 0,
-        dtype=request.kept_dtype,
     )
 
 

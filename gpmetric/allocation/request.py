@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from gpmetric.allocation.search_budget import Budget
 from gpmetric.errors import InputError
@@ -94,6 +94,8 @@ class AllocateRequest(SearchInputs):
     three. The first candidates are measured in any case. Minutes are the whole command's: the search has what
     calibration and validation leave of them.
     """
+
+    unused: ClassVar[frozenset[str]] = frozenset({"statistics_dtype"})  # none are kept
 
     model: Annotated[str | None, Option("Hugging Face directory or name; the demo model if none.")] = None
     output: Annotated[

@@ -139,19 +139,24 @@ def _at_once(model: Model, tokens: Tensor, rows: Accumulators, progress: _Progre
     """A forward and a backward pass for every window, through all blocks."""
     with _Watch(model.layers, rows) as watch:
         for done, window in enumerate(tokens, start=1):
-            calls = record_calls(model, [window[None]])
-            states = calls.hidden[0]
-            # one graph of all blocks: with one for each, a window of 64 tokens takes a tenth longer (demo, one thread)
-            with torch.enable_grad():
-                for index in range(len(model.blocks)):
-                    states = calls.call(index, 0, states)
-                end = states.detach().requires_grad_()
-                backward_of_loss(calls, 0, end)
-            if states.requires_grad:  # otherwise no layer is reached, which is told below
-                states.backward(end.grad)
+            _run_backward(model, window)
             progress(done, len(tokens))
     for block in model.blocks:
         yield {layer.name: watch.result(layer, len(tokens)) for layer in block.layers}
+
+
+@torch.enable_grad()
+def _run_backward(model: Model, window: Tensor) -> None:
+    """A window's forward and backward pass; nothing is left of its graph, whose hooks hold accumulators."""
+    calls = record_calls(model, [window[None]])
+    states = calls.hidden[0]
+    # one graph of all blocks: with one for each, a window of 64 tokens takes a tenth longer (demo, one thread)
+    for index in range(len(model.blocks)):
+        states = calls.call(index, 0, states)
+    end = states.detach().requires_grad_()
+    backward_of_loss(calls, 0, end)
+    if states.requires_grad:  # otherwise no layer is reached, which is told when the results are read
+        states.backward(end.grad)
 
 
 def _block_by_block(model: Model, tokens: Tensor, rows: Accumulators, progress: _Progress, room: int | None) -> _Blocks:

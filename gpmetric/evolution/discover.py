@@ -105,7 +105,8 @@ def _settings(request: DiscoverRequest, sessions: Mapping[str, Session]) -> dict
         }
         for name, session in sessions.items()
     }
-    return {"models": models, **chosen}
+    kept = {} if request.kept_dtype is None else {"statistics_dtype": request.statistics_dtype}
+    return {"models": models, **chosen, **kept}
 
 
 def _run(

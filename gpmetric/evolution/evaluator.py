@@ -36,10 +36,10 @@ from gpmetric.pruning.updaters import UPDATERS, prune_weights, resolve_target
 from gpmetric.session.session import Session
 from gpmetric.targets import Target, parse_target
 
-__all__ = ["Evaluator", "alike"]
+__all__ = ["TEACHER_BYTES", "Evaluator", "alike"]
 
 _PRUNED_ENTRIES = 2**28  # of pruned weights held at once, 1 GiB in fp32, unless those of one target are more
-_TEACHER_BYTES = 2**30  # of the dense model's predictions that are kept; beyond, they are made again for every metric
+TEACHER_BYTES = 2**30  # of the dense model's predictions that are kept; beyond, they are made again for every metric
 _COMPARED = ("loss", "kl")  # what one pass of a Teacher tells
 
 
@@ -64,7 +64,7 @@ class Evaluator:
         self._objectives = tuple(dict.fromkeys((*_COMPARED, objective)))
         self._dense_losses: dict[tuple[str, int], float] = {}  # by split and part
         others = self._objectives[len(_COMPARED) :]
-        limit = _TEACHER_BYTES if session.plan.kept else 0
+        limit = TEACHER_BYTES if session.plan.kept else 0
         self._references = References(partial(_DenseBatch, others=others), limit)
         self._recorded: dict[tuple[int, int | None], BlockCalls] = {}
         self._protocols: dict[tuple[str, int], Protocol] = {}  # one at a time: each holds its statistics

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gpmetric.calibration.cache import load_statistics
 from gpmetric.data import Text, Windows
-from gpmetric.evolution.evaluator import Evaluator, alike
+from gpmetric.evolution.evaluator import TEACHER_BYTES, Evaluator, alike
 from gpmetric.evolution.executors import Executor, LocalProcesses, Serial
 from gpmetric.evolution.mask_fingerprint import probe_layers
 from gpmetric.evolution.multi_model import MultiModel
@@ -122,8 +122,9 @@ def campaign_work(session: Session) -> Work:
         rule_tokens=targets * max(tokens["search"], tokens["calibration"] + tokens["validation"]),
         copies=targets,
         solves=True,  # SparseGPT is among the baselines
-        kept=2 * tokens["search"] * session.model.vocabulary,
+        kept=min(TEACHER_BYTES, 2 * tokens["search"] * session.model.vocabulary),
         fixed=probes,
+        cached=True,
         forward=3 * baselines * per_baseline + 2 * candidates * targets * tokens["search"],
         backward=tokens["calibration"] if needs_gradients(names) else 0,
         dtype=request.kept_dtype,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gpmetric.digests import weight_stamps
-from gpmetric.errors import GpmetricError
+from gpmetric.errors import GpmetricError, TimeOverError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.options import as_function
 from gpmetric.pruning.allocation import Allocation, check_allocation, mean_sparsity, read_allocation
@@ -20,6 +20,7 @@ from gpmetric.pruning.protocol import Protocol, Rule, check_targets
 from gpmetric.pruning.requests import PruneRequest, VerifyRequest
 from gpmetric.pruning.unfinished import Record, Unfinished, is_begun, unfinished
 from gpmetric.pruning.verify import run_verify
+from gpmetric.session.deadline import Deadline
 from gpmetric.session.plan import Work
 from gpmetric.session.session import Listener, Session, open_session
 from gpmetric.targets import Target, parse_target
@@ -34,14 +35,18 @@ class PruneListener(Listener):
         """A command that was killed is gone on with at a block, counted from 0."""
 
 
-def run_prune(request: PruneRequest, listener: PruneListener | None = None) -> dict[str, Any]:
+def run_prune(
+    request: PruneRequest, listener: PruneListener | None = None, started: float | None = None
+) -> dict[str, Any]:
     """Prunes a model under the protocol of `bench`, writes it block by block and verifies what was written.
 
-    Killed at any moment, the same request goes on where it was: the files are those of an uninterrupted run.
+    Killed at any moment, or stopped by `minutes` behind a block, the same request goes on where it was: the files are
+    those of an uninterrupted run.
 
     Args:
         request: what to prune and how. Weights are written in the dtype that the model is stored in.
         listener: told of calibration, of the dense perplexity and of blocks.
+        started: time.monotonic() at which `minutes` began; now by default.
 
     Returns:
         The manifest without its lists of files and tensors, with `output`, `dense` and `seconds`, those of pruning
@@ -49,9 +54,11 @@ def run_prune(request: PruneRequest, listener: PruneListener | None = None) -> d
 
     Raises:
         InputError: for anything that cannot be used, before the model runs.
-        GpmetricError: pruning failed, or the files cannot be written or do not verify; `output` is then as it was.
+        GpmetricError: pruning failed or has no time left, or the files cannot be written or do not verify; `output` is
+            then as it was.
     """
     assert request.output is not None
+    deadline = Deadline.starting(request.minutes, started)
     told, folder, masks = listener or PruneListener(), request.output, request.save_masks
     allocation = None if request.allocation is None else read_allocation(request.allocation)
     inputs = (request.model, request.calibration, request.text, request.allocation, masks and masks.parent)
@@ -60,12 +67,12 @@ def run_prune(request: PruneRequest, listener: PruneListener | None = None) -> d
     session = open_session(request, work=prune_work, listener=told)
     rule = _rule(session, request, allocation)
     targets = {layer.name: rule.target(layer.name) for layer in session.model.layers}
-    protocol = Protocol(session, one_shot=request.one_shot, progress=told.progress)
+    protocol = Protocol(session, one_shot=request.one_shot, progress=deadline.watching(told.progress))
     made = _made(session, request, rule, targets)
     with unfinished(folder, _identity(session, made, targets), resume=request.resume) as partial:
         if not partial.placed:
             check_folder(folder, request.force)
-            _write(partial, protocol, rule, targets, made, told)
+            _write(partial, protocol, rule, targets, made, told, deadline)
             partial.place(request.force)
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if masks is not None:
@@ -86,10 +93,12 @@ def _write(
     targets: Mapping[str, Target],
     made: Mapping[str, Any],
     told: PruneListener,
+    deadline: Deadline,
 ) -> None:
     """Writes and verifies the files, from where they are on.
 
     Raises:
+        TimeOverError: time is over before all blocks are pruned.
         GpmetricError: pruning failed, or what was written does not verify.
         OSError: something cannot be written.
     """
@@ -107,7 +116,7 @@ def _write(
     assert record.dense is not None
     told.dense({text.text.name: record.dense})
     if record.perplexity is None:
-        record = _prune_blocks(partial, record, protocol, rule, writer, told)
+        record = _prune_blocks(partial, record, protocol, rule, writer, told, deadline)
     session.forget()
     if record.manifest is None:
         ends = {"text": text.describe(), "dense": record.dense, "perplexity": record.perplexity}
@@ -124,7 +133,13 @@ def _write(
 
 
 def _prune_blocks(
-    partial: Unfinished, record: Record, protocol: Protocol, rule: Rule, writer: CheckpointWriter, told: PruneListener
+    partial: Unfinished,
+    record: Record,
+    protocol: Protocol,
+    rule: Rule,
+    writer: CheckpointWriter,
+    told: PruneListener,
+    deadline: Deadline,
 ) -> Record:
     """Prunes and writes the blocks that are left and measures the pruned model; the record, saved now and then."""
     session = protocol.session
@@ -135,11 +150,19 @@ def _prune_blocks(
     walk = protocol.walk([rule], [one.tokens for one in session.evaluated], writer.dtypes)
     if record.block:
         walk.restore(record.block, partial.state())
+    before = deadline.now()
     for index, (pruned,) in walk:
         layers += [writer.write_layer(layer, pruned.get(layer.name)) for layer in blocks[index].layers]
         told.progress("blocks", index + 1, len(blocks))
-        if partial.due and index + 1 < len(blocks):
+        before, spent = (now := deadline.now()), now - before
+        over = deadline.left < spent  # the next one would not end in time
+        if (partial.due or over) and index + 1 < len(blocks):
             partial.save(replace(record, block=index + 1, layers=list(layers)), walk.state())
+            if over:
+                raise TimeOverError(
+                    f"--minutes {deadline.minutes:g} are over at block {index + 1} of {len(blocks)}; "
+                    "the same command goes on"
+                )
     (measured,) = walk.measured()
     if measured.error is not None:
         raise measured.error
@@ -159,7 +182,7 @@ def prune_work(session: Session) -> Work:
     work = protocol.work([session.metric(request.metric)], request.update, texts=tokens)
     assert session.model.folder is not None
     files = sum(path.stat().st_size for path in session.model.folder.glob("*.safetensors"))
-    return replace(work, resident=False, disk=files, forward=work.forward + tokens)
+    return replace(work, resident=False, cached=True, disk=files, forward=work.forward + tokens)
 
 
 def _rule(session: Session, request: PruneRequest, allocation: Allocation | None) -> Rule:
@@ -179,6 +202,7 @@ def _identity(session: Session, made: Mapping[str, Any], targets: Mapping[str, T
     assert folder is not None  # load_model knows it
     return {
         **made,
+        "statistics_dtype": session.inputs.statistics_dtype,
         "device": str(session.model.device),
         "layers": {name: [target.text, target.granularity] for name, target in targets.items()},
         "tokens": {name: hashlib.sha256(one.tokens.numpy().tobytes()).hexdigest() for name, one in texts.items()},

@@ -28,7 +28,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gpmetric.errors import GpmetricError, InputError
+from gpmetric.errors import GpmetricError, InputError, OutOfMemoryError, TimeOverError
 from gpmetric.pruning.output_folder import MANIFEST, check_folder, exchange, file_digest, unwritable
 from gpmetric.tensor_file import TensorFile, write_tensors
 
@@ -165,8 +165,8 @@ class Unfinished:
 def unfinished(output: Path, identity: Mapping[str, Any], *, resume: bool) -> Iterator[Unfinished]:
     """The checkpoint that is on its way to a place, locked; its folder is gone when the block ends well.
 
-    It stays where the block fails but going on is possible: on an interrupt, a full disk, an output that came to be
-    meanwhile. It does not where the same would happen again, or nothing was saved.
+    It stays where the block fails but going on is possible: on an interrupt, the end of the time, a full disk or
+    memory, an output that came to be meanwhile. It does not where the same would happen again, or nothing was saved.
 
     Args:
         output: where it goes.
@@ -192,7 +192,7 @@ def unfinished(output: Path, identity: Mapping[str, Any], *, resume: bool) -> It
         except BaseException as error:
             if found.record == Record() or _would_happen_again(error):
                 found.remove()
-            else:
+            elif not isinstance(error, TimeOverError):  # which says so itself
                 _LOG.warning("kept in %r: the same command goes on from block %d", str(folder), found.record.block)
             raise
         found.remove()
@@ -212,8 +212,9 @@ def _beside(output: Path) -> list[Path]:
 
 
 def _would_happen_again(error: BaseException) -> bool:
-    """Whether an error is of what was computed: not of a disk, nor of what a user put in the way."""
-    deliberate = isinstance(error, GpmetricError) and not isinstance(error, InputError)
+    """Whether an error is of what was computed: not of a disk, of memory or time, nor of what a user put in the way."""
+    deliberate = isinstance(error, GpmetricError)
+    deliberate = deliberate and not isinstance(error, InputError | OutOfMemoryError | TimeOverError)
     return deliberate and not isinstance(error.__cause__, OSError)
 
 

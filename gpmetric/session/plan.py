@@ -20,7 +20,7 @@ from gpmetric.calibration.cache import estimate_bytes
 from gpmetric.errors import InputError
 from gpmetric.files import scratch_folder
 from gpmetric.models import Model
-from gpmetric.operands import GRAM, needs_gradients
+from gpmetric.operands import GRAM, OPERANDS, needs_gradients
 from gpmetric.placement import BATCH_TOKENS, FRONT, HEAD
 from gpmetric.session.memory import free_device, free_disk, free_host, resident_bytes
 
@@ -45,6 +45,8 @@ class Work:
         rule_tokens: tokens whose hidden states each of them has of its own; those of calibration and texts by default.
         copies: pruned copies of a block's weights at once, for each model that passes.
         copied: whether there is a changed copy of every weight, where they are resident.
+        cached: whether statistics of the dense model are written to a file in any case.
+        differentiated: whether there are backward passes through pruned models.
         solves: whether a solver updates kept weights.
         kept: bytes kept besides where there is room, of the dense model's predictions for instance.
         fixed: bytes kept besides in any case.
@@ -65,6 +67,8 @@ class Work:
     rule_tokens: int = 0
     copies: int = 1
     copied: bool = False
+    cached: bool = False
+    differentiated: bool = False
     solves: bool = False
     kept: int = 0
     fixed: int = 0
@@ -89,6 +93,7 @@ class Plan:
         kept: whether statistics of all layers are on the device together.
         room: bytes of hidden states, and of statistics, that are kept in memory; beyond, they go to disk.
         together: pruned models that pass through the blocks at once.
+        states: whether hidden states stay on the device.
     """
 
     memory_bytes: int = 0
@@ -99,6 +104,7 @@ class Plan:
     kept: bool = True
     room: int | None = None
     together: int = 1
+    states: bool = True
 
     def describe(self) -> dict[str, Any]:
         """For --json."""
@@ -129,7 +135,7 @@ def make_plan(model: Model, work: Work, limit: int | None) -> Plan:
             return plan
     given = "allowed by --memory" if limit is not None else "free"
     whole = bool(work.resident)
-    least = sizes.device(resident=whole, kept=whole) + (sizes.moving(True) if whole else 0)
+    least = sizes.device(resident=whole, kept=whole) + (sizes.moving(resident=True, kept=True) if whole else 0)
     raise InputError(
         f"{model.name!r} needs at least {_told(least)} here, of {_told(free)} {given}: allow more, take a shorter "
         "--sequence-length, metrics of fewer operands, or --dtype bfloat16"
@@ -154,49 +160,72 @@ class _Sizes:
             InputError: the disk has no room for what has none in memory.
         """
         plan, on_cpu = Plan(resident=resident, kept=kept), self.model.device.type == "cpu"
-        least, moving = self.device(resident=resident, kept=kept), self.moving(kept)
+        least, moving = self.device(resident=resident, kept=kept), self.moving(resident=resident, kept=kept)
         if least + (moving if kept else 0) > free:
             return None
         seconds = self.seconds(plan)
         if kept:
             whole = least + moving
             own = whole if on_cpu else resident_bytes() + self.model.placement.bytes(FRONT)  # type: ignore[union-attr]
-            return replace(plan, memory_bytes=whole, host_bytes=own, disk_bytes=self.work.disk, seconds=seconds)
+            return replace(plan, memory_bytes=whole, host_bytes=own, disk_bytes=self.written, seconds=seconds)
         room = min(_ROOM, max(0, free - least if on_cpu else host - resident_bytes()))
         held = min(moving, room)
-        disk = moving - held + self.work.disk
-        scratch = scratch_folder()
-        if disk > free_disk(scratch):
+        aside, scratch = moving - held, scratch_folder()
+        if aside > free_disk(scratch):
             raise InputError(
-                f"{self.model.name!r} needs {_told(disk)} of disk in {str(scratch)!r}, which has "
+                f"{self.model.name!r} needs {_told(aside)} of disk in {str(scratch)!r}, which has "
                 f"{_told(free_disk(scratch))}: allow more --memory, take fewer --samples, or name another place by "
                 "XDG_CACHE_HOME"
             )
         together = max(1, min(self.work.rules, room // max(1, 2 * self.per_rule)))
+        states = not on_cpu and least + self.hidden <= free
+        if states:
+            least, together = least + self.hidden, 1
         return replace(
-            plan, memory_bytes=least + held if on_cpu else least, disk_bytes=disk, seconds=seconds, room=room // 2,
-            host_bytes=least + held if on_cpu else resident_bytes() + held, together=together,
+            plan, memory_bytes=least + held if on_cpu else least, disk_bytes=aside + self.written, seconds=seconds,
+            room=room // 2, host_bytes=least + held if on_cpu else resident_bytes() + held, together=together,
+            states=states,
         )  # fmt: skip
 
-    def moving(self, kept: bool) -> int:
+    def moving(self, *, resident: bool, kept: bool) -> int:
         """What need not be on the device all the time: hidden states, statistics of other blocks, codes of weights."""
-        inputs = len(self.model.blocks) * self.states(self.work.backward)
-        stored = 0 if kept else self.statistics(self.work.dense)
-        return max(self.hidden + self.work.per_weight * self.prunable, 0 if kept else inputs) + stored
+        inputs = 0 if kept else len(self.model.blocks) * self.states(self.work.backward)
+        stored = 0 if kept or self.work.cached else self.statistics(self.work.dense)
+        return max(self.hidden + (0 if resident else self.codes), inputs) + stored
 
     def device(self, *, resident: bool, kept: bool) -> int:
         """What must be on the device at the same moment; hidden states that can be elsewhere are left out."""
-        placement, work = self.model.placement, self.work
+        placement = self.model.placement
         assert placement is not None
-        ends = max(placement.bytes(FRONT), placement.bytes(HEAD))
-        weights = (1 + work.copied) * placement.total_bytes if resident else max(ends, self.block)
-        dense = self.statistics(work.dense) if kept else self.block_statistics(work.dense)
-        gradients = any(needs_gradients([name]) for name in work.dense)
-        graphs = (len(self.model.blocks) if resident and kept else 1) * self.graph if gradients else 0
-        calibrating = graphs + (2 * self.widest if gradients else 0) + self.logits
-        pruning = self.block_statistics(work.block) + work.copies * self.block + self.workspace + self.activations
-        fixed = resident_bytes(self.model.device) + work.fixed + (work.kept if kept else 0)
-        return fixed + weights + dense + max(calibrating, pruning, self.logits)
+        calibrating, pruning = self.calibrating(kept), self.pruning(resident=resident, kept=kept)
+        fixed = resident_bytes(self.model.device) + self.work.fixed
+        if resident:  # the graphs of all blocks are there while the logits are
+            return fixed + placement.total_bytes + self.codes + max(calibrating, pruning) + self.logits
+        ends = max(placement.bytes(FRONT), placement.bytes(HEAD)) + self.logits
+        return fixed + max(self.block + max(calibrating, pruning), ends)
+
+    def calibrating(self, kept: bool) -> int:
+        """What collecting statistics of the dense model takes, with the statistics, which are fp32 until they are kept.
+
+        Of gradients, those of all layers are accumulated at once where they are kept together.
+        """
+        work = self.work
+        names = work.dense | (work.block if needs_gradients(work.block) else frozenset())
+        if not needs_gradients(names):
+            earlier = self.statistics(work.dense) if kept else 0
+            return earlier + self.block_accumulators(names) + self.activations
+        together = self._statistics(_accumulated(names), self.model.layers)
+        found = together if kept else self.block_accumulators(names)
+        return found + (len(self.model.blocks) if kept else 1) * self.graph + 2 * self.widest
+
+    def pruning(self, *, resident: bool, kept: bool) -> int:
+        """What choosing masks, solving and measuring take, the statistics that are there meanwhile included."""
+        work = self.work
+        dense = self.statistics(work.dense) + work.kept if kept else self.block_statistics(work.dense)
+        copies = work.copied * self.model.placement.total_bytes if resident else 0  # type: ignore[union-attr]
+        graphs = (len(self.model.blocks) if resident else 1) * self.graph if work.differentiated else 0
+        block = self.block_accumulators(work.block) + work.copies * self.block + self.workspace + self.activations
+        return dense + copies + max(block, graphs + 2 * self.widest)
 
     @cached_property
     def block(self) -> int:
@@ -218,16 +247,30 @@ class _Sizes:
     def itemsize(self) -> int:
         return int(getattr(torch, self.model.dtype).itemsize)
 
+    @property
+    def codes(self) -> int:
+        """Of what is kept of every prunable weight besides."""
+        return self.work.per_weight * self.prunable
+
+    @property
+    def written(self) -> int:
+        """Of files that are written in any case."""
+        return self.work.disk + (self.statistics(self.work.dense) if self.work.cached else 0)
+
     def statistics(self, names: Collection[str]) -> int:
-        """Of statistics of all layers."""
-        return self._statistics(names, self.model.layers)
+        """Of statistics of all layers, as they are kept."""
+        return self._statistics(names, self.model.layers, self.work.dtype)
 
     def block_statistics(self, names: Collection[str]) -> int:
         """The same of the block that has most."""
-        return max(self._statistics(names, block.layers) for block in self.model.blocks)
+        return max(self._statistics(names, block.layers, self.work.dtype) for block in self.model.blocks)
 
-    def _statistics(self, names: Collection[str], layers: Collection[Any]) -> int:
-        return estimate_bytes(layers, names, self.work.dtype)
+    def block_accumulators(self, names: Collection[str]) -> int:
+        """Of that block's statistics while they are collected."""
+        return max(self._statistics(_accumulated(names), block.layers) for block in self.model.blocks)
+
+    def _statistics(self, names: Collection[str], layers: Collection[Any], dtype: torch.dtype | None = None) -> int:
+        return estimate_bytes(layers, names, dtype)
 
     def states(self, tokens: int) -> int:
         """Of hidden states."""
@@ -282,6 +325,12 @@ class _Sizes:
         walks = -(-work.rules // plan.together) + 3
         read = 0.0 if plan.resident else walks * model.placement.total_bytes / _READ
         return float(flops / _speed(model.device, getattr(torch, model.dtype)) + read)
+
+
+def _accumulated(names: Collection[str]) -> frozenset[str]:
+    """Statistics with what they are made of: D is read off the Gram matrix."""
+    pairs = any(name in OPERANDS and OPERANDS[name].source == "gram" for name in names)
+    return frozenset(names) | ({GRAM} if pairs else frozenset())
 
 
 def _speed(device: torch.device, dtype: torch.dtype) -> float:

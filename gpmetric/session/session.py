@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -139,7 +140,7 @@ class Session:
     @cached_property
     def shelf(self) -> Shelf:
         """Where hidden states are on their way through the blocks."""
-        return self.plan.shelf()
+        return Shelf() if self.plan.states else self.plan.shelf()
 
     def forget(self) -> None:
         """Lets go of what was measured of the dense model."""
@@ -202,7 +203,8 @@ def plan_session(
     model = open_model(chosen, device=inputs.device, dtype=inputs.dtype, include=inputs.include, exclude=inputs.exclude)
     session = Session(inputs, model, *read_splits(model, inputs, sources))
     if work is not None:
-        session.plan = make_plan(model, work(session), inputs.memory_limit)
+        plan = make_plan(model, work(session), inputs.memory_limit)
+        session.plan = replace(plan, seconds=min(plan.seconds, 60 * (inputs.minutes or math.inf)))
     return session
 
 

@@ -14,9 +14,9 @@ from gpmetric.evaluation.objectives import OBJECTIVES, Reference
 from gpmetric.evaluation.references import References, parts_of
 from gpmetric.models import Model
 
-__all__ = ["DrawObjective"]
+__all__ = ["REFERENCE_BYTES", "DrawObjective"]
 
-_REFERENCE_BYTES = 2**30  # of the dense model's predictions; beyond, a step has one more forward pass
+REFERENCE_BYTES = 2**30  # of the dense model's predictions; beyond, a step has one more forward pass
 
 
 class DrawObjective:
@@ -38,7 +38,7 @@ class DrawObjective:
         self._model, self._seed = model, seed
         order = np.random.default_rng([seed, 1]).permutation(len(windows))
         self._pieces: Sequence[Tensor] = torch.split(windows[torch.from_numpy(order)], batch)
-        self._kept: References[Reference] = References(self._row.reference, _REFERENCE_BYTES)
+        self._kept: References[Reference] = References(self._row.reference, REFERENCE_BYTES)
         self._windows = self._pieces[0]
         self._references: Sequence[Reference] = ()
 

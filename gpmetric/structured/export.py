@@ -24,7 +24,16 @@ from gpmetric.structured.request import FORMATS
 from gpmetric.structured.shrink import Repair, Shrinker
 from gpmetric.tensor_file import dtype_name
 
-__all__ = ["Slimmed", "check_format", "make_hetero", "make_padded", "make_uniform", "stored_dtypes", "write_model"]
+__all__ = [
+    "Slimmed",
+    "check_format",
+    "in_float32",
+    "make_hetero",
+    "make_padded",
+    "make_uniform",
+    "stored_dtypes",
+    "write_model",
+]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _REMOTE = SLIM_FILE.removesuffix(".py")
@@ -97,9 +106,7 @@ def write_model(model: Model, shrinker: Shrinker, slimmed: Slimmed, kind: str, f
     """
     dtypes, dtype = stored_dtypes(model)
     if model.dtype != "float32" and any(str(one) != f"torch.{model.dtype}" for one in dtypes.values()):
-        model = load_model(str(model.folder), device="cpu", dtype="float32")
-        slimmed = replace(slimmed, groups=find_groups(model, slimmed.groups.kinds))
-        shrinker = Shrinker(model, slimmed.groups)
+        model, shrinker, slimmed = in_float32(model, slimmed, "cpu")
     config, state, made = FORMATS[kind].make(model, shrinker, slimmed)
     with torch.device("meta"):
         module = made(config)
@@ -114,6 +121,17 @@ def write_model(model: Model, shrinker: Shrinker, slimmed: Slimmed, kind: str, f
     model.tokenizer.save_pretrained(folder)
     if not FORMATS[kind].stock:
         shutil.copyfile(slim_models.__file__, folder / SLIM_FILE)
+
+
+def in_float32(model: Model, slimmed: Slimmed, device: str) -> tuple[Model, Shrinker, Slimmed]:
+    """A model, opened again if it is not in float32, and what stays of it."""
+    exact = model if model.dtype == "float32" else load_model(str(model.folder), device=device, dtype="float32")
+    repairs = {
+        index: Repair(*(None if one is None else one.to(device, torch.float32) for one in (repair.weight, repair.bias)))
+        for index, repair in slimmed.repairs.items()
+    }
+    groups = find_groups(exact, slimmed.groups.kinds)
+    return exact, Shrinker(exact, groups), replace(slimmed, groups=groups, repairs=repairs)
 
 
 def make_hetero(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> Made:

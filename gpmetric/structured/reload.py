@@ -1,7 +1,7 @@
 """`python -m gpmetric.structured.reload FOLDER ASKED TOLD DTYPE DEVICE COUNT`: a written model in its own process.
 
-ASKED holds `tokens` [windows, length], to be measured on, and `compared`, whose logits are
-wanted; TOLD is written. COUNT tokens are generated.
+ASKED holds `tokens` [windows, length], to be measured on, and `compared`, whose logits in float32 are wanted, whatever
+DTYPE is; TOLD is written. COUNT tokens are generated.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ __all__ = ["main"]
 def main(folder: str, asked: str, told: str, dtype: str, device: str, count: str) -> None:
     """Loads without trust, computes logits and loss, generates."""
     model = load_model(folder, device=device, dtype=dtype)
+    exact = model if dtype == "float32" else load_model(folder, device=device, dtype="float32")
     given = load_file(asked)
     with torch.no_grad():
-        logits = model.module(input_ids=given["compared"].to(model.device), use_cache=False).logits
+        logits = exact.module(input_ids=given["compared"].to(model.device), use_cache=False).logits
         start = given["compared"][:1, : int(count)].to(model.device)
         generated = model.module.generate(
             start, max_new_tokens=int(count), min_new_tokens=int(count), do_sample=False, use_cache=True

@@ -6,6 +6,7 @@ of the sums over the outputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,11 +20,22 @@ from gpmetric.calibration.collect import collect, token_batches
 from gpmetric.errors import GpmetricError
 from gpmetric.metrics import resolve_metric
 from gpmetric.models import Block, Model
+from gpmetric.operands import shape_of
 from gpmetric.session.session import Session
 from gpmetric.structured.groups import Groups
 from gpmetric.structured.request import UNIT_RULES
 
-__all__ = ["Features", "UnitSession", "block_influence", "fluctuation", "noise", "standardised", "unit_scores"]
+__all__ = [
+    "Features",
+    "UnitSession",
+    "block_influence",
+    "fluctuation",
+    "noise",
+    "read_by",
+    "score_bytes",
+    "standardised",
+    "unit_scores",
+]
 
 
 @dataclass(frozen=True)
@@ -89,11 +101,30 @@ def unit_scores(name: str, units: UnitSession) -> Tensor:
         GpmetricError: a score is not finite.
     """
     rule = UNIT_RULES.get(name)
-    metric = name if rule is None or rule.metric is None else rule.metric
+    metric = _metric_of(name)
     found: Tensor = rule.score(units) if rule is not None and rule.score is not None else _by_metric(metric, units)
     if not found.isfinite().all():
         raise GpmetricError(f"{name!r} gives units scores that are not finite")
     return found
+
+
+def read_by(name: str) -> frozenset[str]:
+    """Names of the statistics that units are scored by."""
+    rule = UNIT_RULES.get(name)
+    scored = name != "constant" and (rule is None or rule.score is None)
+    return frozenset(resolve_metric(_metric_of(name)).operands if scored else ())
+
+
+def score_bytes(name: str, groups: Groups, *, products: bool) -> int:
+    """Memory of what units are scored and repaired by: statistics of output layers, moments of pairs of features."""
+    shapes = [one.weight.shape for one in groups.sublayers]
+    statistics = sum(4 * math.prod(shape_of(one, shape)) for one in read_by(name) for shape in shapes)
+    return statistics + (sum(8 * shape[1] ** 2 for shape in shapes) if products else 0)
+
+
+def _metric_of(name: str) -> str:
+    rule = UNIT_RULES.get(name)
+    return name if rule is None or rule.metric is None else rule.metric
 
 
 def standardised(groups: Groups, scores: Tensor) -> Tensor:

@@ -15,19 +15,20 @@ from torch import Tensor
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.evaluation.references import reference_bytes
+from gpmetric.operands import needs_gradients
 from gpmetric.options import as_function
 from gpmetric.pruning.output_folder import check_folder, replacing
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.plan import Work
 from gpmetric.session.session import Listener, Session, open_session
 from gpmetric.structured.cost_budgets import accepted_heads, macs, pools_of, uniform_counts, uniform_pools
-from gpmetric.structured.draw_objective import DrawObjective
+from gpmetric.structured.draw_objective import REFERENCE_BYTES, DrawObjective
 from gpmetric.structured.export import Slimmed, check_format, stored_dtypes
 from gpmetric.structured.groups import find_groups
 from gpmetric.structured.policy import Policy, initial
 from gpmetric.structured.repair import Repairer
 from gpmetric.structured.request import ESTIMATORS, FORMATS, UNIT_RULES, SlimRequest
-from gpmetric.structured.scores import UnitSession, standardised, unit_scores
+from gpmetric.structured.scores import UnitSession, read_by, score_bytes, standardised, unit_scores
 from gpmetric.structured.search import PolicySearch, Schedule
 from gpmetric.structured.search_log import SearchLog
 from gpmetric.structured.shrink import Repair, Shrinker
@@ -105,13 +106,15 @@ def slim_work(session: Session) -> Work:
     request, windows, model = session.inputs, session.windows, session.model
     assert isinstance(request, SlimRequest)
     search, validated = windows["search"].tokens, windows["validation"].tokens.numel()
-    steps = request.steps or _STEPS
+    steps, groups = request.steps or _STEPS, find_groups(model, request.kinds)
     return Work(
         length=session.tokens.shape[1],
         calibration=session.tokens.numel(),
         texts=validated,
+        differentiated=needs_gradients(read_by(request.start)),
+        fixed=score_bytes(request.start, groups, products=request.repair == "least-squares"),
         copied=True,  # the rows and columns of a drawn model
-        kept=reference_bytes(request.objective, model, search),
+        kept=min(REFERENCE_BYTES, reference_bytes(request.objective, model, search)),
         forward=2 * session.tokens.numel() + 2 * steps * search.shape[1] + 4 * validated,
         resident=True,
     )
@@ -121,11 +124,6 @@ def run_slim(
     request: SlimRequest, listener: SlimListener | None = None, started: float | None = None
 ) -> dict[str, Any]:
     """Searches, writes what stays, and reads it in a fresh process.
-
-    Args:
-        request: what to remove.
-        listener: told of the search.
-        started: time.monotonic() at which `minutes` began; now by default.
 
     Args:
         request: what to remove.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["figure", "figures_of", "needs_of", "number"]
+__all__ = ["duration", "figure", "figures_of", "needs_of", "number"]
 
 
 def number(value: float | None) -> float:
@@ -27,14 +27,14 @@ def figure(ppl: float | Mapping[str, float] | None) -> str:
 
 def needs_of(plan: Mapping[str, Any]) -> str:
     """What a command takes: memory, disk and time, and how the model is held."""
-    seconds = plan["seconds"]
-    spent = (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
     disk = f", {plan['disk_bytes'] / 1e9:.2g} GB of disk" if plan["disk_bytes"] else ""
     held = "" if plan["resident"] else "; weights are read block by block"
-    return f"needs about {plan['memory_bytes'] / 1e9:.2g} GB of memory{disk}, about {spent}{held}"
+    return f"needs about {plan['memory_bytes'] / 1e9:.2g} GB of memory{disk}, about {duration(plan['seconds'])}{held}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that reads best."""
+    for unit, size, most in (("s", 1, 120), ("min", 60, 7200)):
+        if seconds < most:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 3600:.1f} h"

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -22,26 +30,30 @@ from gpmetric.pruning.prune import PruneListener
 from gpmetric.session.evaluate import EvaluateListener
 from gpmetric.session.plan import Plan
 from gpmetric.structured.slim import SlimListener
-from gpmetric.terminal.figures import figures_of, needs_of, number
+from gpmetric.terminal.figures import duration, figures_of, needs_of, number
 
 __all__ = ["AllocateReport", "BenchReport", "DiscoverReport", "EvaluateReport", "PruneReport", "SlimReport"]
 
 _SEARCHED = {"kl": "divergence"}  # what an objective is called, where that is not its name
 _SLIM_SECONDS = 10  # between two lines of a structured search
 _LONG, _LARGE = 20, 2 * 10**9  # seconds and bytes from which on a plan is told
+_QUIET = 60  # seconds without a line, where there are no bars
 _SHOWN = 12  # rows of the live table
 
 
 class _Bars:
-    """Progress bars that vanish when done; none where the output is not a terminal."""
+    """Progress bars with the time left, which vanish when done; elsewhere than on a terminal, a line now and then."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console,
-            transient=True, disable=not console.is_terminal,
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), console=console, transient=True,
+            disable=not console.is_terminal,
         )  # fmt: skip
         self._tasks: dict[str, Any] = {}
+        self._began: dict[str, float] = {}
+        self._told = time.monotonic()
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -54,6 +66,12 @@ class _Bars:
         if what not in self._tasks:
             self._tasks[what] = self._bar.add_task(what, total=total)
         self._bar.update(self._tasks[what], completed=done)
+        now = time.monotonic()
+        began = self._began.setdefault(what, now)
+        if not self._console.is_terminal and now - self._told > _QUIET and began < now:
+            self._told = now
+            left = duration((now - began) * (total - done) / max(1, done))
+            self._console.print(Text(f"{what}: {done} of {total}, about {left} left"), soft_wrap=True)
 
     def needs(self, plan: Plan) -> None:
         if plan.seconds > _LONG or plan.memory_bytes > _LARGE:
