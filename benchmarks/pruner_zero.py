@@ -162,7 +162,7 @@ def published_procedure(session: Session, gradients: Path) -> dict[str, float]:
     )
     rule = Rule(protocol.session.metric("pruner_zero"), parse_target("0.5"))
     protocol.prepare([rule.metric], rule.update)
-    protocol.prune(rule)
+    protocol.measure([rule], [])
     ticks.append(time.process_time())
     for tokens in (whole, texts["search"].tokens):
         mean_loss(model, tokens)

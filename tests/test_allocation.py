@@ -59,7 +59,7 @@ def tokens(gpt2: Model, tiny_text: Path) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _two_windows_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(perplexity, "_BATCH_TOKENS", 48)
+    monkeypatch.setattr(placement, "BATCH_TOKENS", 48)
     monkeypatch.setattr(objective_module, "_STAGES", 1)
 
 

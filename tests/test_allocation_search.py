@@ -54,7 +54,7 @@ def tokens(model: Model, tiny_text: Path) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _two_windows_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(perplexity, "_BATCH_TOKENS", 48)
+    monkeypatch.setattr(placement, "BATCH_TOKENS", 48)
     monkeypatch.setattr(objective_module, "_STAGES", 1)
 
 

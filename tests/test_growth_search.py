@@ -13,6 +13,7 @@ from gpmetric.evaluation.objectives import OBJECTIVES, Objective
 from gpmetric.evolution.discover import discover
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.request import DiscoverRequest
+from gpmetric.evolution.verdict import regrouped
 from gpmetric.metrics import resolve_metric
 from gpmetric.pruning.protocol import Protocol, Rule
 from gpmetric.session.session import Session, open_session
@@ -116,5 +117,9 @@ def test_a_comparison_group_that_is_given_is_everyones(
 ) -> None:
     monkeypatch.setitem(GRANULARITIES, "strip", STRIP)
     result = discover(**options | {"evaluations": 6}, group="strip")
-    assert {row["group"] for row in (result["winner"], *result["front"])} == {"strip"}
-    assert result["regrouped"]["formula"].startswith("strip:")
+    assert {row["group"] for row in result["front"]} == {"strip"}
+    assert result["better"] is False  # nor is a published metric moved then, which it is beside a formula that wins
+    assert (result["winner"]["formula"], result["regrouped"]) == ("magnitude_row", None)
+    moved = regrouped({resolve_metric("wanda"): 0.5}, resolve_metric("strip:abs(W)"))
+    assert moved is not None
+    assert moved.name == "strip:wanda"

@@ -11,7 +11,7 @@ from gpmetric.calibration.collect import Statistics
 from gpmetric.evolution.mask_fingerprint import ProbeLayers, _is_tied, reconstruction_error
 from gpmetric.evolution.tasks import MaskFingerprint, NoMasks
 from gpmetric.metrics import Metric, resolve_metric
-from gpmetric.models import Layer
+from gpmetric.models import Block, Layer, Model
 from gpmetric.pruning.mask import select_mask
 from gpmetric.targets import Target, parse_target
 
@@ -40,7 +40,8 @@ class Room:
         self.statistics = Statistics(found, 8, 25)
 
     def probe(self, update: str = "none") -> ProbeLayers:
-        return ProbeLayers(self.layers, self.statistics, TARGETS, update)
+        model = Model("room", None, None, (Block(nn.Identity(), tuple(self.layers)),))
+        return ProbeLayers(model, self.statistics, TARGETS, update)
 
     def operands(self, place: int) -> dict[str, Tensor]:
         return {"W": self.layers[place].weight, **self.statistics.layers[f"layer{place}"].operands}

@@ -224,7 +224,7 @@ def test_a_real_clock_is_kept(demo: DiscoverRequest, monkeypatch: pytest.MonkeyP
     sessions = open_sessions(demo)
     for one in sessions.values():
         collect_statistics(demo, one, lambda *told: None)
-    monkeypatch.setattr(discovering, "open_sessions", lambda request: sessions)
+    monkeypatch.setattr(discovering, "open_sessions", lambda *_: sessions)
     started = time.monotonic()
     result = run_campaign(demo, started=started)
     assert time.monotonic() - started <= 60 * demo.minutes

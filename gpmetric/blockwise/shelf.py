@@ -89,7 +89,7 @@ class Shelf:
             self._room += sum(one.nbytes for one in kept.values())
         path = self._files.pop(key, None)
         if path is not None:
-            path.unlink()
+            path.unlink(missing_ok=True)  # at the end of the process, the folder may have gone before
 
 
 def _new_folder() -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from gpmetric.blockwise.ends import ends
 from gpmetric.blockwise.hidden import Hidden
 from gpmetric.blockwise.replay import BlockCalls, record_calls
+from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.data import Windows
 from gpmetric.errors import GpmetricError, MaskError, SolverError
 from gpmetric.evaluation.objectives import OBJECTIVES, Reference
@@ -26,6 +28,7 @@ from gpmetric.evaluation.references import References
 from gpmetric.evolution.mask_fingerprint import ProbeLayers
 from gpmetric.evolution.tasks import DenseTask, ExcessTask, Figures, ProbeTask, SequentialLoss, SequentialTask, Task
 from gpmetric.metrics import Metric
+from gpmetric.models import Layer
 from gpmetric.placement import HEAD
 from gpmetric.pruning.mask import compile_ahead
 from gpmetric.pruning.protocol import Protocol, Rule
@@ -96,14 +99,14 @@ class Evaluator:
         updater = UPDATERS[self._update]
         settled = (resolve_target(target, metric, self._update) for metric in metrics for target in self._targets)
         targets = list(dict.fromkeys(settled))
-        if not updater.rescores:
+        if self._model.resident and not updater.rescores:
             layers = {(layer.weight.shape[1], layer.weight.dtype): layer for layer in self._model.layers}.values()
             found = [(layer.weight, self._statistics.layers[layer.name]) for layer in layers]
             compile_ahead(metrics, found, targets, bits=updater.solves)
 
     @cached_property
     def _probe_layers(self) -> ProbeLayers:
-        return ProbeLayers(self._model.layers, self._statistics, self._targets, self._update)
+        return ProbeLayers(self._model, self._statistics, self._targets, self._update)
 
     def _excess(self, tasks: Sequence[ExcessTask]) -> list[Figures | GpmetricError]:
         """By task, what the model loses, pruned in one shot, by objective and target, in nats per token.
@@ -111,58 +114,54 @@ class Evaluator:
         `loss` and `kl` are always among the objectives; what is not finite is infinite. All tasks are on the same
         windows, which pass through the blocks together.
         """
-        first, last = tasks[0].first, tasks[0].last
-        calls = self._calls(first, last)
-        errors: dict[int, GpmetricError] = {}
-        ways = {  # by task and target, the windows on their way
-            (place, target.text): Hidden(calls, self._session.shelf)
-            for place in range(len(tasks))
-            for target in self._targets
-        }
-        dense = None if (first, last) in self._references else Hidden(calls, self._session.shelf)
+        windows = tasks[0].first, tasks[0].last
+        calls, shelf = self._calls(*windows), self._session.shelf
+        pruned = [_Pruned(task.metric, {one.text: Hidden(calls, shelf) for one in self._targets}) for task in tasks]
+        dense = None if windows in self._references else Hidden(calls, shelf)
         for span in self._spans:
-            for place, task in enumerate(tasks):
-                if place not in errors:
-                    try:
-                        self._through(task.metric, span, {one.text: ways[place, one.text] for one in self._targets})
-                    except (MaskError, SolverError) as error:
-                        errors[place] = error
-            if dense is not None:
-                for index in span:
-                    with self._model.at_hand(index):
-                        dense.advance(index)
-        alive = {key: hidden for key, hidden in ways.items() if key[0] not in errors}
-        means = self._compared((first, last), calls, alive, dense)
-        for hidden in (*ways.values(), *([] if dense is None else [dense])):
-            hidden.close()
+            self._advance(span, pruned, dense)
+        ways = {(place, text): way for place, one in enumerate(pruned) for text, way in one.ways.items()}
+        means = self._compared(windows, calls, ways, dense)
+        for way in (*ways.values(), *([] if dense is None else [dense])):
+            way.close()
         return [
-            errors.get(place)
+            one.error
             or {
                 name: {target.text: means[place, target.text][at] for target in self._targets}
                 for at, name in enumerate(self._objectives)
             }
-            for place in range(len(tasks))
+            for place, one in enumerate(pruned)
         ]
 
-    def _through(self, metric: Metric, span: Sequence[int], ways: Mapping[str, Hidden]) -> None:
-        """Prunes some blocks by a metric, and moves the windows of each target through them."""
-        blocks = [self._model.blocks[index] for index in span]
-        layers = [layer for block in blocks for layer in block.layers]
+    def _advance(self, span: Sequence[int], pruned: Sequence[_Pruned], dense: Hidden | None) -> None:
+        """Moves all windows through some blocks; these and their statistics are read once for all metrics."""
+        layers = [layer for index in span for layer in self._model.blocks[index].layers]
         with ExitStack() as stack:
             for index in span:
                 stack.enter_context(self._model.at_hand(index))
-            weights = [layer.weight for layer in layers]
             statistics = [self._statistics.layers[layer.name] for layer in layers]
-            for targets in self._together(weights):  # of a block without layers, none
-                by_target = (
-                    prune_weights(weights, metric, targets, statistics, self._update)
-                    if weights
-                    else [[]] * len(targets)
-                )
-                for target, pruned in zip(targets, by_target, strict=True):
-                    with self._model.holding(pruned, layers):
-                        for index in span:
-                            ways[target.text].advance(index)
+            for one in pruned:
+                try:
+                    self._through(one, span, layers, statistics)
+                except (MaskError, SolverError) as error:
+                    one.fail(error)
+            if dense is not None:
+                for index in span:
+                    dense.advance(index)
+
+    def _through(
+        self, one: _Pruned, span: Sequence[int], layers: Sequence[Layer], statistics: Sequence[LayerStatistics]
+    ) -> None:
+        """Prunes some blocks, which are at hand, by a metric, and moves the windows of each target through them."""
+        weights = [layer.weight for layer in layers]
+        for targets in self._together(weights) if one.ways else ():
+            by_target: Sequence[Sequence[Tensor]] = [()] * len(targets)  # of a block without layers
+            if weights:
+                by_target = prune_weights(weights, one.metric, targets, statistics, self._update)
+            for target, found in zip(targets, by_target, strict=True):
+                with self._model.holding(found, layers):
+                    for index in span:
+                        one.ways[target.text].advance(index)
 
     def _compared(
         self, key: tuple[int, int | None], calls: BlockCalls, ways: Mapping[Any, Hidden], dense: Hidden | None
@@ -247,6 +246,22 @@ def _all_ends(calls: BlockCalls, hidden: Hidden | None) -> Iterator[tuple[Tensor
     assert hidden is not None
     for number, states in enumerate(hidden):
         yield from ends(calls, number, states)
+
+
+@dataclass
+class _Pruned:
+    """A model pruned by one metric: by target, the windows on their way through it, or why there are none."""
+
+    metric: Metric
+    ways: dict[str, Hidden]
+    error: GpmetricError | None = None
+
+    def fail(self, error: GpmetricError) -> None:
+        """Lets go of the windows."""
+        self.error = error
+        for way in self.ways.values():
+            way.close()
+        self.ways = {}
 
 
 class _DenseBatch:

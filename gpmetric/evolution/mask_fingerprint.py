@@ -4,42 +4,53 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.collect import Statistics
 from gpmetric.errors import MaskError, SolverError
 from gpmetric.evolution.tasks import MaskFingerprint, NoMasks
 from gpmetric.expression.shared_program import SharedProgram
 from gpmetric.metrics import Metric
-from gpmetric.models import Layer
+from gpmetric.models import Layer, Model
 from gpmetric.pruning.updaters import UPDATERS, prune_weights, resolve_target
 from gpmetric.targets import Target
 
-__all__ = ["ProbeLayers", "reconstruction_error"]
+__all__ = ["ProbeLayers", "probe_layers", "reconstruction_error"]
 
 _LAYERS = 8  # evenly spread over the model; on 35 layers, four times cheaper than all
 _SKETCH = 512  # mask entries per target that are kept in the ledger
 _TIED = 0.5  # share of a row that may have one score; beyond, the order of columns chooses the mask
 
 
+def probe_layers(model: Model) -> list[Layer]:
+    """The layers that metrics are probed on, evenly spread over the model."""
+    places = np.linspace(0, len(model.layers) - 1, min(_LAYERS, len(model.layers))).round().astype(int)
+    return [model.layers[place] for place in places]
+
+
 class ProbeLayers:
     """Measures metrics on the same few layers.
 
     Args:
-        layers: of the dense model; the probe layers are taken from them, evenly spread.
+        model: dense; the weights of some layers are kept, in fp32.
         statistics: of the dense model; without Gram matrices there is no reconstruction error.
         update: the campaign's. Where weights are scored anew inside a solver, the masks are those that it ends with;
             those of any other update need no solving.
     """
 
-    def __init__(self, layers: Sequence[Layer], statistics: Statistics, targets: Sequence[Target], update: str) -> None:
-        places = np.linspace(0, len(layers) - 1, min(_LAYERS, len(layers))).round().astype(int)
-        self._names = [layers[place].name for place in places]
-        self._weights = [layers[place].weight.float() for place in places]
-        self._statistics = [statistics.layers[layers[place].name] for place in places]
+    def __init__(self, model: Model, statistics: Statistics, targets: Sequence[Target], update: str) -> None:
+        self._names = [layer.name for layer in probe_layers(model)]
+        self._weights: list[Tensor] = []
+        for index, block in enumerate(model.blocks):
+            chosen = [layer for layer in block.layers if layer.name in self._names]
+            with model.at_hand(index) if chosen else nullcontext():
+                self._weights += [layer.weight.float() for layer in chosen]
+        self._statistics = statistics.layers
         self._targets = targets
         self._update = update
 
@@ -47,36 +58,40 @@ class ProbeLayers:
         """The fingerprint of each metric, or the error that it makes."""
         found = [_Findings() for _ in metrics]
         if UPDATERS[self._update].rescores:
+            every = [self._statistics[name] for name in self._names]
             for metric, findings in zip(metrics, found, strict=True):
-                self._solve(metric, findings)
+                self._solve(metric, every, findings)
         else:
             program = SharedProgram([metric.expression for metric in metrics])
-            for place, weight in enumerate(self._weights):
-                for index, score in program.scores(self._statistics[place].operands | {"W": weight}):
-                    self._mask(metrics[index], score, place, found[index])
+            for name, weight in zip(self._names, self._weights, strict=True):
+                statistics = self._statistics[name]  # which may be read from a file
+                for index, score in program.scores(statistics.operands | {"W": weight}):
+                    self._mask(metrics[index], score, (name, weight, statistics), found[index])
         return [findings.summary(self._targets) for findings in found]
 
-    def _solve(self, metric: Metric, findings: _Findings) -> None:
+    def _solve(self, metric: Metric, statistics: Sequence[LayerStatistics], findings: _Findings) -> None:
         try:
-            pruned = prune_weights(self._weights, metric, self._targets, self._statistics, self._update)
+            pruned = prune_weights(self._weights, metric, self._targets, statistics, self._update)
         except (MaskError, SolverError) as error:
             findings.error = str(error)
             return
         by_weight = zip(*pruned, strict=True)
-        for weight, statistics, by_target in zip(self._weights, self._statistics, by_weight, strict=True):
-            findings.add(weight, by_target, statistics.gram)
+        for weight, one, by_target in zip(self._weights, statistics, by_weight, strict=True):
+            findings.add(weight, by_target, one.gram)
 
-    def _mask(self, metric: Metric, score: Tensor, place: int, findings: _Findings) -> None:
+    def _mask(
+        self, metric: Metric, score: Tensor, layer: tuple[str, Tensor, LayerStatistics], findings: _Findings
+    ) -> None:
         if findings.error is not None:
             return
-        weight, statistics = self._weights[place], self._statistics[place]
+        name, weight, statistics = layer
         targets = [resolve_target(target, metric, self._update) for target in self._targets]
         try:
             if _is_tied(score):
                 raise MaskError("more than half of the scores of most rows are equal")
             pruned = UPDATERS["none"].prune([weight], metric, targets, [statistics], [score])
         except MaskError as error:
-            findings.error = f"{error} (layer {self._names[place]})"
+            findings.error = f"{error} (layer {name})"
         else:
             findings.add(weight, [weights[0] for weights in pruned], statistics.gram)
 

@@ -12,7 +12,7 @@ from gpmetric.evolution.task_clock import OutOfTime
 
 __all__ = ["Together"]
 
-_SAFETY = 3.0  # of the time that is left, so much is kept for a group
+_SAFETY = 3.0  # times what a group takes must be left for another candidate to join it, which may be as long again
 
 
 class Together(Executor):
@@ -35,20 +35,33 @@ class Together(Executor):
             if not self.clock.admits(group[0]):
                 raise OutOfTime
             start = self.clock.now()
-            found = self._evaluate(group)
+            found = self._answers(group)
             seconds = (self.clock.now() - start) / len(group)
             for candidate, one in zip(group, found, strict=True):
                 self.clock.note(candidate, seconds)
                 failed = isinstance(one, GpmetricError)
                 yield Outcome(None if failed else one, str(one) if failed else None, seconds, os.getpid(), 1)
 
+    def _answers(self, group: Sequence[Any]) -> list[Any]:
+        """Values or errors of a group; where it fails as a whole, of each candidate alone."""
+        try:
+            return self._evaluate(group)
+        except GpmetricError as error:
+            return [error] if len(group) == 1 else [self._answers([one])[0] for one in group]
+
     def _groups(self, candidates: Iterable[Any]) -> Iterator[list[Any]]:
         group: list[Any] = []
         for candidate in candidates:
-            full = len(group) >= self._size or self.clock.left < _SAFETY * sum(map(self.clock.expected, group))
-            if group and (full or not self._alike(group[-1], candidate)):
+            if group and (self._is_full(group) or not self._alike(group[-1], candidate)):
                 yield group
                 group = []
             group.append(candidate)
         if group:
             yield group
+
+    def _is_full(self, group: Sequence[Any]) -> bool:
+        """Whether no other candidate may join: with one more, the group might end late."""
+        if len(group) >= self._size or not self.clock.limited:
+            return len(group) >= self._size
+        seconds = [self.clock.expected(one) for one in group]
+        return 0 in seconds or self.clock.left < _SAFETY * sum(seconds)

@@ -17,11 +17,12 @@ from gpmetric.calibration.cache import load_statistics
 from gpmetric.data import Text, Windows
 from gpmetric.evolution.evaluator import TEACHER_BYTES, Evaluator, alike
 from gpmetric.evolution.executors import Executor, LocalProcesses, Serial
+from gpmetric.evolution.mask_fingerprint import probe_layers
 from gpmetric.evolution.multi_model import MultiModel
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.tasks import Task
 from gpmetric.evolution.walking import Together
-from gpmetric.loading import load_model
+from gpmetric.loading import open_model
 from gpmetric.models import Model
 from gpmetric.operands import GRAM, needs_gradients
 from gpmetric.pruning.protocol import check_targets
@@ -58,15 +59,17 @@ class Workplace:
 
     def open(self, model: Model | None = None) -> Evaluator:
         """The evaluator of this place; `model` where this process has it already."""
-        request, model = self.request, model or self._load()
+        request = self.request
         windows = {split: Windows(Text(split, ""), tokens) for split, tokens in load_file(self.tokens).items()}
-        dense = load_statistics(self.statistics, str(model.device), kept=self.plan.kept)
-        session = Session(request, model, windows, dense=dense, plan=self.plan)
+        session = Session(request, model or self._open(), windows, plan=self.plan)
+        if model is None:
+            session.start()
+        session.dense = load_statistics(self.statistics, str(session.model.device), kept=self.plan.kept)
         return Evaluator(session, request.target, request.update, request.objective)
 
-    def _load(self) -> Model:
+    def _open(self) -> Model:
         one = self.request
-        return load_model(self.model, device=one.device, dtype=one.dtype, include=one.include, exclude=one.exclude)
+        return open_model(self.model, device=one.device, dtype=one.dtype, include=one.include, exclude=one.exclude)
 
 
 def open_workplaces(
@@ -108,6 +111,7 @@ def campaign_work(session: Session) -> Work:
     baselines = len(request.baselines) * targets
     per_baseline = 2 * tokens["calibration"] + tokens["validation"]
     candidates = request.evaluations or _EVALUATIONS
+    probes = 4 * sum(layer.weight.numel() for layer in probe_layers(session.model))
     return Work(
         dense=names,
         block=frozenset({"X", "D", GRAM}),
@@ -119,6 +123,7 @@ def campaign_work(session: Session) -> Work:
         copies=targets,
         solves=True,  # SparseGPT is among the baselines
         kept=min(TEACHER_BYTES, 2 * tokens["search"] * session.model.vocabulary),
+        fixed=probes,
         cached=True,
         forward=3 * baselines * per_baseline + 2 * candidates * targets * tokens["search"],
         backward=tokens["calibration"] if needs_gradients(names) else 0,
@@ -156,7 +161,7 @@ def make_executor(
     """Where candidates are evaluated: a process per worker, or this one; `folder` takes the workers' token windows.
 
     With small models a worker has one thread, so that figures do not depend on the number of workers; with others,
-    all workers together have the cores.
+    all workers together have the cores. Candidates that walk together do so in this process, whatever the workers.
     """
     places = {}
     for number, (name, session) in enumerate(sessions.items()):
@@ -166,12 +171,12 @@ def make_executor(
         places[name] = Workplace(request, request.models[number], tokens, statistics[name], session.plan)
     models = {name: session.model for name, session in sessions.items()}
     small = all(map(_is_small, models.values()))
-    workers = request.workers or (_cores() if small else 1)
-    threads = 1 if small else max(1, _cores() // workers)
     if len(sessions) == 1 and (size := next(iter(sessions.values())).plan.together) > 1:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1 if small else _cores())
         evaluator = next(iter(places.values())).open(next(iter(models.values())))
         return Together(evaluator.together, alike, size)
+    workers = request.workers or (_cores() if small else 1)
+    threads = 1 if small else max(1, _cores() // workers)
     if workers > 1:
         return LocalProcesses(open_workplaces, (places, threads), workers, timeout=_HUNG)
     return Serial(open_workplaces(places, threads, models))

@@ -198,7 +198,8 @@ class Walk:
     def _step(self, index: int) -> list[dict[str, Tensor]]:
         """Moves all rules past a block."""
         with self._model.at_hand(index):
-            pruned = [self._through(branch, index) for branch in self._branches]
+            dense = self._dense(index)
+            pruned = [self._through(branch, index, dense) for branch in self._branches]
         self._next = index + 1
         return pruned
 
@@ -235,13 +236,22 @@ class Walk:
             found.append(Measured(losses, branch.zeros / weights, branch.seconds))
         return found
 
-    def _through(self, branch: _Branch, index: int) -> dict[str, Tensor]:
+    def _dense(self, index: int) -> dict[str, LayerStatistics]:
+        """The dense model's statistics of a block's layers, read once for all rules; none where no rule reads them."""
+        one_shot, dense = self.protocol.one_shot, self.protocol.session.dense
+        rules = [branch.rule for branch in self._branches if branch.error is None]
+        read = one_shot or any(needs_gradients(needed_statistics([rule.metric], rule.update)) for rule in rules)
+        if dense is None or not read:
+            return {}
+        return {layer.name: dense.layers[layer.name] for layer in self._model.blocks[index].layers}
+
+    def _through(self, branch: _Branch, index: int, dense: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
         """Prunes a block by a rule, and moves the rule's hidden states through it."""
         if branch.error is not None:
             return {}
         block, start = self._model.blocks[index], time.perf_counter()
         try:
-            pruned = self._pruned(branch, index)
+            pruned = self._pruned(branch, index, dense)
         except (MaskError, SolverError) as error:
             branch.error = error
             branch.close()
@@ -258,9 +268,8 @@ class Walk:
                 text.advance(index)
         return pruned
 
-    def _pruned(self, branch: _Branch, index: int) -> dict[str, Tensor]:
-        rule, block, session = branch.rule, self._model.blocks[index], self.protocol.session
-        dense = None if session.dense is None else session.dense.layers
+    def _pruned(self, branch: _Branch, index: int, dense: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
+        rule, block = branch.rule, self._model.blocks[index]
         collected: Mapping[str, LayerStatistics] = {}
         if branch.calibration is not None:
             names = [name for name in needed_statistics([rule.metric], rule.update) if not needs_gradients([name])]
@@ -269,7 +278,7 @@ class Walk:
         for layer in block.layers:
             if rule.target(layer.name).sparsity == 0:
                 continue
-            statistics = dense[layer.name] if dense else LayerStatistics()
+            statistics = dense.get(layer.name, LayerStatistics())
             if branch.calibration is not None:
                 statistics = LayerStatistics(**statistics.gradients, **collected[layer.name].values)
             pruned[layer.name] = _prune_layer(layer, rule, statistics)
