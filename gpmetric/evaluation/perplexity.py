@@ -51,10 +51,16 @@ def mean_loss(model: Model, tokens: Tensor, at_hand: AtHand | None = None) -> fl
 def _groups(model: Model, tokens: Tensor) -> Iterator[list[Tensor]]:
     """Batches that pass through the blocks together: one where weights are resident, else as many as there is room."""
     width = model.module.get_input_embeddings().weight.shape[1]
-    room = 0 if model.placement is None or model.resident else model.placement.room or sys.maxsize
+    room = (
+        0
+        if model.placement is None or model.resident
+        else sys.maxsize
+        if model.placement.room is None
+        else model.placement.room
+    )
     group: list[Tensor] = []
     for batch in batches(model, tokens):
-        if group and 2 * 4 * width * sum(one.numel() for one in (*group, batch)) > room:
+        if group and 2 * 4 * width * sum(one.numel() for one in (*group, batch)) > (sys.maxsize if room is None else room):
             yield group
             group = []
         group.append(batch)
