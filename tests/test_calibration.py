@@ -283,6 +283,28 @@ def test_statistics_of_one_block_are_in_memory_at_a_time(
     assert {*map(tuple, alive)} == {*map(tuple, [[size, 0, 0, 0, 0], *gradients])}
 
 
+@pytest.mark.parametrize("name", ["G", "H", "F"])
+def test_what_is_given_is_let_go_of(model: Model, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Collected at once, a sum is gone when its block was given: no graph's hooks hold it."""
+    kind = {"G": AbsoluteGradients, "H": SquaredGradients, "F": TokenMoments}[name]
+    made: WeakSet[Any] = WeakSet()
+    start: Any = kind.__init__
+
+    def registered(self: Any, *arguments: Any) -> None:
+        made.add(self)
+        start(self, *arguments)
+
+    monkeypatch.setattr(kind, "__init__", registered)
+    gc.collect()
+    gc.disable()
+    try:
+        left = [len(made) for _ in collect_blocks(model, tokens[:2], [name])]
+    finally:
+        gc.enable()
+    sizes = [len(block.layers) for block in model.blocks]
+    assert left == [sum(sizes[index + 1 :]) for index in range(len(sizes))]
+
+
 def test_forward_only_agrees(model: Model, tokens: Tensor, statistics: Statistics) -> None:
     """To rounding: without gradients several windows go through the model at once."""
     for names in (("X",), INPUTS):

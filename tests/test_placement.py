@@ -358,6 +358,7 @@ def test_a_streamed_model_takes_the_memory_of_a_block(large: Path, dtype: str) -
     found = json.loads(done.stdout)
     print(found)
     block = 25.7e6 * (1 if dtype == "bfloat16" else 2)
+    choosing = 4 * 4 * 1024 * 2816  # copies of the largest matrix in fp32, whatever the weights' dtype
     assert found["read"] < 120e6
-    assert found["pruned"] < 120e6 + 2 * block
+    assert found["pruned"] < 120e6 + 2 * block + choosing
     assert all(0 < loss < 20 for loss in found["losses"])

@@ -147,7 +147,13 @@ def test_too_little_memory_is_told_before_a_window_is_read(
 def test_what_is_written_of_a_plan() -> None:
     """Booleans are booleans."""
     told = json.loads(json.dumps(Plan(resident=False, kept=False, room=5).describe()))
-    assert told == dict.fromkeys(COMPUTED, 0) | {"resident": False, "kept": False, "room": 5, "together": 1}
+    assert told == dict.fromkeys(COMPUTED, 0) | {
+        "resident": False,
+        "kept": False,
+        "room": 5,
+        "together": 1,
+        "states": True,
+    }
     assert (type(told["resident"]), type(told["kept"])) == (bool, bool)
 
 
@@ -197,8 +203,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model("7b", module, None, blocks, tmp_path_factory.mktemp("7b"), placement)
 
 
-def plan_of(model: Model, command: str, **options: Any) -> Plan:
-    """Of a command on 128 windows of 2,048 tokens, on a device of 80 GB."""
+def plan_of(model: Model, command: str, limit: int = 80 * GB, **options: Any) -> Plan:
+    """Of a command on 128 windows of 2,048 tokens."""
     request: Any = make_request(COMMANDS[command].request, options)
     tokens = torch.zeros(1, 2048, dtype=torch.int64)
 
@@ -209,7 +215,7 @@ def plan_of(model: Model, command: str, **options: Any) -> Plan:
     splits = {name: windows(asked.get(name)) for name in ("calibration", "search", "validation", "test")}
     work = COMMANDS[command].work
     assert work is not None
-    return make_plan(model, work(Session(request, model, splits, [windows(128)])), 80 * GB)
+    return make_plan(model, work(Session(request, model, splits, [windows(128)])), limit)
 
 
 FORMULAS = ("abs(W)", "abs(W)*X", "abs(W)*G", "W*W*H", "W*W*D", "W*W*F", "abs(W)*X*G*H*D*F", "sparsegpt")
@@ -255,6 +261,8 @@ def test_statistics_of_all_layers_by_hand(large: Model, monkeypatch: pytest.Monk
         plan_of(large, "bench", metric="abs(W)*G*H*F", statistics_dtype=dtype) for dtype in ("float32", "bfloat16")
     )
     assert (three.resident, three.kept, half.kept) == (True, False, False)
+    for limit in (6, 12, 24, 48):
+        assert plan_of(large, "bench", limit * GB, metric="abs(W)*G").memory_bytes <= limit * GB
     assert three.disk_bytes - half.disk_bytes == pytest.approx(77.7 / 2 * GB, rel=0.01)
 
 
@@ -333,7 +341,7 @@ def test_a_process_takes_what_was_told(
 # Statistics in bfloat16
 
 
-SHARE = 0.004  # of weights whose mask may differ; see the test below
+SHARE = 0.0015  # of weights whose mask may differ; measured: 0.00033 by W*W*F, 0.00074 by abs(W)*G
 
 
 @pytest.fixture(scope="module")
@@ -454,7 +462,7 @@ def small(model: Path, text: Path) -> tuple[str, ...]:
     return (*named, "--samples", "4", "--sequence-length", "32", "--windows", "4")
 
 
-@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", FULL[1:], ids=lambda error: type(error).__name__)
 def test_a_bench_keeps_what_needs_less(
     tiny_llama: Path, tiny_text: Path, tmp_path: Path, error: Exception,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

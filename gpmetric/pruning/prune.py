@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gpmetric.data import Windows
 from gpmetric.digests import weight_stamps
 from gpmetric.errors import GpmetricError, TimeOverError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
@@ -123,13 +124,21 @@ def _write(
         writer.finish({**made, **ends}, record.layers)
         partial.save(record := replace(record, manifest=file_digest(partial.files / MANIFEST)))
     if record.verified is None:
-        again = VerifyRequest(
-            folder=str(partial.files), against=str(session.model.folder), device=session.inputs.device
-        )
-        found = run_verify(again, text.tokens, digests=False)  # they were taken from the same files
-        if not found["ok"]:
-            raise GpmetricError(f"the written checkpoint does not verify: {found['problems'][0]}")
-        partial.save(replace(record, verified=found["perplexity"]))
+        partial.save(replace(record, verified=_verified(partial.files, session, text)))
+
+
+def _verified(files: Path, session: Session, text: Windows) -> float:
+    """Perplexity of a checkpoint that was written, loaded again.
+
+    Raises:
+        GpmetricError: it does not verify.
+    """
+    request = VerifyRequest(folder=str(files), against=str(session.model.folder), device=session.inputs.device)
+    found = run_verify(request, text.tokens, digests=False)  # they were taken from the same files
+    if not found["ok"]:
+        raise GpmetricError(f"the written checkpoint does not verify: {found['problems'][0]}")
+    reached: float = found["perplexity"]
+    return reached
 
 
 def _prune_blocks(
