@@ -21,7 +21,6 @@ from gpmetric.allocation.levels import Levels, LevelTable, find_genes, level_tab
 from gpmetric.allocation.variation import switch
 from gpmetric.data import cut_windows, read_text
 from gpmetric.errors import InputError, MaskError
-from gpmetric.evaluation import perplexity
 from gpmetric.loading import load_model
 from gpmetric.models import Model
 from gpmetric.pruning.allocation import layer_target, mean_sparsity, read_allocation
@@ -59,7 +58,7 @@ def tokens(gpt2: Model, tiny_text: Path) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _two_windows_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "BATCH_TOKENS", 48)
+    monkeypatch.setattr(Model, "batch_tokens", 48)
     monkeypatch.setattr(objective_module, "_STAGES", 1)
 
 

@@ -26,7 +26,6 @@ from gpmetric.allocation.search_budget import Budget
 from gpmetric.allocation.variation import crossover, guided_switches, repair, switch
 from gpmetric.data import cut_windows, read_text
 from gpmetric.errors import InputError
-from gpmetric.evaluation import perplexity
 from gpmetric.loading import load_model
 from gpmetric.models import Model
 from tests.allocation_helpers import drawn, pruned_model
@@ -54,7 +53,7 @@ def tokens(model: Model, tiny_text: Path) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _two_windows_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "BATCH_TOKENS", 48)
+    monkeypatch.setattr(Model, "batch_tokens", 48)
     monkeypatch.setattr(objective_module, "_STAGES", 1)
 
 
