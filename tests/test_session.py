@@ -198,7 +198,7 @@ def test_open_session(tiny_llama: Path, tiny_text: Path) -> None:
     assert tuple(session.tokens.shape) == (3, 8)
     assert session.metric("gblm_l1") == resolve_metric("gblm_l1", 3, 8)
     described = session.describe()
-    assert described.keys() == {"model", "dtype", "device", "seed", "shuffle", "versions"}
+    assert described.keys() == {"model", "dtype", "device", "seed", "shuffle", "statistics_dtype", "versions"}
     assert (described["model"], described["dtype"], described["device"]) == (str(tiny_llama), "bfloat16", "cpu")
     assert (described["seed"], described["shuffle"]) == (7, False)
 

@@ -63,7 +63,7 @@ class Deadline:
     @property
     def refusal(self) -> str:
         """Why something was not measured."""
-        return f"not measured: there was no time left (--minutes {self.minutes:g})"
+        return f"not measured: there was no time left (--minutes {self.minutes or 0:g})"
 
     def watching(self, progress: Progress) -> Progress:
         """The same progress, which gives a calibration up as soon as it is seen that it cannot end in time.
