@@ -18,10 +18,10 @@ from gpmetric.errors import GpmetricError, InputError
 from gpmetric.loading import load_model
 from gpmetric.pruning.allocation import Allocation
 from gpmetric.pruning.prune import prune
+from gpmetric.session.deadline import Deadline
 from gpmetric.targets import parse_target
 
 SMALL: dict[str, Any] = {"samples": 4, "search_windows": 8, "windows": 4, "sequence_length": 32, "evaluations": 40}
-from gpmetric.session.deadline import Deadline
 
 
 def run(model: Path, text: Path, **options: Any) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def test_a_rule_picks_its_own_knee(tiny_llama: Path, tiny_text: Path) -> None:
 
 
 def test_memory_is_asked_for_before_the_calibration(tiny_llama: Path, tiny_text: Path) -> None:
-    with pytest.raises(InputError, match="needs at least .* of 8.28e-05 GB allowed by --memory"):
+    with pytest.raises(InputError, match=r"needs at least .* of 8\.28e-05 GB allowed by --memory"):
         run(tiny_llama, tiny_text, sparsity=0.6, memory="90KB")
 
 

@@ -166,7 +166,7 @@ def test_kept_and_remade_predictions_give_the_same_figures(
     tasks = [excess(metric) for metric in ("abs(W)*X", "W*W*D", "abs(W)")]
     kept = evaluator_of(model, statistics, tokens, TARGETS, update)
     expected = [kept(task) for task in tasks]
-    monkeypatch.setattr(module, "_TEACHER_BYTES", 0)
+    monkeypatch.setattr(module, "TEACHER_BYTES", 0)
     remade = evaluator_of(model, statistics, tokens, TARGETS, update)
     made: list[int] = []
     teacher = module.Teacher
