@@ -77,9 +77,9 @@ def prepare_model(model: Model, *, resident: bool) -> None:
     Raises:
         ModelError: see `load_model`.
     """
-    check_weights(model)
     if resident and model.placement is not None:
         model.placement.settle()
+    check_weights(model)
     check_blocks(model)
 
 
@@ -117,8 +117,9 @@ def open_model(
     if getattr(module, "loss_type", None) is None:  # GPT-2's class names none, which transformers would warn of
         module.loss_type = "ForCausalLM"
     blocks = find_blocks(module, include, exclude)
-    placement = Placement(find_parts(module, blocks), where, torch.float32 if wanted == torch.float32 else None)
-    return Model("demo" if name is None else str(name), module, tokenizer, blocks, _folder(str(path)), placement)
+    folder, dtype_there = _folder(str(path)), torch.float32 if wanted == torch.float32 else None
+    placement = Placement(find_parts(module, blocks), where, dtype_there, folder.glob("*.safetensors"))
+    return Model("demo" if name is None else str(name), module, tokenizer, blocks, folder, placement)
 
 
 def load(name: str | Path, *, device: str = "auto", dtype: str | None = None) -> Any:

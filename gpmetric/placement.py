@@ -10,7 +10,7 @@ import mmap
 import sys
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BATCH_TOKENS", "FRONT", "HEAD", "Part", "Placement"]
+__all__ = ["BATCH_TOKENS", "FRONT", "HEAD", "ROOM", "Part", "Placement"]
 
 Part = int | str  # a block's index, or what lies before the blocks or behind them
 FRONT, HEAD = "front", "head"
 
 BATCH_TOKENS = 2048
+ROOM = 10**9
 
 _DONTNEED, _WILLNEED = 4, 3  # madvise(2)
 
@@ -35,6 +36,7 @@ class Placement:
         parts: parameters by part; one may be of several parts.
         device: where the model computes.
         dtype: that floating parameters are converted to when they get there; None leaves them as they are.
+        files: that parameters may be mapped from.
 
     Attributes:
         resident: whether everything is on the device for good; until `settle` is called, nothing is.
@@ -43,14 +45,18 @@ class Placement:
     """
 
     def __init__(
-        self, parts: Mapping[Part, Sequence[nn.Parameter]], device: torch.device, dtype: torch.dtype | None = None
+        self,
+        parts: Mapping[Part, Sequence[nn.Parameter]],
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        files: Iterable[Path] = (),
     ) -> None:
         self.device, self.dtype, self.resident = device, dtype, False
-        self.room: int | None = None
+        self.room: int | None = ROOM
         self.batch_tokens = BATCH_TOKENS
         self._homes = {part: {one: one.data for one in parameters} for part, parameters in parts.items()}
         self._users: Counter[nn.Parameter] = Counter()  # open contexts
-        self._files = _MappedFiles()
+        self._files = _MappedFiles(files)
         self._pool: ThreadPoolExecutor | None = None
         self._last = -1  # block that was brought
         self._ahead: tuple[Part, Future[list[Tensor]]] | None = None
@@ -118,8 +124,8 @@ class Placement:
         """A part's tensors on the device; those of the block that is likely to be next are fetched meanwhile."""
         read = list(self._homes[part].values())
         if self._ahead is not None and self._ahead[0] == part:
-            read = self._ahead[1].result()
-            self._ahead = None
+            ahead, self._ahead = self._ahead, None
+            read = ahead[1].result()
         if isinstance(part, int):
             self._fetch(part - 1 if 0 < part < self._last else part + 1)
             self._last = part
@@ -132,6 +138,8 @@ class Placement:
 
     def _fetch(self, part: Part) -> None:
         """Begins to read a part; of another one that was begun, nothing is kept."""
+        if self._ahead is not None and self._ahead[0] == part:
+            return
         stored = list(self._homes.get(part, {}).values())
         if self.device.type == "cuda":
             self._pool = self._pool or ThreadPoolExecutor(1, "weights")
@@ -147,16 +155,17 @@ def _pinned(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _MappedFiles:
-    """The address ranges of this process that are mapped from safetensors files, where the system tells (Linux)."""
+    """The address ranges of this process that are mapped from some files, where the system tells (Linux)."""
 
-    def __init__(self) -> None:
+    def __init__(self, files: Iterable[Path]) -> None:
+        names = {str(path.resolve()) for path in files}
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
         maps = Path("/proc/self/maps")
         for line in maps.read_text().splitlines() if maps.exists() else ():
             fields = line.split(maxsplit=5)
-            if len(fields) == 6 and fields[1].endswith("p") and fields[5].endswith(".safetensors"):
+            if len(fields) == 6 and fields[1].endswith("p") and fields[5] in names:
                 start, end = (int(bound, 16) for bound in fields[0].split("-"))
                 self._starts.append(start)
                 self._ends.append(end)

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,10 @@ def arrivals(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[Part]]:
 def streamed(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Whether the models that sessions open from now on are not resident."""
 
+    make = session.make_plan
+
     def switch(on: bool) -> None:
-        monkeypatch.setattr(session, "make_plan", lambda *_: Plan(resident=not on, kept=not on))
+        monkeypatch.setattr(session, "make_plan", lambda *told: replace(make(*told), resident=not on))
 
     return switch
 
@@ -119,14 +122,14 @@ def prepared(path: Path, *, resident: bool) -> PrunedModel:
     return pruned_model(model, level_table(model, "row", "module"))
 
 
-@pytest.mark.parametrize(("room", "walks"), [(2**30, 1), (1, 4)])
+@pytest.mark.parametrize(("room", "walks"), [(2**30, [0, 1, 1]), (1, [4, 4, 4])])
 def test_each_block_is_read_once_for_all_candidates(
-    room: int, walks: int, halves: dict[str, Path], tokens: Tensor, monkeypatch: pytest.MonkeyPatch,
+    room: int, walks: list[int], halves: dict[str, Path], tokens: Tensor, monkeypatch: pytest.MonkeyPatch,
     arrivals: Counter[Part],
 ) -> None:  # fmt: skip
     """As many as there is room for, on different batches, from the first block on that differs from what is kept.
 
-    Where there is no room for one, nothing is kept.
+    Without room, each alone, and nothing is kept.
     """
     monkeypatch.setattr(level_masks, "_STATES", room)
     table = (pruned := prepared(halves["gpt2"], resident=False)).table
@@ -137,10 +140,10 @@ def test_each_block_is_read_once_for_all_candidates(
     meter.measure(first, 0, 8)
     arrivals.clear()
     found = list(meter.measure_all(asked))
-    assert [arrivals[index] for index in range(3)] == [0 if walks == 1 else walks, walks, walks]
+    assert [arrivals[index] for index in range(3)] == walks
     arrivals.clear()
     losses = list(candidate_losses(pruned, [*late, first], tokens))
-    assert [arrivals[index] for index in range(3)] == [walks] * 3
+    assert [arrivals[index] for index in range(3)] == [walks[-1]] * 3
     resident = prepared(halves["gpt2"], resident=True)
     assert found == [CandidateObjective(resident, tokens).measure(*one) for one in asked]
     assert losses == list(candidate_losses(resident, [*late, first], tokens))

@@ -206,7 +206,7 @@ def test_gradients_block_by_block_are_those_of_one_backward_pass(pair: Pair, fir
 @pytest.fixture
 def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Lets the logits of so many predictions be in memory together."""
-    return lambda size: monkeypatch.setattr(ends_module, "_LOGITS", size * 300)
+    return lambda size: monkeypatch.setattr(ends_module, "_LOGITS", {"cpu": size * 300, "cuda": size * 300})
 
 
 @pytest.mark.parametrize("size", [1, 7, 100])

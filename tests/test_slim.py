@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import gpmetric
 from gpmetric.errors import GpmetricError, InputError
+from gpmetric.models import Model
 from gpmetric.pruning.prune import prune
 from gpmetric.pruning.verify import verify
 from gpmetric.session import session
@@ -326,14 +327,13 @@ def test_weights_are_resident_whatever_memory_there_is(
 ) -> None:
     """Shrinking takes rows out of them."""
     asked: list[bool] = []
-    load = session.load_model
+    prepare = session.prepare_model
 
-    def spy(name: str | None, **options: Any) -> Any:
-        asked.append(options["resident"])
-        return load(name, **options)
+    def spy(model: Model, *, resident: bool) -> None:
+        asked.append(resident)
+        prepare(model, resident=resident)
 
-    monkeypatch.setattr(session, "load_model", spy)
-    monkeypatch.setenv("STREAM", "1")
+    monkeypatch.setattr(session, "prepare_model", spy)
     request = SlimRequest(model=str(tiny_llama), calibration=str(tiny_text), output=tmp_path / "small", sparsity=0.4)
     assert open_units(request).model.resident
     assert asked == [True]

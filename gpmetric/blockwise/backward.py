@@ -51,12 +51,13 @@ def run_backward(
     """
     model = calls.model
     at_hand = at_hand or model.at_hand
-    hidden = [calls.hidden[number] for number in numbers]
+    hidden, gradients = _Aside("hidden", shelf, model.device), _Aside("gradients", shelf, model.device)
     graphs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     for index in range(len(model.blocks)):
         with at_hand(index), forward(index):
-            for place, number in enumerate(numbers):
-                entering = hidden[place].detach().requires_grad_(index > first)
+            for number in numbers:
+                before = hidden[number] if index else calls.hidden[number]
+                entering = before.detach().requires_grad_(index > first)
                 if shelf is None or index < first:
                     with torch.set_grad_enabled(index >= first):
                         leaving = calls.call(index, number, entering)
@@ -66,19 +67,18 @@ def run_backward(
                     shelf.put((index, number), {"states": entering.detach()})
                     with torch.no_grad():
                         leaving = calls.call(index, number, entering)
-                hidden[place] = leaving.detach()
-    gradients = []
+                hidden[number] = leaving.detach()
     with model.at_hand(HEAD):  # until the backward pass is over, not only in `finish`
-        for place, number in enumerate(numbers):
-            states = hidden[place].requires_grad_()
+        for number in numbers:
+            states = hidden[number].requires_grad_()
             with torch.enable_grad():
                 loss(calls, number, states)
             assert states.grad is not None
-            gradients.append(states.grad)
-            hidden[place] = torch.empty(0)
+            gradients[number] = states.grad
+            hidden.drop(number)
     for index in reversed(range(first, len(model.blocks))):
         with at_hand(index), backward(index):
-            for place, number in enumerate(numbers):
+            for number in numbers:
                 if shelf is None:
                     entering, leaving = graphs.pop((index, number))
                 else:
@@ -87,7 +87,32 @@ def run_backward(
                     with torch.enable_grad():
                         leaving = calls.call(index, number, entering)
                 if leaving.requires_grad:  # otherwise the block has no weight that is watched, and nor had those before
-                    torch.autograd.backward(leaving, gradients[place])
+                    torch.autograd.backward(leaving, gradients[number])
                 if entering.grad is not None:
-                    gradients[place] = entering.grad
+                    gradients[number] = entering.grad
         yield index
+
+
+class _Aside:
+    """A tensor for each batch: on the device, or on a shelf between two blocks."""
+
+    def __init__(self, name: str, shelf: Shelf | None, device: torch.device) -> None:
+        self._name, self._shelf, self._device = name, shelf, device
+        self._here: dict[int, Tensor] = {}
+
+    def __getitem__(self, number: int) -> Tensor:
+        if self._shelf is None:
+            return self._here[number]
+        return self._shelf.get((self._name, number))["states"].to(self._device)
+
+    def __setitem__(self, number: int, value: Tensor) -> None:
+        if self._shelf is None:
+            self._here[number] = value
+        else:
+            self._shelf.put((self._name, number), {"states": value})
+
+    def drop(self, number: int) -> None:
+        if self._shelf is None:
+            del self._here[number]
+        else:
+            self._shelf.drop((self._name, number))

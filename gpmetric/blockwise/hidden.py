@@ -57,6 +57,9 @@ class Hidden:
         for number in range(len(self)):
             self._shelf.drop((self._name, number))
 
+    def __del__(self) -> None:
+        self.close()
+
     def state(self) -> dict[str, Tensor]:
         """The states by number, on a CPU."""
         return {str(number): states.cpu() for number, states in enumerate(self)}

@@ -14,6 +14,7 @@ from torch.nn import Module
 
 from gpmetric.blockwise.backward import run_backward
 from gpmetric.blockwise.ends import backward_of_loss
+from gpmetric.blockwise.hidden import Hidden
 from gpmetric.blockwise.replay import BlockCalls, record_calls
 from gpmetric.blockwise.shelf import Shelf
 from gpmetric.calibration.accumulators import (
@@ -95,7 +96,7 @@ def collect_blocks(
     """
     rows = {name: row for name, row in accumulators.items() if name in names or name == "X"}
     if not any(isinstance(row, FromGradients | FromTokens) for row in rows.values()):
-        return _from_inputs(model, tokens, rows, progress)
+        return _from_inputs(model, tokens, rows, progress, room)
     if at_once and model.resident:
         return _at_once(model, tokens, rows, progress)
     return _block_by_block(model, tokens, rows, progress, room)
@@ -124,13 +125,13 @@ _Progress = Callable[[int, int], None]
 _Blocks = Iterator[dict[str, LayerStatistics]]
 
 
-def _from_inputs(model: Model, tokens: Tensor, rows: Accumulators, progress: _Progress) -> _Blocks:
-    calls = record_calls(model, token_batches(tokens, model.batch_tokens))
-    hidden: Sequence[Tensor] = calls.hidden
+def _from_inputs(model: Model, tokens: Tensor, rows: Accumulators, progress: _Progress, room: int | None) -> _Blocks:
+    shelf = Shelf(room, None if room is None else torch.device("cpu"))
+    hidden = Hidden(record_calls(model, token_batches(tokens, model.batch_tokens), shelf), shelf)
     for index, block in enumerate(model.blocks):
         # not around the generator: torch's wrapper of one keeps what it gave until the next is made
         with torch.no_grad(), model.at_hand(index), _Watch(block.layers, rows) as watch:
-            hidden = calls.replay(index, hidden)
+            hidden.advance(index)
         progress(index + 1, len(model.blocks))
         yield {layer.name: watch.result(layer, len(tokens)) for layer in block.layers}
 
@@ -163,7 +164,6 @@ def _block_by_block(model: Model, tokens: Tensor, rows: Accumulators, progress: 
     """All windows through one block after the other, forward and back; of gradients, one block's at a time."""
     from_inputs = {name: row for name, row in rows.items() if isinstance(row, FromInputs)}
     others = {name: row for name, row in rows.items() if name not in from_inputs}
-    calls = record_calls(model, list(tokens[:, None]))
     steps = 2 * len(model.blocks)
     watches: dict[int, _Watch] = {}
 
@@ -186,6 +186,7 @@ def _block_by_block(model: Model, tokens: Tensor, rows: Accumulators, progress: 
 
     host = torch.device("cpu")
     with Shelf(room, host) as shelf, Shelf(room, host) as inputs:
+        calls = record_calls(model, list(tokens[:, None]), shelf)
         passes = run_backward(
             calls, range(len(tokens)), backward_of_loss, first=_first_watched(model), shelf=shelf, forward=forward,
             backward=backward,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
@@ -51,10 +50,12 @@ def mean_loss(model: Model, tokens: Tensor, at_hand: AtHand | None = None) -> fl
 def _groups(model: Model, tokens: Tensor) -> Iterator[list[Tensor]]:
     """Batches that pass through the blocks together: one where weights are resident, else as many as there is room."""
     width = model.module.get_input_embeddings().weight.shape[1]
-    room = 0 if model.placement is None or model.resident else model.placement.room or sys.maxsize
+    placement = model.placement
+    room = 0 if placement is None or placement.resident else placement.room
     group: list[Tensor] = []
     for batch in batches(model, tokens):
-        if group and 2 * 4 * width * sum(one.numel() for one in (*group, batch)) > room:
+        together = 2 * 4 * width * sum(one.numel() for one in (*group, batch))
+        if group and room is not None and together > room:
             yield group
             group = []
         group.append(batch)

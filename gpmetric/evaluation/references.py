@@ -41,6 +41,11 @@ class References(Generic[Kind]):
     def __contains__(self, key: Hashable) -> bool:
         return key in self._kept
 
+    def clear(self) -> None:
+        """Lets go of all references, where the parts are going to be other ones."""
+        self._room += sum(one.bytes for kept in self._kept.values() for one in kept)
+        self._kept.clear()
+
     def of(self, key: Hashable, dense: Callable[[], Parts]) -> Iterator[Kind]:
         """The references under a key, part by part; those that are not kept are made one at a time.
 

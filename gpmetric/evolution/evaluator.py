@@ -21,7 +21,7 @@ from gpmetric.blockwise.hidden import Hidden
 from gpmetric.blockwise.replay import BlockCalls, record_calls
 from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.data import Windows
-from gpmetric.errors import GpmetricError, MaskError, SolverError
+from gpmetric.errors import GpmetricError, MaskError, OutOfMemoryError, SolverError
 from gpmetric.evaluation.objectives import OBJECTIVES, Reference
 from gpmetric.evaluation.perplexity import Teacher, batches, mean_loss
 from gpmetric.evaluation.references import References
@@ -33,6 +33,7 @@ from gpmetric.placement import HEAD
 from gpmetric.pruning.mask import compile_ahead
 from gpmetric.pruning.protocol import Protocol, Rule
 from gpmetric.pruning.updaters import UPDATERS, prune_weights, resolve_target
+from gpmetric.session.memory import retried
 from gpmetric.session.session import Session
 from gpmetric.targets import Target, parse_target
 
@@ -80,9 +81,21 @@ class Evaluator:
             raise answer
         return answer
 
-    @torch.no_grad()
     def together(self, tasks: Sequence[Task]) -> list[Any]:
         """The answers to tasks that may share a walk through the blocks, see `alike`, or the errors in their places."""
+        try:
+            return retried(self._model, partial(self._answers, tasks), self._forget)
+        except OutOfMemoryError as error:
+            return [error] * len(tasks)
+
+    def _forget(self) -> None:
+        """Lets go of what was made for larger batches."""
+        self._recorded.clear()
+        self._references.clear()
+        self._protocols.clear()
+
+    @torch.no_grad()
+    def _answers(self, tasks: Sequence[Task]) -> list[Any]:
         match tasks[0]:
             case ExcessTask():
                 return self._excess(cast(Sequence[ExcessTask], tasks))

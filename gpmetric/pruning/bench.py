@@ -89,7 +89,7 @@ def bench_rows(
         failure = GpmetricError(limit.refusal) if not first and limit.left <= 0 else None
         try:
             if failure is None:
-                retried(model, partial(protocol.prepare, alike, update))
+                retried(model, partial(protocol.prepare, alike, update), protocol.session.forget_calls)
         except GpmetricError as error:
             failure = error
         pairs = {(target.text, metric.name): Rule(metric, target, update) for target in targets for metric in alike}
@@ -122,7 +122,8 @@ def _rows(protocol: Protocol, rules: Sequence[Rule], failure: GpmetricError | No
     found = [nothing] * len(rules)
     if failure is None:
         try:
-            found = retried(session.model, lambda: protocol.measure(rules, [text.tokens for text in texts]))
+            tokens = [text.tokens for text in texts]
+            found = retried(session.model, partial(protocol.measure, rules, tokens), session.forget_calls)
         except OutOfMemoryError as error:
             found = [replace(nothing, error=error)] * len(rules)
     for rule, one in zip(rules, found, strict=True):

@@ -99,6 +99,11 @@ class Unfinished:
         return not self.files.exists() and self._holds(self.record.manifest)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing was saved that would have to be computed again."""
+        return self.record == Record() and not any(self.statistics.glob("*.safetensors"))
+
+    @property
     def due(self) -> bool:
         """Whether the last save is long enough ago for another one."""
         return time.monotonic() >= self._due
@@ -190,7 +195,7 @@ def unfinished(output: Path, identity: Mapping[str, Any], *, resume: bool) -> It
         try:
             yield found
         except BaseException as error:
-            if found.record == Record() or _would_happen_again(error):
+            if found.is_empty or _would_happen_again(error):
                 found.remove()
             elif not isinstance(error, TimeOverError):  # which says so itself
                 _LOG.warning("kept in %r: the same command goes on from block %d", str(folder), found.record.block)

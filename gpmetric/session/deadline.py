@@ -63,7 +63,7 @@ class Deadline:
     @property
     def refusal(self) -> str:
         """Why something was not measured."""
-        return f"not measured: there was no time left (--minutes {self.minutes})"
+        return f"not measured: there was no time left (--minutes {self.minutes:g})"
 
     def watching(self, progress: Progress) -> Progress:
         """The same progress, which gives a calibration up as soon as it is seen that it cannot end in time.
@@ -73,10 +73,14 @@ class Deadline:
         if self.minutes is None:
             return progress
         first: dict[str, tuple[float, int]] = {}
+        latest: dict[str, int] = {}
 
         def tell(what: str, done: int, total: int) -> None:
             progress(what, done, total)
-            start, before = first.setdefault(what, (self.now(), done))
+            if done <= latest.get(what, done):  # it begins, maybe again
+                first[what] = self.now(), done
+            latest[what] = done
+            start, before = first[what]
             taken = self.now() - start
             if done <= before or done >= total or taken < _TOLD * self.seconds:
                 return

@@ -29,7 +29,7 @@ def evaluate_work(session: Session) -> Work:
     """What `evaluate` does with a session's model."""
     tokens = [part.tokens.numel() for part in session.evaluated]
     length = session.evaluated[0].tokens.shape[1]
-    return Work(length=length, texts=max(tokens), forward=sum(tokens), resident=False)
+    return Work(length=length, texts=max(tokens), forward=sum(tokens))
 
 
 def run_evaluate(

@@ -36,10 +36,21 @@ _GROUPS = (  # limit and use of a container's memory, by version of Linux's cont
 def free_host() -> int:
     """Bytes of memory that this process may have in all, its present ones included; those of caches count as free."""
     free = resident_bytes() + _available()
-    for limit, _ in _GROUPS:
+    for limit, used in _GROUPS:
         with suppress(OSError, ValueError):  # no such group, or "max"
-            free = min(free, int(Path(limit).read_text()))
+            others = max(0, int(Path(used).read_text()) - _cached(Path(used).parent) - resident_bytes())
+            free = min(free, int(Path(limit).read_text()) - others)
     return free
+
+
+def _cached(group: Path) -> int:
+    """Bytes of files that a container's memory counts, which go when they are needed."""
+    with suppress(OSError, StopIteration):
+        lines = (group / "memory.stat").read_text().splitlines()
+        return int(
+            next(line for line in lines if line.startswith(("inactive_file ", "total_inactive_file "))).split()[1]
+        )
+    return 0
 
 
 def free_device(device: torch.device) -> int:
@@ -75,8 +86,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def retried(model: Model, function: Callable[[], Result]) -> Result:
+def retried(model: Model, function: Callable[[], Result], forget: Callable[[], object] = lambda: None) -> Result:
     """What a function gives; where there is no memory for it, again with half the batch, as long as one can be halved.
+
+    Args:
+        model: whose batches are halved.
+        function: that needs memory.
+        forget: lets go of what was made for larger batches.
 
     Raises:
         OutOfMemoryError: there is none for the smallest batches either.
@@ -88,6 +104,7 @@ def retried(model: Model, function: Callable[[], Result]) -> Result:
             if not is_out_of_memory(error):
                 raise
             reason = error.with_traceback(None)  # whose frames hold tensors
+        forget()
         gc.collect()
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -98,7 +115,8 @@ def retried(model: Model, function: Callable[[], Result]) -> Result:
 
 def out_of_memory(error: BaseException) -> OutOfMemoryError:
     """What is told of an exception that says so, in one line."""
-    place = "the device" if isinstance(error, torch.OutOfMemoryError) else "this machine"
+    on_device = isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error)
+    place = "the device" if on_device else "this machine"
     reason = " ".join(str(error).split())[:100]
     return OutOfMemoryError(f"{place} is out of memory ({reason}): {LEVERS}")
 

@@ -13,6 +13,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from gpmetric.blockwise.ends import logits_at_once
 from gpmetric.blockwise.shelf import Shelf
@@ -289,8 +291,15 @@ class _Sizes:
 
     @cached_property
     def _features(self) -> int:
-        """Outputs of a block's layers for one token."""
-        return max(sum(layer.weight.shape[0] for layer in block.layers) for block in self.model.blocks)
+        """Outputs of a block's linear layers for one token, whether they are pruned or not."""
+        return max(
+            sum(
+                one.weight.shape[1 if isinstance(one, Conv1D) else 0]
+                for one in block.module.modules()
+                if isinstance(one, (nn.Linear, Conv1D))
+            )
+            for block in self.model.blocks
+        )
 
     @cached_property
     def activations(self) -> int:
@@ -321,7 +330,8 @@ class _Sizes:
         assert model.placement is not None
         again = 1 if plan.kept else 2
         tokens = work.forward + (2 + again) * work.backward
-        flops = 2 * tokens * (self.prunable + model.vocabulary * self.states(1) // self.itemsize)
+        inside = sum(weight.numel() for block in model.blocks for weight in block.module.parameters())
+        flops = 2 * tokens * (inside + model.vocabulary * self.states(1) // self.itemsize)
         walks = -(-work.rules // plan.together) + 3
         read = 0.0 if plan.resident else walks * model.placement.total_bytes / _READ
         return float(flops / _speed(model.device, getattr(torch, model.dtype)) + read)

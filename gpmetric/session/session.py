@@ -145,6 +145,10 @@ class Session:
     def forget(self) -> None:
         """Lets go of what was measured of the dense model."""
         self.dense = None
+        self.forget_calls()
+
+    def forget_calls(self) -> None:
+        """Lets go of how the model calls its blocks, as batches are other ones now."""
         vars(self).pop("calls", None)
 
     def calibrated_on(self, windows: Windows) -> Session:
@@ -160,7 +164,7 @@ class Session:
             "seed": self.inputs.seed,
             "shuffle": self.inputs.shuffle,
             "versions": versions(),
-        }
+        } | ({} if "statistics_dtype" in self.inputs.unused else {"statistics_dtype": self.inputs.statistics_dtype})
 
 
 def open_session(

@@ -156,7 +156,7 @@ def _told(table: Mapping[str, Any]) -> Option:
 class SlimRequest(SearchInputs):
     """Everything `gpmetric slim` can be asked for."""
 
-    unused: ClassVar[frozenset[str]] = frozenset({"include", "exclude", "memory", "statistics_dtype"})
+    unused: ClassVar[frozenset[str]] = frozenset({"include", "exclude", "statistics_dtype"})
 
     output: Annotated[Path | None, OUTPUT] = None
     search: Annotated[str | None, Option("Text the drawn models are measured on.", reads=True)] = None

@@ -53,6 +53,7 @@ class _Bars:
         )  # fmt: skip
         self._tasks: dict[str, Any] = {}
         self._began: dict[str, float] = {}
+        self._latest: dict[str, int] = {}
         self._told = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -65,9 +66,12 @@ class _Bars:
     def progress(self, what: str, done: int, total: int) -> None:
         if what not in self._tasks:
             self._tasks[what] = self._bar.add_task(what, total=total)
-        self._bar.update(self._tasks[what], completed=done)
+        self._bar.update(self._tasks[what], completed=done, total=total)
         now = time.monotonic()
-        began = self._began.setdefault(what, now)
+        if done <= self._latest.get(what, done):  # it begins, maybe again
+            self._began[what] = now
+        self._latest[what] = done
+        began = self._began[what]
         if not self._console.is_terminal and now - self._told > _QUIET and began < now:
             self._told = now
             left = duration((now - began) * (total - done) / max(1, done))
