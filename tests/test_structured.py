@@ -501,7 +501,7 @@ def test_what_drawn_models_are_measured_by(
     for first in (0, 3):  # 8 windows in rounds of 3 batches
         seen = [rows[tuple(window.tolist())] for _, windows in divergences[first : first + 3] for window in windows]
         assert sorted(seen) == list(range(8))
-    monkeypatch.setattr("gpmetric.structured.draw_objective._REFERENCE_BYTES", 0)
+    monkeypatch.setattr("gpmetric.structured.draw_objective.REFERENCE_BYTES", 0)
     assert [one for one, _ in figures("kl")] == [one for one, _ in divergences]
 
 
