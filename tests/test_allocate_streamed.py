@@ -26,7 +26,6 @@ from gpmetric.data import cut_windows, read_text
 from gpmetric.loading import load_model
 from gpmetric.placement import Part, Placement
 from gpmetric.session import session
-from gpmetric.session.plan import Plan
 from tests.allocation_helpers import pruned_model
 
 SMALL: dict[str, Any] = {"samples": 4, "search_windows": 8, "windows": 4, "sequence_length": 32, "device": "cpu"}

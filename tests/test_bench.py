@@ -67,8 +67,8 @@ def test_the_document(tiny_llama: Path, tiny_text: Path) -> None:
     assert result["calibration"]["tokens"] == 8 * 32
     assert [part["windows"] for part in result["texts"]] == [6, 6]
     assert result.keys() == {
-        "model", "dtype", "device", "protocol", "sequence_length", "seed", "shuffle", "statistics_dtype", "calibration", "texts", "layers",
-        "dense", "results", "versions",
+        "model", "dtype", "device", "protocol", "sequence_length", "seed", "shuffle", "calibration", "texts", "layers",
+        "statistics_dtype", "dense", "results", "versions",
     }  # fmt: skip
     assert {"gpmetric", "torch", "transformers", "python"} <= result["versions"].keys()
     assert json.loads(json.dumps(result, allow_nan=False)) == result
