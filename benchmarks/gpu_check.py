@@ -26,7 +26,7 @@ import torch
 from kernel_checks import CheckError, check_all, choices, other_choices
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gpmetric import allocate, bench, evaluate, prune
+from gpmetric import allocate, bench, discover, evaluate, prune, slim
 from gpmetric.demo.text import demo_text
 from gpmetric.errors import GpmetricError
 from gpmetric.loading import DEMO_MODEL
@@ -36,6 +36,7 @@ from gpmetric.session.session import Listener
 from gpmetric.tensor_file import write_tensors
 
 _HEADS = 128  # wide
+_WITHIN = 0.25  # of an estimate
 _SHARD = 4 * 10**9  # bytes
 
 
@@ -94,6 +95,7 @@ def main() -> None:
                 row = step()
             except (CheckError, GpmetricError, RuntimeError) as error:  # the others are measured all the same
                 failed, row = True, {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            failed |= bool(row.get("errors")) or row.get("within") is False
             write({"step": name, **row, "wall_s": round(time.monotonic() - start, 2)})
             gc.collect()
     sys.exit(failed)
@@ -110,7 +112,7 @@ def _steps(place: Place) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         ),
     )
     yield "prune W*W*F", lambda: _command(place, prune, metric="W*W*F", target="0.5", output=place.scratch / "b")
-    yield "evaluate, block by block", lambda: _command(place, evaluate, text=(str(place.text),))
+    yield "evaluate", lambda: _command(place, evaluate, text=(str(place.text),))
     yield (
         "bench wanda in 8 GB",
         lambda: _command(place, bench, metric=("wanda",), target=("2:4",), text=(str(place.text),), memory="8GB"),
@@ -124,6 +126,16 @@ def _steps(place: Place) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     yield (
         "allocate",
         lambda: _command(place, allocate, sparsity=0.5, evaluations=12, search_windows=4, population=4, genes="block"),
+    )
+    yield "discover", lambda: _command(
+        place, discover, text=str(place.text), target=("0.5",), evaluations=2, population=4, search_windows=2,
+        calibration_seeds=0, ledger=place.scratch / "campaign.sqlite", cache=place.scratch / "cache",
+    )  # fmt: skip
+    yield (
+        "slim",
+        lambda: _command(
+            place, slim, sparsity=0.2, steps=4, search_windows=4, format="uniform", output=place.scratch / "c"
+        ),
     )
 
 
@@ -152,19 +164,20 @@ def _command(place: Place, run: Callable[..., dict[str, Any]], **options: Any) -
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    unused = {"calibration", "samples"} if run is evaluate else set[str]()
+    unused = {"calibration", "samples"} if run is evaluate else {"calibration"} if run is discover else set[str]()
     known = {name: value for name, value in place.options.items() if name not in unused}
     start = time.perf_counter()
     document = run(str(place.model), listener=_listening(run, told), **known, **options)
     row: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 2)}
-    errors = [one["error"] for one in document.get("results", ()) if one.get("error")]
-    if errors:
-        raise GpmetricError(errors[0])
+    if errors := [one["error"] for one in document.get("results", ()) if one.get("error")]:
+        row["errors"] = errors
     if told.plan is not None:
         row |= {"estimate_gb": told.plan.memory_bytes / 1e9, "resident": told.plan.resident, "kept": told.plan.kept}
         row["estimate_s"] = round(told.plan.seconds, 1)
     if cuda:
         row["peak_gb"] = torch.cuda.max_memory_reserved() / 1e9
+        if told.plan is not None:
+            row["within"] = abs(row["peak_gb"] / row["estimate_gb"] - 1) <= _WITHIN
     shutil.rmtree(options.get("output", place.scratch / "none"), ignore_errors=True)
     return row
 
@@ -172,11 +185,16 @@ def _command(place: Place, run: Callable[..., dict[str, Any]], **options: Any) -
 def _listening(run: Callable[..., Any], told: _Told) -> Any:
     """A listener of the command's kind that passes on what it takes."""
     from gpmetric.allocation.allocate import AllocateListener
+    from gpmetric.evolution.discover import DiscoverListener
     from gpmetric.pruning.bench import BenchListener
     from gpmetric.pruning.prune import PruneListener
     from gpmetric.session.evaluate import EvaluateListener
+    from gpmetric.structured.slim import SlimListener
 
-    kinds = {"allocate": AllocateListener, "bench": BenchListener, "prune": PruneListener, "evaluate": EvaluateListener}
+    kinds: dict[str, type[Listener]] = {
+        "allocate": AllocateListener, "bench": BenchListener, "discover": DiscoverListener,
+        "evaluate": EvaluateListener, "prune": PruneListener, "slim": SlimListener,
+    }  # fmt: skip
     listener = kinds[run.__name__]()
     listener.needs = told.needs  # type: ignore[method-assign]
     return listener
