@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,7 +297,7 @@ def test_a_disk_without_room_is_told_before_the_work(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = watched(monkeypatch)
-    monkeypatch.setattr(session_module.shutil, "disk_usage", lambda path: Disk(1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(1000))
     with pytest.raises(
         GpmetricError, match=r"^the statistics need 0\.0 GiB, but '.*' has 0\.0 GiB free: choose another"
     ):

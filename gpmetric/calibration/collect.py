@@ -140,14 +140,14 @@ def _at_once(model: Model, tokens: Tensor, rows: Accumulators, progress: _Progre
     """A forward and a backward pass for every window, through all blocks."""
     with _Watch(model.layers, rows) as watch:
         for done, window in enumerate(tokens, start=1):
-            _run_backward(model, window)
+            _pass_window(model, window)
             progress(done, len(tokens))
     for block in model.blocks:
         yield {layer.name: watch.result(layer, len(tokens)) for layer in block.layers}
 
 
 @torch.enable_grad()
-def _run_backward(model: Model, window: Tensor) -> None:
+def _pass_window(model: Model, window: Tensor) -> None:
     """A window's forward and backward pass; nothing is left of its graph, whose hooks hold accumulators."""
     calls = record_calls(model, [window[None]])
     states = calls.hidden[0]

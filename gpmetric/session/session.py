@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -33,6 +32,7 @@ from gpmetric.metrics import Metric, resolve_metric
 from gpmetric.models import Model
 from gpmetric.provenance import versions
 from gpmetric.session.inputs import Inputs
+from gpmetric.session.memory import free_disk
 from gpmetric.session.plan import Plan, Work, make_plan
 from gpmetric.session.splits import Sources, open_sources, read_splits
 
@@ -260,8 +260,7 @@ class _Store(Mapping[str, LayerStatistics]):
 
 def _check_room(folder: Path, size: int) -> None:
     """Refuses to start what the disk cannot hold."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_disk(folder)
     if size > free:
         raise GpmetricError(
             f"the statistics need {size / 2**30:.1f} GiB, but {str(folder)!r} has {free / 2**30:.1f} GiB free: "
