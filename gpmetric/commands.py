@@ -109,6 +109,8 @@ COMMANDS: dict[str, Command] = {
         VerifyRequest,
         lazy("gpmetric.pruning.verify:run_verify"),
         lazy("gpmetric.terminal.tables:print_verify"),
+        lazy("gpmetric.terminal.live:VerifyReport"),
+        timed=True,
         failure=lazy("gpmetric.pruning.verify:first_problem"),
     ),
     "evaluate": Command(

@@ -112,6 +112,12 @@ class Placement:
         }
         return sum(found.values())
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory that all parts take where they are at home, on a CPU: of those that are mapped, none."""
+        homes = {id(parameter): stored for home in self._homes.values() for parameter, stored in home.items()}
+        return sum(stored.nbytes for stored in homes.values() if not self._files.holds(stored))
+
     def _size(self, stored: Tensor) -> int:
         width = self.dtype.itemsize if self.dtype and stored.is_floating_point() else stored.element_size()
         return stored.numel() * width
@@ -178,13 +184,19 @@ class _MappedFiles:
         if self._libc is not None and hasattr(self._libc, "malloc_trim"):
             self._libc.malloc_trim(0)
 
-    def advise(self, tensor: Tensor, advice: int) -> None:
-        """Tells the system of a tensor's pages, if they are a file's: of others, they would be lost."""
-        if tensor.device.type != "cpu" or self._libc is None:
-            return
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor's pages are a file's."""
+        if tensor.device.type != "cpu":
+            return False
         storage = tensor.untyped_storage()
         start, size = storage.data_ptr(), storage.nbytes()
         place = bisect_right(self._starts, start) - 1
-        if place >= 0 and size and start + size <= self._ends[place]:
+        return place >= 0 and size > 0 and start + size <= self._ends[place]
+
+    def advise(self, tensor: Tensor, advice: int) -> None:
+        """Tells the system of a tensor's pages, if they are a file's: of others, they would be lost."""
+        if self._libc is not None and self.holds(tensor):
+            storage = tensor.untyped_storage()
+            start, size = storage.data_ptr(), storage.nbytes()
             first = start // mmap.PAGESIZE * mmap.PAGESIZE
             self._libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(start + size - first), ctypes.c_int(advice))

@@ -42,8 +42,8 @@ class Place:
     end: int
 
 
-class TensorFile:
-    """The tensors of a safetensors file by name.
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name, in the order of its header, each read when it is asked for.
 
     Args:
         path: of the file.
@@ -70,13 +70,19 @@ class TensorFile:
                 reason = f"no {error}" if isinstance(error, KeyError) else str(error)
                 raise GpmetricError(f"{str(path)!r} is no whole safetensors file: {reason:.120}") from error
 
-    def read(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         """A tensor of the file, in memory of its own."""
         place = self.places[name]
         found = torch.empty(math.prod(place.shape), dtype=place.dtype)
         with self.path.open("rb", buffering=0) as file:
             self._fill(file, found, place.start)
         return found.reshape(place.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """A tensor of the file, flat, piece by piece of at most 16 MiB."""

@@ -121,14 +121,14 @@ def prepared(path: Path, *, resident: bool) -> PrunedModel:
     return pruned_model(model, level_table(model, "row", "module"))
 
 
-@pytest.mark.parametrize(("room", "walks"), [(2**30, [0, 1, 1]), (1, [4, 4, 4])])
+@pytest.mark.parametrize(("room", "walks", "apart"), [(2**30, [0, 1, 1], [1, 1, 1]), (1, [30, 30, 30], [4, 4, 4])])
 def test_each_block_is_read_once_for_all_candidates(
-    room: int, walks: list[int], halves: dict[str, Path], tokens: Tensor, monkeypatch: pytest.MonkeyPatch,
-    arrivals: Counter[Part],
+    room: int, walks: list[int], apart: list[int], halves: dict[str, Path], tokens: Tensor, arrivals: Counter[Part],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """As many as there is room for, on different batches, from the first block on that differs from what is kept.
 
-    Without room, each alone, and nothing is kept.
+    Without room, each batch of each alone on the search text, and nothing is kept.
     """
     monkeypatch.setattr(level_masks, "_STATES", room)
     table = (pruned := prepared(halves["gpt2"], resident=False)).table
@@ -142,7 +142,7 @@ def test_each_block_is_read_once_for_all_candidates(
     assert [arrivals[index] for index in range(3)] == walks
     arrivals.clear()
     losses = list(candidate_losses(pruned, [*late, first], tokens))
-    assert [arrivals[index] for index in range(3)] == [walks[-1]] * 3
+    assert [arrivals[index] for index in range(3)] == apart
     resident = prepared(halves["gpt2"], resident=True)
     assert found == [CandidateObjective(resident, tokens).measure(*one) for one in asked]
     assert losses == list(candidate_losses(resident, [*late, first], tokens))

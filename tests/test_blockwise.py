@@ -279,7 +279,7 @@ def test_hidden_states_set_out_from_the_same_calls(model: Model, limit: int | No
     expected = calls.replay(0, calls.hidden)
     assert all(map(torch.equal, first, expected))
     assert all(map(torch.equal, second, calls.hidden))
-    second.restore(first.state())
+    second.restore(first)
     first.advance(1)
     second.advance(1)
     assert all(map(torch.equal, first, second))

@@ -193,7 +193,7 @@ def test_a_failure_leaves_nothing(
     """Neither a new folder nor a change of the old one."""
     before = (pruned / MANIFEST).read_text()
     monkeypatch.setattr(
-        module, "run_verify", lambda *a, **k: {"ok": False, "problems": ["it rained"], "perplexity": 1.0}
+        module, "verify_files", lambda *a, **k: {"ok": False, "problems": ["it rained"], "perplexity": 1.0}
     )
     for folder in (tmp_path / "new", pruned):
         with pytest.raises(GpmetricError, match="does not verify: it rained"):
@@ -261,7 +261,7 @@ def test_a_folder_that_appears_meanwhile_is_spared(
     tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And once it is gone again, what was pruned takes its place."""
-    original, options = module.run_verify, QUICK | {"calibration": str(tiny_text)}
+    original, options = module.verify_files, QUICK | {"calibration": str(tiny_text)}
 
     def slow(*arguments: Any, **keywords: Any) -> Any:
         (tmp_path / "out").mkdir()
@@ -269,7 +269,7 @@ def test_a_folder_that_appears_meanwhile_is_spared(
         return original(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "run_verify", slow)
+        patch.setattr(module, "verify_files", slow)
         with pytest.raises(InputError, match="exists already"):
             prune(str(tiny_llama), output=tmp_path / "out", **options)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
@@ -277,7 +277,7 @@ def test_a_folder_that_appears_meanwhile_is_spared(
         prune(str(tiny_llama), output=tmp_path / "out", **options)
     (tmp_path / "out" / "thesis.tex").rename(tmp_path / "thesis.tex")
     (tmp_path / "out").rmdir()
-    monkeypatch.setattr(module, "mean_loss", None)  # nothing is measured again
+    monkeypatch.setattr(module, "text_loss", None)  # nothing is measured again
     prune(str(tiny_llama), output=tmp_path / "out", **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "thesis.tex"]
 

@@ -27,14 +27,17 @@ from gpmetric.operands import OPERANDS
 from gpmetric.options import described, make_request
 from gpmetric.placement import Placement
 from gpmetric.pruning import prune as pruning
+from gpmetric.pruning import verify as verifying
 from gpmetric.pruning.bench import bench, first_failure
 from gpmetric.pruning.mask import select_mask
+from gpmetric.pruning.requests import VerifyRequest
+from gpmetric.pruning.verify import run_verify, verify
 from gpmetric.session import memory, plan
 from gpmetric.session import session as session_module
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.memory import LEVERS, retried
 from gpmetric.session.plan import Plan, Work, make_plan
-from gpmetric.session.session import Session, open_session
+from gpmetric.session.session import Listener, Session, open_session
 from gpmetric.targets import parse_target
 
 WORKING = {name: row for name, row in COMMANDS.items() if row.work is not None}
@@ -153,6 +156,7 @@ def test_what_is_written_of_a_plan() -> None:
         "room": 5,
         "together": 1,
         "states": True,
+        "workers": 1,
     }
     assert (type(told["resident"]), type(told["kept"])) == (bool, bool)
 
@@ -405,8 +409,9 @@ def test_bench_of_statistics_in_bfloat16(tiny_llama: Path, tiny_text: Path) -> N
 )
 def test_options_are_offered_where_they_have_an_effect(option: str, without: Collection[str]) -> None:
     offered = {name for name, row in COMMANDS.items() if option in {field.name for field in described(row.request)}}
-    assert offered == WORKING.keys() - without
-    assert all(WORKING[name].timed for name in offered) or option != "minutes"
+    assert offered - {"verify"} == WORKING.keys() - without
+    assert ("verify" in offered) == (option != "statistics_dtype")
+    assert all(COMMANDS[name].timed for name in offered) or option != "minutes"
 
 
 # Out of memory
@@ -532,10 +537,108 @@ def test_prune_stops_behind_a_block_and_goes_on(
         for block in (1, 2):
             with pytest.raises(TimeOverError) as caught:
                 prune(str(tiny_llama), output=out, minutes=1.0, **options)
-            assert str(caught.value) == f"--minutes 1 are over at block {block} of 3; the same command goes on"
+            assert str(caught.value) == f"--minutes 1 are over at block {block} of 3"
             assert not isinstance(caught.value, InputError)
             assert not out.exists()
     prune(str(tiny_llama), output=out, minutes=60, **options)
     files = [path.name for path in (tmp_path / "whole").iterdir()]
     assert all((out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in files)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_time_that_is_over_before_what_was_written_is_verified(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is kept, and the same command does nothing but verify it."""
+    options: dict[str, Any] = {"calibration": str(tiny_text), "samples": 4, "sequence_length": 32, "windows": 4}
+    options |= {"output": tmp_path / "out", "device": "cpu"}
+    now = [0.0]
+    text_loss = pruning.text_loss
+    finish = pruning.CheckpointWriter.finish
+
+    def slow(*arguments: Any) -> float:
+        now[0] += 20
+        return text_loss(*arguments)
+
+    def late(*arguments: Any) -> Any:
+        now[0] += 20
+        return finish(*arguments)
+
+    clock = Deadline(1.0, 0.0, lambda: now[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(pruning.Deadline, "starting", lambda minutes, started: clock)
+        patch.setattr(pruning, "text_loss", slow)
+        patch.setattr(pruning.CheckpointWriter, "finish", late)
+        with pytest.raises(TimeOverError, match=r"^--minutes 1 are over, all being written but not verified yet$"):
+            prune(str(tiny_llama), **options)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(pruning, "text_loss", None)
+    monkeypatch.setattr(pruning.Protocol, "walk", None)
+    found = prune(str(tiny_llama), **options)
+    assert found["perplexity"] > 1
+    assert verify(str(tmp_path / "out"), against=str(tiny_llama))["ok"]
+
+
+# verify
+
+
+def test_verify_keeps_to_memory_and_time(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is a fault of the checkpoint."""
+    options: dict[str, Any] = {"calibration": str(tiny_text), "samples": 4, "sequence_length": 32, "windows": 4}
+    prune(str(tiny_llama), output=tmp_path / "out", device="cpu", **options)
+    with pytest.raises(InputError, match=r"needs at least .* GB here, of 9\.2e-06 GB allowed by --memory"):
+        verify(str(tmp_path / "out"), memory="10kB")
+    told: list[Plan] = []
+    listener = Listener()
+    monkeypatch.setattr(listener, "needs", told.append)
+    request = VerifyRequest(folder=str(tmp_path / "out"), device="cpu")
+    assert run_verify(request, listener)["ok"]
+    assert [plan.resident for plan in told] == [False]
+    now = iter(range(0, 100000, 30))
+    late = Deadline(1.0, 0.0, lambda: float(next(now)))
+    monkeypatch.setattr(verifying.Deadline, "starting", lambda minutes, started: late)
+    with pytest.raises(TimeOverError, match="--minutes 1 are too few: the perplexity alone takes about"):
+        run_verify(request)
+
+
+# Memory that several share
+
+
+def test_workers_share_the_memory(llama: Model, bare: None) -> None:
+    """As many as there is room for, beside the process they work for; one gets everything."""
+    one = make_plan(llama, WORK, 10**12).memory_bytes
+    work = replace(WORK, workers=4)
+    for limit, workers in ((room_for(5 * one), 4), (room_for(5 * one - 8), 3), (room_for(3 * one), 2)):
+        found = make_plan(llama, work, limit)
+        assert (found.workers, found.kept) == (workers, True)
+        assert found.memory_bytes == (workers + 1) * one <= limit
+    assert make_plan(llama, work, room_for(2 * one)).workers == 1
+
+
+def test_models_that_are_there_together_share_the_memory(llama: Model, bare: None) -> None:
+    whole = make_plan(llama, WORK, 10**12).memory_bytes
+    assert make_plan(llama, replace(WORK, models=2), room_for(2 * whole) + 2).resident
+    assert not make_plan(llama, replace(WORK, models=2), room_for(2 * whole) - 8).kept
+
+
+def test_what_is_needed_in_the_end(llama: Model, bare: None) -> None:
+    whole = make_plan(llama, WORK, 10**12).memory_bytes
+    assert make_plan(llama, replace(WORK, after=1), 10**12).memory_bytes == whole
+    assert make_plan(llama, replace(WORK, after=whole), 10**12).memory_bytes > whole
+    with pytest.raises(InputError, match="needs at least"):
+        make_plan(llama, replace(WORK, after=10**9, resident=True), 10**9)
+
+
+def test_weights_that_are_in_memory_by_now_are_counted_once(
+    llama: Model, bare: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placement = llama.placement
+    assert placement is not None
+    assert placement.held_bytes == 0  # mapped
+    mapped = make_plan(llama, WORK, 10**12).memory_bytes
+    monkeypatch.setattr(placement._files, "holds", lambda stored: False)
+    assert placement.held_bytes == placement.total_bytes
+    monkeypatch.setattr(plan, "resident_bytes", lambda device=None: placement.total_bytes)
+    assert make_plan(llama, WORK, 10**12).memory_bytes == mapped

@@ -43,8 +43,8 @@ def test_reads_what_the_library_wrote(values: dict[str, Tensor], path: Path, mon
     with safe_open(path, framework="pt") as reference:
         assert sorted(file.places) == sorted(reference.keys())
     for name, value in values.items():
-        assert same(file.read(name).float(), value.float())
-        assert file.read(name).dtype == value.dtype
+        assert same(file[name].float(), value.float())
+        assert file[name].dtype == value.dtype
         assert same(torch.cat([value.reshape(-1)[:0], *file.pieces(name)]).float(), value.reshape(-1).float())
 
 
@@ -121,4 +121,4 @@ def test_a_file_cut_short_meanwhile_is_told(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:600])
     last = max(file.places, key=lambda name: file.places[name].end)
     with pytest.raises(GpmetricError, match="ends before its tensors do"):
-        file.read(last)
+        file[last]

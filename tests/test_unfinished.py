@@ -19,13 +19,16 @@ from typing import Any
 import pytest
 import torch
 
-from gpmetric import tensor_file
+from gpmetric import placement, tensor_file
 from gpmetric.errors import GpmetricError, InputError, MaskError
 from gpmetric.loading import load_model
+from gpmetric.options import make_request
 from gpmetric.pruning import prune as module
 from gpmetric.pruning import unfinished as folders
 from gpmetric.pruning.output_folder import MANIFEST
+from gpmetric.pruning.protocol import Walk
 from gpmetric.pruning.prune import PruneListener, prune
+from gpmetric.pruning.requests import PruneRequest
 from gpmetric.pruning.unfinished import Record, unfinished
 from gpmetric.pruning.verify import verify
 from gpmetric.session.session import open_session
@@ -131,7 +134,7 @@ def quickly(tiny_llama: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) 
 
     dense = [layer.weight.clone() for layer in load_model(str(tiny_llama), device="cpu").layers]
     monkeypatch.setattr(module, "open_session", open_again)
-    monkeypatch.setattr(module, "run_verify", lambda *_, **__: {"ok": True, "perplexity": 1.0})
+    monkeypatch.setattr(module, "verify_files", lambda *_, **__: {"ok": True, "perplexity": 1.0})
     return lambda **options: prune(str(tiny_llama), calibration=str(tiny_text), **OPTIONS | options)
 
 
@@ -393,7 +396,39 @@ def test_a_disk_without_room_is_told_before_the_work(
     place: Path, quickly: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))  # type: ignore[attr-defined]
-    monkeypatch.setattr(module, "mean_loss", None)
+    monkeypatch.setattr(module, "text_loss", None)
     with pytest.raises(GpmetricError, match=r"the checkpoint needs 0\.000\d+ GB, .* has 1e-06 GB free"):
         quickly(output=place / "out")
     assert list(place.iterdir()) == []
+
+
+def test_smaller_batches_where_memory_was_too_little_and_a_kill_then(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, always: None
+) -> None:
+    """What was saved is of the smaller batches, and is gone on with by them."""
+    options = OPTIONS | {"calibration": str(tiny_text), "samples": 16, "metric": "wanda"}
+    with monkeypatch.context() as patch:
+        patch.setattr(placement, "BATCH_TOKENS", 128)
+        prune(str(tiny_llama), output=tmp_path / "small", **options)
+    step, sizes = Walk._step, list[int]()
+
+    def greedy(self: Walk, index: int) -> Any:
+        assert self._model.placement is not None
+        sizes.append(self._model.placement.batch_tokens)
+        if index == 1 and sizes[-1] > 128:
+            raise MemoryError
+        return step(self, index)
+
+    class Stopping(PruneListener):
+        def progress(self, what: str, done: int, total: int) -> None:
+            if (what, done) == ("blocks", 2) and sizes[-1] == 128:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(Walk, "_step", greedy)
+    request = make_request(PruneRequest, {"model": str(tiny_llama), "output": tmp_path / "out", **options})
+    with pytest.raises(KeyboardInterrupt):
+        module.run_prune(request, Stopping())
+    assert sizes == [2048, 2048, 1024, 1024, 512, 512, 256, 256, 128, 128]
+    module.run_prune(request)
+    assert sizes[10:] == [128, 128]
+    assert contents(tmp_path / "out") == contents(tmp_path / "small")

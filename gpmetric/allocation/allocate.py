@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from gpmetric.allocation.allocators import Problem, diagonal, search
@@ -23,6 +24,7 @@ from gpmetric.files import write_json
 from gpmetric.options import as_function
 from gpmetric.pruning.allocation import read_allocation
 from gpmetric.session.deadline import Deadline
+from gpmetric.session.memory import retried
 from gpmetric.session.session import Listener
 
 __all__ = ["AllocateListener", "allocate", "run_allocation", "write_pages"]
@@ -78,7 +80,8 @@ def _searched(request: AllocateRequest, told: AllocateListener, deadline: Deadli
     survivors = request.population * len(windows["search"].tokens) / len(windows["validation"].tokens)
     plan = TimePlan(deadline, times[1] - times[0], deadline.now() - times[1], survivors)
     told.dense({windows["validation"].text.name: perplexity(scorer.dense)})
-    objective = CandidateObjective(calibrated.pruned, windows["search"].tokens, request.objective)
+    candidates = partial(CandidateObjective, calibrated.pruned, windows["search"].tokens, request.objective)
+    objective = retried(calibrated.session.model, candidates)
     identity = calibrated.identity(request) | {"init": [profile.digest for profile in profiles]}
     generations: list[tuple[float, int]] = []  # hypervolume, windows
 

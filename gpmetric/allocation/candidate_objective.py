@@ -78,7 +78,8 @@ class CandidateObjective:
         check_memory(model, tokens, objective)
         pruned.dense()  # what the references are of
         parts = torch.split(tokens, -(-len(tokens) // _STAGES))  # few windows can be looked at in stages, too
-        self._calls = record_calls(model, [batch for part in parts for batch in batches(model, part)])
+        shelf = None if model.resident else Shelf(pruned.room // 2, torch.device("cpu"))
+        self._calls = record_calls(model, [batch for part in parts for batch in batches(model, part)], shelf)
         self._references = _references(self._calls, objective)
         self.windows = [len(batch) for batch in self._calls.batches]
         self.tokens = [batch.numel() for batch in self._calls.batches]
@@ -89,6 +90,8 @@ class CandidateObjective:
         states = sum(hidden.nbytes for hidden in self._calls.hidden)
         self._keeps = states * len(model.blocks) <= (_OUTPUT_BYTES if model.resident else pruned.room)
         self._together = pruned.together(states)
+        largest = max(hidden.nbytes for hidden in self._calls.hidden)
+        self._at_once = len(self.tokens) if model.resident else max(1, pruned.room // (2 * largest))  # batches
         self.seconds = {"masks": 0.0, "forward": 0.0, "backward": 0.0}
 
     def __len__(self) -> int:
@@ -104,8 +107,19 @@ class CandidateObjective:
 
     def measure_all(self, asked: Sequence[Asked]) -> Iterator[list[float]]:
         """What `measure` gives of each, as soon as it is known."""
-        for start in range(0, len(asked), self._together):
-            yield from self._measured(asked[start : start + self._together])
+        pieces = [
+            (levels, start, min(start + self._at_once, last))
+            for levels, first, last in asked
+            for start in range(first, last, self._at_once)
+        ]
+        wanted = iter([last - first for _, first, last in asked])
+        count, found = next(wanted, 0), list[float]()
+        for start in range(0, len(pieces), self._together):
+            for measured in self._measured(pieces[start : start + self._together]):
+                found += measured
+                if len(found) == count:
+                    yield found
+                    count, found = next(wanted, 0), []
 
     def slopes(self, levels: Levels, last: int) -> Slopes:
         """By gene, the first-order change of the objective at each of its levels, the others staying as they are.

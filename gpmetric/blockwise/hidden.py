@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import count
 
 import torch
@@ -60,11 +60,7 @@ class Hidden:
     def __del__(self) -> None:
         self.close()
 
-    def state(self) -> dict[str, Tensor]:
-        """The states by number, on a CPU."""
-        return {str(number): states.cpu() for number, states in enumerate(self)}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on with what `state` gave."""
-        for number in range(len(self)):
-            self[number] = state[str(number)]
+    def restore(self, states: Iterable[Tensor]) -> None:
+        """Goes on with what iterating gave before, on any device."""
+        for number, one in enumerate(states):
+            self[number] = one

@@ -26,24 +26,35 @@ _BATCH_LOGITS = 2**22
 
 
 AtHand = Callable[[int], AbstractContextManager[object]]
+Told = Callable[[int, int], None]  # done, in all
 
 
 @torch.no_grad()
-def mean_loss(model: Model, tokens: Tensor, at_hand: AtHand | None = None) -> float:
+def mean_loss(
+    model: Model, tokens: Tensor, at_hand: AtHand | None = None, told: Told = lambda done, total: None
+) -> float:
     """Mean negative log-likelihood in nats over the length - 1 predictions of each window.
 
     Args:
         model: in evaluation mode; where its weights are not resident, they are read once for all windows.
         tokens: [windows, length], int64; windows do not see each other.
         at_hand: by block, the context that it is run in, `model.at_hand` by default; another may hold other weights.
+        told: of windows, by how many blocks they have passed, and how many they are to pass in all.
 
     Returns:
         The mean, or infinity when the model's losses are not finite (a model pruned to death).
     """
-    total = 0.0
+    total, done, windows = 0.0, 0, 0
+
+    def passed() -> None:
+        nonlocal done
+        done += windows
+        told(done, len(model.blocks) * len(tokens))
+
+    told(0, len(model.blocks) * len(tokens))
     for group in _groups(model, tokens):
-        calls = record_calls(model, group)
-        total += sum_loss(calls, run_blocks(calls, at_hand))
+        calls, windows = record_calls(model, group), sum(map(len, group))
+        total += sum_loss(calls, run_blocks(calls, at_hand, passed))
     return mean_of(total, tokens)
 
 
@@ -62,12 +73,15 @@ def _groups(model: Model, tokens: Tensor) -> Iterator[list[Tensor]]:
     yield group
 
 
-def run_blocks(calls: BlockCalls, at_hand: AtHand | None = None) -> Sequence[Tensor]:
-    """What the last block gives for every batch."""
+def run_blocks(
+    calls: BlockCalls, at_hand: AtHand | None = None, passed: Callable[[], None] = lambda: None
+) -> Sequence[Tensor]:
+    """What the last block gives for every batch; `passed` is called behind each block."""
     hidden: Sequence[Tensor] = calls.hidden
     for index in range(len(calls.model.blocks)):
         with (at_hand or calls.model.at_hand)(index):
             hidden = calls.replay(index, hidden)
+        passed()
     return hidden
 
 

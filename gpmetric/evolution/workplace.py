@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from gpmetric.operands import GRAM, needs_gradients
 from gpmetric.pruning.protocol import check_targets
 from gpmetric.pruning.updaters import UPDATERS
 from gpmetric.session.plan import Plan, Work
-from gpmetric.session.session import Listener, Progress, Session, open_session
+from gpmetric.session.session import Listener, Progress, Session, plan_session
 from gpmetric.session.splits import open_sources
 from gpmetric.targets import parse_target
 
@@ -42,6 +43,7 @@ __all__ = [
     "torch_threads",
 ]
 
+_LOG = logging.getLogger(__name__)
 _EVALUATIONS = 300  # of a campaign whose length is told in minutes, or not at all
 _HUNG = 3600.0  # seconds of one task after which its worker is taken for hung and replaced
 _SMALL = 50_000_000  # parameters up to which every core gets a copy of the model
@@ -93,9 +95,12 @@ def open_sessions(request: DiscoverRequest, told: Listener | None = None) -> dic
     sources = open_sources(request)
     sessions: dict[str, Session] = {}
     for name in request.models:
-        session = open_session(request, name, sources, work=campaign_work, listener=told)
+        session = plan_session(request, name, sources, work=campaign_work)
         check_targets(session.model, [parse_target(text) for text in request.target])
         sessions[session.model.name] = session
+    for session in sessions.values():  # which are planned before any is in memory
+        (told or Listener()).needs(session.plan)
+        session.start()
     short = {name: Path(name).name for name in sessions}
     if len(set(short.values())) < len(sessions):
         return sessions
@@ -128,6 +133,8 @@ def campaign_work(session: Session) -> Work:
         forward=3 * baselines * per_baseline + 2 * candidates * targets * tokens["search"],
         backward=tokens["calibration"] if needs_gradients(names) else 0,
         dtype=request.kept_dtype,
+        workers=request.workers or (_cores() if _is_small(session.model) else 1),
+        models=len(request.models),
     )
 
 
@@ -175,7 +182,9 @@ def make_executor(
         torch.set_num_threads(1 if small else _cores())
         evaluator = next(iter(places.values())).open(next(iter(models.values())))
         return Together(evaluator.together, alike, size)
-    workers = request.workers or (_cores() if small else 1)
+    workers = min(session.plan.workers for session in sessions.values())
+    if workers < (request.workers or 1):
+        _LOG.warning("there is memory for %d of %d workers", workers, request.workers)
     threads = 1 if small else max(1, _cores() // workers)
     if workers > 1:
         return LocalProcesses(open_workplaces, (places, threads), workers, timeout=_HUNG)

@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any
 
 from gpmetric.errors import GpmetricError, OutOfMemoryError
-from gpmetric.evaluation.perplexity import mean_loss, perplexity
+from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.loading import check_path
 from gpmetric.metrics import Metric
 from gpmetric.options import as_function
@@ -19,6 +19,7 @@ from gpmetric.pruning.protocol import Measured, Protocol, Rule, check_targets
 from gpmetric.pruning.requests import BenchRequest
 from gpmetric.pruning.win_loss import win_loss
 from gpmetric.session.deadline import Deadline
+from gpmetric.session.evaluate import text_loss
 from gpmetric.session.memory import retried
 from gpmetric.session.plan import Work
 from gpmetric.session.session import Listener, Session, open_session
@@ -193,7 +194,10 @@ def _bench_model(
     check_targets(session.model, targets)
     protocol = Protocol(session, one_shot=request.one_shot, progress=deadline.watching(told.progress))
     metrics = [session.metric(text) for text in request.metrics]
-    dense = {part.text.name: perplexity(mean_loss(session.model, part.tokens)) for part in session.evaluated}
+    dense = {
+        part.text.name: perplexity(text_loss(session.model, part.tokens, protocol.progress))
+        for part in session.evaluated
+    }
     told.dense(dense)
     document |= _described(session, request) | {"dense": dense, "results": []}
     order = {(target.text, metric.name): place for place, (target, metric) in enumerate(product(targets, metrics))}

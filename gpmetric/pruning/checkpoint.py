@@ -99,7 +99,7 @@ class CheckpointWriter:
             pruned: [out, in], on any device; None where the layer is left alone.
         """
         file, name = self._stored[layer.name]
-        written = file.read(name)
+        written = file[name]
         before = _zeros(written)
         if pruned is not None:
             written = self._written(written, layer, pruned)
@@ -221,7 +221,7 @@ def write_masks(folder: Path, layers: Sequence[Mapping[str, Any]], path: Path) -
 
     def mask(name: str) -> Tensor:
         layer = by_name[name]
-        weight = files[layer["tensor"]].read(layer["tensor"])
+        weight = files[layer["tensor"]][layer["tensor"]]
         return (weight.t() if layer["transposed"] else weight) != 0
 
     partial = path.with_name(f".{path.name[:200]}.partial")  # which one that was killed left there is written over

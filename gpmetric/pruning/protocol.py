@@ -76,7 +76,7 @@ class Protocol:
     def __init__(self, session: Session, *, one_shot: bool, progress: Progress = lambda *told: None) -> None:
         self.session = session
         self.one_shot = one_shot
-        self._progress = progress
+        self.progress = progress
 
     def shared(self, metrics: Sequence[Metric], update: str) -> frozenset[str]:
         """Names of the dense model's statistics that these metrics share."""
@@ -115,9 +115,9 @@ class Protocol:
         """
         dense = self.shared(metrics, update)
         if dense and folder is not None:
-            self.session.stored_statistics(dense, folder, self._progress)
+            self.session.stored_statistics(dense, folder, self.progress)
         elif dense or self.one_shot:
-            self.session.statistics(dense, self._progress)
+            self.session.statistics(dense, self.progress)
         if not self.one_shot:
             _ = self.session.calls
 
@@ -163,6 +163,23 @@ class _Branch:
             one.close()
 
 
+class _States(Mapping[str, Tensor]):
+    """Hidden states by place and batch, as they are when they are asked for."""
+
+    def __init__(self, places: Mapping[str, Hidden]) -> None:
+        self._places = places
+
+    def __getitem__(self, name: str) -> Tensor:
+        place, _, number = name.rpartition("/")
+        return self._places[place][int(number)]
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{place}/{number}" for place, hidden in self._places.items() for number in range(len(hidden)))
+
+    def __len__(self) -> int:
+        return sum(map(len, self._places.values()))
+
+
 @dataclass
 class Walk:
     """Pruned models on their way through the blocks of one, which stays as it is; see `Protocol.walk`.
@@ -203,22 +220,21 @@ class Walk:
         self._next = index + 1
         return pruned
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> Mapping[str, Tensor]:
         """All that is needed to go on behind the last block: hidden states by rule, text and batch."""
-        return {
-            f"{place}/{name}/{number}": states
-            for place, branch in enumerate(self._branches)
-            for name, hidden in branch.hidden().items()
-            for number, states in hidden.state().items()
-        }
+        return _States(dict(self._hidden()))
 
     def restore(self, block: int, state: Mapping[str, Tensor]) -> None:
-        """Goes on before a block with what `state` gave there."""
+        """Goes on before a block with what `state` gave there, each of which is asked for once."""
         self._next = block
+        for place, hidden in self._hidden():
+            hidden.restore(state[f"{place}/{number}"] for number in range(len(hidden)))
+
+    def _hidden(self) -> Iterator[tuple[str, Hidden]]:
+        """The hidden states of every rule and text, with the name of their place."""
         for place, branch in enumerate(self._branches):
             for name, hidden in branch.hidden().items():
-                start = f"{place}/{name}/"
-                hidden.restore({key.removeprefix(start): one for key, one in state.items() if key.startswith(start)})
+                yield f"{place}/{name}", hidden
 
     def measured(self) -> list[Measured]:
         """What became of each rule, once the last block is passed."""

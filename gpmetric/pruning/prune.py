@@ -12,7 +12,7 @@ from typing import Any
 from gpmetric.data import Windows
 from gpmetric.digests import weight_stamps
 from gpmetric.errors import GpmetricError, TimeOverError
-from gpmetric.evaluation.perplexity import mean_loss, perplexity
+from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.options import as_function
 from gpmetric.pruning.allocation import Allocation, check_allocation, mean_sparsity, read_allocation
 from gpmetric.pruning.checkpoint import CheckpointWriter, write_masks
@@ -20,10 +20,12 @@ from gpmetric.pruning.output_folder import MANIFEST, check_folder, file_digest
 from gpmetric.pruning.protocol import Protocol, Rule, check_targets
 from gpmetric.pruning.requests import PruneRequest, VerifyRequest
 from gpmetric.pruning.unfinished import Record, Unfinished, is_begun, unfinished
-from gpmetric.pruning.verify import run_verify
+from gpmetric.pruning.verify import verify_files
 from gpmetric.session.deadline import Deadline
+from gpmetric.session.evaluate import text_loss
+from gpmetric.session.memory import retried
 from gpmetric.session.plan import Work
-from gpmetric.session.session import Listener, Session, open_session
+from gpmetric.session.session import Listener, Progress, Session, open_session
 from gpmetric.targets import Target, parse_target
 
 __all__ = ["PruneListener", "prune", "prune_work", "run_prune"]
@@ -73,7 +75,16 @@ def run_prune(
     with unfinished(folder, _identity(session, made, targets), resume=request.resume) as partial:
         if not partial.placed:
             check_folder(folder, request.force)
-            _write(partial, protocol, rule, targets, made, told, deadline)
+
+            def begin_anew() -> None:  # what was saved is of other batches
+                partial.forget()
+                session.forget()
+
+            retried(
+                session.model,
+                lambda: _write(partial, protocol, rule, targets, made, told, deadline),
+                begin_anew,
+            )
             partial.place(request.force)
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if masks is not None:
@@ -110,11 +121,13 @@ def _write(
         partial.forget()
         writer.copy_files()
         record = partial.record
+    started = deadline.now()
     if record.dense is None:
-        record = replace(record, dense=perplexity(mean_loss(session.model, text.tokens)))
+        record = replace(record, dense=perplexity(text_loss(session.model, text.tokens, protocol.progress)))
     else:
         told.resumed(record.block, len(session.model.blocks))
     assert record.dense is not None
+    reading = deadline.now() - started  # as long as verifying takes
     told.dense({text.text.name: record.dense})
     if record.perplexity is None:
         record = _prune_blocks(partial, record, protocol, rule, writer, told, deadline)
@@ -124,17 +137,19 @@ def _write(
         writer.finish({**made, **ends}, record.layers)
         partial.save(record := replace(record, manifest=file_digest(partial.files / MANIFEST)))
     if record.verified is None:
-        partial.save(replace(record, verified=_verified(partial.files, session, text)))
+        if deadline.left < reading:
+            raise TimeOverError(f"--minutes {deadline.minutes:g} are over, all being written but not verified yet")
+        partial.save(replace(record, verified=_verified(partial.files, session, text, protocol.progress)))
 
 
-def _verified(files: Path, session: Session, text: Windows) -> float:
+def _verified(files: Path, session: Session, text: Windows, progress: Progress) -> float:
     """Perplexity of a checkpoint that was written, loaded again.
 
     Raises:
         GpmetricError: it does not verify.
     """
     request = VerifyRequest(folder=str(files), against=str(session.model.folder), device=session.inputs.device)
-    found = run_verify(request, text.tokens, digests=False)  # they were taken from the same files
+    found = verify_files(request, text.tokens, progress=progress, digests=False)  # they were taken from the same files
     if not found["ok"]:
         raise GpmetricError(f"the written checkpoint does not verify: {found['problems'][0]}")
     reached: float = found["perplexity"]
@@ -153,6 +168,10 @@ def _prune_blocks(
     """Prunes and writes the blocks that are left and measures the pruned model; the record, saved now and then."""
     session = protocol.session
     blocks, layers = session.model.blocks, list(record.layers)
+    placement = session.model.placement
+    assert placement is not None
+    if record.block:
+        placement.batch_tokens = record.batch
     if partial.due and record != partial.record:  # the dense model took long
         partial.save(record)
     protocol.prepare([rule.metric], rule.update, partial.statistics)
@@ -166,19 +185,15 @@ def _prune_blocks(
         before, spent = (now := deadline.now()), now - before
         over = deadline.left < spent  # the next one would not end in time
         if (partial.due or over) and index + 1 < len(blocks):
-            partial.save(replace(record, block=index + 1, layers=list(layers)), walk.state())
+            reached = replace(record, block=index + 1, batch=placement.batch_tokens, layers=list(layers))
+            partial.save(reached, walk.state())
             if over:
-                raise TimeOverError(
-                    f"--minutes {deadline.minutes:g} are over at block {index + 1} of {len(blocks)}; "
-                    "the same command goes on"
-                )
+                raise TimeOverError(f"--minutes {deadline.minutes:g} are over at block {index + 1} of {len(blocks)}")
     (measured,) = walk.measured()
     if measured.error is not None:
         raise measured.error
-    reached = perplexity(measured.losses[0])
-    partial.save(
-        record := replace(record, block=len(blocks), layers=layers, seconds=measured.seconds, perplexity=reached)
-    )
+    ppl = perplexity(measured.losses[0])
+    partial.save(record := replace(record, block=len(blocks), layers=layers, seconds=measured.seconds, perplexity=ppl))
     return record
 
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 from gpmetric.errors import InputError
 from gpmetric.metrics import BASELINES, resolve_metric
-from gpmetric.options import Option, Request
+from gpmetric.options import Option
 from gpmetric.pruning.updaters import UPDATERS
-from gpmetric.session.inputs import DEVICES, Inputs, Texts
+from gpmetric.session.inputs import DEVICES, Inputs, Limits, Texts
 from gpmetric.targets import parse_target, plain_granularities
 
 __all__ = ["METRIC", "MODELS", "UPDATE", "BenchRequest", "PruneRequest", "VerifyRequest", "target_option"]
@@ -94,7 +94,7 @@ class PruneRequest(Inputs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyRequest(Request):
+class VerifyRequest(Limits):
     """Everything `gpmetric verify` can be asked for."""
 
     folder: Annotated[str, Option("A checkpoint that `gpmetric prune` or `slim` wrote.", metavar="DIR", argument=True)]

@@ -47,6 +47,7 @@ class Record:
     Attributes:
         dense: perplexity of the dense model.
         block: number of the first block that is not pruned yet.
+        batch: tokens of a forward pass, by which hidden states are saved.
         layers: what the manifest says of the layers before it.
         seconds: that pruning took, once all blocks are pruned, since it was last gone on with.
         perplexity: of the pruned model, once all blocks are.
@@ -56,6 +57,7 @@ class Record:
 
     dense: float | None = None
     block: int = 0
+    batch: int = 0
     layers: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     perplexity: float | None = None
@@ -113,7 +115,7 @@ class Unfinished:
 
         Args:
             record: how far it has come.
-            state: what is needed to go on there, by name.
+            state: what is needed to go on there, by name; asked for one by one.
         """
         started, state = time.monotonic(), state or {}
         _sync(self.files)
@@ -126,10 +128,9 @@ class Unfinished:
         ended = time.monotonic()
         self._due = ended + max(_SECONDS, _SHARE * (ended - started))
 
-    def state(self) -> dict[str, Tensor]:
-        """What was saved with the record, on the CPU."""
-        file = TensorFile(self._progress)
-        return {name: file.read(name) for name in file.places}
+    def state(self) -> Mapping[str, Tensor]:
+        """What was saved with the record, on the CPU; each is read when it is asked for."""
+        return TensorFile(self._progress)
 
     def forget(self) -> None:
         """Begins anew."""
@@ -197,7 +198,7 @@ def unfinished(output: Path, identity: Mapping[str, Any], *, resume: bool) -> It
         except BaseException as error:
             if found.is_empty or _would_happen_again(error):
                 found.remove()
-            elif not isinstance(error, TimeOverError):  # which says so itself
+            else:
                 _LOG.warning("kept in %r: the same command goes on from block %d", str(folder), found.record.block)
             raise
         found.remove()

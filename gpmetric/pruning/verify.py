@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpmetric.data import split_text
 from gpmetric.errors import DataError, GpmetricError, InputError
-from gpmetric.evaluation.perplexity import mean_loss, perplexity
+from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.loading import check_path, load_model, pick_device
 from gpmetric.models import Model
 from gpmetric.options import as_function
@@ -23,10 +23,14 @@ from gpmetric.pruning.mask import by_group
 from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of
 from gpmetric.pruning.requests import VerifyRequest
 from gpmetric.pruning.updaters import UPDATERS
+from gpmetric.session.deadline import Deadline
+from gpmetric.session.evaluate import text_loss
+from gpmetric.session.plan import Plan, Work, make_plan
+from gpmetric.session.session import Listener, Progress
 from gpmetric.session.splits import PARTS, open_text, read_windows
 from gpmetric.targets import Target, parse_target
 
-__all__ = ["first_problem", "run_verify", "verify"]
+__all__ = ["first_problem", "run_verify", "verify", "verify_files"]
 
 _CLOSE = 1e-3  # of a perplexity: what other versions and devices may change
 
@@ -93,14 +97,16 @@ class _Manifest(BaseModel):
         return self
 
 
-def run_verify(request: VerifyRequest, windows: Tensor | None = None, *, digests: bool = True) -> dict[str, Any]:
-    """Re-reads a checkpoint that `prune` or `slim` wrote, one tensor at a time.
+def run_verify(
+    request: VerifyRequest, listener: Listener | None = None, started: float | None = None
+) -> dict[str, Any]:
+    """Re-reads a checkpoint that `prune` or `slim` wrote, one tensor at a time, and runs it block by block.
 
     Args:
         request: which, and the dense model whose other tensors, and kept weights, must be the same (kept weights not
             where they were updated).
-        windows: [n, length], to measure it on; by default those of the manifest, where their text is at hand.
-        digests: whether the files' sha256 are compared, too.
+        listener: told of what it takes, and of the perplexity on its way.
+        started: time.monotonic() at which `minutes` began; now by default.
 
     Returns:
         `ok`, `problems` (one line each), `layers`, `sparsity`, and `perplexity` of the reloaded model, None where the
@@ -108,6 +114,29 @@ def run_verify(request: VerifyRequest, windows: Tensor | None = None, *, digests
 
     Raises:
         InputError: no such folder, no manifest in it that can be read, no dense model, or no such device.
+        TimeOverError, OutOfMemoryError: there is not enough for the perplexity.
+    """
+    told = listener or Listener()
+    watched = Deadline.starting(request.minutes, started).watching(told.progress)
+    return verify_files(request, needs=told.needs, progress=watched)
+
+
+def verify_files(
+    request: VerifyRequest,
+    windows: Tensor | None = None,
+    *,
+    needs: Callable[[Plan], None] = lambda plan: None,
+    progress: Progress,
+    digests: bool = True,
+) -> dict[str, Any]:
+    """What `run_verify` does and returns.
+
+    Args:
+        request: as of `run_verify`.
+        windows: [n, length], to measure it on; by default those of the manifest, where their text is at hand.
+        needs: told of what running the model takes.
+        progress: told of the perplexity on its way.
+        digests: whether the files' sha256 are compared, too.
     """
     path, against = Path(request.folder), request.against
     pick_device(request.device)
@@ -125,9 +154,14 @@ def run_verify(request: VerifyRequest, windows: Tensor | None = None, *, digests
         model = load_model(str(path), device=request.device, dtype=manifest.dtype, resident=False)
         problems += _shape_problems(model, manifest)
         windows = _windows(model, manifest) if windows is None else windows
-        found = None if windows is None else perplexity(mean_loss(model, windows))
     except (GpmetricError, OSError, ValueError, KeyError, TypeError) as error:
         problems.append(f"the checkpoint cannot be read: {error}")
+        windows = None
+    if windows is not None:
+        needs(plan := make_plan(model, _work(windows), request.memory_limit))
+        assert model.placement is not None
+        model.placement.room = plan.room
+        found = perplexity(text_loss(model, windows, progress))
     said = manifest.perplexity
     if found is not None and said is not None and not abs(found - said) <= _CLOSE * said:
         problems.append(f"perplexity of the reloaded model is {found:.4f}, the manifest says {said:.4f}")
@@ -144,6 +178,11 @@ def run_verify(request: VerifyRequest, windows: Tensor | None = None, *, digests
 
 
 verify = as_function("verify", VerifyRequest, run_verify, "folder")
+
+
+def _work(windows: Tensor) -> Work:
+    """What the perplexity on windows [n, length] takes; each block is read once."""
+    return Work(length=windows.shape[1], texts=windows.numel(), forward=windows.numel(), resident=False)
 
 
 def first_problem(result: Mapping[str, Any]) -> str | None:
@@ -202,7 +241,7 @@ def _tensor_problems(folder: Path, manifest: _Manifest) -> Iterator[str]:
             yield f"tensor {name} holds NaN or infinity"
     for layer in manifest.layers:
         if layer.tensor in places:
-            yield from _layer_problems(places[layer.tensor].read(layer.tensor), layer)
+            yield from _layer_problems(places[layer.tensor][layer.tensor], layer)
         else:
             yield f"layer {layer.name} has no tensor"
 

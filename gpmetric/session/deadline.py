@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gpmetric.errors import GpmetricError
+from gpmetric.errors import TimeOverError
 from gpmetric.session.session import Progress
 
 __all__ = ["Deadline"]
@@ -66,9 +66,9 @@ class Deadline:
         return f"not measured: there was no time left (--minutes {self.minutes or 0:g})"
 
     def watching(self, progress: Progress) -> Progress:
-        """The same progress, which gives a calibration up as soon as it is seen that it cannot end in time.
+        """The same progress, which gives a step up as soon as it is seen that it cannot end in time.
 
-        It raises a GpmetricError then, which says how long the calibration would take.
+        It raises a TimeOverError then, which says how long the step would take.
         """
         if self.minutes is None:
             return progress
@@ -86,7 +86,7 @@ class Deadline:
                 return
             whole = taken * total / (done - before)
             if start + whole > self.end:
-                raise GpmetricError(
+                raise TimeOverError(
                     f"--minutes {self.minutes:g} are too few: the {what} alone takes about {whole / 60:.2g} minutes; "
                     "allow more, or take fewer --samples, a shorter --sequence-length or metrics of fewer operands"
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -11,11 +12,12 @@ from gpmetric.evaluation.perplexity import batches, mean_loss, perplexity
 from gpmetric.models import Model
 from gpmetric.options import as_function
 from gpmetric.session.deadline import Deadline
+from gpmetric.session.memory import retried
 from gpmetric.session.plan import Work
 from gpmetric.session.requests import EvaluateRequest
-from gpmetric.session.session import Listener, Session, open_session
+from gpmetric.session.session import Listener, Progress, Session, open_session
 
-__all__ = ["EvaluateListener", "evaluate", "evaluate_work", "run_evaluate"]
+__all__ = ["EvaluateListener", "evaluate", "evaluate_work", "run_evaluate", "text_loss"]
 
 
 class EvaluateListener(Listener):
@@ -52,10 +54,9 @@ def run_evaluate(
     session = open_session(request, work=evaluate_work, listener=told)
     ppl: dict[str, float] = {}
     measured: list[Windows] = []
-    for done, part in enumerate(session.evaluated):
-        told.progress("texts", done, len(session.evaluated))
-        until = deadline.now() + deadline.left / (len(session.evaluated) - done)
-        loss, count = _measured(session.model, part.tokens, until, deadline)
+    for place, part in enumerate(session.evaluated):
+        until = deadline.now() + deadline.left / (len(session.evaluated) - place)
+        loss, count = _measured(session.model, part.tokens, until, deadline, told)
         measured.append(Windows(part.text, part.tokens[:count]))
         ppl[part.text.name] = perplexity(loss)
         told.text(part.text.name, ppl[part.text.name])
@@ -69,17 +70,27 @@ def run_evaluate(
     }
 
 
-def _measured(model: Model, tokens: Tensor, until: float, deadline: Deadline) -> tuple[float, int]:
+def text_loss(model: Model, tokens: Tensor, progress: Progress) -> float:
+    """What `mean_loss` says of windows [windows, length], in smaller batches where there is no memory for larger ones.
+
+    Raises:
+        OutOfMemoryError: there is none for the smallest ones either.
+    """
+    return retried(model, partial(mean_loss, model, tokens, told=partial(progress, "perplexity")))
+
+
+def _measured(model: Model, tokens: Tensor, until: float, deadline: Deadline, told: Listener) -> tuple[float, int]:
     """Mean loss on the first windows, as many as can be read until a time but at least a batch, and their number."""
     if deadline.minutes is None:
-        return mean_loss(model, tokens), len(tokens)
+        return text_loss(model, tokens, told.progress), len(tokens)
     total, count, longest = 0.0, 0, 0.0
     for batch in batches(model, tokens):
         start = deadline.now()
         if count and start + longest > until:
             break
-        total += len(batch) * mean_loss(model, batch)
+        total += len(batch) * text_loss(model, batch, lambda *told: None)
         count += len(batch)
+        told.progress("windows", count, len(tokens))
         longest = max(longest, deadline.now() - start)
     return total / count, count
 

@@ -13,7 +13,7 @@ from gpmetric.options import Option, Request
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEVICES", "DTYPES", "Inputs", "Texts", "parse_size"]
+__all__ = ["DEVICES", "DTYPES", "Inputs", "Limits", "Texts", "parse_size"]
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -42,7 +42,27 @@ class Texts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs(Request):
+class Limits(Request):
+    """What a command that runs a model may take."""
+
+    minutes: Annotated[float | None, Option("Wall time of the whole command.", above=0)] = None
+    memory: Annotated[
+        str | None, Option("Memory of the device at most, 12GB for instance; what is free by default.", metavar="SIZE")
+    ] = None
+
+    def check(self) -> None:
+        super().check()
+        if self.memory is not None:
+            parse_size(self.memory)
+
+    @property
+    def memory_limit(self) -> int | None:
+        """Bytes of the device's memory at most."""
+        return None if self.memory is None else parse_size(self.memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(Limits):
     """The options that commands share; those of a command that has no use for some name them in `unused`."""
 
     model: Annotated[
@@ -65,15 +85,6 @@ class Inputs(Request):
     statistics_dtype: Annotated[str, Option("{choices}: what G, H and F are kept in.", choices=STATISTICS_DTYPES)] = (
         "float32"
     )
-    minutes: Annotated[float | None, Option("Wall time of the whole command.", above=0)] = None
-    memory: Annotated[
-        str | None, Option("Memory of the device at most, 12GB for instance; what is free by default.", metavar="SIZE")
-    ] = None
-
-    def check(self) -> None:
-        super().check()
-        if self.memory is not None:
-            parse_size(self.memory)
 
     @property
     def kept_dtype(self) -> torch.dtype | None:
@@ -81,11 +92,6 @@ class Inputs(Request):
         import torch  # which options are read without
 
         return torch.bfloat16 if self.statistics_dtype == "bfloat16" else None
-
-    @property
-    def memory_limit(self) -> int | None:
-        """Bytes of the device's memory at most."""
-        return None if self.memory is None else parse_size(self.memory)
 
     @property
     def models(self) -> tuple[str | None, ...]:

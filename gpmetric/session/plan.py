@@ -58,6 +58,9 @@ class Work:
         dtype: that matrices of statistics are kept in; None is fp32.
         resident: whether all weights must be on the device; False where blocks are read so few times that it does not
             pay, None where it does if there is room.
+        after: bytes on the device once the work is done, in place of what that took.
+        workers: processes that do the work at the same time, if there is memory for so many.
+        models: that each of them holds at the same time.
     """
 
     dense: frozenset[str] = frozenset()
@@ -80,6 +83,9 @@ class Work:
     backward: int = 0
     dtype: torch.dtype | None = None
     resident: bool | None = None
+    after: int = 0
+    workers: int = 1
+    models: int = 1
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ class Plan:
         room: bytes of hidden states, and of statistics, that are kept in memory; beyond, they go to disk.
         together: pruned models that pass through the blocks at once.
         states: whether hidden states stay on the device.
+        workers: processes that do the work at the same time.
     """
 
     memory_bytes: int = 0
@@ -107,10 +114,16 @@ class Plan:
     room: int | None = None
     together: int = 1
     states: bool = True
+    workers: int = 1
 
     def describe(self) -> dict[str, Any]:
         """For --json."""
         return asdict(self)
+
+    def times(self, workers: int) -> Plan:
+        """The same for so many processes, and the one that they work for."""
+        memory, host = (one * (workers + 1) for one in (self.memory_bytes, self.host_bytes))
+        return replace(self, memory_bytes=memory, host_bytes=host, seconds=self.seconds / workers, workers=workers)
 
     def shelf(self) -> Shelf:
         """Takes what moves between memory and disk."""
@@ -128,8 +141,13 @@ def make_plan(model: Model, work: Work, limit: int | None) -> Plan:
         InputError: no way keeps to it; named are what it would take, and what takes less.
     """
     sizes = _Sizes(model, work)
-    free = int((limit or free_device(model.device)) * (1 - _MARGIN))
-    host = free if model.device.type == "cpu" else int(free_host() * (1 - _MARGIN))
+    free = int((limit or free_device(model.device)) * (1 - _MARGIN)) // work.models
+    host = free if model.device.type == "cpu" else int(free_host() * (1 - _MARGIN)) // work.models
+    for workers in range(work.workers, 1, -1):
+        shares = workers + 1  # there is the process that they work for, too
+        plan = sizes.way(True, True, free // shares, host // shares)
+        if plan is not None:
+            return plan.times(workers)
     ways = {True: [(True, True)], False: [(False, False)], None: [(True, True), (True, False), (False, False)]}
     for resident, kept in ways[work.resident]:
         plan = sizes.way(resident, kept, free, host)
@@ -201,8 +219,11 @@ class _Sizes:
         assert placement is not None
         calibrating, pruning = self.calibrating(kept), self.pruning(resident=resident, kept=kept)
         fixed = resident_bytes(self.model.device) + self.work.fixed
+        if self.model.device.type == "cpu":
+            fixed -= placement.held_bytes  # weights that are in memory by now are among the others
         if resident:  # the graphs of all blocks are there while the logits are
-            return fixed + placement.total_bytes + self.codes + max(calibrating, pruning) + self.logits
+            working = self.codes + max(calibrating, pruning) + self.logits
+            return fixed + placement.total_bytes + max(working, self.work.after)
         ends = max(placement.bytes(FRONT), placement.bytes(HEAD)) + self.logits
         return fixed + max(self.block + max(calibrating, pruning), ends)
 

@@ -217,16 +217,17 @@ def plan_command(request: Inputs, *, work: Callable[[Session], Work]) -> dict[st
 
     Returns:
         `memory_bytes`, `host_bytes`, `disk_bytes`, `seconds` and how the model would be held; of several models, the
-        most of each, and the seconds of all.
+        most of each, or what all take that are held at the same time, and the seconds of all.
 
     Raises:
         InputError: as of `open_session`.
     """
     sources = open_sources(request)
-    plans = [plan_session(request, name, sources, work=work).plan.describe() for name in request.models]
-    seconds = sum(plan["seconds"] for plan in plans)
-    most = {name: max(plan[name] for plan in plans) for name in ("memory_bytes", "host_bytes", "disk_bytes")}
-    return plans[0] | most | {"seconds": seconds}
+    sessions = [plan_session(request, name, sources, work=work) for name in request.models]
+    plans = [session.plan.describe() for session in sessions]
+    joined = sum if work(sessions[0]).models > 1 else max
+    taken = {name: joined(plan[name] for plan in plans) for name in ("memory_bytes", "host_bytes", "disk_bytes")}
+    return plans[0] | taken | {"seconds": sum(plan["seconds"] for plan in plans)}
 
 
 class _Store(Mapping[str, LayerStatistics]):

@@ -13,6 +13,7 @@ from torch import Tensor
 from gpmetric.evaluation.objectives import OBJECTIVES, Reference
 from gpmetric.evaluation.references import References, parts_of
 from gpmetric.models import Model
+from gpmetric.session.memory import retried
 
 __all__ = ["REFERENCE_BYTES", "DrawObjective"]
 
@@ -48,9 +49,9 @@ class DrawObjective:
         order = np.random.default_rng([self._seed, 2, step // per_round]).permutation(per_round)
         index = int(order[step % per_round])
         self._windows = self._pieces[index]
-        if self._row.absolute is None:
+        if self._row.absolute is None:  # of the dense model, which takes more memory than those it is compared with
             dense = partial(parts_of, self._model, self._windows)
-            self._references = list(self._kept.of(index, dense))
+            self._references = retried(self._model, lambda: list(self._kept.of(index, dense)), self._kept.clear)
 
     def __len__(self) -> int:
         """Steps until every window has come once."""

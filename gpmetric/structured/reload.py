@@ -6,6 +6,7 @@ DTYPE is; TOLD is written. COUNT tokens are generated.
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -21,21 +22,24 @@ __all__ = ["main"]
 def main(folder: str, asked: str, told: str, dtype: str, device: str, count: str) -> None:
     """Loads without trust, computes logits and loss, generates."""
     model = load_model(folder, device=device, dtype=dtype)
-    exact = model if dtype == "float32" else load_model(folder, device=device, dtype="float32")
     given = load_file(asked)
+    start = given["compared"][:1, : int(count)].to(model.device)
     with torch.no_grad():
-        logits = exact.module(input_ids=given["compared"].to(model.device), use_cache=False).logits
-        start = given["compared"][:1, : int(count)].to(model.device)
         generated = model.module.generate(
             start, max_new_tokens=int(count), min_new_tokens=int(count), do_sample=False, use_cache=True
         )
     found = {
-        "logits": logits.float().cpu(),
         "loss": torch.tensor(mean_loss(model, given["tokens"]), dtype=torch.float64),
         "parameters": torch.tensor(sum(parameter.numel() for parameter in model.module.parameters())),
         "generated": generated[0, start.shape[1] :].cpu(),
     }
-    save_file(found, Path(told))
+    if dtype != "float32":
+        del model  # one is in memory at a time
+        gc.collect()
+        model = load_model(folder, device=device, dtype="float32")
+    with torch.no_grad():
+        logits = model.module(input_ids=given["compared"].to(model.device), use_cache=False).logits
+    save_file(found | {"logits": logits.float().cpu()}, Path(told))
 
 
 if __name__ == "__main__":

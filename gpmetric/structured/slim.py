@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from gpmetric.errors import GpmetricError, InputError
-from gpmetric.evaluation.perplexity import mean_loss, perplexity
+from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.evaluation.references import reference_bytes
 from gpmetric.operands import needs_gradients
 from gpmetric.options import as_function
 from gpmetric.pruning.output_folder import check_folder, replacing
 from gpmetric.session.deadline import Deadline
+from gpmetric.session.evaluate import text_loss
 from gpmetric.session.plan import Work
 from gpmetric.session.session import Listener, Session, open_session
 from gpmetric.structured.cost_budgets import accepted_heads, macs, pools_of, uniform_counts, uniform_pools
@@ -32,7 +33,7 @@ from gpmetric.structured.scores import UnitSession, read_by, score_bytes, standa
 from gpmetric.structured.search import PolicySearch, Schedule
 from gpmetric.structured.search_log import SearchLog
 from gpmetric.structured.shrink import Repair, Shrinker
-from gpmetric.structured.slim_checkpoint import write_slimmed
+from gpmetric.structured.slim_checkpoint import COMPARED, write_slimmed
 from gpmetric.structured.unit_space import Pool, UnitSpace, find_space, project, top_units
 
 __all__ = ["SearchStart", "SlimListener", "open_units", "prepare", "run_slim", "search", "slim", "slim_work"]
@@ -107,8 +108,10 @@ def slim_work(session: Session) -> Work:
     assert isinstance(request, SlimRequest)
     search, validated = windows["search"].tokens, windows["validation"].tokens.numel()
     steps, groups = request.steps or _STEPS, find_groups(model, request.kinds)
+    length = session.tokens.shape[1]
+    parameters = sum(parameter.numel() for parameter in model.module.parameters())
     return Work(
-        length=session.tokens.shape[1],
+        length=length,
         calibration=session.tokens.numel(),
         texts=validated,
         differentiated=needs_gradients(read_by(request.start)),
@@ -117,6 +120,7 @@ def slim_work(session: Session) -> Work:
         kept=min(REFERENCE_BYTES, reference_bytes(request.objective, model, search)),
         forward=2 * session.tokens.numel() + 2 * steps * search.shape[1] + 4 * validated,
         resident=True,
+        after=4 * (parameters + 3 * COMPARED * length * model.vocabulary),  # compared in fp32 with what was written
     )
 
 
@@ -151,7 +155,7 @@ def run_slim(
         SearchLog(request.ledger, identity, resume=True).close()
     begun = prepare(request, units)
     measuring = deadline.now()
-    dense = mean_loss(model, validation.tokens)
+    dense = text_loss(model, validation.tokens, told.progress)
     window = (deadline.now() - measuring) / len(validation.tokens)
     if not math.isfinite(dense):
         raise GpmetricError(f"the dense model's loss on validation is not finite in {model.dtype} (--dtype)")
@@ -162,7 +166,7 @@ def run_slim(
         best, cost = search(timed, begun, log, told)
     start = begun.chosen(begun.start)
     with begun.shrinker.keeping(start.kept, start.repairs):
-        initial_loss = mean_loss(model, validation.tokens)
+        initial_loss = text_loss(model, validation.tokens, told.progress)
     made = _described(request, units) | {"sparsity": units.groups.removed(best.kept) / units.groups.parameters}
     with replacing(output, request.force) as partial:
         manifest = write_slimmed(model, begun.shrinker, best, request.format, partial, validation, made)

@@ -25,12 +25,12 @@ from gpmetric.structured.export import Slimmed, in_float32, write_model
 from gpmetric.structured.request import FORMATS
 from gpmetric.structured.shrink import Shrinker
 
-__all__ = ["write_slimmed"]
+__all__ = ["COMPARED", "write_slimmed"]
 
 Json = Mapping[str, Any]
 
 _GENERATED = 8  # tokens that a written model has to generate
-_COMPARED = 2  # windows whose logits are compared
+COMPARED = 2  # windows whose logits are compared
 # Largest difference of a logit in float32, in the largest logit: another order of the same sums. In bfloat16 it was
 # 0.054 for SmolLM2-135M, which says nothing.
 _CLOSE = 1e-4
@@ -111,7 +111,7 @@ def _check_reloaded(model: Model, slimmed: Slimmed, tokens: Tensor, reloaded: Ma
     """
     model, shrinker, slimmed = in_float32(model, slimmed, model.device.type)
     with torch.no_grad(), shrinker.masking(slimmed.kept, slimmed.repairs):  # [windows, length, vocabulary]
-        logits = model.module(input_ids=tokens[:_COMPARED].to(model.device), use_cache=False).logits
+        logits = model.module(input_ids=tokens[:COMPARED].to(model.device), use_cache=False).logits
     expected = logits.float().cpu()
     gap = float((reloaded["logits"] - expected).abs().max() / expected.abs().max())
     if not gap <= _CLOSE:
@@ -125,7 +125,7 @@ def _reloaded(folder: Path, tokens: Tensor, model: Model) -> dict[str, Tensor]:
     """What a fresh process finds, if it ends well: logits, loss, number of parameters, tokens that it generates."""
     with tempfile.TemporaryDirectory() as place:
         asked, told = Path(place) / "asked.safetensors", Path(place) / "told.safetensors"
-        save_file({"tokens": tokens.contiguous(), "compared": tokens[:_COMPARED].clone()}, asked)
+        save_file({"tokens": tokens.contiguous(), "compared": tokens[:COMPARED].clone()}, asked)
         command = [sys.executable, "-m", "gpmetric.structured.reload", str(folder), str(asked), str(told)]
         command += [model.dtype, model.device.type, str(_GENERATED)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)

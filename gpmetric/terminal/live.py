@@ -29,10 +29,13 @@ from gpmetric.pruning.bench import BenchListener, BenchRow
 from gpmetric.pruning.prune import PruneListener
 from gpmetric.session.evaluate import EvaluateListener
 from gpmetric.session.plan import Plan
+from gpmetric.session.session import Listener
 from gpmetric.structured.slim import SlimListener
 from gpmetric.terminal.figures import duration, figures_of, needs_of, number
 
-__all__ = ["AllocateReport", "BenchReport", "DiscoverReport", "EvaluateReport", "PruneReport", "SlimReport"]
+__all__ = [
+    "AllocateReport", "BenchReport", "DiscoverReport", "EvaluateReport", "PruneReport", "SlimReport", "VerifyReport",
+]  # fmt: skip
 
 _SEARCHED = {"kl": "divergence"}  # what an objective is called, where that is not its name
 _SLIM_SECONDS = 10  # between two lines of a structured search
@@ -104,6 +107,10 @@ class EvaluateReport(_Bars, EvaluateListener):
 
     def text(self, name: str, ppl: float) -> None:
         self._console.print(Text(f"{name}: perplexity {ppl:.4f}"), soft_wrap=True)
+
+
+class VerifyReport(_Bars, Listener):
+    """Bars alone."""
 
 
 class AllocateReport(_Bars, AllocateListener):
