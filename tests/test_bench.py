@@ -151,8 +151,9 @@ def test_the_listener_hears_the_dense_model_first(tiny_llama: Path, tiny_text: P
             heard.append("dense")
 
         def progress(self, what: str, done: int, total: int) -> None:
-            assert 0 < done <= total == 8
-            heard.append(what)
+            if what == "calibration":
+                assert 0 < done <= total == 8
+                heard.append(what)
 
         def row(self, row: BenchRow) -> None:
             heard.append(f"{row.metric} {row.target}")

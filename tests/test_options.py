@@ -420,7 +420,7 @@ def test_a_command_line_asks_for_the_same_again() -> None:
     line = command_line("discover", asked)
     assert line == (
         "gpmetric discover --model a --model 'b c' --target 0.5 --target 2:4 --operands W,X --start 'abs(W)*X' "
-        "--ledger x.sqlite --resume --seed 3 --minutes 2.5"
+        "--ledger x.sqlite --resume --minutes 2.5 --seed 3"
     )
     assert command_line("evaluate", EvaluateRequest(model="dir", text=("t",))) == "gpmetric evaluate dir --text t"
     assert command_line("bench", BenchRequest(one_shot=True)) == "gpmetric bench --one-shot"

@@ -187,7 +187,7 @@ def test_a_worker_holds_its_model_as_planned(
     request_for: Callable[..., DiscoverRequest], planned: Callable[[Plan], None], tmp_path: Path
 ) -> None:
     """Where one rule at a time is all there is room for, and several workers are asked for."""
-    planned(plan := Plan(resident=False, kept=False, room=10**6))
+    planned(plan := Plan(resident=False, kept=False, room=10**6, workers=2))
     request = request_for("a.sqlite", workers=2)
     opened = workplace.open_sessions(request)
     statistics = {name: workplace.collect_statistics(request, one, print) for name, one in opened.items()}
