@@ -156,7 +156,9 @@ def test_patterns_take_few_registers(
 
 # each for one device, in turn: what differs between devices is compiled for both elsewhere
 @pytest.mark.parametrize(
-    ("number", "capability"), [(number, TARGETS[number % len(TARGETS)]) for number in range(len(FORMULAS))], ids=FORMULAS
+    ("number", "capability"),
+    [(number, TARGETS[number % len(TARGETS)]) for number in range(len(FORMULAS))],
+    ids=FORMULAS,
 )
 def test_formulas_compile_into_every_kernel(number: int, capability: int, tmp_path: Path) -> None:
     functions = load_functions([parse(FORMULAS[number])], tmp_path)
