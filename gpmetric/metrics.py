@@ -57,6 +57,7 @@ BASELINES: dict[str, Baseline] = {
     "gblm_l2": Baseline("abs(W)*X + {l2}*abs(W)*sqrt(H)", "Das et al. 2023, equation 6, l2 gradients"),
     "pruner_zero": Baseline("W*W*mms(sqrt(H))", "Dong et al. 2024, table 1; their G is the l2 statistic"),
     "sparsegpt": Baseline("W*W*D", "Frantar and Alistarh 2023, algorithm 1", "row", "obs-blockwise"),
+    "alps": Baseline("abs(W)*X", "Meng et al. 2024, algorithm 1, with fixed penalties", "layer", "admm"),
 }
 
 

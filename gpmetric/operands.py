@@ -9,11 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["GRAM", "OPERANDS", "Axes", "Operand", "Source", "needs_gradients", "shape_of"]
+__all__ = ["CROSS", "GRAM", "OPERANDS", "Axes", "Operand", "Source", "needs_gradients", "shape_of"]
 
 Axes = Literal["out,in", "in"]
 Source = Literal["weight", "inputs", "gram", "gradients"]
 
+CROSS = "cross"  # X_dense^T X / n [in, in], of a layer's inputs in the dense model and in a pruned one
 GRAM = "gram"  # X^T X / n [in, in]: what solvers ask for by name like an operand, though no formula can use it
 
 
@@ -60,7 +61,7 @@ OPERANDS: dict[str, Operand] = {row.name: row for row in _ROWS}
 def shape_of(name: str, weight: Sequence[int]) -> tuple[int, ...]:
     """Shape of an operand, or of the Gram matrix, that goes with a weight [out, in]."""
     rows, columns = weight
-    if name == GRAM:
+    if name in (CROSS, GRAM):
         return columns, columns
     return (columns,) if OPERANDS[name].axes == "in" else (rows, columns)
 

@@ -27,6 +27,8 @@ __all__ = [
     "SquaredGradients",
     "TokenMoments",
     "curvature",
+    "damped",
+    "damped_factor",
     "inverse_factor",
 ]
 
@@ -37,8 +39,8 @@ class LayerStatistics:
     """What was measured of one layer, by name: operands as `gpmetric.operands` defines them, and the Gram matrix.
 
     Args:
-        values: X, D [in], G, H, F [out, in] and so on, and `gram` [in, in], X^T X / n over the n calibration tokens;
-            fp32, None for what was not measured.
+        values: X, D [in], G, H, F [out, in] and so on, `gram` [in, in], X^T X / n over the n calibration tokens, and
+            `cross` [in, in], X_dense^T X / n; fp32, None for what was not measured.
     """
 
     def __init__(self, **values: Tensor | None) -> None:
@@ -205,7 +207,7 @@ def curvature(gram: Tensor) -> Tensor:
 
     Source: Frantar and Alistarh 2023 (SparseGPT), equation 3, with each weight's own row of H^-1.
     """
-    inverse = torch.cholesky_inverse(_cholesky(gram))
+    inverse = torch.cholesky_inverse(damped_factor(gram))
     return 1 / inverse.diagonal()
 
 
@@ -214,7 +216,7 @@ def inverse_factor(gram: Tensor) -> Tensor:
 
     Source: SparseGPT, section 3.3: row i of U holds what pruning column i must add to the columns after it.
     """
-    inverse = torch.cholesky_inverse(_cholesky(gram))
+    inverse = torch.cholesky_inverse(damped_factor(gram))
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(inverse, upper=True)
     if info.item() or not torch.isfinite(factor).all():
@@ -222,16 +224,20 @@ def inverse_factor(gram: Tensor) -> Tensor:
     return factor
 
 
-def _cholesky(gram: Tensor) -> Tensor:
+def damped(gram: Tensor, times: int = 1) -> Tensor:
+    """A Gram matrix [in, in] with 0.01 of its mean diagonal, or that many times as much, added to the diagonal."""
+    mean = gram.diagonal().mean()
+    mean = mean.where(mean > 1e-30, 1)  # all inputs zero: any damping will do, but its inverse must be finite in fp32
+    return gram + DAMPING * times * mean * torch.eye(len(gram), device=gram.device)
+
+
+def damped_factor(gram: Tensor) -> Tensor:
     """Lower factor of the damped matrix; damping grows tenfold, at most four times, until it is positive definite."""
     if not torch.isfinite(gram).all():
         raise SolverError("a Gram matrix holds NaN or infinity: the model's activations overflow")
-    mean = gram.diagonal().mean()
-    mean = mean.where(mean > 1e-30, 1)  # all inputs zero: any damping will do, but its inverse must be finite in fp32
     factor: Tensor
     for attempt in range(5):
-        damping = DAMPING * 10**attempt * mean
-        factor, info = torch.linalg.cholesky_ex(gram + damping * torch.eye(len(gram), device=gram.device))
+        factor, info = torch.linalg.cholesky_ex(damped(gram, 10**attempt))
         if not info.item():
             return factor
     raise SolverError(f"a Gram matrix [{len(gram)}, {len(gram)}] is not positive definite even at 100 times its mean")

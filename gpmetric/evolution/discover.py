@@ -106,7 +106,8 @@ def _settings(request: DiscoverRequest, sessions: Mapping[str, Session]) -> dict
         for name, session in sessions.items()
     }
     kept = {} if request.kept_dtype is None else {"statistics_dtype": request.statistics_dtype}
-    return {"models": models, **chosen, **kept}
+    fitted = {} if request.fit == "own" else {"fit": request.fit}
+    return {"models": models, **chosen, **kept, **fitted}
 
 
 def _run(
@@ -127,7 +128,9 @@ def _run(
         executor = stack.enter_context(make_executor(request, sessions, statistics, folder))
         read = ("calibration", "validation", "test")
         fewest = min(len(session.windows[split].tokens) for session in sessions.values() for split in read)
-        held_out = HeldOut(executor, label_targets(request.target, sessions), request.update, ledger, fewest)
+        held_out = HeldOut(
+            executor, label_targets(request.target, sessions), request.update, request.fit, ledger, fewest
+        )
         found, steps = find(request, sessions, held_out, told, TimeBudget(deadline), seconds)
     seconds |= steps | {"total": deadline.elapsed}
     result: dict[str, Any] = finite(found | circumstances(request, sessions, ledger))

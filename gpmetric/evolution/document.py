@@ -58,6 +58,7 @@ def circumstances(request: DiscoverRequest, sessions: Mapping[str, Session], led
         "device": str(first.model.device),
         "targets": [target.label for target in label_targets(request.target, sessions)],
         "update": request.update,
+        "fit": request.fit,
         "objective": request.objective,
         "unit": "nats per token" if len(sessions) == 1 else "wanda's mean on the same model, pruned in one shot",
         "group": request.group,

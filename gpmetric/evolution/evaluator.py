@@ -228,7 +228,7 @@ class Evaluator:
         protocol, split = self._protocol(tasks[0].calibration, tasks[0].part), tasks[0].split
         for task in tasks:
             protocol.prepare([task.metric], task.update)
-        rules = [Rule(task.metric, parse_target(task.target), task.update) for task in tasks]
+        rules = [Rule(task.metric, parse_target(task.target), task.update, task.fit) for task in tasks]
         part = tasks[0].part
         dense = self._dense_loss(split, part)
         found = protocol.measure(rules, [self._windows(split, part).tokens])

@@ -76,7 +76,8 @@ class HeldOut:
     """Measures metrics on one split after another under the sequential protocol.
 
     Attributes:
-        update: the campaign's, for discovered metrics; baselines, in whatever group, are used as published.
+        update, fit: the campaign's, for discovered metrics; baselines, in whatever group, are used as published, but
+            one of the same update with the campaign's fit.
         ledger: takes every measurement as soon as it is there; one it has is not made again.
         fewest_windows: of validation, test or calibration.
         part: only 1/part of the windows is read, of text as of calibration.
@@ -85,6 +86,7 @@ class HeldOut:
     executor: Executor
     targets: Sequence[LabelledTarget]
     update: str
+    fit: str
     ledger: Ledger
     fewest_windows: int = 1
     part: int = 1
@@ -162,10 +164,11 @@ class HeldOut:
         return HeldOutMeasurement(*place, excess, loss, outcome.error)
 
     def _task(self, metric: Metric, at: LabelledTarget, split: str, calibration: str) -> SequentialTask:
-        update = self.update
+        update, fit = self.update, self.fit
         if metric.name.rpartition(":")[2] in BASELINES:
             metric, update = resolve_metric(metric.name, *at.sample), "none"
-        return SequentialTask(metric, at.target, split, calibration, update, at.model, self.part)
+            fit = fit if metric.update == self.update else "own"
+        return SequentialTask(metric, at.target, split, calibration, update, at.model, self.part, fit)
 
 
 def choose_finalists(front: Sequence[Individual], count: int) -> tuple[list[Metric], list[Metric]]:

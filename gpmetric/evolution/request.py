@@ -17,7 +17,7 @@ from gpmetric.expression import PRIMITIVES
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
 from gpmetric.operands import OPERANDS, needs_gradients
 from gpmetric.options import Option
-from gpmetric.pruning.requests import MODELS, UPDATE, target_option
+from gpmetric.pruning.requests import FIT, MODELS, UPDATE, check_fit, target_option
 from gpmetric.pruning.updaters import UPDATERS
 from gpmetric.session.inputs import Inputs, Texts
 from gpmetric.targets import parse_target, plain_granularities
@@ -58,6 +58,7 @@ class DiscoverRequest(Inputs):
         tuple[str, ...], Option("Nesting no formula may have; may be repeated.", metavar="OUTER(INNER)")
     ] = ()
     update: Annotated[str, UPDATE] = "none"
+    fit: Annotated[str, FIT] = "own"
     objective: Annotated[
         str, Option("What candidates are compared by: {choices}; kl is the divergence from the dense model.",
                     choices=OBJECTIVES)
@@ -100,6 +101,7 @@ class DiscoverRequest(Inputs):
         _check_names("--primitives", self.primitives, PRIMITIVES)
         if "W" not in self.operands:
             raise InputError(f"--operands must hold W, but got {','.join(self.operands)}")
+        check_fit(self.fit, [resolve_metric("W")], self.update)
         one_of("--group", self.group, (*plain_granularities(), _EVOLVED))
         if self.group not in ("row", _EVOLVED) and UPDATERS[self.update].granularity is not None:
             raise InputError(f"--group {self.group}: {self.update} has a threshold of its own per block of columns")
@@ -145,8 +147,9 @@ class DiscoverRequest(Inputs):
     @property
     def baselines(self) -> list[Metric]:
         """Those to compare with: all of them, but for those of gradients where none are collected."""
-        gradients = needs_gradients(self.operands)
-        return [one for one in map(resolve_metric, BASELINES) if gradients or not one.needs_gradients]
+        gradients, solves = needs_gradients(self.operands), UPDATERS[self.update].solves
+        rows = [one for one in map(resolve_metric, BASELINES) if gradients or not one.needs_gradients]
+        return [one for one in rows if solves or one.update != "admm"]  # which takes long and is no rival of masks
 
     @property
     def baselines_by_importance(self) -> list[Metric]:

@@ -66,6 +66,7 @@ class SequentialTask:
     update: str
     model: str = ""
     part: int = 1
+    fit: str = "own"
 
     @property
     def effort(self) -> tuple[str, float]:

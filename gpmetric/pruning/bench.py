@@ -56,6 +56,7 @@ class BenchRow:
     seconds: float
     sparsity: float
     error: str | None = None
+    fit: str = "own"
 
 
 class BenchListener(Listener):
@@ -75,6 +76,7 @@ def bench_rows(
     update: str,
     deadline: Deadline | None = None,
     first: bool = True,
+    fit: str = "own",
 ) -> Iterator[BenchRow]:
     """One row for each distinct (metric, target); one that fails costs the others nothing.
 
@@ -93,7 +95,9 @@ def bench_rows(
                 retried(model, partial(protocol.prepare, alike, update), protocol.session.forget_calls)
         except GpmetricError as error:
             failure = error
-        pairs = {(target.text, metric.name): Rule(metric, target, update) for target in targets for metric in alike}
+        pairs = {
+            (target.text, metric.name): Rule(metric, target, update, fit) for target in targets for metric in alike
+        }
         rules = list(pairs.values())
         for start in range(0, len(rules), together):
             group = rules[start : start + together]
@@ -132,8 +136,8 @@ def _rows(protocol: Protocol, rules: Sequence[Rule], failure: GpmetricError | No
         metric, update = rule.metric, rule.metric.update or rule.update
         assert isinstance(rule.plan, Target)
         told = None if one.error is None else str(one.error)
-        formula = str(metric.expression)
-        yield BenchRow(metric.name, rule.plan.text, update, formula, ppl, one.seconds, one.sparsity, told)
+        formula, fit = str(metric.expression), "dense" if rule.follows_dense else "own"
+        yield BenchRow(metric.name, rule.plan.text, update, formula, ppl, one.seconds, one.sparsity, told, fit)
 
 
 def bench_work(session: Session) -> Work:
@@ -144,7 +148,7 @@ def bench_work(session: Session) -> Work:
     metrics = [session.metric(text) for text in request.metrics]
     rules = len(metrics) * len(set(request.target))
     texts = sum(part.tokens.numel() for part in session.evaluated)
-    return protocol.work(metrics, request.update, rules=rules, texts=texts)
+    return protocol.work(metrics, request.update, fit=request.fit, rules=rules, texts=texts)
 
 
 def run_bench(
@@ -201,7 +205,7 @@ def _bench_model(
     told.dense(dense)
     document |= _described(session, request) | {"dense": dense, "results": []}
     order = {(target.text, metric.name): place for place, (target, metric) in enumerate(product(targets, metrics))}
-    for row in bench_rows(protocol, metrics, targets, request.update, deadline, first):
+    for row in bench_rows(protocol, metrics, targets, request.update, deadline, first, request.fit):
         told.row(row)
         document["results"].append(asdict(row))
         document["results"].sort(key=lambda one: order[one["target"], one["metric"]])

@@ -20,12 +20,14 @@ from gpmetric.blockwise.hidden import Hidden
 from gpmetric.blockwise.replay import record_calls
 from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.collect import collect_block
+from gpmetric.calibration.paired import collect_paired, reading_order
 from gpmetric.errors import GpmetricError, InputError, MaskError, SolverError
 from gpmetric.evaluation.perplexity import batches, mean_of, sum_loss
 from gpmetric.metrics import Metric
 from gpmetric.models import Layer, Model
-from gpmetric.operands import needs_gradients
+from gpmetric.operands import CROSS, needs_gradients
 from gpmetric.pruning.allocation import Allocation
+from gpmetric.pruning.dense_fit import dense_goal
 from gpmetric.pruning.updaters import needed_statistics, resolve_target, updater_of
 from gpmetric.session.plan import Work
 from gpmetric.session.session import Progress, Session
@@ -42,11 +44,18 @@ class Rule:
         metric: what scores the weights.
         plan: a target of all layers, or an allocation that names each; a layer whose sparsity is 0 is left alone.
         update: what happens to the weights that stay, unless that is part of the metric.
+        fit: a key of FITS: what they are fitted to, where they change; one-shot, it makes no difference.
     """
 
     metric: Metric
     plan: Target | Allocation
     update: str = "none"
+    fit: str = "own"
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether kept weights are fitted to what the dense model gives."""
+        return self.fit == "dense" and updater_of(self.metric, self.update).solves
 
     def target(self, layer: str) -> Target:
         """What a layer is pruned to, comparison group included."""
@@ -83,24 +92,28 @@ class Protocol:
         names = needed_statistics(metrics, update)
         return names if self.one_shot else frozenset(name for name in names if needs_gradients([name]))
 
-    def work(self, metrics: Sequence[Metric], update: str, *, rules: int = 1, texts: int = 0) -> Work:
+    def work(self, metrics: Sequence[Metric], update: str, *, fit: str = "own", rules: int = 1, texts: int = 0) -> Work:
         """What pruning by so many rules of these metrics takes, measured on so many tokens each.
 
         The dense model is measured on them, too.
         """
         tokens, dense = self.session.tokens, self.shared(metrics, update)
-        calibration = 0 if self.one_shot else tokens.numel()
+        solves = any(updater_of(metric, update).solves for metric in metrics)
+        follows = fit == "dense" and solves and not self.one_shot
+        calibration = 0 if self.one_shot else tokens.numel() * (1 + follows)  # the dense model passes, too
         gradients = any(needs_gradients([name]) for name in dense)
         collected = tokens.numel() if self.one_shot and not gradients else 0
         return Work(
             dense=dense | {"X"} if dense or self.one_shot else dense,
-            block=frozenset() if self.one_shot else needed_statistics(metrics, update) - dense | {"X"},
+            block=frozenset()
+            if self.one_shot
+            else needed_statistics(metrics, update) - dense | {"X", *[CROSS] * follows},
             length=tokens.shape[1],
             calibration=calibration,
             texts=texts,
             rules=rules,
-            solves=any(updater_of(metric, update).solves for metric in metrics),
-            forward=texts + collected + rules * (2 * calibration + texts),
+            solves=solves,
+            forward=texts + collected + rules * ((2 + 2 * follows) * calibration + texts),
             backward=tokens.numel() if gradients else 0,
             dtype=self.session.inputs.kept_dtype,
         )
@@ -206,6 +219,8 @@ class Walk:
             )
             for rule in self.rules
         ]
+        follows = not self.protocol.one_shot and any(rule.follows_dense for rule in self.rules)
+        self._dense_states = Hidden(session.calls, session.shelf) if follows else None
 
     def __iter__(self) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
         for index in range(self._next, len(self._model.blocks)):
@@ -217,6 +232,8 @@ class Walk:
         with self._model.at_hand(index):
             dense = self._dense(index)
             pruned = [self._through(branch, index, dense) for branch in self._branches]
+            if self._dense_states is not None and index + 1 < len(self._model.blocks):
+                self._dense_states.advance(index)
         self._next = index + 1
         return pruned
 
@@ -231,7 +248,9 @@ class Walk:
             hidden.restore(state[f"{place}/{number}"] for number in range(len(hidden)))
 
     def _hidden(self) -> Iterator[tuple[str, Hidden]]:
-        """The hidden states of every rule and text, with the name of their place."""
+        """The hidden states of every rule and text, with the name of their place; and of the dense model."""
+        if self._dense_states is not None:
+            yield "dense", self._dense_states
         for place, branch in enumerate(self._branches):
             for name, hidden in branch.hidden().items():
                 yield f"{place}/{name}", hidden
@@ -287,8 +306,10 @@ class Walk:
     def _pruned(self, branch: _Branch, index: int, dense: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
         rule, block = branch.rule, self._model.blocks[index]
         collected: Mapping[str, LayerStatistics] = {}
+        names = [name for name in needed_statistics([rule.metric], rule.update) if not needs_gradients([name])]
+        if branch.calibration is not None and rule.follows_dense:
+            return self._fitted(rule, index, branch.calibration, dense, names)
         if branch.calibration is not None:
-            names = [name for name in needed_statistics([rule.metric], rule.update) if not needs_gradients([name])]
             collected = collect_block(branch.calibration.calls, index, branch.calibration, names)
         pruned = {}
         for layer in block.layers:
@@ -297,7 +318,26 @@ class Walk:
             statistics = dense.get(layer.name, LayerStatistics())
             if branch.calibration is not None:
                 statistics = LayerStatistics(**statistics.gradients, **collected[layer.name].values)
-            pruned[layer.name] = _prune_layer(layer, rule, statistics)
+            pruned[layer.name] = _prune_layer(layer, layer.weight, rule, statistics)
+        return pruned
+
+    def _fitted(
+        self, rule: Rule, index: int, states: Hidden, dense: Mapping[str, LayerStatistics], names: Collection[str]
+    ) -> dict[str, Tensor]:
+        """The pruned weights of a block's layers, which make up for errors of those before them."""
+        assert self._dense_states is not None
+        block, pruned = self._model.blocks[index], dict[str, Tensor]()
+        for layers in reading_order(states.calls, index, states):
+            asked = [layer for layer in layers if rule.target(layer.name).sparsity]
+            if not asked:
+                continue
+            weights = [pruned.get(layer.name, layer.weight) for layer in block.layers]
+            found = collect_paired(states.calls, index, states, self._dense_states, asked, names, weights)
+            for layer in asked:
+                gradients = dense.get(layer.name, LayerStatistics()).gradients
+                statistics = LayerStatistics(**gradients, **found.pop(layer.name).values)
+                goal = dense_goal(layer.weight, statistics)
+                pruned[layer.name] = _prune_layer(layer, goal, rule, statistics)
         return pruned
 
     def _rounded(self, layer: Layer, weight: Tensor) -> Tensor:
@@ -305,12 +345,12 @@ class Walk:
         return weight if dtype is None else weight.to(dtype)
 
 
-def _prune_layer(layer: Layer, rule: Rule, statistics: LayerStatistics) -> Tensor:
-    """The pruned weight [out, in], in the dtype of the layer."""
+def _prune_layer(layer: Layer, weight: Tensor, rule: Rule, statistics: LayerStatistics) -> Tensor:
+    """The pruned weight [out, in] of a layer, in its dtype."""
     target = rule.target(layer.name)
     updater = updater_of(rule.metric, rule.update)
     try:
-        ((pruned,),) = updater.prune([layer.weight], rule.metric, [target], [statistics])
+        ((pruned,),) = updater.prune([weight], rule.metric, [target], [statistics])
     except (MaskError, SolverError) as error:
         told = f"metric {rule.metric.name} at {target.text}: {error} (layer {layer.name})"
         raise type(error)(told) from error

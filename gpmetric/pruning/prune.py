@@ -203,7 +203,7 @@ def prune_work(session: Session) -> Work:
     assert isinstance(request, PruneRequest)
     protocol = Protocol(session, one_shot=request.one_shot)
     tokens = text.tokens.numel()
-    work = protocol.work([session.metric(request.metric)], request.update, texts=tokens)
+    work = protocol.work([session.metric(request.metric)], request.update, fit=request.fit, texts=tokens)
     assert session.model.folder is not None
     files = sum(path.stat().st_size for path in session.model.folder.glob("*.safetensors"))
     return replace(work, resident=False, cached=True, disk=files, forward=work.forward + tokens)
@@ -215,9 +215,9 @@ def _rule(session: Session, request: PruneRequest, allocation: Allocation | None
     target = parse_target(request.target or "0.5")
     if allocation is None:
         check_targets(session.model, [target])
-        return Rule(metric, target, request.update)
+        return Rule(metric, target, request.update, request.fit)
     check_allocation(session.model.layers, allocation, target.resolved(metric.granularity) if request.target else None)
-    return Rule(metric, allocation, request.update)
+    return Rule(metric, allocation, request.update, request.fit)
 
 
 def _identity(session: Session, made: Mapping[str, Any], targets: Mapping[str, Target]) -> dict[str, Any]:
@@ -246,6 +246,7 @@ def _made(session: Session, request: PruneRequest, rule: Rule, targets: Mapping[
         "target": request.target or ("0.5" if allocation is None else mean),
         "allocation": allocation and {"file": Path(str(request.allocation)).name, "sha256": allocation.digest},
         "update": rule.metric.update or rule.update,
+        "fit": rule.fit,
         "protocol": "one-shot" if request.one_shot else "sequential",
         "calibration": session.windows["calibration"].describe(),
     }

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from gpmetric.errors import InputError
-from gpmetric.metrics import BASELINES, resolve_metric
+from gpmetric.metrics import BASELINES, Metric, resolve_metric
 from gpmetric.options import Option
-from gpmetric.pruning.updaters import UPDATERS
+from gpmetric.pruning.updaters import FITS, UPDATERS, updater_of
 from gpmetric.session.inputs import DEVICES, Inputs, Limits, Texts
 from gpmetric.targets import parse_target, plain_granularities
 
-__all__ = ["METRIC", "MODELS", "UPDATE", "BenchRequest", "PruneRequest", "VerifyRequest", "target_option"]
+__all__ = [
+    "FIT", "METRIC", "MODELS", "UPDATE", "BenchRequest", "PruneRequest", "VerifyRequest", "check_fit", "target_option",
+]  # fmt: skip
 
 METRIC = Option(f"{', '.join(BASELINES)}, or a formula.")
 MODELS = Option("Hugging Face directory or name; may be repeated. The embedded demo model by default.")
 UPDATE = Option("Kept weights: {choices}.", choices=UPDATERS)
+FIT = Option(
+    "What kept weights are fitted to where they change: their layer's own outputs, or the dense model's. {choices}.",
+    choices=FITS,
+)
 ONE_SHOT = Option("Dense statistics everywhere, or block after pruned block.", names=("--one-shot/--sequential",))
 OUTPUT = Option("Folder to write.", metavar="DIR", names=("--output", "-o"), writes="folder")
 FORCE = Option("Replace a checkpoint that gpmetric wrote.", names=("--force",))
@@ -31,6 +38,21 @@ def target_option(end: str) -> Option:
     return Option(f"0.5 (where the metric says), {groups} or 2:4; {end}")
 
 
+def check_fit(fit: str, metrics: Iterable[Metric], update: str, *, one_shot: bool = False) -> None:
+    """Refuses a fit that nothing makes use of.
+
+    Raises:
+        InputError: saying what would.
+    """
+    if fit == "own":
+        return
+    if one_shot:
+        raise InputError(f"--fit {fit} is for inputs that the pruned model gives; --one-shot takes the dense model's")
+    if not any(updater_of(metric, update).solves for metric in metrics):
+        solving = ", ".join(name for name, row in UPDATERS.items() if row.solves)
+        raise InputError(f"--fit {fit} is of weights that change: take --update {solving}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchRequest(Inputs):
     """Everything `gpmetric bench` can be asked for."""
@@ -40,12 +62,12 @@ class BenchRequest(Inputs):
     metric: Annotated[tuple[str, ...], Option(f"{METRIC.help[:-1]}; may be repeated. All by default.")] = ()
     target: Annotated[tuple[str, ...], target_option("may be repeated. 0.5 by default.")] = ("0.5",)
     update: Annotated[str, UPDATE] = "none"
+    fit: Annotated[str, FIT] = "own"
     one_shot: Annotated[bool, ONE_SHOT] = False
 
     def check(self) -> None:
         super().check()
-        for name in self.metric:
-            resolve_metric(name)
+        check_fit(self.fit, [resolve_metric(name) for name in self.metrics], self.update, one_shot=self.one_shot)
         for text in self.target:
             parse_target(text)
 
@@ -71,6 +93,7 @@ class PruneRequest(Inputs):
         Path | None, Option("JSON with the sparsity of each layer; see gpmetric allocate.", metavar="FILE", reads=True)
     ] = None
     update: Annotated[str, UPDATE] = "none"
+    fit: Annotated[str, FIT] = "own"
     one_shot: Annotated[bool, ONE_SHOT] = False
     save_masks: Annotated[
         Path | None,
@@ -83,7 +106,7 @@ class PruneRequest(Inputs):
         super().check()
         if self.output is None:
             raise InputError("--output (-o) DIR is needed")
-        resolve_metric(self.metric)
+        check_fit(self.fit, [resolve_metric(self.metric)], self.update, one_shot=self.one_shot)
         if self.target is not None:
             parse_target(self.target)
 

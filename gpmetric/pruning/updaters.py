@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from gpmetric.calibration.accumulators import LayerStatistics
 
-__all__ = ["UPDATERS", "Updater", "needed_statistics", "prune_weights", "resolve_target", "updater_of"]
+__all__ = ["FITS", "UPDATERS", "Updater", "needed_statistics", "prune_weights", "resolve_target", "updater_of"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,17 @@ UPDATERS: dict[str, Updater] = {
         granularity="block",
         rescores=True,
     ),
+    "admm": Updater(
+        "ALPS: support and weights by alternating directions, then the exact fit",
+        lazy("gpmetric.pruning.admm:prune_admm"),
+        (GRAM,),
+        rescores=True,
+    ),
+}
+
+FITS = {
+    "own": "a layer's own outputs, as published",
+    "dense": "the dense model's outputs, on the inputs that the pruned model gives",
 }
 
 

@@ -1,0 +1,155 @@
+"""Inputs of a block's layers in a pruned model beside those in the dense one, for layers that make up for the former.
+
+The layers of a block are looked at in the order in which they read: by then, those before them may be pruned.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from gpmetric.blockwise.hidden import Hidden
+from gpmetric.blockwise.replay import BlockCalls
+from gpmetric.calibration.accumulators import ACCUMULATORS, FromInputs, InputMoments, LayerStatistics
+from gpmetric.errors import ModelError
+from gpmetric.models import Layer
+from gpmetric.operands import CROSS
+
+__all__ = ["collect_paired", "reading_order"]
+
+
+class _Read(Exception):
+    """All layers that were asked for have read."""
+
+
+@torch.no_grad()
+def reading_order(calls: BlockCalls, index: int, hidden: Hidden) -> list[list[Layer]]:
+    """The layers of a block, which is at hand, in the order in which they read; those that read the same together.
+
+    The experts of a mixture are taken together, by the names of their layers.
+    """
+    layers = calls.model.blocks[index].layers
+    inputs = _inputs(calls, index, 0, hidden[0], layers, nullcontext())
+    kind = {layer.name: re.sub(r"\.\d+\.", ".*.", layer.name.rpartition(".layers.")[2]) for layer in layers}
+    stages: list[list[Layer]] = []
+    seen: dict[str, Tensor] = {}  # by kind, what the first of it reads
+    by_name = {layer.name: layer for layer in layers}
+    for name in [*inputs, *(layer.name for layer in layers if layer.name not in inputs)]:
+        first = seen.get(kind[name])
+        if first is None:
+            first = seen[kind[name]] = inputs.get(name, torch.empty(0))
+            alike = [stage for stage in stages if seen[kind[stage[0].name]] is first]
+        else:
+            alike = [stage for stage in stages if any(kind[one.name] == kind[name] for one in stage)]
+        if alike:
+            alike[0].append(by_name[name])
+        else:
+            stages.append([by_name[name]])
+    return stages
+
+
+@torch.no_grad()
+def collect_paired(
+    calls: BlockCalls,
+    index: int,
+    pruned: Hidden,
+    dense: Hidden,
+    layers: Sequence[Layer],
+    names: Collection[str],
+    weights: Sequence[Tensor],
+) -> dict[str, LayerStatistics]:
+    """What the inputs of some layers tell in a pruned model, `names` of X, D, gram and the like, and `cross`.
+
+    A layer whose inputs are not the same tokens in both models, an expert of a mixture, has no `cross`.
+
+    Args:
+        calls: how the model calls its blocks.
+        index: of the block, which is at hand.
+        pruned, dense: what the block reads in the two models, of the same batches.
+        layers: of the block.
+        names: of statistics.
+        weights: [out, in] of all layers of the block, as they are by now in the pruned model.
+
+    Raises:
+        ModelError: a layer is not reached by a text.
+        SolverError: a Gram matrix has no inverse even after stronger damping.
+    """
+    rows = {name: row for name, row in ACCUMULATORS.items() if name in {*names, "X"} and isinstance(row, FromInputs)}
+    pairs, model = {layer.name: _Pair(layer) for layer in layers}, calls.model
+    for number, (mine, theirs) in enumerate(zip(pruned, dense, strict=True)):
+        tokens = calls.batches[number].numel()
+        before = _inputs(calls, index, number, theirs, layers, nullcontext())
+        after = _inputs(calls, index, number, mine, layers, model.holding(weights, model.blocks[index].layers))
+        shared: dict[int, _Pair] = {}  # the first layer that reads a tensor counts for all that read it
+        for name, pair in pairs.items():
+            if name in after:
+                pair.of = shared.setdefault(id(after[name]), pair)
+                if pair.of is pair:
+                    pair.add(after[name], before.get(name), tokens)
+    found = {}
+    for layer in layers:
+        pair = pairs[layer.name].of
+        if not pair.moments.tokens:
+            raise ModelError(f"layer {layer.name} is not reached by a text, so it cannot be calibrated (--exclude)")
+        found[layer.name] = pair.result(rows)
+    return found
+
+
+class _Pair:
+    """Moments of a layer's inputs in the pruned model, and their products with those in the dense one."""
+
+    def __init__(self, layer: Layer) -> None:
+        width, device = layer.weight.shape[1], layer.weight.device
+        self.of = self
+        self.moments = InputMoments(width, device, gram=True)
+        self._products: Tensor | None = torch.zeros(width, width, device=device)
+
+    def add(self, pruned: Tensor, dense: Tensor | None, tokens: int) -> None:
+        """Adds activations [..., in] of a batch of so many tokens in both models."""
+        self.moments.add(pruned)
+        rows = [None if one is None else one.reshape(-1, one.shape[-1]).float() for one in (dense, pruned)]
+        if rows[0] is None or rows[1] is None or not len(rows[0]) == len(rows[1]) == tokens:
+            self._products = None
+        elif self._products is not None:
+            self._products.addmm_(rows[0].t(), rows[1])
+
+    def result(self, rows: Mapping[str, FromInputs]) -> LayerStatistics:
+        found = {name: row.read(self.moments) for name, row in rows.items()}
+        cross = None if self._products is None else self._products / self.moments.tokens
+        return LayerStatistics(**found, **{CROSS: cross})
+
+
+def _inputs(
+    calls: BlockCalls,
+    index: int,
+    number: int,
+    states: Tensor,
+    layers: Sequence[Layer],
+    held: AbstractContextManager[None],
+) -> dict[str, Tensor]:
+    """What layers of a block read of a batch, by name; those that are not reached are not in it."""
+    with held, _watching(layers) as inputs, suppress(_Read):
+        calls.call(index, number, states)
+    return inputs
+
+
+@contextmanager
+def _watching(layers: Sequence[Layer]) -> Iterator[dict[str, Tensor]]:
+    """Inputs by layer, in the order of reading; a forward pass ends where the last of them has read."""
+    inputs: dict[str, Tensor] = {}
+
+    def read(name: str, _: Module, args: tuple[Tensor, ...]) -> None:
+        inputs[name] = args[0]
+        if len(inputs) == len(layers):
+            raise _Read
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.module.register_forward_pre_hook(partial(read, layer.name)))
+        yield inputs
