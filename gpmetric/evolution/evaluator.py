@@ -7,6 +7,7 @@ nothing.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,7 +27,16 @@ from gpmetric.evaluation.objectives import OBJECTIVES, Reference
 from gpmetric.evaluation.perplexity import Teacher, batches, mean_loss
 from gpmetric.evaluation.references import References
 from gpmetric.evolution.mask_fingerprint import ProbeLayers
-from gpmetric.evolution.tasks import DenseTask, ExcessTask, Figures, ProbeTask, SequentialLoss, SequentialTask, Task
+from gpmetric.evolution.tasks import (
+    DenseTask,
+    ExcessTask,
+    Figures,
+    ProbeTask,
+    SequentialLoss,
+    SequentialTask,
+    Task,
+    UseTask,
+)
 from gpmetric.metrics import Metric
 from gpmetric.models import Layer
 from gpmetric.placement import HEAD
@@ -51,17 +61,19 @@ class Evaluator:
         session: a dense model, dense again after every task, with its statistics; its windows are those of calibration,
             search, validation, test, and of the draws of calibration windows.
         targets: in the user's spelling.
-        update: what happens to kept weights.
+        update, fit: what happens to kept weights.
         objective: what candidates are compared by.
     """
 
-    def __init__(self, session: Session, targets: Sequence[str], update: str, objective: str = "kl") -> None:
+    def __init__(
+        self, session: Session, targets: Sequence[str], update: str, objective: str = "kl", fit: str = "own"
+    ) -> None:
         assert session.dense is not None
         self._session = session
         self._model = session.model
         self._statistics = session.dense
         self._targets = [parse_target(target) for target in targets]
-        self._update = update
+        self._update, self._fit = update, fit
         self._objectives = tuple(dict.fromkeys((*_COMPARED, objective)))
         self._dense_losses: dict[tuple[str, int], float] = {}  # by split and part
         others = self._objectives[len(_COMPARED) :]
@@ -99,6 +111,8 @@ class Evaluator:
         match tasks[0]:
             case ExcessTask():
                 return self._excess(cast(Sequence[ExcessTask], tasks))
+            case UseTask():
+                return self._in_use(cast(Sequence[UseTask], tasks))
             case SequentialTask():
                 return self._sequential(cast(Sequence[SequentialTask], tasks))
             case ProbeTask(metrics):
@@ -138,11 +152,7 @@ class Evaluator:
         for way in (*ways.values(), *([] if dense is None else [dense])):
             way.close()
         return [
-            one.error
-            or {
-                name: {target.text: means[place, target.text][at] for target in self._targets}
-                for at, name in enumerate(self._objectives)
-            }
+            one.error or self._figures({target.text: means[place, target.text] for target in self._targets})
             for place, one in enumerate(pruned)
         ]
 
@@ -223,6 +233,34 @@ class Evaluator:
             self._dense_losses[split, part] = mean_loss(self._model, self._windows(split, part).tokens)
         return self._dense_losses[split, part]
 
+    def _in_use(self, tasks: Sequence[UseTask]) -> list[Figures | GpmetricError]:
+        """By task, what `_excess` tells, of models pruned block after pruned block; they pass the blocks together."""
+        key = 0, None
+        calls, protocol = self._calls(*key), self._protocol("calibration", 1)
+        for task in tasks:
+            protocol.prepare([task.metric], self._update)
+        places = [(place, target) for place in range(len(tasks)) for target in self._targets]
+        rules = [Rule(tasks[place].metric, target, self._update, self._fit) for place, target in places]
+        walk = protocol.walk(rules, [self._session.windows["search"].tokens])
+        deque(walk, maxlen=0)
+        ended = {(place, target.text): one for (place, target), one in zip(places, walk.ended(), strict=True)}
+        errors = {place: one for (place, _), one in ended.items() if isinstance(one, GpmetricError)}
+        ways = {at: one[0] for at, one in ended.items() if not isinstance(one, GpmetricError)}
+        dense = None if key in self._references else Hidden(calls, self._session.shelf)
+        if dense is not None:
+            for index in range(len(self._model.blocks)):
+                with self._model.at_hand(index):
+                    dense.advance(index)
+        means = self._compared(key, calls, ways, dense)
+        return [
+            errors.get(place) or self._figures({target.text: means[place, target.text] for target in self._targets})
+            for place in range(len(tasks))
+        ]
+
+    def _figures(self, means: Mapping[str, Sequence[float]]) -> Figures:
+        """Of means by target, in the order of the objectives."""
+        return {name: {target: mean[at] for target, mean in means.items()} for at, name in enumerate(self._objectives)}
+
     def _sequential(self, tasks: Sequence[SequentialTask]) -> list[SequentialLoss | GpmetricError]:
         """By task, of those on one split with one calibration, what is lost; their models pass the blocks together."""
         protocol, split = self._protocol(tasks[0].calibration, tasks[0].part), tasks[0].split
@@ -249,6 +287,8 @@ def alike(first: Task, second: Task) -> bool:
     match first, second:
         case ExcessTask(), ExcessTask():
             return (first.first, first.last) == (second.first, second.last)
+        case UseTask(), UseTask():
+            return True
         case SequentialTask(), SequentialTask():
             return (first.split, first.calibration, first.part) == (second.split, second.calibration, second.part)
     return False

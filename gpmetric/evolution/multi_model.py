@@ -10,7 +10,16 @@ from functools import cached_property
 from typing import Any
 
 from gpmetric.evolution.fitness import mean_excess
-from gpmetric.evolution.tasks import DenseTask, ExcessTask, Figures, MaskFingerprint, NoMasks, SequentialTask, Task
+from gpmetric.evolution.tasks import (
+    DenseTask,
+    ExcessTask,
+    Figures,
+    MaskFingerprint,
+    NoMasks,
+    SequentialTask,
+    Task,
+    UseTask,
+)
 from gpmetric.metrics import resolve_metric
 from gpmetric.session.session import Session
 
@@ -61,7 +70,7 @@ class MultiModel:
         answers = {name: evaluator(task) for name, evaluator in self._evaluators.items()}
         if isinstance(task, DenseTask):
             return {name: loss for name, answer in answers.items() for loss in answer.values()}
-        if isinstance(task, ExcessTask):
+        if isinstance(task, ExcessTask | UseTask):
             return self._in_units(answers)
         return [_together(dict(zip(answers, one, strict=True))) for one in zip(*answers.values(), strict=True)]
 

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 from gpmetric.evolution.fitness import mean_excess
 from gpmetric.evolution.records import Measurement
-from gpmetric.evolution.tasks import ExcessTask, Figures, ProbeTask, Task
+from gpmetric.evolution.tasks import ExcessTask, Figures, ProbeTask, Task, UseTask
 from gpmetric.metrics import Metric
 
 __all__ = ["PROBE", "Rung", "cumulative", "describe_rungs", "figures_at", "halving_rungs", "mean_at", "promote"]
@@ -31,6 +31,8 @@ class Rung:
     Attributes:
         keep: share of the candidates measured here that is measured on the next rung.
         together: metrics measured in one task.
+        in_use: whether the model is pruned as it is going to be, instead of in one shot; what the steps before read is
+            read again then.
     """
 
     name: str
@@ -38,9 +40,12 @@ class Rung:
     last: int
     keep: float
     together: int = 1
+    in_use: bool = False
 
     def task(self, metrics: Sequence[Metric]) -> Task:
         """What measures so many metrics on this rung."""
+        if self.in_use:
+            return UseTask(metrics[0])
         return ProbeTask(tuple(metrics)) if self.name == PROBE.name else ExcessTask(metrics[0], self.first, self.last)
 
 
@@ -49,12 +54,15 @@ class Rung:
 PROBE = Rung("reconstruction", 0, 0, 0.8, together=8)
 
 
-def halving_rungs(windows: int) -> tuple[Rung, ...]:
-    """The rungs over that many search windows: an eighth, half, and all."""
+def halving_rungs(windows: int, *, in_use: bool = False) -> tuple[Rung, ...]:
+    """The rungs over that many search windows: an eighth, half, and all, these in use or not."""
     bounds = sorted({max(1, windows // 8), max(1, windows // 2), windows})
     keeps = [_KEEP] * (len(bounds) - 1) + [1.0]
     steps = zip([0, *bounds[:-1]], bounds, keeps, strict=True)
-    return tuple(Rung(f"{last} windows", first, last, keep) for first, last, keep in steps)
+    rungs = [Rung(f"{last} windows", first, last, keep) for first, last, keep in steps]
+    if in_use:
+        rungs[-1] = Rung(f"{windows} windows in use", 0, windows, 1.0, in_use=True)
+    return tuple(rungs)
 
 
 def promote(figures: Mapping[int, float], keep: float, always: frozenset[int] = frozenset()) -> list[int]:
@@ -74,7 +82,9 @@ def cumulative(parts: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, fl
 
 
 def figures_at(known: _Known, place: Any, climbed: Sequence[Rung]) -> Figures:
-    """What is known of a candidate over the windows of all rungs that it climbed."""
+    """What is known of a candidate over the windows of all rungs that it climbed; in use, if the last of them tells."""
+    if climbed[-1].in_use:
+        return dict(known[place, climbed[-1].name].value)
     parts = [(rung.last - rung.first, known[place, rung.name].value) for rung in climbed]
     return {name: cumulative([(windows, value[name]) for windows, value in parts]) for name in parts[-1][1]}
 

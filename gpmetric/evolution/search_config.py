@@ -72,7 +72,10 @@ def make_config(request: DiscoverRequest, sessions: Mapping[str, Session], targe
     return SearchConfig(
         targets, request.operands, request.primitives, start, rivals, request.population, request.max_nodes,
         request.seed,
-        rungs=halving_rungs(min(len(session.windows["search"].tokens) for session in sessions.values())),
+        # to make up for the blocks before, they must be pruned ones
+        rungs=halving_rungs(
+            min(len(session.windows["search"].tokens) for session in sessions.values()), in_use=request.fit == "dense"
+        ),
         objective=request.objective,
         objective_bar=request.objective != "loss" and UPDATERS[request.update].solves,
         groups=request.groups, rank_group=_rank_group(request), forbidden=request.forbidden,

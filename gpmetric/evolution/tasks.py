@@ -16,6 +16,7 @@ __all__ = [
     "SequentialLoss",
     "SequentialTask",
     "Task",
+    "UseTask",
 ]
 
 # A task's effort, its kind and an amount, tells how long it takes from what others took. With a solver it is more until
@@ -47,6 +48,20 @@ class ExcessTask:
     @property
     def effort(self) -> tuple[str, float]:
         return "excess", 1.0 if self.last is None else self.last - self.first
+
+
+@dataclass(frozen=True)
+class UseTask:
+    """What the model loses on all search windows, pruned as it is going to be, block after pruned block; Figures.
+
+    Update and fit are the campaign's.
+    """
+
+    metric: Metric
+
+    @property
+    def effort(self) -> tuple[str, float]:
+        return "use", 1.0
 
 
 @dataclass(frozen=True)
@@ -119,4 +134,4 @@ class SequentialLoss:
     loss: float
 
 
-Task = ProbeTask | ExcessTask | SequentialTask | DenseTask
+Task = ProbeTask | ExcessTask | UseTask | SequentialTask | DenseTask

@@ -67,7 +67,7 @@ class Workplace:
         if model is None:
             session.start()
         session.dense = load_statistics(self.statistics, str(session.model.device), kept=self.plan.kept)
-        return Evaluator(session, request.target, request.update, request.objective)
+        return Evaluator(session, request.target, request.update, request.objective, request.fit)
 
     def _open(self) -> Model:
         one = self.request
@@ -124,7 +124,7 @@ def campaign_work(session: Session) -> Work:
         calibration=tokens["calibration"],
         texts=max(tokens["validation"], tokens["test"]),
         rules=request.population * targets,
-        rule_tokens=targets * max(tokens["search"], tokens["calibration"] + tokens["validation"]),
+        rule_tokens=targets * _rule_tokens(request, tokens),
         copies=targets,
         solves=True,  # SparseGPT is among the baselines
         kept=min(TEACHER_BYTES, 2 * tokens["search"] * session.model.vocabulary),
@@ -136,6 +136,12 @@ def campaign_work(session: Session) -> Work:
         workers=request.workers or (_cores() if _is_small(session.model) else 1),
         models=len(request.models),
     )
+
+
+def _rule_tokens(request: DiscoverRequest, tokens: Mapping[str, int]) -> int:
+    """Tokens whose hidden states a pruned model has of its own, on the last rung or on held-out text."""
+    searched = tokens["search"] + (tokens["calibration"] if request.fit == "dense" else 0)
+    return max(searched, tokens["calibration"] + tokens["validation"])
 
 
 def _statistics(request: DiscoverRequest, model: Model) -> frozenset[str]:

@@ -255,6 +255,10 @@ class Walk:
             for name, hidden in branch.hidden().items():
                 yield f"{place}/{name}", hidden
 
+    def ended(self) -> list[list[Hidden] | GpmetricError]:
+        """By rule, what the last block gives on each text, once it is passed, or why there is nothing."""
+        return [branch.error or branch.texts for branch in self._branches]
+
     def measured(self) -> list[Measured]:
         """What became of each rule, once the last block is passed."""
         weights = sum(layer.weight.numel() for layer in self._model.layers)
