@@ -22,7 +22,7 @@ from gpmetric.evaluation.perplexity import Teacher
 from gpmetric.evaluation.references import References
 from gpmetric.evolution import evaluator as module
 from gpmetric.evolution.evaluator import Evaluator, alike
-from gpmetric.evolution.tasks import DenseTask, ExcessTask, MaskFingerprint, NoMasks, ProbeTask, SequentialTask
+from gpmetric.evolution.tasks import DenseTask, ExcessTask, MaskFingerprint, NoMasks, ProbeTask, SequentialTask, UseTask
 from gpmetric.loading import load_model
 from gpmetric.metrics import resolve_metric
 from gpmetric.models import Model
@@ -58,10 +58,15 @@ def evaluator(model: Model, statistics: Statistics, tokens: dict[str, Tensor]) -
 
 
 def evaluator_of(
-    model: Model, statistics: Statistics, tokens: dict[str, Tensor], targets: Any = TARGETS, update: str = "none"
+    model: Model,
+    statistics: Statistics,
+    tokens: dict[str, Tensor],
+    targets: Any = TARGETS,
+    update: str = "none",
+    fit: str = "own",
 ) -> Evaluator:
     windows = {split: Windows(Text(split, ""), part) for split, part in tokens.items()}
-    return Evaluator(Session(Inputs(), model, windows, dense=statistics), targets, update)
+    return Evaluator(Session(Inputs(), model, windows, dense=statistics), targets, update, fit=fit)
 
 
 def excess(text: str, first: int = 0, last: int | None = 6) -> ExcessTask:
@@ -266,3 +271,28 @@ def test_dense_is_by_model(evaluator: Evaluator, model: Model) -> None:
     found = evaluator(DenseTask("test"))
     assert list(found) == [model.name]
     assert math.isfinite(found[model.name])
+
+
+@pytest.mark.parametrize("update", ["obs-blockwise", "admm"])
+def test_in_use_is_what_the_judge_says_of_the_search_text(
+    model: Model, statistics: Statistics, tokens: dict[str, Tensor], update: str
+) -> None:
+    """Several together, one of which has no masks; on blocks that are read one by one, too."""
+    tasks = [UseTask(resolve_metric(text)) for text in ("abs(W)*X", BAD, "W*W*G")]
+    assert all(alike(tasks[0], one) for one in tasks)
+    assert not alike(tasks[0], excess("abs(W)"))
+    ours = evaluator_of(model, statistics, tokens, TARGETS, update, "dense")
+    found = ours.together(tasks)
+    assert isinstance(found[1], MaskError)
+    for task, figures in zip(tasks[::2], found[::2], strict=True):
+        assert figures.keys() == {"loss", "kl"}
+        for target in TARGETS:
+            asked = SequentialTask(task.metric, target, "search", "calibration", update, fit="dense")
+            assert figures["loss"][target] == pytest.approx(ours(asked).excess, abs=1e-5)
+        published = [SequentialTask(task.metric, target, "search", "calibration", update) for target in TARGETS]
+        assert figures["loss"] != {one.target: ours(one).excess for one in published}
+    assert ours(tasks[0]) == found[0]  # the references being there by now
+    streamed = load_model(model.name, resident=False)
+    apart = evaluator_of(streamed, statistics, tokens, TARGETS, update, "dense").together(tasks)
+    assert apart[0] == found[0]
+    assert apart[2] == found[2]
