@@ -348,7 +348,7 @@ def test_a_bad_formula_is_not_exported(run: Run, tmp_path: Path, formula: str) -
         (["bench", "--target", "4:2"], "keeps 4 of each 2"),
         (["bench", "--target", "0.5", "--target", "50%"], "'50%' is not a target"),
         (["bench", "--metric", "wanda", "--metric", "wnada"], "did you mean 'wanda'"),
-        (["bench", "--update", "all"], "none, obs, obs-blockwise"),
+        (["bench", "--update", "all"], "none, obs, obs-blockwise, admm"),
         (["bench", "--device", "foo"], "--device must be one of auto, cpu, cuda, but got 'foo'"),
         (["bench", "--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, but got 'int8'"),
         (["bench", "--include", "("], "--include '(' is not a regular expression"),

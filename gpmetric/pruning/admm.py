@@ -16,9 +16,9 @@ from gpmetric.targets import Target
 
 __all__ = ["fit_on_support", "prune_admm"]
 
-# Penalties of the scaled problem, whose diagonal is 1: from 0.1, 1.4 times more after every 3 steps. Reconstruction error
-# of 21 layers of llama-05m at 60 %, 64 windows of 256, against 60 steps with a factor of 1.2: 1.009, in 0.6 of the time;
-# 20 steps with 1.6 after every 2 1.033, 12 steps with 1.8 1.119; SparseGPT 1.63.
+# Penalties of the scaled problem, whose diagonal is 1: from 0.1, 1.4 times more after every 3 steps. Reconstruction
+# error of 21 layers of llama-05m at 60 %, 64 windows of 256, against 60 steps with a factor of 1.2: 1.009, in 0.6 of
+# the time; 20 steps with 1.6 after every 2 1.033, 12 steps with 1.8 1.119; SparseGPT 1.63.
 _FIRST, _GROWTH, _EVERY, _STEPS = 0.1, 1.4, 3, 30
 _FITTING = 30  # conjugate gradients, after which nothing changes in fp32 any more
 
