@@ -450,6 +450,20 @@ def rules_of(*rows: tuple[str, str, str, str]) -> list[Rule]:
     return [Rule(resolve_metric(name), parse_target(target), update, fit) for name, target, update, fit in rows]
 
 
+@pytest.mark.parametrize(
+    ("formula", "told"),
+    [
+        ("wanda", "metric wanda at 0.5: a Gram matrix holds NaN or infinity: {} (layer {})"),
+        ("W*W*D", "layer {1}: a Gram matrix holds NaN or infinity: {0}"),
+    ],
+)
+def test_overflowing_activations_name_the_layer(tiny_llama: Path, tiny_text: Path, formula: str, told: str) -> None:
+    model = load_model(str(tiny_llama), device="cpu")
+    model.blocks[0].layers[4].weight.fill_(1e38)  # what down_proj reads
+    (error,) = [error for _, _, error in measured(model, tiny_text, rules_of((formula, "0.5", "obs", "dense")))]
+    assert error == told.format("the model's activations overflow", model.blocks[0].layers[6].name)
+
+
 RULES = rules_of(
     ("wanda", "0.5", "obs", "dense"),
     ("wanda", "0.5", "obs", "own"),

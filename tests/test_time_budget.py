@@ -149,10 +149,11 @@ def test_when_opening_and_calibration_eat_the_time_the_rest_is_cut_to_the_bone(t
 
 
 @pytest.mark.parametrize(
-    ("update", "second", "last"), [("none", "gblm_l1", "sparsegpt"), ("obs-blockwise", "sparsegpt", "magnitude")]
+    ("update", "second", "last"),
+    [("none", "gblm_l1", "sparsegpt"), ("obs-blockwise", "sparsegpt", "alps"), ("admm", "alps", "sparsegpt")],
 )
 def test_rivals_are_measured_first(update: str, second: str, last: str) -> None:
-    """A cheap one to begin with; SparseGPT where the search is inside its solver."""
+    """A cheap one to begin with; SparseGPT or ALPS where the search is inside its solver."""
     request = DiscoverRequest(update=update)
     names = [one.name for one in request.baselines_by_importance]
     assert (names[0], names[1], names[-1]) == ("wanda", second, last)
