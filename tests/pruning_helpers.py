@@ -1,4 +1,4 @@
-"""One weight at a time, and windows and sessions of a text file, for tests of everything that prunes."""
+"""Layers and weights one at a time, and windows and sessions of a text file, for tests of everything that prunes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from gpmetric.calibration.accumulators import LayerStatistics
+from gpmetric.calibration.accumulators import DAMPING, LayerStatistics
 from gpmetric.data import Windows
 from gpmetric.metrics import Metric
 from gpmetric.models import Model
@@ -30,6 +31,27 @@ def prune_weight(
 ) -> Tensor:
     """`prune_weights` of one weight at one target."""
     return prune_weights([weight], metric, [target], [statistics], update, None if score is None else [score])[0][0]
+
+
+def make_layer(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight [out, in] and the Gram matrix [in, in] of inputs that are correlated and of unequal size."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
+    inputs = torch.randn(4 * columns, columns, generator=generator) @ mixing
+    inputs *= torch.linspace(0.5, 2, columns)
+    return torch.randn(rows, columns, generator=generator), inputs.t() @ inputs / len(inputs)
+
+
+def damped(gram: Tensor) -> Tensor:
+    """A Gram matrix [in, in] with the damping of the solvers, float64."""
+    gram = gram.double()
+    return gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+
+
+def output_error(change: Tensor, gram: Tensor) -> float:
+    """Squared change of the layer's output per token."""
+    change, gram = change.double(), gram.double()
+    return float(((change @ gram) * change).sum())
 
 
 @contextmanager

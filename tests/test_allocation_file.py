@@ -262,6 +262,8 @@ def mixed(model: Model, kind: str) -> Allocation:
         ("n:m", "wanda", "obs"),
         ("n:m", "sparsegpt", "none"),
         ("row", "sparsegpt", "none"),
+        ("row", "alps", "none"),
+        ("n:m", "wanda", "admm"),
     ],
 )
 def test_every_layer_gets_its_own(
@@ -300,7 +302,7 @@ def test_every_layer_gets_its_own(
     assert verify(tmp_path / "out", against=str(source), device="cpu")["problems"] == []
 
 
-@pytest.mark.parametrize("update", ["none", "obs", "obs-blockwise"])
+@pytest.mark.parametrize("update", ["none", "obs", "obs-blockwise", "admm"])
 @pytest.mark.parametrize("target", ["0.5", "layer:0.37", "block:0.6", "2:4"])
 def test_a_uniform_allocation_is_no_allocation(
     target: str, update: str, tiny_llama: Path, tiny_text: Path, tmp_path: Path

@@ -54,9 +54,9 @@ def test_the_document(tiny_llama: Path, tiny_text: Path) -> None:
     names = list(dict.fromkeys(metrics))
     assert pairs == [(metric, target) for target in dict.fromkeys(targets) for metric in names]
     for row in result["results"]:
-        assert row.keys() == {"metric", "target", "update", "formula", "ppl", "seconds", "sparsity", "error"}
+        assert row.keys() == {"metric", "target", "update", "formula", "ppl", "seconds", "sparsity", "error", "fit"}
         assert list(row["ppl"]) == texts
-        assert row["update"] == "none"
+        assert (row["update"], row["fit"]) == ("none", "own")
         assert row["sparsity"] == pytest.approx(parse_target(row["target"]).sparsity, abs=1e-9)
         assert row["seconds"] > 0
         assert all(ppl > 1 for ppl in row["ppl"].values())
@@ -94,14 +94,14 @@ def test_every_baseline_with_every_kind_of_target(tiny_gpt2: Path, tiny_text: Pa
     for row in result["results"]:
         target = parse_target(row["target"])
         by_row = row["metric"] != "sparsegpt" and target.granularity in (
-            ("row",) if row["metric"] == "magnitude" else ("row", None)
+            ("row",) if row["metric"] in ("magnitude", "alps") else ("row", None)
         )
         removed = sum(
             rows * int(columns * target.sparsity) if by_row else int(rows * columns * target.sparsity)
             for rows, columns in shapes
         )
         assert row["sparsity"] == removed / total, row
-        assert row["update"] == ("obs-blockwise" if row["metric"] == "sparsegpt" else "none")
+        assert row["update"] == {"sparsegpt": "obs-blockwise", "alps": "admm"}.get(row["metric"], "none")
         assert math.isfinite(row["ppl"][str(tiny_text)])
 
 
@@ -114,15 +114,15 @@ def test_a_name_is_its_formula(tiny_llama: Path, tiny_text: Path) -> None:
 
 
 def test_updates_and_protocols_differ(tiny_llama: Path, tiny_text: Path) -> None:
-    """Four ways to prune by one metric; `obs` and `obs-blockwise` are written in their rows."""
+    """Eight ways to prune by one metric; the update is written in the row."""
     found = {}
     for one_shot in (False, True):
-        for update in ("none", "obs", "obs-blockwise"):
+        for update in ("none", "obs", "obs-blockwise", "admm"):
             result = run(tiny_llama, tiny_text, metric=["wanda"], target=["0.5"], update=update, one_shot=one_shot)
             [row] = result["results"]
             assert row["update"] == update
             found[one_shot, update] = row["ppl"][str(tiny_text)]
-    assert len(set(found.values())) == 6
+    assert len(set(found.values())) == 8
     again = run(tiny_llama, tiny_text, metric=["W*W*D"], target=["0.5"], update="obs-blockwise")
     named = run(tiny_llama, tiny_text, metric=["sparsegpt"], target=["0.5"])
     assert again["results"][0]["ppl"] == named["results"][0]["ppl"]
@@ -225,7 +225,7 @@ def test_a_measurement_leaves_the_model_dense(tiny_llama: Path, tiny_text: Path)
         ({"target": ["1.5"]}, InputError, "1.5"),
         ({"metric": ["wandaa"]}, ExpressionError, "did you mean 'wanda'"),
         ({"metric": ["X"]}, ExpressionError, "must use the weight"),
-        ({"update": "all"}, InputError, "none, obs, obs-blockwise"),
+        ({"update": "all"}, InputError, "none, obs, obs-blockwise, admm"),
         ({"calibration": "missing.txt"}, DataError, "missing.txt"),
         ({"text": ["missing.txt"]}, DataError, "missing.txt"),
         ({"text": []}, InputError, "--text is needed"),

@@ -60,6 +60,7 @@ QUERY = "model.layers.0.self_attn.q_proj.weight"
         ("magnitude", "layer:0.5", "none"),
         ("sparsegpt", "0.5", "none"),
         ("sparsegpt", "1:2", "none"),
+        ("alps", "0.5", "none"),
     ],
 )
 def test_stock_transformers_reads_what_bench_measured(
@@ -84,7 +85,7 @@ def test_stock_transformers_reads_what_bench_measured(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-@pytest.mark.parametrize("update", ["none", "obs"])
+@pytest.mark.parametrize("update", ["none", "obs", "admm"])
 def test_the_stored_dtype_is_kept(
     update: str, save_model: Callable[..., Path], tiny_llama: Path, tiny_text: Path, tmp_path: Path
 ) -> None:

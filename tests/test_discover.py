@@ -110,7 +110,8 @@ def test_document_names_winner_front_baselines_splits(request_for: Any, tmp_path
     assert result["confidence"]["draws"] == 1
     for name, keys in KEYS.items():
         assert set(result[name]) == keys
-    assert set(result["baselines"]) == set(BASELINES)
+    assert set(result["baselines"]) == {*BASELINES} - {"alps"}  # which is no rival of masks
+    assert (result["update"], result["fit"]) == ("none", "own")
     assert result["evaluations"] == result["counts"]["paid"] == 14
     counts = list(result["counts"].values())[:5]
     assert counts == sorted(counts, reverse=True)  # no layer of simplification tells more apart than the one before
@@ -410,13 +411,31 @@ def test_the_function_takes_the_options_as_keywords(request_for: Any, tmp_path: 
     assert without_seconds(result) == without_seconds(run_campaign(replace(request, ledger=tmp_path / "b.sqlite")))
 
 
-@pytest.mark.parametrize("update", ["obs", "obs-blockwise"])
+@pytest.mark.parametrize("update", ["obs", "obs-blockwise", "admm"])
 def test_search_in_the_use_a_metric_will_have(request_for: Any, tmp_path: Path, update: str) -> None:
     result = run_campaign(request_for(update=update, group="row", evaluations=6))
     plain = run_campaign(request_for(group="row", evaluations=6, ledger=tmp_path / "b.sqlite"))
     assert result["update"] == update
     shared = {row["formula"]: row["excess"] for row in plain["front"]}
     assert any(shared.get(row["formula"], row["excess"]) != row["excess"] for row in result["front"])
+
+
+def test_a_campaign_whose_layers_follow_the_dense_model(request_for: Any, tmp_path: Path) -> None:
+    """Only what is measured block after pruned block changes; a ledger says the fit where it is not the usual one."""
+    few: dict[str, Any] = {"update": "obs-blockwise", "group": "row", "operands": ("W", "X"), "evaluations": 4}
+    own = run_campaign(request_for(**few))
+    request = request_for(**few, fit="dense", ledger=tmp_path / "b.sqlite")
+    dense = run_campaign(request)
+    assert (own["fit"], dense["fit"]) == ("own", "dense")
+    assert [row["excess"] for row in own["front"]] == [row["excess"] for row in dense["front"]]
+    assert own["baselines"]["wanda"] == dense["baselines"]["wanda"]
+    assert own["baselines"]["sparsegpt"] != dense["baselines"]["sparsegpt"]
+    with Ledger.read(tmp_path / "a.sqlite") as one, Ledger.read(tmp_path / "b.sqlite") as other:
+        assert "fit" not in one.settings
+        assert other.settings["fit"] == "dense"
+    with pytest.raises(LedgerError, match="another campaign"):
+        run_campaign(replace(request, fit="own", resume=True))
+    assert without_seconds(run_campaign(replace(request, resume=True))) == without_seconds(dense)
 
 
 def test_minutes_end_the_search_and_a_resume_goes_on(request_for: Any, tmp_path: Path) -> None:
@@ -470,6 +489,8 @@ def test_the_same_text_for_two_splits_is_refused(request_for: Any, tiny_text: Pa
         ({"primitives": ("abs", "sqrtt")}, "did you mean 'sqrt'"),
         ({"target": ("1.5",)}, "1.5"),
         ({"update": "obs-block"}, "--update"),
+        ({"fit": "dense"}, "--fit dense is of weights that change: take --update obs, obs-blockwise, admm"),
+        ({"fit": "both", "update": "obs"}, "--fit must be one of own, dense, but got 'both'"),
         ({"population": 0}, "--population must be at least 4"),
         ({"minutes": -1.0}, "--minutes"),
         ({"workers": 0}, "--workers"),

@@ -160,7 +160,7 @@ def test_windows_add_up(evaluator: Evaluator) -> None:
             assert whole[kind][target] == pytest.approx(mean, abs=1e-5)
 
 
-@pytest.mark.parametrize("update", ["none", "obs", "obs-blockwise"])
+@pytest.mark.parametrize("update", ["none", "obs", "obs-blockwise", "admm"])
 def test_kept_and_remade_predictions_give_the_same_figures(
     model: Model,
     statistics: Statistics,
@@ -208,7 +208,7 @@ def test_no_more_predictions_are_held_than_are_kept(
     assert "all" not in kept
 
 
-@pytest.mark.parametrize("update", ["none", "obs", "obs-blockwise"])
+@pytest.mark.parametrize("update", ["none", "obs", "obs-blockwise", "admm"])
 def test_errors_leave_the_model_dense(
     model: Model, statistics: Statistics, tokens: dict[str, Tensor], update: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,7 +255,7 @@ def test_a_probe_answers_for_every_metric_in_order(evaluator: Evaluator) -> None
     assert set(first.reconstruction) == set(TARGETS)
 
 
-@pytest.mark.parametrize("metric", ["abs(W)*X", "wanda", "magnitude", "gblm_l1", "sparsegpt", "layer:abs(W)*H"])
+@pytest.mark.parametrize("metric", ["abs(W)*X", "wanda", "magnitude", "gblm_l1", "sparsegpt", "alps", "layer:abs(W)*H"])
 def test_sequential_is_relative_to_the_dense_loss(evaluator: Evaluator, tokens: dict[str, Tensor], metric: str) -> None:
     task = SequentialTask(resolve_metric(metric, 6, 32), "0.5", "validation", "calibration", "none")
     found = evaluator(task)

@@ -49,6 +49,7 @@ def test_the_winner_is_below_every_rival_where_one_is() -> None:
 def test_masks_only() -> None:
     assert masks_only("wanda")
     assert not masks_only("sparsegpt")
+    assert not masks_only("alps")
 
 
 def finalists(rows: list[Individual], count: int) -> tuple[list[str], list[str]]:
@@ -104,7 +105,7 @@ def test_baselines_are_measured_as_published(ledger: Ledger) -> None:
         return SequentialLoss(0.25, 4.25)
 
     mine, wanda = metrics = [resolve_metric(text) for text in ("abs(W)*G", "wanda")]
-    found = HeldOut(Serial(answer), TARGETS, "obs", ledger).measure(metrics, "test", "calibration-1")
+    found = HeldOut(Serial(answer), TARGETS, "obs", "own", ledger).measure(metrics, "test", "calibration-1")
     assert [(task.metric.name, task.target, task.update) for task in asked] == [
         ("abs(W)*G", "0.5", "obs"),
         ("abs(W)*G", "2:4", "obs"),
@@ -116,7 +117,7 @@ def test_baselines_are_measured_as_published(ledger: Ledger) -> None:
     assert found[mine] == HeldOutFigures(infinite, {"0.5": 4.25, "2:4": math.inf}, {"2:4": "no"})
     assert found[mine].describe()["error"] == "no"
     assert found[wanda].mean == 0.25
-    again = HeldOut(Serial(answer), TARGETS, "obs", ledger).measure(metrics, "test", "calibration-1")
+    again = HeldOut(Serial(answer), TARGETS, "obs", "own", ledger).measure(metrics, "test", "calibration-1")
     assert again == found
     assert len(asked) == 4  # the ledger has them
 
@@ -130,9 +131,28 @@ def test_a_baseline_in_another_group_is_still_a_published_one(ledger: Ledger) ->
         return SequentialLoss(0.25, 4.25)
 
     metrics = [resolve_metric(text) for text in ("layer:gblm_l1", "layer:abs(W)*X")]
-    HeldOut(Serial(answer), TARGETS[:1], "obs", ledger).measure(metrics, "test")
+    HeldOut(Serial(answer), TARGETS[:1], "obs", "own", ledger).measure(metrics, "test")
     assert [task.update for task in asked] == ["none", "obs"]
     assert [task.metric for task in asked] == [resolve_metric("layer:gblm_l1", 8, 32), metrics[1]]
+
+
+def test_a_campaigns_fit_is_of_its_own_metrics_and_of_baselines_with_its_update(ledger: Ledger) -> None:
+    """Others are measured as published."""
+    asked: list[SequentialTask] = []
+
+    def answer(task: SequentialTask) -> SequentialLoss:
+        asked.append(task)
+        return SequentialLoss(0.25, 4.25)
+
+    metrics = [resolve_metric(text) for text in ("abs(W)*X", "wanda", "sparsegpt", "alps", "block:sparsegpt")]
+    HeldOut(Serial(answer), TARGETS[:1], "obs-blockwise", "dense", ledger).measure(metrics, "test")
+    assert [(task.update, task.fit) for task in asked] == [
+        ("obs-blockwise", "dense"),
+        ("none", "own"),
+        ("none", "dense"),  # its update is part of the metric
+        ("none", "own"),
+        ("none", "dense"),
+    ]
 
 
 @pytest.fixture
@@ -142,8 +162,8 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 def test_a_dense_model_without_a_loss_is_refused(ledger: Ledger) -> None:
-    held_out = HeldOut(Serial(lambda task: {"a": 1.0, "b": math.inf}), TARGETS, "none", ledger)
+    held_out = HeldOut(Serial(lambda task: {"a": 1.0, "b": math.inf}), TARGETS, "none", "own", ledger)
     with pytest.raises(GpmetricError, match="dense model's loss on the search text is not finite"):
         held_out.dense("search")
-    held_out = HeldOut(Serial(lambda task: {"a": 0.0, "b": math.log(7)}), TARGETS, "none", ledger)
+    held_out = HeldOut(Serial(lambda task: {"a": 0.0, "b": math.log(7)}), TARGETS, "none", "own", ledger)
     assert held_out.dense("search") == {"a": 1.0, "b": pytest.approx(7)}

@@ -77,6 +77,7 @@ PUBLISHED: dict[str, tuple[Callable[[Sample], Tensor], str]] = {
     "gblm_l2": (lambda s: s.w.abs() * s.x2.sqrt() + s.w.abs() * (100 * s.g).square().sum(dim=0).sqrt(), "row"),
     "pruner_zero": (lambda s: s.w * s.w * minmax(100 * s.g.square().sum(dim=0).sqrt()), "row"),
     "sparsegpt": (lambda s: s.w**2 / obs_diagonal(s) ** 2, "layer"),
+    "alps": (lambda s: s.w.abs() * s.x2.sqrt(), "layer"),
 }
 
 
@@ -91,8 +92,8 @@ def test_masks_are_the_published_ones(name: str, sequences: int, length: int) ->
     published, granularity = PUBLISHED[name]
     metric = resolve_metric(name, sequences, length)
     for text in ("0.5", "0.3", "row:0.6", "layer:0.6", "block:0.6", "2:4", "4:8"):
-        if metric.update == "obs-blockwise" and ":" in text:
-            continue  # chosen on updated weights: tests/test_sparsegpt.py
+        if metric.update == "admm" or (metric.update == "obs-blockwise" and ":" in text):
+            continue  # chosen on updated weights: tests/test_admm.py, tests/test_sparsegpt.py
         target = parse_target(text)
         pruned = prune_weight(sample.w.float(), metric, target, sample.statistics(), metric.update or "none")
         assert torch.equal(pruned != 0, select_mask(published(sample), target.resolved(granularity))), text
@@ -127,9 +128,10 @@ def test_what_a_baseline_needs(name: str) -> None:
     metric = resolve_metric(name, 8, 16)
     assert metric.name == name
     assert metric.needs_gradients == (name in ("gblm_l1", "gblm_l2", "pruner_zero"))
-    assert (("D" in metric.operands) and (GRAM in needed_statistics([metric], "none"))) == (name == "sparsegpt")
-    assert metric.granularity == ("layer" if name == "magnitude" else "row")
-    assert metric.update == ("obs-blockwise" if name == "sparsegpt" else None)
+    assert ("D" in metric.operands) == (name == "sparsegpt")
+    assert (GRAM in needed_statistics([metric], "none")) == (name in ("sparsegpt", "alps"))
+    assert metric.granularity == ("layer" if name in ("magnitude", "alps") else "row")
+    assert metric.update == {"sparsegpt": "obs-blockwise", "alps": "admm"}.get(name)
     assert BASELINES[name].source
 
 
@@ -239,8 +241,8 @@ def test_spelled_is_what_resolve_metric_reads(group: str) -> None:
     assert spelled(metric.expression, "row") == "abs(W)*X**0.5"
 
 
-def test_only_sparsegpt_updates() -> None:
-    assert [name for name in BASELINES if not masks_only(name)] == ["sparsegpt"]
+def test_only_sparsegpt_and_alps_update() -> None:
+    assert [name for name in BASELINES if not masks_only(name)] == ["sparsegpt", "alps"]
 
 
 def test_a_metric_is_called_by_place_or_by_name() -> None:

@@ -78,9 +78,9 @@ def seen_statistics(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Layer
     original = protocol._prune_layer
     found: dict[str, LayerStatistics] = {}
 
-    def spy(layer: Any, rule: Rule, statistics: LayerStatistics) -> Tensor:
+    def spy(layer: Any, weight: Tensor, rule: Rule, statistics: LayerStatistics) -> Tensor:
         found[layer.name] = statistics
-        return original(layer, rule, statistics)
+        return original(layer, weight, rule, statistics)
 
     with monkeypatch.context() as patch:
         patch.setattr(protocol, "_prune_layer", spy)
@@ -171,7 +171,7 @@ def test_only_what_a_metric_reads_is_collected(
     assert (session.dense.names if session.dense else set()) == set(names if once else dense)
 
 
-@pytest.mark.parametrize("update", ["obs", "obs-blockwise"])
+@pytest.mark.parametrize("update", ["obs", "obs-blockwise", "admm"])
 @pytest.mark.parametrize("once", [False, True])
 def test_an_update_reads_the_gram_matrix(
     llama: Model, tiny_text: Path, monkeypatch: pytest.MonkeyPatch, once: bool, update: str
@@ -210,9 +210,9 @@ def test_conv1d_rows_are_outputs(gpt2: Model, tiny_text: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["0.5", "0.37", "row:0.37", "layer:0.5", "block:0.5", "2:4"])
-@pytest.mark.parametrize("metric", ["magnitude", "magnitude_row", "wanda", "abs(W)", "sparsegpt"])
+@pytest.mark.parametrize("metric", ["magnitude", "magnitude_row", "wanda", "abs(W)", "sparsegpt", "alps"])
 def test_what_each_group_loses(tiny_llama: Path, tiny_text: Path, metric: str, target: str) -> None:
-    """Counted in the pruned model; only `magnitude` takes a plain number over the whole matrix, and `row:` is rows."""
+    """Counted in the pruned model; `magnitude` and `alps` take a plain number over the whole matrix, `row:` is rows."""
     model = load_model(str(tiny_llama), device="cpu")
     sequential(model, tiny_text, metric, target, count=4)
     wanted = parse_target(target)
@@ -225,7 +225,7 @@ def test_what_each_group_loses(tiny_llama: Path, tiny_text: Path, metric: str, t
         elif metric == "sparsegpt" or wanted.granularity == "block":
             per_block = [int(block.sum()) for block in zeros.split(128, dim=1)]
             assert per_block == [int(block.numel() * wanted.sparsity) for block in zeros.split(128, dim=1)]
-        elif wanted.granularity == "layer" or (metric == "magnitude" and wanted.granularity is None):
+        elif wanted.granularity == "layer" or (metric in ("magnitude", "alps") and wanted.granularity is None):
             assert int(zeros.sum()) == int(zeros.numel() * wanted.sparsity), layer.name
             assert len(zeros.sum(dim=1).unique()) > 1, "rows compete with each other"
         else:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpmetric.calibration.accumulators import DAMPING, LayerStatistics, curvature, inverse_factor
+from gpmetric.calibration.accumulators import LayerStatistics, curvature, inverse_factor
 from gpmetric.errors import MaskError, SolverError
 from gpmetric.metrics import resolve_metric
 from gpmetric.pruning import obs
@@ -19,25 +19,11 @@ from gpmetric.pruning.mask import select_mask
 from gpmetric.pruning.sparsegpt import block_columns, reconstruct, reconstruct_blockwise
 from gpmetric.pruning.updaters import prune_weights
 from gpmetric.targets import parse_target
-from tests.pruning_helpers import prune_weight
+from tests.pruning_helpers import damped, make_layer, output_error, prune_weight
 
 SHAPES = [(1, 1), (3, 6), (5, 42), (4, 123), (4, 128), (4, 129), (3, 200), (2, 256), (6, 300)]
 # fp32 against float64: the inverse of a Gram matrix with condition number about 1e3 keeps four digits
 CLOSE = {"rtol": 2e-3, "atol": 2e-4}
-
-
-def make_layer(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight [out, in] and the Gram matrix [in, in] of inputs that are correlated and of unequal size."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
-    inputs = torch.randn(4 * columns, columns, generator=generator) @ mixing
-    inputs *= torch.linspace(0.5, 2, columns)
-    return torch.randn(rows, columns, generator=generator), inputs.t() @ inputs / len(inputs)
-
-
-def damped(gram: Tensor) -> Tensor:
-    gram = gram.double()
-    return gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
 
 
 def first_rows(gram: Tensor) -> list[Tensor]:
@@ -58,12 +44,6 @@ def plain_obs(weight: Tensor, inverse: list[Tensor], mask: Tensor, start: int = 
 def repair(weight: Tensor, gram: Tensor, *masks: Tensor) -> list[Tensor]:
     """`reconstruct` of one layer."""
     return list(reconstruct(weight[None], inverse_factor(gram)[None], torch.stack(masks)[None])[0])
-
-
-def output_error(change: Tensor, gram: Tensor) -> float:
-    """Squared change of the layer's output per token."""
-    change, gram = change.double(), gram.double()
-    return float(((change @ gram) * change).sum())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -280,7 +260,7 @@ def test_a_dead_input_is_pruned_first() -> None:
         assert int((pruned == 0).sum()) == 80
 
 
-@pytest.mark.parametrize("update", ["none", "obs", "obs-blockwise"])
+@pytest.mark.parametrize("update", ["none", "obs", "obs-blockwise", "admm"])
 def test_a_remainder_is_refused_under_every_update(update: str) -> None:
     weight, gram = make_layer(2, 42)
     statistics = LayerStatistics(X=gram.diagonal().sqrt(), gram=gram)
@@ -288,7 +268,7 @@ def test_a_remainder_is_refused_under_every_update(update: str) -> None:
         prune_weight(weight, resolve_metric("wanda"), parse_target("2:4"), statistics, update)
 
 
-@pytest.mark.parametrize("update", ["obs", "obs-blockwise"])
+@pytest.mark.parametrize("update", ["obs", "obs-blockwise", "admm"])
 def test_a_gram_matrix_that_is_not_finite_is_refused(update: str) -> None:
     weight, gram = make_layer(2, 8)
     statistics = LayerStatistics(X=gram.diagonal().sqrt(), gram=gram * torch.inf)

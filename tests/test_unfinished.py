@@ -182,6 +182,27 @@ def test_killed_anywhere(
     assert sorted(path.name for path in place.iterdir()) == ["masks", "out"]
 
 
+@pytest.mark.usefixtures("mortal")
+def test_killed_while_layers_follow_the_dense_model(
+    place: Path, quickly: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """The dense model's hidden states are gone on with, too: behind the first block, the second, and the last."""
+    follows, told = {"update": "admm", "fit": "dense"}, Told()
+    quickly(output=tmp_path / "out", **follows)
+    expected = contents(tmp_path / "out")
+    assert json.loads(expected[MANIFEST])["fit"] == "dense"
+    for deadline in range(4, 1000, 5):
+        if not dies(lambda: quickly(output=place / "out", **follows), deadline):
+            break
+        if not (place / "out").exists() or list(place.glob(".out.*/progress.safetensors")):
+            quickly(output=place / "out", listener=told, **follows)
+        assert contents(place / "out") == expected
+        shutil.rmtree(place)
+        place.mkdir()
+    assert deadline > 80
+    assert {block for block, _ in told.places} >= {1, 2, 3}
+
+
 def test_killed_for_real(tiny_llama: Path, tiny_text: Path, place: Path, whole: dict[str, bytes]) -> None:
     """kill -9 of the command at a moment drawn at random after a record; then it says that it goes on, and ends."""
     words = [str(tiny_llama), "-o", str(place / "out"), "--calibration", str(tiny_text), "--target", "2:4"]

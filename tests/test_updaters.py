@@ -24,11 +24,11 @@ from tests.pruning_helpers import prune_weight, windows_of
 
 
 def test_updates() -> None:
-    assert list(UPDATERS) == ["none", "obs", "obs-blockwise"]
+    assert list(UPDATERS) == ["none", "obs", "obs-blockwise", "admm"]
     for name in UPDATERS:
         check_request(BenchRequest(update=name))
     for text in ("", "OBS", "obs_blockwise", "all"):
-        with pytest.raises(InputError, match=f"--update must be one of none, obs, obs-blockwise, but got {text!r}"):
+        with pytest.raises(InputError, match=f"must be one of none, obs, obs-blockwise, admm, but got {text!r}"):
             check_request(BenchRequest(update=text))
 
 
@@ -66,13 +66,14 @@ def test_layers_and_targets_at_once_are_each_alone(tiny_llama: Path, tiny_text: 
 
 @pytest.mark.parametrize("update", UPDATERS)
 def test_given_scores_are_used_as_they_are(update: str) -> None:
-    """But by obs-blockwise, which scores what it has updated."""
+    """But by obs-blockwise and admm, which score what they have updated."""
     weight, gram = torch.randn(4, 8, generator=torch.Generator().manual_seed(6)), torch.eye(8)
     score, statistics = -weight.abs(), LayerStatistics(X=torch.ones(8), gram=gram)
     pruned = prune_weight(weight, resolve_metric("wanda"), parse_target("0.5"), statistics, update, score)
-    by_wanda = prune_weight(weight, resolve_metric("layer:wanda"), parse_target("0.5"), statistics)
+    group = "layer" if update == "obs-blockwise" else "row"
+    by_wanda = prune_weight(weight, resolve_metric(f"{group}:wanda"), parse_target("0.5"), statistics)
     given = select_mask(score, parse_target("0.5"))
-    assert torch.equal(pruned != 0, by_wanda != 0 if update == "obs-blockwise" else given)
+    assert torch.equal(pruned != 0, by_wanda != 0 if UPDATERS[update].rescores else given)
 
 
 @pytest.mark.gpu

@@ -225,7 +225,13 @@ def inverse_factor(gram: Tensor) -> Tensor:
 
 
 def damped(gram: Tensor, times: int = 1) -> Tensor:
-    """A Gram matrix [in, in] with 0.01 of its mean diagonal, or that many times as much, added to the diagonal."""
+    """A Gram matrix [in, in] with 0.01 of its mean diagonal, or that many times as much, added to the diagonal.
+
+    Raises:
+        SolverError: it is not finite.
+    """
+    if not torch.isfinite(gram).all():
+        raise SolverError("a Gram matrix holds NaN or infinity: the model's activations overflow")
     mean = gram.diagonal().mean()
     mean = mean.where(mean > 1e-30, 1)  # all inputs zero: any damping will do, but its inverse must be finite in fp32
     return gram + DAMPING * times * mean * torch.eye(len(gram), device=gram.device)
@@ -233,8 +239,6 @@ def damped(gram: Tensor, times: int = 1) -> Tensor:
 
 def damped_factor(gram: Tensor) -> Tensor:
     """Lower factor of the damped matrix; damping grows tenfold, at most four times, until it is positive definite."""
-    if not torch.isfinite(gram).all():
-        raise SolverError("a Gram matrix holds NaN or infinity: the model's activations overflow")
     factor: Tensor
     for attempt in range(5):
         factor, info = torch.linalg.cholesky_ex(damped(gram, 10**attempt))

@@ -17,7 +17,7 @@ from torch.nn import Module
 from gpmetric.blockwise.hidden import Hidden
 from gpmetric.blockwise.replay import BlockCalls
 from gpmetric.calibration.accumulators import ACCUMULATORS, FromInputs, InputMoments, LayerStatistics
-from gpmetric.errors import ModelError
+from gpmetric.errors import ModelError, SolverError
 from gpmetric.models import Layer
 from gpmetric.operands import CROSS
 
@@ -97,7 +97,10 @@ def collect_paired(
         pair = pairs[layer.name].of
         if not pair.moments.tokens:
             raise ModelError(f"layer {layer.name} is not reached by a text, so it cannot be calibrated (--exclude)")
-        found[layer.name] = pair.result(rows)
+        try:
+            found[layer.name] = pair.result(rows)
+        except SolverError as error:
+            raise SolverError(f"layer {layer.name}: {error}") from error
     return found
 
 

@@ -10,6 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -340,7 +341,8 @@ class Walk:
             for layer in asked:
                 gradients = dense.get(layer.name, LayerStatistics()).gradients
                 statistics = LayerStatistics(**gradients, **found.pop(layer.name).values)
-                goal = dense_goal(layer.weight, statistics)
+                with _told(rule, layer):
+                    goal = dense_goal(layer.weight, statistics)
                 pruned[layer.name] = _prune_layer(layer, goal, rule, statistics)
         return pruned
 
@@ -351,14 +353,20 @@ class Walk:
 
 def _prune_layer(layer: Layer, weight: Tensor, rule: Rule, statistics: LayerStatistics) -> Tensor:
     """The pruned weight [out, in] of a layer, in its dtype."""
-    target = rule.target(layer.name)
     updater = updater_of(rule.metric, rule.update)
-    try:
-        ((pruned,),) = updater.prune([weight], rule.metric, [target], [statistics])
-    except (MaskError, SolverError) as error:
-        told = f"metric {rule.metric.name} at {target.text}: {error} (layer {layer.name})"
-        raise type(error)(told) from error
+    with _told(rule, layer):
+        ((pruned,),) = updater.prune([weight], rule.metric, [rule.target(layer.name)], [statistics])
     return pruned.to(layer.weight.dtype)
+
+
+@contextmanager
+def _told(rule: Rule, layer: Layer) -> Iterator[None]:
+    """Adds metric, target and layer to what is raised."""
+    try:
+        yield
+    except (MaskError, SolverError) as error:
+        told = f"metric {rule.metric.name} at {rule.target(layer.name).text}: {error} (layer {layer.name})"
+        raise type(error)(told) from error
 
 
 def check_targets(model: Model, targets: Collection[Target]) -> None:
