@@ -20,7 +20,7 @@ __all__ = ["fit_on_support", "prune_admm"]
 # error of 21 layers of llama-05m at 60 %, 64 windows of 256, against 60 steps with a factor of 1.2: 1.009, in 0.6 of
 # the time; 20 steps with 1.6 after every 2 1.033, 12 steps with 1.8 1.119; SparseGPT 1.63.
 _FIRST, _GROWTH, _EVERY, _STEPS = 0.1, 1.4, 3, 30
-_FITTING = 30  # conjugate gradients, after which nothing changes in fp32 any more
+_FITTING = 30  # conjugate gradients: within 1e-4 of the exact fit, also with four times fewer tokens than inputs
 
 
 def prune_admm(
