@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from gpmetric.evolution.rungs import PROBE, Rung, cumulative, describe_rungs, ha
 from gpmetric.evolution.screening import Seen, SuccessiveHalving
 from gpmetric.evolution.search_config import SearchConfig
 from gpmetric.evolution.task_clock import TaskClock
-from gpmetric.evolution.tasks import ExcessTask, MaskFingerprint, ProbeTask, Task
+from gpmetric.evolution.tasks import ExcessTask, MaskFingerprint, ProbeTask, Task, UseTask
 from gpmetric.expression import parse
-from gpmetric.metrics import Metric
+from gpmetric.metrics import Metric, resolve_metric
 
 INF, NAN = math.inf, math.nan
 RUNGS = (Rung("1 windows", 0, 1, 0.5), Rung("4 windows", 1, 4, 1.0))
@@ -44,6 +45,10 @@ def test_rungs(windows: int, bounds: list[int]) -> None:
     assert [rung.first for rung in rungs] == [0, *bounds[:-1]]
     assert [rung.keep for rung in rungs] == [0.4] * (len(bounds) - 1) + [1.0]
     assert [rung.name for rung in rungs] == [f"{last} windows" for last in bounds]
+    *early, last = halving_rungs(windows, in_use=True)
+    assert early == list(rungs[:-1])
+    assert (last.name, last.first, last.last, last.in_use) == (f"{windows} windows in use", 0, windows, True)
+    assert last.task([resolve_metric("abs(W)")]) == UseTask(resolve_metric("abs(W)"))
 
 
 @pytest.mark.parametrize(
@@ -137,6 +142,31 @@ def test_who_climbs(ledger: Ledger, objective: str, expected: str) -> None:
         _, first, rest = WORTH[row.formula[-1]]
         for column, kind in enumerate(("loss", "kl")):
             assert row.figures[kind] == {"0.5": pytest.approx((first[column] + 3 * rest[column]) / 4)}
+
+
+def test_the_last_rung_in_use_tells_alone(ledger: Ledger) -> None:
+    """What was measured in one shot does not count there, and the probe holds nobody back."""
+    used = {name: (place / 10, place / 5) for place, name in enumerate(WORTH, start=1)}
+
+    def use(task: Task) -> Any:
+        if not isinstance(task, UseTask):
+            return answer(task)
+        loss, kl = used[task.metric.name[-1]]
+        return {"loss": {"0.5": loss}, "kl": {"0.5": kl}}
+
+    one = halving(ledger, function=use)
+    one.config = replace(one.config, rungs=(RUNGS[0], replace(RUNGS[-1], name="in use", first=0, in_use=True)))
+    one.run(DRAWS)
+    fates = statuses(ledger)
+    assert "reconstruction" not in "".join(fates.values())
+    evaluated = {row.formula[-1]: row.figures for row in ledger.evaluations("done")}
+    assert set(evaluated) == {"H", "D", "F"}  # by the first window
+    for name, figures in evaluated.items():
+        assert figures == {"loss": {"0.5": used[name][0]}, "kl": {"0.5": used[name][1]}}
+    rows = describe_rungs(ledger.measurements(), one.config.rungs, "loss")
+    assert [(row["rung"], row["spearman"]) for row in rows] == [
+        (PROBE.name, pytest.approx(1)), (RUNGS[0].name, pytest.approx(-1)), ("in use", pytest.approx(1)),
+    ]  # fmt: skip
 
 
 def test_those_of_the_start_climb_whatever_they_are_measured_at(ledger: Ledger) -> None:

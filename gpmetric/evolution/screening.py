@@ -96,10 +96,15 @@ class SuccessiveHalving:
         return _new(masks, self.seen.masks) if self.config.fingerprints else [position for position, _ in masks]
 
     def _promoted(self, positions: Sequence[int], climbed: Sequence[Rung]) -> list[int]:
-        """Those that go on after the probe and these rungs; start metrics do, whatever they are measured at."""
+        """Those that go on after the probe and these rungs; start metrics do, whatever they are measured at.
+
+        Where the last rung is in use, a probe alone holds none back: of 30 formulas on llama-05m, by admm with the dense
+        fit, its rank correlation with the last rung was -0.2, that of 3 of 24 windows 0.9.
+        """
         means = {position: mean_at(self._known, position, climbed, self.config.objective) for position in positions}
-        if not climbed and all(math.isnan(mean) for mean in means.values()):
-            return list(positions)  # without Gram matrices there is nothing to go by
+        blind = all(math.isnan(mean) for mean in means.values())  # without Gram matrices there is nothing to go by
+        if not climbed and (blind or self.config.rungs[-1].in_use):
+            return list(positions)
         always = frozenset(one for one in positions if self.generation == 0 and one < len(self.config.start))
         return promote(means, (climbed[-1] if climbed else PROBE).keep, always)
 
