@@ -98,8 +98,8 @@ class SuccessiveHalving:
     def _promoted(self, positions: Sequence[int], climbed: Sequence[Rung]) -> list[int]:
         """Those that go on after the probe and these rungs; start metrics do, whatever they are measured at.
 
-        Where the last rung is in use, a probe alone holds none back: of 30 formulas on llama-05m, by admm with the dense
-        fit, its rank correlation with the last rung was -0.2, that of 3 of 24 windows 0.9.
+        Where the last rung is in use, a probe alone holds none back: of 30 formulas on llama-05m, by admm with the
+        dense fit, its rank correlation with the last rung was -0.2, that of 3 of 24 windows 0.9.
         """
         means = {position: mean_at(self._known, position, climbed, self.config.objective) for position in positions}
         blind = all(math.isnan(mean) for mean in means.values())  # without Gram matrices there is nothing to go by
