@@ -309,7 +309,7 @@ def test_the_goal_is_least_squares_in_closed_form(shape: tuple[int, int], dtype:
     dense = torch.randn(tokens, width, generator=weight_of, dtype=torch.float64)
     pruned = dense + 0.5 * torch.randn(tokens, width, generator=weight_of, dtype=torch.float64)
     gram, cross = pruned.t() @ pruned / tokens, dense.t() @ pruned / tokens
-    damping = damped(gram) - gram
+    damping = 10 * (damped(gram) - gram)
     statistics = LayerStatistics(gram=gram.float(), cross=cross.float())
     found = dense_goal(weight, statistics)
     assert found.dtype == torch.float32
@@ -347,7 +347,7 @@ def by_hand(folder: Path, tokens: Tensor, metric: str, target: str, update: str)
             for name in (f"model.layers.{index}.{one}" for one in stage):
                 one, other, layer = mine[name].double(), theirs[name].double(), by_name[name]
                 gram, cross = one.t() @ one / len(one), other.t() @ one / len(one)
-                damping = damped(gram) - gram
+                damping = 10 * (damped(gram) - gram)
                 goal = torch.linalg.solve(gram + damping, (cross + damping).t() @ layer.weight.double().t()).t()
                 statistics = LayerStatistics(X=one.square().mean(dim=0).sqrt().float(), gram=gram.float())
                 chosen = resolve_metric(metric)

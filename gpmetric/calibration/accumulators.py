@@ -237,11 +237,11 @@ def damped(gram: Tensor, times: int = 1) -> Tensor:
     return gram + DAMPING * times * mean * torch.eye(len(gram), device=gram.device)
 
 
-def damped_factor(gram: Tensor) -> Tensor:
-    """Lower factor of the damped matrix; damping grows tenfold, at most four times, until it is positive definite."""
+def damped_factor(gram: Tensor, times: int = 1) -> Tensor:
+    """Lower factor of `damped`; the damping grows tenfold, at most four times, until it is positive definite."""
     factor: Tensor
     for attempt in range(5):
-        factor, info = torch.linalg.cholesky_ex(damped(gram, 10**attempt))
+        factor, info = torch.linalg.cholesky_ex(damped(gram, times * 10**attempt))
         if not info.item():
             return factor
     raise SolverError(f"a Gram matrix [{len(gram)}, {len(gram)}] is not positive definite even at 100 times its mean")
