@@ -12,8 +12,8 @@ __all__ = ["dense_goal"]
 
 # Damping, in that of the solvers: few tokens tell little of what the other inputs would be. Excess on ptb-valid of alps
 # at 60 % with 1, 10 and 100 times: SmolLM2-135M, 48 windows of 256, 0.751, 0.675 and 0.738 (fitted to its own outputs
-# 0.794). With 64 windows and 1 and 10 times: llama-4m 0.062, 0.064, llama-05m 0.343, 0.347, gpt2-05m 0.103, 0.105, and at
-# 2:4 0.073, 0.072, 0.367, 0.359, 0.115, 0.108.
+# 0.794). With 64 windows, 1 and 10 times: llama-4m 0.062, 0.064, llama-05m 0.343, 0.347, gpt2-05m 0.103, 0.105, and
+# at 2:4 0.073, 0.072, 0.367, 0.359, 0.115, 0.108.
 _DAMPING = 10
 
 
