@@ -154,12 +154,8 @@ def test_patterns_take_few_registers(
     within(usage, 64, 32, 4096)
 
 
-# each for one device, in turn: what differs between devices is compiled for both elsewhere
-@pytest.mark.parametrize(
-    ("number", "capability"),
-    [(number, TARGETS[number % len(TARGETS)]) for number in range(len(FORMULAS))],
-    ids=FORMULAS,
-)
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("number", range(len(FORMULAS)), ids=FORMULAS)
 def test_formulas_compile_into_every_kernel(number: int, capability: int, tmp_path: Path) -> None:
     functions = load_functions([parse(FORMULAS[number])], tmp_path)
     types = types_of(functions.LAYOUT, DTYPES[number % 3], DTYPES[number % 2 * 2])
