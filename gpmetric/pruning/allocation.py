@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Allocation",
     "GranularityName",
+    "allocation_of",
     "check_allocation",
     "group_count",
     "layer_target",
@@ -102,6 +103,15 @@ def read_allocation(path: str | Path, option: str = "--allocation") -> Allocatio
         raise InputError(f"{where} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise InputError(f"{where} is no allocation: {error}") from error
+    return replace(allocation_of(content, where), file=str(path), digest=hashlib.sha256(raw).hexdigest())
+
+
+def allocation_of(content: object, where: str) -> Allocation:
+    """The allocation of a document.
+
+    Raises:
+        InputError: naming where it stands, and the key, its value and what is accepted.
+    """
     kind = _PatternFile if isinstance(content, dict) and content.get("granularity") == "n:m" else _File
     try:
         said = kind.model_validate(content, strict=True)
@@ -112,7 +122,7 @@ def read_allocation(path: str | Path, option: str = "--allocation") -> Allocatio
     else:
         assert isinstance(said, _File)
         targets = {name: _plain_target(said.granularity, sparsity) for name, sparsity in said.sparsity.items()}
-    return Allocation(said.granularity, targets, str(path), hashlib.sha256(raw).hexdigest())
+    return Allocation(said.granularity, targets)
 
 
 def layer_target(granularity: str, shape: Sequence[int], removed_per_group: int) -> Target:

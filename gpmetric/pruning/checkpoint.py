@@ -120,12 +120,15 @@ class CheckpointWriter:
             "sparsity": zeros / written.numel(),
         }
 
-    def finish(self, made: dict[str, Any], layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def finish(
+        self, made: dict[str, Any], layers: Sequence[Mapping[str, Any]], others: Mapping[str, str] = {}
+    ) -> dict[str, Any]:
         """Writes the other files of the dense model, a model card and the manifest, and returns the manifest.
 
         Args:
             made: what the manifest says of source, metric, target, allocation, calibration, perplexity and versions.
             layers: what `write_layer` returned for each, in the model's order.
+            others: files besides, by name.
 
         Raises:
             GpmetricError, OSError: the files cannot be written.
@@ -139,7 +142,8 @@ class CheckpointWriter:
         )
         zeros, entries = (sum(layer[key] for layer in layers) for key in ("zeros", "entries"))
         manifest: dict[str, Any] = {"version": 1} | made | {"sparsity": zeros / entries, "layers": list(layers)}
-        write_text(self._folder / "README.md", _card(self._model, manifest))
+        for name, text in {**others, "README.md": _card(self._model, manifest)}.items():
+            write_text(self._folder / name, text)
         manifest["tensors"] = sorted(self._places)
         manifest["files"] = {name: file_digest(self._folder / name) for name in files_of(self._folder)}
         write_text(self._folder / MANIFEST, json.dumps(finite(manifest), indent=1, allow_nan=False) + "\n")

@@ -18,6 +18,7 @@ from gpmetric.pruning.allocation import Allocation, check_allocation, mean_spars
 from gpmetric.pruning.checkpoint import CheckpointWriter, write_masks
 from gpmetric.pruning.output_folder import MANIFEST, check_folder, file_digest
 from gpmetric.pruning.protocol import Protocol, Rule, check_targets
+from gpmetric.pruning.recipe import Recipe, read_recipe
 from gpmetric.pruning.requests import PruneRequest, VerifyRequest
 from gpmetric.pruning.unfinished import Record, Unfinished, is_begun, unfinished
 from gpmetric.pruning.verify import verify_files
@@ -28,7 +29,9 @@ from gpmetric.session.plan import Work
 from gpmetric.session.session import Listener, Progress, Session, open_session
 from gpmetric.targets import Target, parse_target
 
-__all__ = ["PruneListener", "prune", "prune_work", "run_prune"]
+RECIPE = "recipe.toml"  # in the checkpoint that was made by one
+
+__all__ = ["RECIPE", "PruneListener", "prune", "prune_work", "run_prune"]
 
 
 class PruneListener(Listener):
@@ -63,15 +66,19 @@ def run_prune(
     assert request.output is not None
     deadline = Deadline.starting(request.minutes, started)
     told, folder, masks = listener or PruneListener(), request.output, request.save_masks
-    allocation = None if request.allocation is None else read_allocation(request.allocation)
-    inputs = (request.model, request.calibration, request.text, request.allocation, masks and masks.parent)
+    recipe = None if request.recipe is None else read_recipe(request.recipe)
+    allocation = None if recipe is None else recipe.allocation
+    if request.allocation is not None:
+        allocation = read_allocation(request.allocation)
+    read = (request.model, request.calibration, request.text, request.allocation, request.recipe)
+    inputs = (*read, masks and masks.parent)
     needed = [Path(str(name)) for name in inputs if name is not None]
     check_folder(folder, request.force or is_begun(folder), needed)
     session = open_session(request, work=prune_work, listener=told)
     rule = _rule(session, request, allocation)
     targets = {layer.name: rule.target(layer.name) for layer in session.model.layers}
     protocol = Protocol(session, one_shot=request.one_shot, progress=deadline.watching(told.progress))
-    made = _made(session, request, rule, targets)
+    made = _made(session, request, rule, targets, recipe)
     with unfinished(folder, _identity(session, made, targets), resume=request.resume) as partial:
         if not partial.placed:
             check_folder(folder, request.force)
@@ -82,7 +89,7 @@ def run_prune(
 
             retried(
                 session.model,
-                lambda: _write(partial, protocol, rule, targets, made, told, deadline),
+                lambda: _write(partial, protocol, rule, targets, made, told, deadline, recipe),
                 begin_anew,
             )
             partial.place(request.force)
@@ -106,6 +113,7 @@ def _write(
     made: Mapping[str, Any],
     told: PruneListener,
     deadline: Deadline,
+    recipe: Recipe | None,
 ) -> None:
     """Writes and verifies the files, from where they are on.
 
@@ -134,7 +142,7 @@ def _write(
     session.forget()
     if record.manifest is None:
         ends = {"text": text.describe(), "dense": record.dense, "perplexity": record.perplexity}
-        writer.finish({**made, **ends}, record.layers)
+        writer.finish({**made, **ends}, record.layers, {} if recipe is None else {RECIPE: recipe.text or ""})
         partial.save(record := replace(record, manifest=file_digest(partial.files / MANIFEST)))
     if record.verified is None:
         if deadline.left < reading:
@@ -235,18 +243,28 @@ def _identity(session: Session, made: Mapping[str, Any], targets: Mapping[str, T
     }
 
 
-def _made(session: Session, request: PruneRequest, rule: Rule, targets: Mapping[str, Target]) -> dict[str, Any]:
+def _made(
+    session: Session, request: PruneRequest, rule: Rule, targets: Mapping[str, Target], recipe: Recipe | None
+) -> dict[str, Any]:
     """What the manifest says of source, metric, target and protocol."""
     allocation = rule.plan if isinstance(rule.plan, Allocation) else None
     mean = f"{mean_sparsity(session.model.layers, targets):.4g}"
-    return {name: value for name, value in session.describe().items() if name != "device"} | {
-        "digest": session.model.digest,
-        "metric": request.metric,
-        "formula": str(rule.metric.expression),
-        "target": request.target or ("0.5" if allocation is None else mean),
-        "allocation": allocation and {"file": Path(str(request.allocation)).name, "sha256": allocation.digest},
-        "update": rule.metric.update or rule.update,
-        "fit": rule.fit,
-        "protocol": "one-shot" if request.one_shot else "sequential",
-        "calibration": session.windows["calibration"].describe(),
-    }
+    return (
+        {name: value for name, value in session.describe().items() if name != "device"}
+        | {
+            "digest": session.model.digest,
+            "metric": request.metric,
+            "formula": str(rule.metric.expression),
+            "target": request.target or ("0.5" if allocation is None else mean),
+            "allocation": allocation and _named(allocation.file, allocation.digest),
+            "update": rule.metric.update or rule.update,
+            "fit": rule.fit,
+            "protocol": "one-shot" if request.one_shot else "sequential",
+            "calibration": session.windows["calibration"].describe(),
+        }
+        | ({} if recipe is None else {"recipe": _named(request.recipe, recipe.digest)})
+    )
+
+
+def _named(file: str | Path | None, digest: str | None) -> dict[str, str | None]:
+    return {"file": Path(str(file)).name, "sha256": digest}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 from gpmetric.errors import InputError
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
@@ -94,6 +94,10 @@ class PruneRequest(Inputs):
     ] = None
     update: Annotated[str, UPDATE] = "none"
     fit: Annotated[str, FIT] = "own"
+    recipe: Annotated[
+        Path | None,
+        Option("A recipe.toml of gpmetric tune, instead of all that it says.", metavar="FILE", reads=True),
+    ] = None
     one_shot: Annotated[bool, ONE_SHOT] = False
     save_masks: Annotated[
         Path | None,
@@ -101,6 +105,26 @@ class PruneRequest(Inputs):
     ] = None
     force: Annotated[bool, FORCE] = False
     resume: Annotated[bool, RESUME] = True
+
+    def completed(self) -> Self:
+        """With the options of the recipe.
+
+        Raises:
+            InputError: it cannot be used, or another option says otherwise.
+        """
+        if self.recipe is None:
+            return self
+        from gpmetric.pruning.recipe import read_recipe  # pydantic, which other requests do without
+
+        if self.allocation is not None:
+            raise InputError("--allocation cannot stand beside --recipe, which has its own, or none")
+        options = read_recipe(self.recipe).options
+        defaults = {one.name: one.default for one in fields(self)}
+        for name, value in options.items():
+            if getattr(self, name) not in (defaults[name], value):
+                spelled = name.replace("_", "-")
+                raise InputError(f"--{spelled} {getattr(self, name)} cannot stand beside --recipe, which says {value}")
+        return replace(self, **options)
 
     def check(self) -> None:
         super().check()

@@ -1,0 +1,106 @@
+"""Recipes: written and read again, what is refused, and a model pruned by one as by its options."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gpmetric.cli import app
+from gpmetric.errors import InputError
+from gpmetric.loading import load_model
+from gpmetric.pruning.allocation import Allocation, layer_target
+from gpmetric.pruning.output_folder import files_of
+from gpmetric.pruning.prune import prune
+from gpmetric.pruning.recipe import Recipe, read_recipe, write_recipe
+from gpmetric.pruning.verify import verify
+
+QUICK = {"samples": 4, "sequence_length": 32}
+WHOLE = 'version = 1\nmetric = "wanda"\ntarget = "0.5"\n'
+
+
+def test_written_and_read_again(tmp_path: Path) -> None:
+    odd = 'model."layers".0 = \\ ä\u2028'
+    targets = {odd: layer_target("layer", (8, 16), 50), "plain": layer_target("layer", (8, 16), 0)}
+    recipe = Recipe(
+        "layer:W*W*F", "0.6", "admm", "dense", 64, 256, True, 7, r"^model\.", None, Allocation("layer", targets)
+    )
+    write_recipe(recipe, tmp_path / "recipe.toml")
+    again = read_recipe(tmp_path / "recipe.toml")
+    assert again == recipe
+    assert again.allocation is not None
+    assert again.allocation.digest == again.digest
+    assert tomllib.loads(again.text or "")["allocation"]["sparsity"][odd] == targets[odd].sparsity
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (WHOLE.replace("version", "versions"), "version"),
+        (WHOLE + 'upd = "admm"\n', "upd"),
+        (WHOLE + 'update = "adm"\n', "accepted: none, obs"),
+        (WHOLE + 'fit = "some"\n', "accepted: own, dense"),
+        (WHOLE.replace('"wanda"', '"wandaa"'), "unknown metric 'wandaa'"),
+        (WHOLE.replace('"0.5"', '"1.5"'), "1.5"),
+        (WHOLE.replace('"0.5"', "0.5"), "target is 0.5"),
+        (WHOLE + "samples = 0\n", "samples is 0"),
+        (WHOLE + "seed = true\n", "seed is True"),
+        (WHOLE + '[allocation]\nversion = 1\ngranularity = "rows"\n', "allocation: granularity is 'rows'"),
+        ("version = ", "is no recipe"),
+        ("\udcff", "is no recipe"),
+    ],
+)
+def test_refused(tmp_path: Path, text: str, told: str) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(InputError) as refused:
+        read_recipe(file)
+    assert told in str(refused.value)
+    assert str(file) in str(refused.value)
+
+
+def test_refused_beside_options(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(WHOLE, encoding="utf-8")
+    for options, told in (
+        ({"metric": "ria"}, "--metric ria"),
+        ({"target": "2:4"}, "--target 2:4"),
+        ({"sequence_length": 64}, "--sequence-length 64"),
+        ({"allocation": file}, "--allocation"),
+        ({"recipe": tmp_path / "other.toml"}, "other.toml"),
+    ):
+        with pytest.raises(InputError, match=told):
+            prune(**{"recipe": file, "output": tmp_path / "out", **options})
+    done = CliRunner().invoke(app, ["prune", "--recipe", str(file), "--update", "obs", "-o", str(tmp_path / "out")])
+    assert isinstance(done.exception, InputError)
+    assert "which says none" in str(done.exception)
+
+
+def test_prunes_as_its_options_do(tmp_path: Path) -> None:
+    model = load_model(None)
+    halves = [layer.weight.numel() // 2 for layer in model.layers]
+    removed = {layer.name: half for layer, half in zip(model.layers, halves, strict=True)}
+    removed |= {model.layers[0].name: halves[0] - 100, model.layers[-1].name: halves[-1] + 100}
+    targets = {layer.name: layer_target("layer", layer.weight.shape, removed[layer.name]) for layer in model.layers}
+    write_recipe(
+        Recipe("layer:abs(W)*X", "0.5", "obs", "dense", 4, 32, allocation=Allocation("layer", targets)),
+        file := tmp_path / "mine.toml",
+    )
+    made = prune(recipe=file, output=tmp_path / "a", windows=4, device="cpu")
+    assert made["recipe"]["sha256"] == made["allocation"]["sha256"] == read_recipe(file).digest
+    assert (tmp_path / "a" / "recipe.toml").read_text() == file.read_text()
+    assert {layer["name"]: layer["zeros"] for layer in made["layers"]} == removed
+    again = prune(recipe=tmp_path / "a" / "recipe.toml", output=tmp_path / "b", windows=4, device="cpu")
+    assert again["perplexity"] == made["perplexity"]
+    assert verify(str(tmp_path / "b"), device="cpu")["ok"]
+    plain = Recipe("wanda", "0.5", **QUICK)
+    write_recipe(plain, file)
+    by_recipe = prune(recipe=file, output=tmp_path / "c", windows=4, device="cpu")
+    by_options = prune(metric="wanda", target="0.5", **QUICK, output=tmp_path / "d", windows=4, device="cpu")
+    assert by_recipe["perplexity"] == by_options["perplexity"]
+    assert "recipe" not in by_options
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in "cd"]
+    assert written[0] == written[1]
+    assert "recipe.toml" not in files_of(tmp_path / "d")
