@@ -12,7 +12,7 @@ from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.export.request import ExportRequest
 from gpmetric.lazy import lazy
 from gpmetric.options import Request
-from gpmetric.pruning.requests import BenchRequest, PruneRequest, VerifyRequest
+from gpmetric.pruning.requests import BenchRequest, CatalogueRequest, PruneRequest, VerifyRequest
 from gpmetric.session.requests import EvaluateRequest
 from gpmetric.structured.request import SlimRequest
 
@@ -75,6 +75,14 @@ COMMANDS: dict[str, Command] = {
         ExportRequest,
         lazy("gpmetric.evolution.export:run_export"),
         lazy("gpmetric.terminal.tables:print_export"),
+    ),
+    "catalogue": Command(
+        "Shows the formulas that were found, how they transfer, or measures them on other models.",
+        CatalogueRequest,
+        lazy("gpmetric.pruning.transfer:run_catalogue"),
+        lazy("gpmetric.terminal.tables:print_catalogue"),
+        lazy("gpmetric.terminal.live:BenchReport"),
+        timed=True,
     ),
     "allocate": Command(
         "Searches how sparse each layer should be: the front between sparsity and loss, and one allocation of it.",

@@ -8,9 +8,10 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from gpmetric.catalogue import CATALOGUE, PREFIX
 from gpmetric.errors import ExpressionError
 from gpmetric.expression import Expression, parse
 from gpmetric.operands import OPERANDS, needs_gradients
@@ -66,13 +67,14 @@ class Metric:
     """A rule giving each weight a score: a baseline or a user's formula.
 
     `name` is the text it was asked for by, comparison group included; `granularity` holds for plain-number targets;
-    `update` None means that the caller chooses one.
+    `update` and `fit` None mean that the caller chooses one.
     """
 
     name: str
     expression: Expression
     granularity: str = "row"
     update: str | None = None
+    fit: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Metric:
@@ -114,10 +116,10 @@ class Metric:
 
 
 def resolve_metric(text: str, sequences: int = 1, length: int = 1) -> Metric:
-    """The metric behind a baseline's name or a formula, either of them behind a comparison group: `layer:abs(W)*X`.
+    """The metric behind a name or a formula, either of them behind a comparison group or not: `layer:abs(W)*X`.
 
     Args:
-        text: a key of BASELINES, or a formula. `row:`, `layer:` or `block:` before it tells where a plain number makes
+        text: a key of BASELINES, one of CATALOGUE behind `catalogue:`, or a formula. `row:`, `layer:` or `block:` before it tells where a plain number makes
             its scores compete; the update obs-blockwise has its own threshold and does not ask.
         sequences: calibration sequences N, which GBLM's balance depends on.
         length: tokens per sequence L.
@@ -126,6 +128,8 @@ def resolve_metric(text: str, sequences: int = 1, length: int = 1) -> Metric:
         ExpressionError: no such comparison group, or neither a known name nor a valid formula.
     """
     group, colon, rule = text.rpartition(":")
+    if group.rpartition(":")[2] == PREFIX:
+        return _from_catalogue(text, group.rpartition(":")[0], rule)
     if colon and group not in plain_granularities():
         accepted = ", ".join(f"{name}:" for name in plain_granularities())
         raise ExpressionError(f"unknown comparison group {group!r:.60} in {text!r:.60}: accepted are {accepted}")
@@ -142,6 +146,16 @@ def resolve_metric(text: str, sequences: int = 1, length: int = 1) -> Metric:
     if baseline:
         return Metric(text, expression, group or baseline.granularity, baseline.update)
     return Metric(text, expression, group or "row")
+
+
+def _from_catalogue(text: str, group: str, name: str) -> Metric:
+    if name not in CATALOGUE:
+        close = difflib.get_close_matches(name.lower()[:60], CATALOGUE, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ExpressionError(f"unknown formula {text!r:.60}: {hint}Accepted are {', '.join(CATALOGUE)}")
+    entry = CATALOGUE[name]
+    found = resolve_metric(f"{group or entry.group}:{entry.expression}")
+    return replace(found, name=text, update=entry.update, fit=entry.fit)
 
 
 def spelled(expression: Expression, group: str) -> str:

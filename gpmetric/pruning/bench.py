@@ -136,7 +136,7 @@ def _rows(protocol: Protocol, rules: Sequence[Rule], failure: GpmetricError | No
         metric, update = rule.metric, rule.metric.update or rule.update
         assert isinstance(rule.plan, Target)
         told = None if one.error is None else str(one.error)
-        formula, fit = str(metric.expression), "dense" if rule.follows_dense else "own"
+        formula, fit = str(metric.expression), "dense" if rule.follows_dense and not protocol.one_shot else "own"
         yield BenchRow(metric.name, rule.plan.text, update, formula, ppl, one.seconds, one.sparsity, told, fit)
 
 

@@ -29,7 +29,7 @@ from gpmetric.models import Layer, Model
 from gpmetric.operands import CROSS, needs_gradients
 from gpmetric.pruning.allocation import Allocation
 from gpmetric.pruning.dense_fit import dense_goal
-from gpmetric.pruning.updaters import needed_statistics, resolve_target, updater_of
+from gpmetric.pruning.updaters import fit_of, needed_statistics, resolve_target, updater_of
 from gpmetric.session.plan import Work
 from gpmetric.session.session import Progress, Session
 from gpmetric.targets import Target
@@ -45,7 +45,8 @@ class Rule:
         metric: what scores the weights.
         plan: a target of all layers, or an allocation that names each; a layer whose sparsity is 0 is left alone.
         update: what happens to the weights that stay, unless that is part of the metric.
-        fit: a key of FITS: what they are fitted to, where they change; one-shot, it makes no difference.
+        fit: a key of FITS: what they are fitted to, where they change and unless that is part of the metric; one-shot,
+            it makes no difference.
     """
 
     metric: Metric
@@ -56,7 +57,7 @@ class Rule:
     @property
     def follows_dense(self) -> bool:
         """Whether kept weights are fitted to what the dense model gives."""
-        return self.fit == "dense" and updater_of(self.metric, self.update).solves
+        return fit_of(self.metric, self.update, self.fit) == "dense"
 
     def target(self, layer: str) -> Target:
         """What a layer is pruned to, comparison group included."""
@@ -100,7 +101,7 @@ class Protocol:
         """
         tokens, dense = self.session.tokens, self.shared(metrics, update)
         solves = any(updater_of(metric, update).solves for metric in metrics)
-        follows = fit == "dense" and solves and not self.one_shot
+        follows = not self.one_shot and any(fit_of(metric, update, fit) == "dense" for metric in metrics)
         calibration = 0 if self.one_shot else tokens.numel() * (1 + follows)  # the dense model passes, too
         gradients = any(needs_gradients([name]) for name in dense)
         collected = tokens.numel() if self.one_shot and not gradients else 0

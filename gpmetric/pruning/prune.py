@@ -258,7 +258,7 @@ def _made(
             "target": request.target or ("0.5" if allocation is None else mean),
             "allocation": allocation and _named(allocation.file, allocation.digest),
             "update": rule.metric.update or rule.update,
-            "fit": rule.fit,
+            "fit": rule.metric.fit or rule.fit,
             "protocol": "one-shot" if request.one_shot else "sequential",
             "calibration": session.windows["calibration"].describe(),
         }

@@ -1,4 +1,4 @@
-"""Recipes: everything that decides how a model is pruned, as TOML that `gpmetric tune` writes and `prune --recipe` reads.
+"""Recipes: all that decides how a model is pruned, as TOML that `gpmetric tune` writes and `prune --recipe` reads.
 
     version = 1
     metric = "layer:W*W*F"

@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Self
 
-from gpmetric.errors import InputError
+from gpmetric.catalogue import CATALOGUE, PREFIX
+from gpmetric.errors import InputError, one_of
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
 from gpmetric.options import Option
 from gpmetric.pruning.updaters import FITS, UPDATERS, updater_of
@@ -15,10 +16,10 @@ from gpmetric.session.inputs import DEVICES, Inputs, Limits, Texts
 from gpmetric.targets import parse_target, plain_granularities
 
 __all__ = [
-    "FIT", "METRIC", "MODELS", "UPDATE", "BenchRequest", "PruneRequest", "VerifyRequest", "check_fit", "target_option",
+    "BESIDE", "FIT", "METRIC", "MODELS", "UPDATE", "BenchRequest", "CatalogueRequest", "PruneRequest", "VerifyRequest", "check_fit", "target_option",
 ]  # fmt: skip
 
-METRIC = Option(f"{', '.join(BASELINES)}, or a formula.")
+METRIC = Option(f"{', '.join(BASELINES)}, {PREFIX}:NAME, or a formula.")
 MODELS = Option("Hugging Face directory or name; may be repeated. The embedded demo model by default.")
 UPDATE = Option("Kept weights: {choices}.", choices=UPDATERS)
 FIT = Option(
@@ -28,6 +29,9 @@ FIT = Option(
 ONE_SHOT = Option("Dense statistics everywhere, or block after pruned block.", names=("--one-shot/--sequential",))
 OUTPUT = Option("Folder to write.", metavar="DIR", names=("--output", "-o"), writes="folder")
 FORCE = Option("Replace a checkpoint that gpmetric wrote.", names=("--force",))
+
+BESIDE = ("wanda", "sparsegpt")  # what formulas of the catalogue are measured beside; ratios are to the last
+_TARGETS = ("0.5", "0.6", "0.7", "2:4")
 
 RESUME = Option("Go on with the same command where it was stopped, or begin anew.", names=("--resume/--restart",))
 
@@ -79,6 +83,38 @@ class BenchRequest(Inputs):
     @property
     def texts(self) -> Texts:
         return Texts({"calibration": self.calibration}, {"calibration": self.samples}, evaluated=self.text or (None,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogueRequest(Inputs):
+    """Everything `gpmetric catalogue` can be asked for."""
+
+    name: Annotated[str | None, Option("One formula, target by target; all by default.", argument=True)] = None
+    model: Annotated[str | tuple[str, ...] | None, MODELS] = None
+    text: Annotated[str | None, Option("Text of the perplexities, where they are measured.", reads=True)] = None
+    target: Annotated[tuple[str, ...], target_option("may be repeated.")] = _TARGETS
+
+    def check(self) -> None:
+        super().check()
+        if self.name is not None:
+            one_of("NAME", self.name, CATALOGUE)
+        if self.model is not None:
+            self.bench.check()
+        elif self.text or self.calibration:
+            raise InputError("texts are for formulas that are measured: --model says on what")
+
+    @property
+    def texts(self) -> Texts:
+        return self.bench.texts
+
+    @property
+    def bench(self) -> BenchRequest:
+        """What measures the formulas beside two published metrics."""
+        names = CATALOGUE if self.name is None else (self.name,)
+        shared = {one.name: getattr(self, one.name) for one in fields(Inputs)}
+        metrics = (*BESIDE, *(f"{PREFIX}:{name}" for name in names))
+        text = () if self.text is None else (self.text,)
+        return BenchRequest(**shared | {"metric": metrics, "target": self.target, "text": text})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 
     from gpmetric.calibration.accumulators import LayerStatistics
 
-__all__ = ["FITS", "UPDATERS", "Updater", "needed_statistics", "prune_weights", "resolve_target", "updater_of"]
+__all__ = [
+    "FITS",
+    "UPDATERS",
+    "Updater",
+    "fit_of",
+    "needed_statistics",
+    "prune_weights",
+    "resolve_target",
+    "updater_of",
+]
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,11 @@ FITS = {
 def updater_of(metric: Metric, update: str) -> Updater:
     """The updater that is part of a metric, or else the one asked for."""
     return UPDATERS[metric.update or update]
+
+
+def fit_of(metric: Metric, update: str, fit: str) -> str:
+    """What kept weights are fitted to: what is part of the metric, or else what is asked for, where they change."""
+    return (metric.fit or fit) if updater_of(metric, update).solves else "own"
 
 
 def resolve_target(target: Target, metric: Metric, update: str) -> Target:

@@ -19,6 +19,7 @@ __all__ = [
     "print_allocation",
     "print_analysis",
     "print_bench",
+    "print_catalogue",
     "print_discover",
     "print_evaluation",
     "print_export",
@@ -266,6 +267,40 @@ def print_slim(console: Console, result: Mapping[str, Any], request: Request) ->
 
 def print_export(console: Console, result: Mapping[str, Any], request: Request) -> None:
     """Nothing: the file is there."""
+
+
+def print_catalogue(console: Console, result: Mapping[str, Any], request: Request) -> None:
+    """What every formula costs in units of SparseGPT on each model; of one alone, target by target."""
+    alone = len(result["entries"]) == 1
+    metrics = dict.fromkeys(name for model in result["models"] for name in model["metrics"])
+    rows = [(name, target) for name in metrics for target in ("mean", *(_targets_of(result, name) if alone else ()))]
+    table = Table(title="excess log-loss in units of sparsegpt's", title_justify="left")
+    table.add_column("formula", overflow="fold")
+    for model in result["models"]:
+        table.add_column(Text(model["model"]), justify="right")
+    for name, target in rows:
+        told = [_ratio(model["metrics"], name, target) for model in result["models"]]
+        table.add_row(Text(name if target == "mean" else f"  at {target}"), *told)
+    if result["models"]:
+        console.print(table)
+    for name, entry in result["entries"].items():
+        use = f"{entry['update']}, fit {entry['fit']}" if entry["update"] != "none" else "masks only"
+        console.print(Text(f"{name}: {entry['formula']} ({use}); {entry['found']}"), soft_wrap=True)
+
+
+def _targets_of(result: Mapping[str, Any], name: str) -> list[str]:
+    found = (target for model in result["models"] for target in model["metrics"].get(name, {"excess": ()})["excess"])
+    return list(dict.fromkeys(found))
+
+
+def _ratio(metrics: Mapping[str, Any], name: str, target: str) -> str:
+    """A metric's mean excess, or that at a target, over SparseGPT's."""
+    if name not in metrics:
+        return "-"
+    if target == "mean":
+        return _or_dash(metrics[name]["ratio"], 3)
+    mine, base = (metrics[one]["excess"].get(target) for one in (name, "sparsegpt"))
+    return "-" if mine is None or not base else f"{mine / base:.3f}"
 
 
 def print_prune(console: Console, result: Mapping[str, Any], request: Request) -> None:
