@@ -119,8 +119,9 @@ def resolve_metric(text: str, sequences: int = 1, length: int = 1) -> Metric:
     """The metric behind a name or a formula, either of them behind a comparison group or not: `layer:abs(W)*X`.
 
     Args:
-        text: a key of BASELINES, one of CATALOGUE behind `catalogue:`, or a formula. `row:`, `layer:` or `block:` before it tells where a plain number makes
-            its scores compete; the update obs-blockwise has its own threshold and does not ask.
+        text: a key of BASELINES, one of CATALOGUE behind `catalogue:`, or a formula. `row:`, `layer:` or `block:`
+            before it tells where a plain number makes its scores compete; the update obs-blockwise has its own
+            threshold and does not ask.
         sequences: calibration sequences N, which GBLM's balance depends on.
         length: tokens per sequence L.
 

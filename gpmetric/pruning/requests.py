@@ -16,7 +16,8 @@ from gpmetric.session.inputs import DEVICES, Inputs, Limits, Texts
 from gpmetric.targets import parse_target, plain_granularities
 
 __all__ = [
-    "BESIDE", "FIT", "METRIC", "MODELS", "UPDATE", "BenchRequest", "CatalogueRequest", "PruneRequest", "VerifyRequest", "check_fit", "target_option",
+    "BESIDE", "FIT", "METRIC", "MODELS", "UPDATE", "BenchRequest", "CatalogueRequest", "PruneRequest", "VerifyRequest",
+    "check_fit", "target_option",
 ]  # fmt: skip
 
 METRIC = Option(f"{', '.join(BASELINES)}, {PREFIX}:NAME, or a formula.")

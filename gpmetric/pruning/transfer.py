@@ -36,7 +36,7 @@ def run_catalogue(
     Raises:
         InputError: as `bench`.
     """
-    names = CATALOGUE if request.name is None else (request.name,)
+    names = tuple(CATALOGUE) if request.name is None else (request.name,)
     entries = {name: asdict(CATALOGUE[name]) for name in names}
     if request.model is None:
         return {"entries": entries, "models": _shipped(names)}
