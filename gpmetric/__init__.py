@@ -1,8 +1,8 @@
 """Discovers pruning metrics for language models by genetic programming.
 
-`discover`, `bench`, `allocate`, `prune`, `slim`, `verify`, `evaluate` and `analyse` are the commands of the command
-line; `load` opens what they write; `Metric` and `select_mask` score and choose. Importing the package imports neither
-torch nor transformers; using a name does.
+`discover`, `bench`, `allocate`, `tune`, `prune`, `slim`, `verify`, `evaluate` and `analyse` are the commands of the
+command line; `load` opens what they write; `Metric` and `select_mask` score and choose. Importing the package imports
+neither torch nor transformers; using a name does.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gpmetric.session.evaluate import evaluate
     from gpmetric.structured.slim import slim
     from gpmetric.targets import parse_target
+    from gpmetric.tuning.tune import tune
 
 # name -> the module it is in
 _HOMES = {
@@ -41,6 +42,7 @@ _HOMES = {
     "prune": "pruning.prune",
     "select_mask": "pruning.mask",
     "slim": "structured.slim",
+    "tune": "tuning.tune",
     "verify": "pruning.verify",
 }
 
@@ -59,6 +61,7 @@ __all__ = [
     "prune",
     "select_mask",
     "slim",
+    "tune",
     "verify",
 ]
 

@@ -15,6 +15,7 @@ from gpmetric.options import Request
 from gpmetric.pruning.requests import BenchRequest, CatalogueRequest, PruneRequest, VerifyRequest
 from gpmetric.session.requests import EvaluateRequest
 from gpmetric.structured.request import SlimRequest
+from gpmetric.tuning.request import TuneRequest
 
 __all__ = ["COMMANDS", "Command"]
 
@@ -93,6 +94,15 @@ COMMANDS: dict[str, Command] = {
         work=lazy("gpmetric.allocation.prepare:allocate_work"),
         timed=True,
         write=lazy("gpmetric.allocation.allocate:write_pages"),
+    ),
+    "tune": Command(
+        "Finds the best pruned model at a sparsity: metric, update and allocation together, chosen on validation text.",
+        TuneRequest,
+        lazy("gpmetric.tuning.tune:run_tune"),
+        lazy("gpmetric.terminal.tables:print_tune"),
+        lazy("gpmetric.terminal.live:TuneReport"),
+        work=lazy("gpmetric.tuning.tune:tune_work"),
+        timed=True,
     ),
     "prune": Command(
         "Prunes a model, writes it as a standard Hugging Face checkpoint, and verifies what was written.",

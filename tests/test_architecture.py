@@ -18,7 +18,7 @@ LAYERS = [
     {"cli"},
     {"commands", "config"},
     {"terminal"},
-    {"analysis"},
+    {"analysis", "tuning"},
     {"evolution", "allocation", "structured"},
     {"pruning"},
     {"session"},

@@ -37,7 +37,7 @@ from gpmetric.options import as_function
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.session import Listener, Session
 
-__all__ = ["DiscoverListener", "discover", "find", "run_campaign"]
+__all__ = ["DiscoverListener", "campaign_settings", "discover", "find", "run_campaign"]
 
 _MORE = 36  # finalists that may follow the first ones within a share of --minutes
 # options that decide what a campaign finds: one that goes on must agree in all of them
@@ -87,14 +87,14 @@ def run_campaign(
     request = request.completed()
     assert request.ledger is not None
     sessions = open_sessions(request, listener)
-    with Ledger.open(request.ledger, _settings(request, sessions), resume=request.resume) as ledger:
+    with Ledger.open(request.ledger, campaign_settings(request, sessions), resume=request.resume) as ledger:
         return ledger.result() or _run(request, sessions, ledger, listener or DiscoverListener(), deadline)
 
 
 discover = as_function("discover", DiscoverRequest, run_campaign, "model")
 
 
-def _settings(request: DiscoverRequest, sessions: Mapping[str, Session]) -> dict[str, Any]:
+def campaign_settings(request: DiscoverRequest, sessions: Mapping[str, Session]) -> dict[str, Any]:
     """What determines the campaign's result; a resumed one must agree in all of it but its budget."""
     chosen = {name: getattr(request, name) for name in (*_DETERMINING, *BUDGET_KEYS)}
     models = {

@@ -122,7 +122,7 @@ def campaign_work(session: Session) -> Work:
         block=frozenset({"X", "D", GRAM}),
         length=session.tokens.shape[1],
         calibration=tokens["calibration"],
-        texts=max(tokens["validation"], tokens["test"]),
+        texts=max(tokens["validation"], tokens.get("test", 0)),
         rules=request.population * targets,
         rule_tokens=targets * _rule_tokens(request, tokens),
         copies=targets,

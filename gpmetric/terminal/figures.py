@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["duration", "figure", "figures_of", "needs_of", "number"]
+__all__ = ["duration", "figure", "figures_of", "needs_of", "number", "recipe_name"]
 
 
 def number(value: float | None) -> float:
@@ -30,6 +30,12 @@ def needs_of(plan: Mapping[str, Any]) -> str:
     disk = f", {plan['disk_bytes'] / 1e9:.2g} GB of disk" if plan["disk_bytes"] else ""
     held = "" if plan["resident"] else "; weights are read block by block"
     return f"needs about {plan['memory_bytes'] / 1e9:.2g} GB of memory{disk}, about {duration(plan['seconds'])}{held}"
+
+
+def recipe_name(recipe: Mapping[str, Any]) -> str:
+    """A recipe in a few words."""
+    fit = ", fit dense" if recipe["fit"] == "dense" else ""
+    return f"{recipe['metric']} ({recipe['update']}{fit}{', allocated' * ('allocation' in recipe)})"
 
 
 def duration(seconds: float) -> str:

@@ -31,10 +31,13 @@ from gpmetric.session.evaluate import EvaluateListener
 from gpmetric.session.plan import Plan
 from gpmetric.session.session import Listener
 from gpmetric.structured.slim import SlimListener
-from gpmetric.terminal.figures import duration, figures_of, needs_of, number
+from gpmetric.terminal.figures import duration, figures_of, needs_of, number, recipe_name
+from gpmetric.tuning.choice import TuneListener
+from gpmetric.tuning.trials import Trial
 
 __all__ = [
-    "AllocateReport", "BenchReport", "DiscoverReport", "EvaluateReport", "PruneReport", "SlimReport", "VerifyReport",
+    "AllocateReport", "BenchReport", "DiscoverReport", "EvaluateReport", "PruneReport", "SlimReport", "TuneReport",
+    "VerifyReport",
 ]  # fmt: skip
 
 _SEARCHED = {"kl": "divergence"}  # what an objective is called, where that is not its name
@@ -129,6 +132,25 @@ class PruneReport(_Bars, PruneListener):
     def resumed(self, block: int, blocks: int) -> None:
         place = f"at block {block} of {blocks}" if block < blocks else f"behind the last of {blocks} blocks"
         self._console.print(Text(f"going on {place}; --restart begins anew"), soft_wrap=True)
+
+
+class TuneReport(PruneReport, TuneListener):
+    """A line per trial, a line per generation."""
+
+    def step(self, name: str) -> None:
+        self._console.print(Text(f"{name}:"), soft_wrap=True)
+
+    def trial(self, trial: Trial, excess: float) -> None:
+        share = "" if trial.share == 1 else f" on 1/{1 / trial.share:g} of the windows"
+        outcome = f"excess {excess:.4f} ({trial.seconds:.1f} s)" if trial.error is None else f"failed: {trial.error}"
+        self._console.print(Text(f"  {recipe_name(trial.recipe.document())}{share}: {outcome}"), soft_wrap=True)
+
+    def generation(self, number: int, front: Sequence[Individual], evaluations: int) -> None:
+        line = f"  generation {number}: {evaluations} evaluated{_best(front)}"
+        self._console.print(Text(line), soft_wrap=True)
+
+    def cut(self, what: str) -> None:
+        self._console.print(Text(f"cut: {what}"), soft_wrap=True)
 
 
 class SlimReport(_Bars, SlimListener):

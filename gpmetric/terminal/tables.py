@@ -13,7 +13,7 @@ from rich.text import Text
 
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.options import Request, command_line
-from gpmetric.terminal.figures import figure, needs_of, number
+from gpmetric.terminal.figures import figure, needs_of, number, recipe_name
 
 __all__ = [
     "print_allocation",
@@ -26,6 +26,7 @@ __all__ = [
     "print_plan",
     "print_prune",
     "print_slim",
+    "print_tune",
     "print_verify",
 ]
 
@@ -301,6 +302,27 @@ def _ratio(metrics: Mapping[str, Any], name: str, target: str) -> str:
         return _or_dash(metrics[name]["ratio"], 3)
     mine, base = (metrics[one]["excess"].get(target) for one in (name, "sparsegpt"))
     return "-" if mine is None or not base else f"{mine / base:.3f}"
+
+
+def print_tune(console: Console, result: Mapping[str, Any], request: Request) -> None:
+    """The recipe, what it is without each of its parts, and its rivals; then what was written."""
+    texts = [f"on {Path(one['text']).name}" for one in result["texts"]]
+    title = f"excess log-loss, {Path(result['model']).name} at {result['target']}"
+    table = Table(title=Text(title), title_justify="left")
+    for heading in ("recipe", "on validation", *texts):
+        table.add_column(Text(heading), justify="left" if heading == "recipe" else "right", overflow="fold")
+    for row in result["table"]:
+        excess = [row["excess"], *row.get("text_excess", [None] * len(texts))]
+        style = "bold" if row["what"] == "recipe" else ""
+        name = recipe_name(row["recipe"]) if row["what"] == "recipe" else row["what"]
+        table.add_row(Text(name), *(_or_dash(one, 4) for one in excess), style=style)
+    console.print(table)
+    for line in result["cut"]:
+        console.print(Text(f"cut: {line}"), soft_wrap=True)
+    pruned = result["pruned"]
+    figures = f"perplexity {pruned['perplexity']:.4f}, dense {pruned['dense']:.4f}, on {pruned['text']['text']}"
+    share = f"{pruned['sparsity']:.4f} of the weights zero"
+    console.print(Text(f"{pruned['output']}: {share}; {figures}; verified; recipe.toml is in it"), soft_wrap=True)
 
 
 def print_prune(console: Console, result: Mapping[str, Any], request: Request) -> None:

@@ -1,0 +1,203 @@
+"""How a recipe is chosen: published ones, formulas, allocations, each step beginning with the best so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from gpmetric.catalogue import CATALOGUE
+from gpmetric.errors import GpmetricError
+from gpmetric.evolution.evolve import evolve
+from gpmetric.evolution.request import DiscoverRequest
+from gpmetric.evolution.selection import Individual
+from gpmetric.evolution.task_clock import TaskClock
+from gpmetric.evolution.workplace import campaign_work
+from gpmetric.pruning.prune import PruneListener
+from gpmetric.pruning.recipe import Recipe
+from gpmetric.session.deadline import Deadline
+from gpmetric.session.inputs import Inputs
+from gpmetric.session.plan import Work
+from gpmetric.session.session import Session
+from gpmetric.tuning.halving import halve
+from gpmetric.tuning.parts import SOLVER, first_recipe, methods, rivals, without
+from gpmetric.tuning.request import TuneRequest
+from gpmetric.tuning.trials import SHARES, Trial, Trials
+
+__all__ = ["Choice", "TuneListener", "search_work"]
+
+_EVOLVED = 5  # formulas of a search that are tried on validation
+_FEWEST = 24  # candidates that a search is worth while for
+_EVALUATIONS = 200  # of a search that no --minutes end
+_FORMULAS = 0.6  # of the time there is for choosing, when the search of formulas must have ended
+_RUNGS = 0.75  # of what measuring on all windows takes, that a recipe takes in successive halving
+_AFTER = 6.0  # times what the solver takes on all windows: the table of parts, pruning, verifying
+
+
+class TuneListener(PruneListener):
+    """What tuning tells while it runs; every method may be overridden."""
+
+    def step(self, name: str) -> None:
+        """The next step is begun."""
+
+    def trial(self, trial: Trial, excess: float) -> None:
+        """A recipe is measured; excess log-loss in nats per token."""
+
+    def generation(self, number: int, front: Sequence[Individual], evaluations: int) -> None:
+        """A generation of formulas is finished."""
+
+    def cut(self, what: str) -> None:
+        """Something is left out for want of time."""
+
+
+@dataclass
+class Choice:
+    """The steps to a recipe.
+
+    Attributes:
+        cuts: what was left out for want of time.
+        evolved: what a search of formulas came to; None where there was none.
+        best: of those measured on all windows.
+        table: once the best is known: what stands beside it.
+    """
+
+    request: TuneRequest
+    trials: Trials
+    told: TuneListener
+    deadline: Deadline
+    cuts: list[str] = field(default_factory=list)
+    evolved: dict[str, Any] | None = None
+    best: Trial | None = None
+    table: dict[str, Trial] = field(default_factory=dict)
+
+    def run(self) -> Trial:
+        """The best recipe on validation.
+
+        Raises:
+            GpmetricError: time was over before one was measured.
+        """
+        session = self.trials.session
+        plain = first_recipe(self.request, session)
+        self.told.dense({"validation": math.exp(self.trials.dense())})
+        self.told.step("published recipes")
+        published = methods(plain, ())
+        solver = self._measure([one for one in published if (one.update, one.fit) == SOLVER][:1], SHARES[0])
+        self._take(self._measure(rivals(plain)))
+        if self.best is None:
+            minutes = f"--minutes {self.request.minutes or 0:g} were over before a recipe was measured"
+            raise GpmetricError(f"{minutes}: allow more, or take fewer --samples or --windows")
+        each = self.trials.expected(solver[0].recipe, 1.0) if solver else math.inf
+        begun, end = self.deadline.now(), self.deadline.end - _AFTER * each
+        tried = methods(plain, self.request.metric)
+        before = _RUNGS * each * (len(tried) + _EVOLVED)
+        formulas = self._evolved(each, min(begun + _FORMULAS * (end - begun), end - before))
+        self._halve("metrics and updates", methods(plain, [*self.request.metric, *formulas]), end)
+        self._compare(plain)
+        return self.best
+
+    def describe(self, best: Trial) -> dict[str, Any]:
+        """The JSON document, but for what pruning adds."""
+        session, trials = self.trials.session, self.trials
+        dense = {"validation": math.exp(trials.dense())} | {
+            one.text.name: math.exp(trials.dense_on(one.tokens)) for one in session.evaluated
+        }
+        return session.describe() | {
+            "digest": session.model.digest,
+            "target": self.request.target,
+            "recipe": best.recipe.document(),
+            "excess": trials.excess(best),
+            "dense": dense,
+            "table": [{"what": name} | trials.describe(trial) for name, trial in self.table.items()],
+            "evolved": self.evolved,
+            "trials": [trials.describe(trial) for trial in trials.found],
+            "cut": self.cuts,
+            "splits": {name: windows.describe() for name, windows in session.windows.items()},
+            "texts": [one.describe() for one in session.evaluated],
+        }
+
+    def _evolved(self, each: float, until: float) -> list[str]:
+        """Formulas that are evolved for the solver, if there is time for enough candidates of so many seconds."""
+        if not self.request.evolve:
+            return []
+        if (known := self.trials.searched.get("formulas")) is not None:
+            self.evolved = dict(known)
+            return list(map(str, known["formulas"]))
+        affordable = (until - self.deadline.now()) / max(each, 1e-9)
+        if affordable < _FEWEST:
+            self._cut(f"evolving formulas, of which {max(0, int(affordable))} could be tried")
+            return []
+        self.told.step("formulas")
+        request, clock = _search_request(self.request), TaskClock(self.deadline.now, until, until)
+        found, paid = evolve(request, self.trials.session, _EVOLVED, clock, self.trials.progress, self.told.generation)
+        self.evolved = {"evaluations": paid, "formulas": found}
+        self.trials.keep("formulas", self.evolved)
+        return found
+
+    def _halve(self, what: str, recipes: Sequence[Recipe], until: float) -> None:
+        """What is left of successive halving may be the best."""
+        self.told.step(what)
+        before = len(self.trials.found)
+        found = halve(self.trials, recipes, until)
+        self._tell(before)
+        if not found:
+            self._cut(f"{what}: none could be measured on all windows")
+        self._take(found)
+
+    def _compare(self, plain: Recipe) -> None:
+        """The table: the best, without each of its parts, and the rivals."""
+        assert self.best is not None
+        self.told.step("what each part is worth")
+        rows = {"recipe": self.best.recipe, **{one.metric: one for one in rivals(plain)}}
+        rows |= {f"without {part}": recipe for part, recipe in without(self.best.recipe)}
+        texts = [one.tokens for one in self.trials.session.evaluated]
+        until = self.deadline.end - 2 * self.trials.expected(self.best.recipe, 1.0)
+        for name, recipe in rows.items():
+            if found := self._measure([recipe], 1.0, until, texts):
+                self.table[name] = found[0]
+            else:
+                self._cut(f"what each part is worth: {name}")
+
+    def _measure(
+        self, recipes: Sequence[Recipe], share: float = 1.0, until: float | None = None, texts: Sequence[Tensor] = ()
+    ) -> list[Trial]:
+        before = len(self.trials.found)
+        found = self.trials.measure(recipes, share, self.deadline.end if until is None else until, texts)
+        self._tell(before)
+        return found
+
+    def _take(self, found: Sequence[Trial]) -> None:
+        """The best of those measured on all windows."""
+        known = [*found, *([self.best] if self.best else [])]
+        self.best = min((one for one in known if math.isfinite(one.loss)), key=lambda one: one.loss, default=None)
+
+    def _tell(self, first: int) -> None:
+        for trial in self.trials.found[first:]:
+            self.told.trial(trial, self.trials.excess(trial))
+
+    def _cut(self, what: str) -> None:
+        self.cuts.append(what)
+        self.told.cut(what)
+
+
+def search_work(request: TuneRequest, session: Session) -> Work | None:
+    """What the search of formulas takes; None where there is none."""
+    if not request.evolve:
+        return None
+    work = campaign_work(replace(session, inputs=_search_request(request)))
+    return work
+
+
+def _search_request(request: TuneRequest) -> DiscoverRequest:
+    """The campaign whose search is a step of tuning."""
+    update, fit = SOLVER
+    start = dict.fromkeys(entry.formula for entry in CATALOGUE.values() if entry.update == update)
+    shared = {one.name: getattr(request, one.name) for one in fields(Inputs)}
+    ledger = request.ledger and request.ledger.with_name(f"{request.ledger.name}.sqlite")
+    return DiscoverRequest(
+        **shared | {"windows": request.windows}, target=(request.target,), update=update, fit=fit, start=tuple(start),
+        search_windows=request.search_windows, calibration_seeds=0, ledger=ledger,
+        resume=bool(ledger and ledger.exists()), evaluations=None if request.minutes else _EVALUATIONS,
+    )  # fmt: skip

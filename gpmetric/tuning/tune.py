@@ -1,0 +1,122 @@
+"""`gpmetric tune`: the best pruned model at a budget, its parts chosen together on validation text."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from gpmetric.errors import GpmetricError
+from gpmetric.files import finite
+from gpmetric.options import as_function
+from gpmetric.pruning.output_folder import check_folder
+from gpmetric.pruning.protocol import Protocol, check_targets
+from gpmetric.pruning.prune import run_prune
+from gpmetric.pruning.recipe import Recipe, write_recipe
+from gpmetric.pruning.requests import PruneRequest
+from gpmetric.session.deadline import Deadline
+from gpmetric.session.inputs import Inputs
+from gpmetric.session.plan import Work
+from gpmetric.session.session import Session, open_session
+from gpmetric.targets import parse_target
+from gpmetric.tuning.choice import Choice, TuneListener, search_work
+from gpmetric.tuning.parts import SOLVER, first_recipe, methods
+from gpmetric.tuning.request import TuneRequest
+from gpmetric.tuning.trials import SHARES, Trials
+
+__all__ = ["run_tune", "tune", "tune_work"]
+
+
+def run_tune(
+    request: TuneRequest, listener: TuneListener | None = None, started: float | None = None
+) -> dict[str, Any]:
+    """Finds a recipe for a model and a target, prunes by it, and says what each of its parts is worth.
+
+    Everything is decided on the validation text, by successive halving; formulas and allocations are searched on the
+    search text. Wanda and SparseGPT at uniform sparsity are among the recipes, so that what is chosen is not worse than
+    they are on validation. Stopped, the same command with `--ledger` and `--resume` measures nothing again.
+
+    Args:
+        request: of which model, at which target.
+        listener: told of every trial.
+        started: time.monotonic() at which `minutes` began; now by default.
+
+    Returns:
+        `recipe`, as its file holds it, and its `excess` log-loss on validation, in nats per token; `table`, the same of
+        the recipe without each of its parts and of the rivals, on the text that is read once, too, if there is one;
+        `trials`, all that was measured, and what was `cut`; `pruned`, what `prune` says of the checkpoint.
+
+    Raises:
+        InputError: for anything that cannot be used, before the model runs.
+        GpmetricError: time was over before one recipe was measured, or before the checkpoint was written: the recipe
+            is then beside the output.
+    """
+    told, deadline = listener or TuneListener(), Deadline.starting(request.minutes, started)
+    output = request.output
+    assert output is not None
+    read = (request.model, request.calibration, request.search, request.validation, request.text, request.ledger)
+    check_folder(output, request.force, [Path(name) for name in read if name is not None])
+    recipe, document = _chosen(request, told, deadline)
+    gc.collect()  # models are in reference cycles: the next one would be loaded beside this one
+    told.step("pruning")
+    pruned = _pruned(request, recipe, told, deadline)
+    result: dict[str, Any] = finite(document | {"pruned": pruned, "seconds": deadline.elapsed})
+    return result
+
+
+tune = as_function("tune", TuneRequest, run_tune, "model")
+
+
+def _chosen(request: TuneRequest, told: TuneListener, deadline: Deadline) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe, and what is said of it."""
+    session = open_session(request, work=tune_work, listener=told)
+    check_targets(session.model, [parse_target(request.target)])
+    settings = {"model": session.model.digest, "dtype": session.model.dtype, "target": request.target} | {
+        name: windows.tokens_digest for name, windows in session.windows.items()
+    }
+    progress = deadline.watching(told.progress)
+    with Trials(session, deadline, progress, request.ledger, settings, resume=request.resume) as trials:
+        choice = Choice(request, trials, told, deadline)
+        best = choice.run()
+        return best.recipe, choice.describe(best)
+
+
+def _pruned(request: TuneRequest, recipe: Recipe, told: TuneListener, deadline: Deadline) -> dict[str, Any]:
+    """What `prune` says of the checkpoint."""
+    assert request.output is not None
+    shared = {one.name: getattr(request, one.name) for one in fields(Inputs)} | {
+        "windows": request.windows, "minutes": request.minutes and max(0.01, deadline.left / 60),
+    }  # fmt: skip
+    with TemporaryDirectory(prefix="gpmetric-") as folder:
+        file = Path(folder) / "recipe.toml"
+        write_recipe(recipe, file)
+        text = request.text or request.validation
+        options = shared | recipe.options | {"output": request.output, "text": text, "force": request.force}
+        try:
+            found = run_prune(PruneRequest(**options, recipe=file), told)
+        except GpmetricError as error:
+            kept = request.output.with_name(f"{request.output.name}.recipe.toml")
+            write_recipe(recipe, kept)
+            raise GpmetricError(f"{error}; what was found is in {str(kept)!r}, for gpmetric prune --recipe") from error
+    return {key: found[key] for key in ("output", "sparsity", "dense", "perplexity", "seconds", "text")}
+
+
+def tune_work(session: Session) -> Work:
+    """What `tune` does with a session's model, as far as it can be told beforehand."""
+    request = session.inputs
+    assert isinstance(request, TuneRequest)
+    plain = first_recipe(request, session)
+    metrics = [session.metric(one.metric) for one in methods(plain, request.metric)]
+    update, fit = SOLVER
+    texts = session.windows["validation"].tokens.numel()
+    rules = len(SHARES) * len(metrics)
+    work = Protocol(session, one_shot=False).work(metrics, update, fit=fit, rules=rules, texts=texts)
+    searched = search_work(request, session)
+    if searched is None:
+        return work
+    return replace(
+        searched, block=searched.block | work.block, texts=max(searched.texts, work.texts),
+        forward=searched.forward + work.forward,
+    )  # fmt: skip
