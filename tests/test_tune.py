@@ -1,0 +1,200 @@
+"""Tuning: halving, what a recipe is without its parts, the whole command on the demo model, killed and gone on with."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import gpmetric
+from gpmetric.cli import app
+from gpmetric.errors import GpmetricError, InputError
+from gpmetric.loading import load_model
+from gpmetric.pruning.recipe import Recipe, read_recipe
+from gpmetric.session.deadline import Deadline
+from gpmetric.tuning.choice import TuneListener
+from gpmetric.tuning.halving import halve
+from gpmetric.tuning.parts import methods, rivals, without
+from gpmetric.tuning.trials import Trial, Trials, key_of
+from tests.pruning_helpers import session_of, windows_of
+
+QUICK = {"samples": 8, "windows": 8, "search_windows": 8, "sequence_length": 32, "device": "cpu"}
+PLAIN = Recipe("wanda", "0.5", samples=8, sequence_length=32)
+
+
+class Scripted(Trials):
+    """Trials whose losses are given by the metric's name, and which take a second of a fake clock on all windows."""
+
+    def __init__(self, losses: dict[str, Sequence[float]]) -> None:
+        self.clock = 0.0
+        self.losses, self.asked = losses, list[tuple[str, float]]()
+        self.found: list[Trial] = []
+
+    def measure(self, recipes: Any, share: float, until: float = math.inf, texts: Any = ()) -> list[Trial]:
+        found = []
+        for recipe in recipes:
+            if self.clock + share <= until:
+                self.clock += share
+                self.asked.append((recipe.metric, share))
+                loss = self.losses[recipe.metric][{0.25: 0, 0.5: 1, 1.0: 2}[share]]
+                found.append(Trial(recipe, share, loss, share))
+        return found
+
+
+def named(*names: str) -> list[Recipe]:
+    return [replace(PLAIN, metric=name) for name in names]
+
+
+def test_halving_keeps_the_better_half() -> None:
+    losses = {"a": (4, 9, 9), "b": (1, 3, 9), "c": (2, 2, 5), "d": (3, 9, 9), "e": (math.inf, 9, 9)}
+    trials = Scripted(losses)
+    found = halve(trials, named(*"abcde"), math.inf)
+    assert [one.recipe.metric for one in found] == ["c", "b"]
+    assert trials.asked == [(name, 0.25) for name in "abcde"] + [
+        (name, 0.5) for name in "bcd"
+    ] + [("c", 1.0), ("b", 1.0)]  # fmt: skip
+
+
+def test_halving_ends_in_time() -> None:
+    trials = Scripted({"a": (1, 1, 1), "b": (2, 2, 2)})
+    assert halve(trials, named("a", "b"), 1.0) == []
+    assert trials.asked == [("a", 0.25), ("b", 0.25)]
+    assert [one.loss for one in halve(Scripted({"a": (1, 1, 1)}), named("a", "a"), 1.0)] == [1]
+
+
+def test_methods_are_distinct() -> None:
+    found = methods(PLAIN, ["layer:abs(W)*X", "W*W*F", "catalogue:alps_dense", "sparsegpt"])
+    assert len({key_of(one) for one in found}) == len(found)
+    kinds = [(one.metric, one.update, one.fit) for one in found]
+    assert kinds.count(("alps", "admm", "dense")) == 1
+    assert not any(metric.startswith(("catalogue", "layer:abs(W)*X")) for metric, _, _ in kinds)
+    assert ("W*W*F", "admm", "dense") in kinds
+    assert [(one.metric, one.update) for one in rivals(PLAIN)] == [("wanda", "none"), ("sparsegpt", "obs-blockwise")]
+
+
+def test_without_each_part() -> None:
+    whole = replace(PLAIN, metric="layer:W*W*F", update="admm", fit="dense")
+    parts = {name.partition(" ")[0]: recipe for name, recipe in without(whole)}
+    assert {name: (one.metric, one.update, one.fit) for name, one in parts.items()} == {
+        "metric": ("alps", "admm", "dense"),
+        "fit": ("layer:W*W*F", "admm", "own"),
+        "update": ("layer:W*W*F", "none", "own"),
+    }
+    assert not list(without(PLAIN))
+    (update,) = (one for name, one in without(rivals(PLAIN)[1]) if name.startswith("update"))
+    assert (update.metric, update.update) == ("row:W*W*D", "none")
+
+
+def test_a_trial_is_what_prune_gives(tiny_text: Path, tmp_path: Path) -> None:
+    model = load_model(None, device="cpu")
+    windows = windows_of(model, tiny_text, count=8)
+    session = session_of(model, windows)
+    session.windows = {"calibration": windows, "validation": windows}
+    trials = Trials(session, Deadline.starting(None), lambda *told: None)
+    recipe = replace(PLAIN, metric="alps", update="admm", fit="dense")
+    (trial,) = trials.measure([recipe], 1.0)
+    options = {"metric": "alps", "fit": "dense", "samples": 8, "windows": 8, "sequence_length": 32, "device": "cpu"}
+    made = gpmetric.prune(calibration=str(tiny_text), output=tmp_path / "out", **options)
+    assert math.exp(trial.loss) == pytest.approx(made["perplexity"], rel=1e-3)  # the file holds 16 bits
+    assert trials.measure([recipe], 1.0) == [trial]
+    (part,) = trials.measure([recipe], 0.25)
+    few = replace(session, windows={name: windows_of(model, tiny_text, count=2) for name in session.windows})
+    alone = Trials(few, Deadline.starting(None), lambda *told: None)
+    (again,) = alone.measure([recipe], 1.0)
+    assert part.loss == pytest.approx(again.loss, rel=1e-6)
+    assert part.loss != trial.loss
+
+
+class Watching(TuneListener):
+    """Counts what is measured; stops everything at one trial."""
+
+    def __init__(self, stop_at: int = 10**9) -> None:
+        self.steps: list[str] = []
+        self.trials: list[Trial] = []
+        self.stop_at = stop_at
+
+    def step(self, name: str) -> None:
+        self.steps.append(name)
+
+    def trial(self, trial: Trial, excess: float) -> None:
+        self.trials.append(trial)
+        if len(self.trials) == self.stop_at:
+            raise KeyboardInterrupt
+
+
+def test_the_whole_command(tmp_path: Path) -> None:
+    ledger, options = tmp_path / "tune.jsonl", {**QUICK, "target": "0.6", "evolve": False, "metric": ["W*W*F"]}
+    with pytest.raises(KeyboardInterrupt):
+        gpmetric.tune(None, output=tmp_path / "a", ledger=ledger, listener=Watching(6), **options)
+    lines = ledger.read_text().splitlines()
+    told = Watching()
+    found = gpmetric.tune(None, output=tmp_path / "a", ledger=ledger, resume=True, listener=told, **options)
+    whole = Watching()
+    again = gpmetric.tune(None, output=tmp_path / "b", listener=whole, **options)
+    measured = [(one.recipe.metric, one.share) for one in whole.trials]
+    assert [(one.recipe.metric, one.share) for one in told.trials] == measured
+    kept = ledger.read_text().splitlines()
+    assert kept[: len(lines)] == lines and len(kept) == len(set(kept)) == len(measured) + 1
+    assert (found["recipe"], found["excess"]) == (again["recipe"], again["excess"])
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+
+    table = {row["what"]: row for row in found["table"]}
+    assert found["excess"] == table["recipe"]["excess"] <= min(table[name]["excess"] for name in ("wanda", "sparsegpt"))
+    complete = [trial["excess"] for trial in found["trials"] if trial["share"] == 1]
+    assert found["excess"] <= min(complete)
+    assert read_recipe(tmp_path / "a" / "recipe.toml").document() == found["recipe"]
+    repeated = gpmetric.prune(recipe=tmp_path / "a" / "recipe.toml", output=tmp_path / "c", windows=8, device="cpu")
+    assert (tmp_path / "c" / "model.safetensors").read_bytes() == files[0]
+    assert repeated["sparsity"] == found["pruned"]["sparsity"]
+    assert gpmetric.verify(str(tmp_path / "a"), device="cpu")["ok"]
+
+
+def test_formulas_are_evolved(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpmetric.tuning.choice._EVALUATIONS", 4)
+    ledger = tmp_path / "tune.jsonl"
+    options = {**QUICK, "calibration": str(tiny_text), "target": "2:4", "ledger": ledger}
+    found = gpmetric.tune(str(tiny_llama), output=tmp_path / "a", **options)
+    assert found["evolved"]["evaluations"] == 4
+    assert 1 <= len(found["evolved"]["formulas"]) <= 5
+    tried = {trial["recipe"]["metric"] for trial in found["trials"]}
+    assert set(found["evolved"]["formulas"]) <= tried
+    told = Watching()
+    again = gpmetric.tune(str(tiny_llama), output=tmp_path / "b", resume=True, listener=told, **options)
+    assert again["evolved"] == found["evolved"] and "formulas" not in told.steps
+
+
+def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
+    with pytest.raises(GpmetricError, match="--minutes"):
+        gpmetric.tune(None, output=tmp_path / "a", minutes=1e-4, **QUICK)
+    assert not (tmp_path / "a").exists()
+
+
+def test_refused(tmp_path: Path) -> None:
+    for options, told in (
+        ({}, "--output"),
+        ({"output": tmp_path / "a", "target": "0"}, "removes nothing"),
+        ({"output": tmp_path / "a", "target": "1.5"}, "1.5"),
+        ({"output": tmp_path / "a", "metric": ["wandaa"]}, "unknown metric 'wandaa'"),
+        ({"output": tmp_path / "a", "shuffle": True}, "--shuffle needs"),
+        ({"output": tmp_path, "windows": 4}, "exists already"),
+    ):
+        with pytest.raises(InputError, match=told):
+            gpmetric.tune(None, **options)
+    done = CliRunner().invoke(app, ["tune", "--sparsity", "3:2", "-o", str(tmp_path / "a")])
+    assert isinstance(done.exception, InputError)
+
+
+def test_plan_says_what_it_takes() -> None:
+    done = CliRunner().invoke(app, ["plan", "tune", "--sparsity", "0.6", "-o", "somewhere", "--json", "-"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["memory_bytes"] > 10**7
