@@ -34,7 +34,9 @@ _FEWEST = 24  # candidates that a search is worth while for
 _EVALUATIONS = 200  # of a search that no --minutes end
 _FORMULAS = 0.6  # of the time there is for choosing, when the search of formulas must have ended
 _RUNGS = 0.75  # of what measuring on all windows takes, that a recipe takes in successive halving
-_AFTER = 6.0  # times what the solver takes on all windows: the table of parts, pruning, verifying
+_PRUNING = 2.0  # times what the solver takes on all windows, to prune and verify
+_TABLE = 5.0  # and for the table of parts, at most a share of the time
+_TABLE_SHARE = 0.2
 
 
 class TuneListener(PruneListener):
@@ -90,7 +92,8 @@ class Choice:
             minutes = f"--minutes {self.request.minutes or 0:g} were over before a recipe was measured"
             raise GpmetricError(f"{minutes}: allow more, or take fewer --samples or --windows")
         each = self.trials.expected(solver[0].recipe, 1.0) if solver else math.inf
-        begun, end = self.deadline.now(), self.deadline.end - _AFTER * each
+        table = min(_TABLE * each, _TABLE_SHARE * self.deadline.seconds)
+        begun, end = self.deadline.now(), self.deadline.end - table - _PRUNING * each
         tried = methods(plain, self.request.metric)
         before = _RUNGS * each * (len(tried) + _EVOLVED)
         formulas = self._evolved(each, min(begun + _FORMULAS * (end - begun), end - before))
@@ -153,7 +156,7 @@ class Choice:
         rows = {"recipe": self.best.recipe, **{one.metric: one for one in rivals(plain)}}
         rows |= {f"without {part}": recipe for part, recipe in without(self.best.recipe)}
         texts = [one.tokens for one in self.trials.session.evaluated]
-        until = self.deadline.end - 2 * self.trials.expected(self.best.recipe, 1.0)
+        until = self.deadline.end - _PRUNING * self.trials.expected(self.best.recipe, 1.0)
         for name, recipe in rows.items():
             if found := self._measure([recipe], 1.0, until, texts):
                 self.table[name] = found[0]

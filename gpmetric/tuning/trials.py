@@ -30,6 +30,7 @@ from gpmetric.targets import parse_target
 __all__ = ["SHARES", "Trial", "Trials", "key_of", "rule_of"]
 
 SHARES = (0.25, 0.5, 1.0)  # of the windows of calibration and validation, rung by rung
+_SCALE = 0.75  # power of the share that seconds are thought to go with: solving a layer does not depend on it
 _UNKNOWN = 4.0  # times the slowest kind known, what a kind that was never measured is thought to take
 
 
@@ -158,9 +159,9 @@ class Trials(Journal):
         known = self._seconds.get(self._kind(recipe))
         if known is None:
             slowest = max((max(one.items()) for one in self._seconds.values()), default=(1.0, 0.0))
-            return _UNKNOWN * slowest[1] * share / slowest[0]
+            return float(_UNKNOWN * slowest[1] * (share / slowest[0]) ** _SCALE)
         nearest = min(known, key=lambda one: abs(math.log(one / share)))
-        return known[nearest] * share / nearest
+        return float(known[nearest] * (share / nearest) ** _SCALE)
 
     def dense(self, share: float = 1.0) -> float:
         """Loss of the dense model on a share of the validation windows, nats per token."""
