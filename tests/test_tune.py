@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import gpmetric
@@ -141,7 +140,8 @@ def test_the_whole_command(tmp_path: Path) -> None:
     measured = [(one.recipe.metric, one.share) for one in whole.trials]
     assert [(one.recipe.metric, one.share) for one in told.trials] == measured
     kept = ledger.read_text().splitlines()
-    assert kept[: len(lines)] == lines and len(kept) == len(set(kept)) == len(measured) + 1
+    assert kept[: len(lines)] == lines
+    assert len(kept) == len(set(kept)) == len(measured) + 1
     assert (found["recipe"], found["excess"]) == (again["recipe"], again["excess"])
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
@@ -170,7 +170,8 @@ def test_formulas_are_evolved(
     assert set(found["evolved"]["formulas"]) <= tried
     told = Watching()
     again = gpmetric.tune(str(tiny_llama), output=tmp_path / "b", resume=True, listener=told, **options)
-    assert again["evolved"] == found["evolved"] and "formulas" not in told.steps
+    assert again["evolved"] == found["evolved"]
+    assert "formulas" not in told.steps
 
 
 def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
