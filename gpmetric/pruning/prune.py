@@ -37,6 +37,9 @@ class PruneListener(Listener):
     def resumed(self, block: int, blocks: int) -> None:
         """A command that was killed is gone on with at a block, counted from 0."""
 
+    def other_use(self, made_for: Mapping[str, str], used: Mapping[str, str]) -> None:
+        """The allocation was made for another formula, update or fit than it is used with."""
+
 
 def run_prune(
     request: PruneRequest, listener: PruneListener | None = None, started: float | None = None
@@ -70,6 +73,11 @@ def run_prune(
     session = open_session(request, work=prune_work, listener=told)
     rule = _rule(session, request, allocation)
     targets = {layer.name: rule.target(layer.name) for layer in session.model.layers}
+    if allocation is not None:
+        used = {"formula": str(rule.metric.expression), "update": rule.metric.update or rule.update, "fit": rule.fit}
+        other = [name for name, value in allocation.made_for.items() if used[name] != value]
+        if other:
+            told.other_use(*({name: one[name] for name in other} for one in (allocation.made_for, used)))
     protocol = Protocol(session, one_shot=request.one_shot, progress=deadline.watching(told.progress))
     made = _made(session, request, rule, targets)
     with unfinished(folder, _identity(session, made, targets), resume=request.resume) as partial:
@@ -235,6 +243,12 @@ def _identity(session: Session, made: Mapping[str, Any], targets: Mapping[str, T
     }
 
 
+def _named(allocation: Allocation) -> dict[str, Any]:
+    """Which allocation it was, and what it was made for where it says so."""
+    named = {"file": Path(str(allocation.file)).name, "sha256": allocation.digest}
+    return named | ({"made_for": dict(allocation.made_for)} if allocation.made_for else {})
+
+
 def _made(session: Session, request: PruneRequest, rule: Rule, targets: Mapping[str, Target]) -> dict[str, Any]:
     """What the manifest says of source, metric, target and protocol."""
     allocation = rule.plan if isinstance(rule.plan, Allocation) else None
@@ -244,7 +258,7 @@ def _made(session: Session, request: PruneRequest, rule: Rule, targets: Mapping[
         "metric": request.metric,
         "formula": str(rule.metric.expression),
         "target": request.target or ("0.5" if allocation is None else mean),
-        "allocation": allocation and {"file": Path(str(request.allocation)).name, "sha256": allocation.digest},
+        "allocation": allocation and _named(allocation),
         "update": rule.metric.update or rule.update,
         "fit": rule.fit,
         "protocol": "one-shot" if request.one_shot else "sequential",
