@@ -64,10 +64,12 @@ def run_case(settings: Settings, model: str, metric: str, seed: int) -> dict[str
 def make_request(settings: Settings, model: str, metric: str, seed: int) -> AllocateRequest:
     """What is prepared, and what a search of the whole front is asked for; its range holds all sparsities compared."""
     sparsities = (settings["focus"], *settings["sparsity"])
+    needing = [name for name in settings["allocator"] if ALLOCATORS[name].needs]  # what it needs is measured
     names = ("calibration", "samples", "search_windows", "sequence_length", "tokens", "device", "dtype")
     return AllocateRequest(
         model=model,
         metric=metric,
+        allocator=needing[0] if needing else AllocateRequest.allocator,
         sparsity=settings["focus"],
         lowest=min(AllocateRequest.lowest, *sparsities),
         highest=max(AllocateRequest.highest, *sparsities),
@@ -97,7 +99,7 @@ def find(settings: Settings, request: AllocateRequest, calibrated: CalibratedMod
         parts = [[one] for one in settings["evopress_sparsity"]] if alone else [settings["sparsity"]]
         for sparsities in parts:
             log = EvaluationLog(table, objective, focus=request.sparsity)
-            problem = Problem(log, calibrated.blocks, calibrated.outliers, lambda *told: None)
+            problem = Problem(log, calibrated.blocks, calibrated.evidence, lambda *told: None)
             made = allocations_of(problem, replace(request, allocator=allocator), sparsities)
             cost = {"tokens": log.tokens, "evaluations": log.evaluations, "seconds": log.seconds}
             cost["bought"] = len(sparsities)  # allocations for that price

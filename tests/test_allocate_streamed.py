@@ -37,6 +37,10 @@ SEARCHES: dict[str, dict[str, Any]] = {
         "evaluations": 30,
     },
     "evopress": {"allocator": "evopress", "sparsity": 0.6, "granularity": "layer", "metric": "gblm_l1"},
+    "update": {
+        "metric": "alps", "update": "admm", "fit": "dense", "levels": 8, "sparsity": 0.6, "genes": "module",
+        "evaluations": 20, "population": 4,
+    },
     "rule": {"allocator": "arithmetic", "max_loss_ratio": 1.2, "lowest": 0.1, "genes": "block"},
 }  # fmt: skip
 
@@ -107,7 +111,7 @@ def test_a_search_is_that_of_a_resident_model(
     assert arrivals[0] > 0
     assert ledgers[0] == ledgers[1]
     assert documents[0] == documents[1]
-    assert any('"slopes"' in line for line in ledgers[0]) == (kind in ("slopes", "patterns"))
+    assert any('"slopes"' in line for line in ledgers[0]) == (kind in ("slopes", "patterns", "update"))
 
 
 @pytest.fixture

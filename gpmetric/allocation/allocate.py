@@ -11,12 +11,13 @@ from gpmetric.allocation.allocators import Problem, diagonal, search
 from gpmetric.allocation.candidate_objective import CandidateObjective
 from gpmetric.allocation.evaluation_log import EvaluationLog, Measured
 from gpmetric.allocation.exact_budget import uniform_budget
+from gpmetric.allocation.in_use import settled
 from gpmetric.allocation.levels import Levels
 from gpmetric.allocation.nsga2 import REFERENCE, hypervolume
 from gpmetric.allocation.pareto_pick import Point, Scorer, held_out_front, knee, pick
 from gpmetric.allocation.plot import draw_front, write_csv
 from gpmetric.allocation.prepare import CalibratedModel, calibrate
-from gpmetric.allocation.request import ALLOCATORS, AllocateRequest, rules
+from gpmetric.allocation.request import ALLOCATORS, AllocateRequest
 from gpmetric.allocation.time_plan import TimePlan
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.evaluation.perplexity import perplexity
@@ -78,7 +79,7 @@ def _searched(request: AllocateRequest, told: AllocateListener, deadline: Deadli
     windows, table = calibrated.session.windows, calibrated.table
     scorer = Scorer(calibrated)
     survivors = request.population * len(windows["search"].tokens) / len(windows["validation"].tokens)
-    plan = TimePlan(deadline, times[1] - times[0], deadline.now() - times[1], survivors)
+    plan = TimePlan(deadline, times[1] - times[0], deadline.now() - times[1], survivors, int(request.solves))
     told.dense({windows["validation"].text.name: perplexity(scorer.dense)})
     candidates = partial(CandidateObjective, calibrated.pruned, windows["search"].tokens, request.objective)
     objective = retried(calibrated.session.model, candidates)
@@ -93,10 +94,10 @@ def _searched(request: AllocateRequest, told: AllocateListener, deadline: Deadli
         table, objective, request.ledger, identity, focus=request.sparsity, resume=request.resume
     ) as log:
         searching = replace(request, minutes=log.planned(request.minutes, plan.search_minutes()))
-        problem = Problem(log, calibrated.blocks, calibrated.outliers, told.progress)
+        problem = Problem(log, calibrated.blocks, calibrated.evidence, told.progress, request.solves)
         found = list(dict.fromkeys(search(searching, problem, profiles, on_generation)))
         cost, steps = _cost(log), dict(objective.seconds)
-        result = _result(request, problem, scorer, found, plan)
+        result = _result(calibrated, problem, scorer, found, plan)
         after = {name: value - cost[name] for name, value in _cost(log).items()}
     progress = {
         "hypervolume": [area for area, _ in generations],
@@ -112,9 +113,10 @@ def _cost(log: EvaluationLog) -> dict[str, Any]:
 
 
 def _result(
-    request: AllocateRequest, problem: Problem, scorer: Scorer, found: Sequence[Levels], plan: TimePlan
+    calibrated: CalibratedModel, problem: Problem, scorer: Scorer, found: Sequence[Levels], plan: TimePlan
 ) -> dict[str, Any]:
     """What was found, on validation text and beside every rule at the same budgets, and what is picked of it."""
+    request = calibrated.request
     if not found:
         span = f"--lowest {request.lowest:g} and --highest {request.highest:g}"
         raise GpmetricError(f"no allocation that was measured has a sparsity between {span}")
@@ -131,12 +133,18 @@ def _result(
         )
     except GpmetricError as failure:  # the front is not lost with it
         error = str(failure)
+    baselines = _baselines(request, problem, scorer, plan)
+    if allocation is not None and picked is not None and request.solves:
+        if plan.affords(plan.calibration):
+            allocation, picked = settled(calibrated, problem, scorer, (allocation, picked), baselines)
+        else:
+            plan.cut.append("what was picked, in use")
     return {
         "front": [point for point, _ in front],
         "knee": knee([point for point, _ in front]),
         "picked": picked,
         "error": error,
-        "baselines": _baselines(request, problem, scorer, plan),
+        "baselines": baselines,
         "allocation": None if allocation is None else allocation.document(),
     }
 
@@ -146,7 +154,7 @@ def _baselines(request: AllocateRequest, problem: Problem, scorer: Scorer, plan:
     sparsities = diagonal(request, request.sparsity)
     found: dict[str, list[Point]] = {}
     longest = len(sparsities) * plan.validation
-    for name, row in rules().items():
+    for name, row in problem.rules.items():
         assert row.rule is not None
         extra = problem.tokens_of(row, len(sparsities)) * problem.log.seconds / max(1, problem.log.tokens)
         if not plan.affords(longest + extra):
@@ -189,7 +197,8 @@ def _described(request: AllocateRequest, calibrated: CalibratedModel, scorer: Sc
     """What the figures depend on."""
     session, table = calibrated.session, calibrated.table
     names = ("metric", "genes", "allocator", "objective", "sparsity", "max_loss_ratio")
-    described = session.describe() | {name: getattr(request, name) for name in names}
+    used = {"update": request.update, "fit": request.fit} if request.solves else {}
+    described = session.describe() | {name: getattr(request, name) for name in names} | used
     return described | {
         "digest": session.model.digest,
         "formula": str(calibrated.metric.expression),

@@ -10,20 +10,29 @@ from functools import cached_property
 import numpy as np
 
 from gpmetric.allocation.evaluation_log import EvaluationLog, Measured
+from gpmetric.allocation.evidence import Evidence, shares_below
 from gpmetric.allocation.exact_budget import uniform_budget
 from gpmetric.allocation.levels import Levels, LevelTable, Numbers
-from gpmetric.allocation.request import ALLOCATORS, AllocateRequest, Allocator
+from gpmetric.allocation.request import ALLOCATORS, AllocateRequest, Allocator, rules
 from gpmetric.allocation.variation import repair
 from gpmetric.pruning.allocation import Allocation
 from gpmetric.session.session import Progress
 
-__all__ = ["OnGeneration", "Problem", "arithmetic", "diagonal", "owl", "search", "sensitivity", "uniform"]
+__all__ = [
+    "OnGeneration", "Problem", "arithmetic", "diagonal", "dlp", "one_threshold", "owl", "search", "sensitivity",
+    "uniform",
+]  # fmt: skip
 
 # told of a generation: its number, its population, the batches that it is measured on, the share of the budget spent
 OnGeneration = Callable[[int, Sequence[Measured], int, float], None]
 
 _DIAGONAL = 5  # sparsities at which the rules stand in the first population, and as baselines beside the front
-_SPREAD = 0.08  # OWL's lambda
+_OWL_SPREAD, _DLP_SPREAD = 0.08, 0.15  # their lambda and alpha
+# Of the way from uniform to one threshold. Excess on 60 windows of ptb-valid of alps with fit dense, 64 windows of 256,
+# at 0, 0.25, 0.5, 0.75 and 1: llama-05m 0.347, 0.285, 0.260, 0.285, 0.373 at 0.6 and 0.657, 0.559, 0.570, 0.553, 0.639
+# at 0.7; llama-4m 0.066, 0.053, 0.049, 0.047, 0.062 and 0.152, 0.120, 0.125, 0.122, 0.146. Half of the way on another
+# score, llama-05m: W*W*H 0.262 and 0.535, W*W*D 0.327 and 0.645, W*W*X*X 0.312 and 0.678 (llama-4m 0.070 and 0.163).
+_WAY = 0.5
 _STEPS = 9  # of an arithmetic progression that are tried, 0 among them
 _PROBES = (0.4, 0.6, 0.8, 0.95)  # sparsities that a gene is probed at, the others dense
 _HIGHEST = 0.99  # sparsity of a gene that a rule may ask for
@@ -35,12 +44,20 @@ class Problem:
 
     log: EvaluationLog
     blocks: Sequence[int]  # by gene, the block it is in
-    outliers: Sequence[float]  # by block, OWL's share of outliers in per cent
+    evidence: Evidence
     progress: Progress
+    solves: bool = False  # whether kept weights of candidates are updated
+    finest: LevelTable | None = None  # levels that rules choose from which measure nothing, in place of the log's
 
     @property
     def table(self) -> LevelTable:
-        return self.log.table
+        return self.finest or self.log.table
+
+    @property
+    def rules(self) -> dict[str, Allocator]:
+        """Those rules whose statistics are there, the simplest first."""
+        measured = self.evidence.saliency is not None
+        return {name: row for name, row in rules().items() if measured or not row.needs}
 
     def budget(self, sparsity: float) -> int:
         """Weights that the uniform mask of that sparsity removes."""
@@ -118,12 +135,38 @@ def owl(problem: Problem, sparsity: float) -> Levels:
 
     Source: Yin et al. 2024 (OWL), section 3; the shares of all linear layers of a block together, as in their code.
     """
+    return _by_block(problem, problem.evidence.outliers, _OWL_SPREAD, sparsity)
+
+
+def dlp(problem: Problem, sparsity: float) -> Levels:
+    """Blocks keep more the lower the median of their scores abs(W)*X is, within 2 alpha.
+
+    Source: Chen et al. 2025 (DLP), section 3: a block's unimportance is the median over all of its linear layers, its
+    importance 1 less its share of the sum of all, which are brought to a range of 2 alpha around the mean.
+    """
+    return _by_block(problem, [-median for median in problem.evidence.medians], _DLP_SPREAD, sparsity)
+
+
+def _by_block(problem: Problem, importance: Sequence[float], spread: float, sparsity: float) -> Levels:
+    """Blocks keep more the more important they are, linearly, the most and the least 2 spreads apart."""
     present = sorted(set(problem.blocks))  # others have no layer that is pruned
-    shares = np.asarray([problem.outliers[block] for block in present])
-    spread = float(np.ptp(shares))
-    keep = 2 * _SPREAD * (shares - shares.min()) / spread if spread else np.zeros(len(shares))
+    shares = np.asarray([importance[block] for block in present])
+    width = float(np.ptp(shares))
+    keep = 2 * spread * (shares - shares.min()) / width if width else np.zeros(len(shares))
     by_block = dict(zip(present, sparsity - (keep - keep.mean()), strict=True))
     return problem.at_budget([by_block[block] for block in problem.blocks], sparsity)
+
+
+def one_threshold(problem: Problem, sparsity: float) -> Levels:
+    """Genes lose what one threshold over all weights on W*W*F would remove of them, shrunk towards uniform.
+
+    The loss rises by half of W*W*F, to second order, when a weight is removed alone (LeCun et al. 1990, with the
+    empirical Fisher). Where many go and the others are fitted, genes differ less than that.
+    """
+    saliency = problem.evidence.saliency
+    assert saliency is not None, "F was not measured"
+    by_gene = np.stack([saliency[list(members)].sum(axis=0) for members in problem.table.genes])
+    return problem.at_budget(sparsity + _WAY * (shares_below(by_gene, sparsity) - sparsity), sparsity)
 
 
 def arithmetic(problem: Problem, sparsity: float) -> Levels:

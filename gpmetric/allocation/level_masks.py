@@ -97,7 +97,7 @@ class PrunedModel:
             if level == self._levels[index]:
                 continue
             if self._copies:
-                self._show(index, self._masked(index, level, self._copies[index]))
+                self._show(index, self._weight(index, level, self._copies[index]))
             self._levels[index] = level
 
     def dense(self) -> None:
@@ -118,7 +118,7 @@ class PrunedModel:
             self._dense = {member: layer.weight for member, layer in zip(members, layers, strict=True)}
             try:
                 pairs = zip(members, layers, strict=True)
-                masked = [self._masked(member, self._levels[member], _empty_like(layer)) for member, layer in pairs]
+                masked = [self._weight(member, self._levels[member], _empty_like(layer)) for member, layer in pairs]
                 with self.model.holding(masked, layers):
                     yield
             finally:
@@ -146,7 +146,7 @@ class PrunedModel:
         return torch.stack([product[kept_at(codes, level, nested=False)].sum() for level in range(levels)]).cpu()
 
     @torch.no_grad()
-    def _masked(self, index: int, level: int | None, into: Tensor) -> Tensor:
+    def _weight(self, index: int, level: int | None, into: Tensor) -> Tensor:
         """A layer's weight at a level, written to a tensor of the same layout unless it is the dense one."""
         if level is None:
             return self._dense[index]

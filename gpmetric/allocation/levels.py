@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpmetric.allocation.request import GENES, PATTERNS, parse_pattern
+from gpmetric.allocation.request import GENES, MOST_LEVELS, PATTERNS, parse_pattern
 from gpmetric.errors import InputError
 from gpmetric.models import Model
 from gpmetric.pruning.allocation import Allocation, layer_target
 from gpmetric.targets import GRANULARITIES, Target
 
-__all__ = ["LevelTable", "Levels", "Numbers", "find_genes", "level_table"]
+__all__ = ["LevelTable", "Levels", "Numbers", "find_genes", "level_table", "within_reach"]
 
 Levels = tuple[int, ...]  # a candidate: the level of each gene
 Numbers = NDArray[Any]
 
-_LEVELS = 250  # of the largest gene; a byte tells at which one a weight goes
+_REACH = (0.3, 0.2)  # below and above the range of a front, in which the levels are that weights are solved at
 _PATTERNS = 8  # of a mix; a byte tells in which ones a weight is kept
 
 
@@ -39,6 +39,7 @@ class LevelTable:
     genes: tuple[tuple[int, ...], ...]  # indices of the layers of each gene
     targets: tuple[tuple[Target, ...], ...]  # by layer and level; level 0 removes nothing
     granularity: str  # of all targets; a key of GRANULARITIES
+    steps: int = MOST_LEVELS  # of the largest gene
 
     @property
     def nested(self) -> bool:
@@ -80,6 +81,10 @@ class LevelTable:
         """[genes]: weights of each gene."""
         return np.array([sum(int(np.prod(self.shapes[layer])) for layer in members) for members in self.genes])
 
+    def scaled(self, step: int) -> int:
+        """As much as so many of the finest levels, in levels of this table; at least one."""
+        return max(1, round(step * self.steps / MOST_LEVELS))
+
     def removes(self, levels: Sequence[int]) -> int:
         """Weights that a candidate removes."""
         return int(sum(counts[level] for counts, level in zip(self.removed, levels, strict=True)))
@@ -115,13 +120,27 @@ def find_genes(model: Model, kind: str) -> tuple[tuple[int, ...], ...]:
     return tuple(map(tuple, found.values()))
 
 
-def level_table(model: Model, granularity: str, kind: str = "matrix", patterns: Sequence[str] = PATTERNS) -> LevelTable:
+def within_reach(lowest: float, highest: float) -> tuple[float, float]:
+    """Sparsities that genes of a front between two sparsities hardly go beyond."""
+    return max(0.0, lowest - _REACH[0]), min(1.0, highest + _REACH[1])
+
+
+def level_table(
+    model: Model,
+    granularity: str,
+    kind: str = "matrix",
+    patterns: Sequence[str] = PATTERNS,
+    steps: int = MOST_LEVELS,
+    within: tuple[float, float] = (0.0, 1.0),
+) -> LevelTable:
     """The levels of a model's layers: steps of equal weight counts, or N:M patterns.
 
     Args:
         granularity: a key of GRANULARITIES.
         kind: of genes, a key of GENES.
         patterns: levels of an N:M mix, in any order, `dense` among them.
+        steps: of the largest gene from nothing to all, at most MOST_LEVELS.
+        within: sparsities of the steps that are levels, besides the one that removes nothing.
 
     Raises:
         InputError: a pattern is none, or some layer's input is not divisible by its M.
@@ -131,19 +150,25 @@ def level_table(model: Model, granularity: str, kind: str = "matrix", patterns: 
     if GRANULARITIES[granularity].counted:
         targets = [_pattern_levels(model, patterns)] * len(shapes)
     else:
-        targets = _equal_steps(shapes, genes, granularity)
-    return LevelTable(tuple(layer.name for layer in model.layers), shapes, genes, tuple(targets), granularity)
+        targets = _equal_steps(shapes, genes, granularity, steps, within)
+    names = tuple(layer.name for layer in model.layers)
+    return LevelTable(names, shapes, genes, tuple(targets), granularity, steps)
 
 
 def _equal_steps(
-    shapes: Sequence[tuple[int, int]], genes: Sequence[Sequence[int]], granularity: str
+    shapes: Sequence[tuple[int, int]],
+    genes: Sequence[Sequence[int]],
+    granularity: str,
+    steps: int,
+    within: tuple[float, float],
 ) -> list[tuple[Target, ...]]:
-    """By layer, targets a 250th of the largest gene apart; the highest leaves something in every comparison group."""
+    """By layer, targets that far apart; the highest leaves something in every comparison group."""
     sizes = [sum(shapes[layer][0] * shapes[layer][1] for layer in members) for members in genes]
-    step = -(-max(sizes) // _LEVELS)
+    step = -(-max(sizes) // steps)
     found: dict[int, tuple[Target, ...]] = {}
     for members, size in zip(genes, sizes, strict=True):
         shares = [level * step / size for level in range(size // step + 1)]
+        shares = [share for share in shares if share == 0 or within[0] <= share <= within[1]]
         for layer in members:
             found[layer] = tuple(_nearest_target(granularity, shapes[layer], share) for share in shares)
     return [found[layer] for layer in range(len(shapes))]

@@ -21,7 +21,7 @@ from gpmetric.allocation.allocators import OnGeneration, Problem, diagonal, unif
 from gpmetric.allocation.evaluation_log import BARREN, RADIUS, EvaluationLog, Measured
 from gpmetric.allocation.levels import Levels, LevelTable
 from gpmetric.allocation.profile_transfer import transferred
-from gpmetric.allocation.request import AllocateRequest, rules
+from gpmetric.allocation.request import AllocateRequest
 from gpmetric.allocation.search_budget import Budget
 from gpmetric.allocation.variation import crossover, guided_switches, repair, switch
 from gpmetric.pareto import pareto_front
@@ -84,14 +84,15 @@ def _first_candidates(
     centre = (request.lowest + request.highest) / 2 if focus is None else focus
     affordable = {"nothing", "genes"} if _affords_probes(problem, request.budget, sparsities) else {"nothing"}
     first, shapes = [], []
-    for row in rules().values():
+    starting = [row for row in problem.rules.values() if row.starts_masks or problem.solves]
+    for row in starting:
         assert row.rule is not None
         if row.measures in affordable:
             first += [row.rule(problem, sparsity) for sparsity in sparsities]
-    for row in rules().values():
+    for row in starting:
         if row.rule is not None and row.measures == "candidates":
             shapes.append(table.profile(row.rule(problem, centre)))
-    shapes += [transferred(profile, table, len(problem.outliers)) for profile in profiles]
+    shapes += [transferred(profile, table, len(problem.evidence.outliers)) for profile in profiles]
     for shape in map(np.array, shapes):
         shifts = [sparsity - np.average(shape, weights=table.sizes) for sparsity in sparsities]
         first += [problem.at_budget(shape + shift, one) for shift, one in zip(shifts, sparsities, strict=True)]
@@ -196,7 +197,7 @@ def _bred(
     for _ in range(round(size * _GUIDED)):
         parent = _parent(parents, settings, rng)
         slopes = log.slopes(parent.levels, max(1, batches // _SLOPED))
-        for radius in _RADII:
+        for radius in map(table.scaled, _RADII):
             child = guided_switches(parent.levels, slopes, radius, rng)
             removed = (
                 _shifted(table, parent, settings, rng) if rng.random() < _SHIFTED else table.removes(parent.levels)

@@ -11,13 +11,19 @@ from gpmetric.allocation.search_budget import Budget
 from gpmetric.errors import InputError
 from gpmetric.evaluation.objectives import OBJECTIVES
 from gpmetric.lazy import lazy
-from gpmetric.metrics import BASELINES, resolve_metric
+from gpmetric.metrics import BASELINES, Metric, resolve_metric
 from gpmetric.options import Option
+from gpmetric.pruning.updaters import FITS, UPDATERS, updater_of
 from gpmetric.session.search_inputs import SearchInputs
 from gpmetric.targets import GRANULARITIES, Target, parse_target
 
-__all__ = ["ALLOCATORS", "GENES", "PATTERNS", "AllocateRequest", "Allocator", "Genes", "parse_pattern", "rules"]
+__all__ = [
+    "ALLOCATORS", "GENES", "MOST_LEVELS", "PATTERNS", "AllocateRequest", "Allocator", "Genes", "parse_pattern", "rules",
+]  # fmt: skip
 
+MOST_LEVELS = 250  # of the largest gene; a byte tells at which one a weight goes
+
+_SOLVED_LEVELS = 32  # where every level is a copy of the weights
 _EVALUATIONS = 800  # of a search without a budget
 
 
@@ -35,6 +41,8 @@ class Allocator:
     measures: str = "nothing"  # or `candidates` at every sparsity, or `genes`: each alone, once for all
     one_sparsity: bool = False  # whether a search is of --sparsity alone, and not of a front
     begins: bool = False  # whether a search begins with allocations that are there already
+    needs: tuple[str, ...] = ()  # operands that a rule goes by besides X
+    starts_masks: bool = True  # whether nsga2 begins with a rule also where weights stay; ledgers begin as they did
 
 
 ALLOCATORS: dict[str, Allocator] = {
@@ -55,6 +63,15 @@ ALLOCATORS: dict[str, Allocator] = {
         "an arithmetic progression over the blocks",
         lazy("gpmetric.allocation.allocators:arithmetic"),
         measures="candidates",
+    ),
+    "global": Allocator(
+        "half of the way from uniform to one threshold over all weights on W*W*F",
+        lazy("gpmetric.allocation.allocators:one_threshold"),
+        needs=("F",),
+        starts_masks=False,
+    ),
+    "dlp": Allocator(
+        "blocks with lower median scores keep more", lazy("gpmetric.allocation.allocators:dlp"), starts_masks=False
     ),
     "owl": Allocator("blocks with more outliers keep more", lazy("gpmetric.allocation.allocators:owl")),
     "uniform": Allocator("every gene alike", lazy("gpmetric.allocation.allocators:uniform")),
@@ -113,6 +130,21 @@ class AllocateRequest(SearchInputs):
     ] = None
     granularity: Annotated[str | None, Option("{choices}; the metric's own by default.", choices=GRANULARITIES)] = None
     patterns: Annotated[tuple[str, ...], Option("Levels under --granularity n:m.", listed=True)] = PATTERNS
+    update: Annotated[
+        str,
+        Option("What the allocation will be used with; candidates have its weights. {choices}.", choices=UPDATERS),
+    ] = "none"
+    fit: Annotated[
+        str,
+        Option("What kept weights will be fitted to there: a layer's own outputs, or the dense model's.", choices=FITS),
+    ] = "own"
+    levels: Annotated[
+        int | None,
+        Option(
+            f"Sparsities of the largest gene, {MOST_LEVELS} at most and by default, {_SOLVED_LEVELS} with --update.",
+            least=2,
+        ),
+    ] = None
     genes: Annotated[str, Option("What shares a sparsity: {choices}.", choices=GENES)] = "matrix"
     allocator: Annotated[str, Option("{choices}.", choices=ALLOCATORS)] = "nsga2"
     objective: Annotated[str, Option("What candidates are compared by: {choices}.", choices=OBJECTIVES)] = "kl"
@@ -134,8 +166,9 @@ class AllocateRequest(SearchInputs):
     plot: Annotated[Path | None, Option("Front and heat map: .png or .pdf.", metavar="FILE", writes="picture")] = None
 
     def check(self) -> None:
-        resolve_metric(self.metric)
+        metric = resolve_metric(self.metric)
         super().check()
+        self._check_update(metric)
         for text in self.patterns:
             parse_pattern(text)
         if self.patterns != PATTERNS and not (self.granularity and GRANULARITIES[self.granularity].counted):
@@ -149,6 +182,38 @@ class AllocateRequest(SearchInputs):
             raise InputError(f"--init needs --allocator {' or '.join(names)}")
         if self.sparsity is None and ALLOCATORS[self.allocator].one_sparsity:
             raise InputError(f"--allocator {self.allocator} searches one sparsity: --sparsity is needed")
+
+    def _check_update(self, metric: Metric) -> None:
+        if not self.solves:
+            if self.fit != "own":
+                solving = ", ".join(name for name, row in UPDATERS.items() if row.solves)
+                raise InputError(f"--fit {self.fit} is of weights that change: take --update {solving}")
+        elif self.granularity is not None and not GRANULARITIES[self.granularity].counted:
+            own = updater_of(metric, self.update).granularity
+            if own not in (None, self.granularity):
+                raise InputError(f"--granularity {self.granularity}: the updater has its own threshold, {own}")
+        if self.levels is None:
+            return
+        if self.levels > MOST_LEVELS:
+            raise InputError(f"--levels must be at most {MOST_LEVELS}, but got {self.levels}")
+        if self.granularity is not None and GRANULARITIES[self.granularity].counted:
+            raise InputError(f"--levels {self.levels}: those of --granularity {self.granularity} are its --patterns")
+
+    @property
+    def solves(self) -> bool:
+        """Whether kept weights of candidates are updated."""
+        return UPDATERS[self.update].solves
+
+    @property
+    def steps(self) -> int:
+        """Levels of the largest gene."""
+        return self.levels or (_SOLVED_LEVELS if self.solves else MOST_LEVELS)
+
+    @property
+    def evidence(self) -> frozenset[str]:
+        """Operands that are measured for rules besides X: for the one asked for, or for all where that is cheap."""
+        asked = rules().values() if self.solves else [ALLOCATORS[self.allocator]]
+        return frozenset(name for row in asked for name in row.needs)
 
     @property
     def budget(self) -> Budget:

@@ -25,6 +25,7 @@ class TimePlan:
         calibration: seconds of the statistics, which an allocation between levels takes again.
         validation: seconds of a pass over the validation text.
         survivors: passes that a last population takes on the search text.
+        used: how many times calibration takes what comes behind validation.
         cut: what was left out, in words.
     """
 
@@ -32,6 +33,7 @@ class TimePlan:
     calibration: float = 0.0
     validation: float = 0.0
     survivors: float = 0.0
+    used: int = 0
     cut: list[str] = field(default_factory=list)
 
     def search_minutes(self) -> float | None:
@@ -40,14 +42,14 @@ class TimePlan:
             return None
         left, half = self.deadline.left, self.deadline.seconds / 2
         counts = (_PASSES + self.survivors, _BONE)
-        whole, bone = (_CAUTION * (self.calibration + passes * self.validation) for passes in counts)
+        whole, bone = (_CAUTION * ((1 + self.used) * self.calibration + passes * self.validation) for passes in counts)
         return max(left - whole, min(half, left - bone), _LEAST) / 60
 
     def fitting(self, found: Sequence[Levels]) -> list[Levels]:
         """As many of a front, evenly over it, as half of the time that is left to validation allows; at least two."""
         if self.deadline.minutes is None:
             return list(found)
-        seconds = (self.deadline.left - _CAUTION * self.calibration) / 2
+        seconds = (self.deadline.left - _CAUTION * (1 + self.used) * self.calibration) / 2
         count = max(2, int(seconds / max(1e-9, _CAUTION * self.validation)))
         if count >= len(found):
             return list(found)

@@ -26,7 +26,7 @@ def switch(table: LevelTable, levels: Levels, rng: random.Random, steps: Sequenc
         return levels
     for _ in range(min(rng.randint(1, _SWITCHES), rng.randint(1, _SWITCHES))):
         up, down = rng.sample(range(len(changed)), 2)
-        step = min(rng.choice(steps), len(table.removed[up]) - 1 - changed[up], changed[down])
+        step = min(table.scaled(rng.choice(steps)), len(table.removed[up]) - 1 - changed[up], changed[down])
         changed[up] += step
         changed[down] -= step
     return tuple(changed)

@@ -58,12 +58,14 @@ class Allocation:
         targets: by layer name; under N:M a plain 0 is a dense layer.
         file: where it was read.
         digest: sha256 of that file, in hexadecimal.
+        made_for: formula, update and fit that it was measured with, where weights were updated.
     """
 
     granularity: str
     targets: Mapping[str, Target]
     file: str | None = field(default=None, compare=False)
     digest: str | None = field(default=None, compare=False)
+    made_for: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def document(self) -> dict[str, Any]:
         """The JSON that `read_allocation` reads."""
@@ -71,18 +73,26 @@ class Allocation:
         made["sparsity"] = {name: target.sparsity for name, target in self.targets.items()}
         if self.granularity == "n:m":
             made["pattern"] = {name: target.text if target.group else "dense" for name, target in self.targets.items()}
-        return made
+        return made | ({"made_for": dict(self.made_for)} if self.made_for else {})
+
+
+class _MadeFor(BaseModel):
+    formula: str = ""
+    update: str = ""
+    fit: str = ""
 
 
 class _File(BaseModel):
     """What is read of a file; other keys may stand beside it."""
 
+    made_for: _MadeFor = _MadeFor()
     version: _Version
     granularity: GranularityName
     sparsity: Annotated[dict[str, _Sparsity], Field(min_length=1)]
 
 
 class _PatternFile(BaseModel):
+    made_for: _MadeFor = _MadeFor()
     version: _Version
     granularity: Literal["n:m"]
     sparsity: dict[str, _Sparsity] = {}
@@ -122,7 +132,8 @@ def allocation_of(content: object, where: str) -> Allocation:
     else:
         assert isinstance(said, _File)
         targets = {name: _plain_target(said.granularity, sparsity) for name, sparsity in said.sparsity.items()}
-    return Allocation(said.granularity, targets)
+    made_for = said.made_for.model_dump(exclude_unset=True)
+    return Allocation(said.granularity, targets, made_for=made_for)
 
 
 def layer_target(granularity: str, shape: Sequence[int], removed_per_group: int) -> Target:

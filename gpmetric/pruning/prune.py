@@ -40,6 +40,9 @@ class PruneListener(Listener):
     def resumed(self, block: int, blocks: int) -> None:
         """A command that was killed is gone on with at a block, counted from 0."""
 
+    def other_use(self, made_for: Mapping[str, str], used: Mapping[str, str]) -> None:
+        """The allocation was made for another formula, update or fit than it is used with."""
+
 
 def run_prune(
     request: PruneRequest, listener: PruneListener | None = None, started: float | None = None
@@ -79,6 +82,11 @@ def run_prune(
     targets = {layer.name: rule.target(layer.name) for layer in session.model.layers}
     protocol = Protocol(session, one_shot=request.one_shot, progress=deadline.watching(told.progress))
     made = _made(session, request, rule, targets, recipe)
+    if allocation is not None:
+        used = {name: made[name] for name in ("formula", "update", "fit")}
+        other = [name for name, value in allocation.made_for.items() if used[name] != value]
+        if other:
+            told.other_use(*({name: one[name] for name in other} for one in (allocation.made_for, used)))
     with unfinished(folder, _identity(session, made, targets), resume=request.resume) as partial:
         if not partial.placed:
             check_folder(folder, request.force)
@@ -243,28 +251,31 @@ def _identity(session: Session, made: Mapping[str, Any], targets: Mapping[str, T
     }
 
 
+def _named(file: str | Path | None, digest: str | None) -> dict[str, Any]:
+    return {"file": Path(str(file)).name, "sha256": digest}
+
+
+def _allocated(allocation: Allocation) -> dict[str, Any]:
+    """Which allocation it was, and what it was made for where it says so."""
+    named = _named(allocation.file, allocation.digest)
+    return named | ({"made_for": dict(allocation.made_for)} if allocation.made_for else {})
+
+
 def _made(
     session: Session, request: PruneRequest, rule: Rule, targets: Mapping[str, Target], recipe: Recipe | None
 ) -> dict[str, Any]:
     """What the manifest says of source, metric, target and protocol."""
     allocation = rule.plan if isinstance(rule.plan, Allocation) else None
     mean = f"{mean_sparsity(session.model.layers, targets):.4g}"
-    return (
-        {name: value for name, value in session.describe().items() if name != "device"}
-        | {
-            "digest": session.model.digest,
-            "metric": request.metric,
-            "formula": str(rule.metric.expression),
-            "target": request.target or ("0.5" if allocation is None else mean),
-            "allocation": allocation and _named(allocation.file, allocation.digest),
-            "update": rule.metric.update or rule.update,
-            "fit": rule.metric.fit or rule.fit,
-            "protocol": "one-shot" if request.one_shot else "sequential",
-            "calibration": session.windows["calibration"].describe(),
-        }
-        | ({} if recipe is None else {"recipe": _named(request.recipe, recipe.digest)})
-    )
-
-
-def _named(file: str | Path | None, digest: str | None) -> dict[str, str | None]:
-    return {"file": Path(str(file)).name, "sha256": digest}
+    made = {name: value for name, value in session.describe().items() if name != "device"} | {
+        "digest": session.model.digest,
+        "metric": request.metric,
+        "formula": str(rule.metric.expression),
+        "target": request.target or ("0.5" if allocation is None else mean),
+        "allocation": allocation and _allocated(allocation),
+        "update": rule.metric.update or rule.update,
+        "fit": rule.metric.fit or rule.fit,
+        "protocol": "one-shot" if request.one_shot else "sequential",
+        "calibration": session.windows["calibration"].describe(),
+    }
+    return made if recipe is None else made | {"recipe": _named(request.recipe, recipe.digest)}

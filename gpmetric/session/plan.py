@@ -50,9 +50,11 @@ class Work:
         cached: whether statistics of the dense model are written to a file in any case.
         differentiated: whether there are backward passes through pruned models.
         solves: whether a solver updates kept weights.
+        solved: pruned copies of a weight that it makes at once.
         kept: bytes kept besides where there is room, of the dense model's predictions for instance.
         fixed: bytes kept besides in any case.
         per_weight: bytes kept of every prunable weight besides.
+        database: bytes of the host's memory, or of files where it has no room, for pruned weights that are kept.
         disk: bytes that are written besides scratch files.
         forward, backward: tokens of passes through all blocks, in all.
         dtype: that matrices of statistics are kept in; None is fp32.
@@ -75,9 +77,11 @@ class Work:
     cached: bool = False
     differentiated: bool = False
     solves: bool = False
+    solved: int = 1
     kept: int = 0
     fixed: int = 0
     per_weight: int = 0
+    database: int = 0
     disk: int = 0
     forward: int = 0
     backward: int = 0
@@ -103,6 +107,7 @@ class Plan:
         together: pruned models that pass through the blocks at once.
         states: whether hidden states stay on the device.
         workers: processes that do the work at the same time.
+        aside: whether pruned weights that are kept are in files.
     """
 
     memory_bytes: int = 0
@@ -115,6 +120,7 @@ class Plan:
     together: int = 1
     states: bool = True
     workers: int = 1
+    aside: bool = False
 
     def describe(self) -> dict[str, Any]:
         """For --json."""
@@ -152,7 +158,7 @@ def make_plan(model: Model, work: Work, limit: int | None) -> Plan:
     for resident, kept in ways[work.resident]:
         plan = sizes.way(resident, kept, free, host)
         if plan is not None:
-            return plan
+            return sizes.with_database(plan, host)
     given = "allowed by --memory" if limit is not None else "free"
     whole = bool(work.resident)
     least = sizes.device(resident=whole, kept=whole) + (sizes.moving(resident=True, kept=True) if whole else 0)
@@ -206,6 +212,25 @@ class _Sizes:
             room=room // 2, host_bytes=least + held if on_cpu else resident_bytes() + held, together=together,
             states=states,
         )  # fmt: skip
+
+    def with_database(self, plan: Plan, host: int) -> Plan:
+        """The plan with room for what is kept of pruned weights: in memory what is left of it, or on disk.
+
+        Raises:
+            InputError: neither has room.
+        """
+        size, scratch = self.work.database, scratch_folder()
+        if plan.host_bytes + size <= host:
+            device = size if self.model.device.type == "cpu" else 0
+            return replace(plan, memory_bytes=plan.memory_bytes + device, host_bytes=plan.host_bytes + size)
+        if size > free_disk(scratch) - plan.disk_bytes:
+            room = _told(max(0, host - plan.host_bytes))
+            raise InputError(
+                f"the pruned weights of {self.model.name!r} at all levels are {_told(size)}; memory has {room} left, "
+                f"{str(scratch)!r} for {_told(free_disk(scratch))}: take fewer --levels, --lowest and --highest closer "
+                "to each other, or another place by XDG_CACHE_HOME"
+            )
+        return replace(plan, disk_bytes=plan.disk_bytes + size, aside=True)
 
     def moving(self, *, resident: bool, kept: bool) -> int:
         """What need not be on the device all the time: hidden states, statistics of other blocks, codes of weights."""
@@ -343,7 +368,8 @@ class _Sizes:
         """Of choosing masks and solving: copies of one weight, and of its inputs' products."""
         inputs = 4 * max(layer.weight.shape[1] for layer in self.model.layers) ** 2
         pairs = {"D", GRAM} & (self.work.block | self.work.dense)
-        return 4 * self.widest + (4 * self.widest if self.work.solves else 0) + (4 * inputs if pairs else 0)
+        copies = 4 + 7 * (self.work.solved - 1) if self.work.solves else 0
+        return (4 + copies) * self.widest + (4 * inputs if pairs else 0)
 
     def seconds(self, plan: Plan) -> float:
         """Of the passes, by the speed of one product of matrices here, and of reading weights where they are read."""

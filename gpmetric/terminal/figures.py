@@ -29,6 +29,7 @@ def needs_of(plan: Mapping[str, Any]) -> str:
     """What a command takes: memory, disk and time, and how the model is held."""
     disk = f", {plan['disk_bytes'] / 1e9:.2g} GB of disk" if plan["disk_bytes"] else ""
     held = "" if plan["resident"] else "; weights are read block by block"
+    held += "; weights at all levels are in files" if plan["aside"] else ""
     return f"needs about {plan['memory_bytes'] / 1e9:.2g} GB of memory{disk}, about {duration(plan['seconds'])}{held}"
 
 

@@ -133,6 +133,10 @@ class PruneReport(_Bars, PruneListener):
         place = f"at block {block} of {blocks}" if block < blocks else f"behind the last of {blocks} blocks"
         self._console.print(Text(f"going on {place}; --restart begins anew"), soft_wrap=True)
 
+    def other_use(self, made_for: Mapping[str, str], used: Mapping[str, str]) -> None:
+        there, here = (", ".join(f"{name} {value}" for name, value in one.items()) for one in (made_for, used))
+        self._console.print(Text(f"the allocation was made for {there}; here it is used with {here}"), soft_wrap=True)
+
 
 class TuneReport(PruneReport, TuneListener):
     """A line per trial, a line per generation."""

@@ -1,0 +1,96 @@
+"""The last few allocations as they will be used: pruned block after block, with the update and the fit asked for.
+
+What a search compares is solved layer by layer on the dense model's statistics. In use, a layer is solved on what the
+pruned blocks before it put out and may make up for their errors, so that the search's best need not be the best there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from gpmetric.allocation.allocators import Problem
+from gpmetric.allocation.exact_budget import exact_allocation
+from gpmetric.allocation.pareto_pick import Point, Scorer
+from gpmetric.allocation.prepare import CalibratedModel, levels_of
+from gpmetric.allocation.request import ALLOCATORS
+from gpmetric.evaluation.perplexity import perplexity
+from gpmetric.pruning.allocation import Allocation
+from gpmetric.pruning.protocol import Protocol, Rule
+from gpmetric.session.memory import retried
+from gpmetric.targets import Target
+
+__all__ = ["figures_in_use", "settled"]
+
+
+def settled(
+    calibrated: CalibratedModel,
+    problem: Problem,
+    scorer: Scorer,
+    picked: tuple[Allocation, Point],
+    baselines: Mapping[str, Sequence[Point]],
+) -> tuple[Allocation, Point]:
+    """What is written, and its point, of what was picked, the uniform mask and the best other rule: the best in use.
+
+    A rule that was asked for by name stays. The point has the figures of all as `in_use`, and `written` says whose it
+    is.
+    """
+    request, (allocation, point) = calibrated.request, picked
+    sparsity = point["sparsity"] if request.sparsity is None else request.sparsity
+    asked = ALLOCATORS[request.allocator].rule is not None
+    plans = {request.allocator: allocation}
+    names = list(dict.fromkeys([*[request.allocator] * asked, "uniform"]))
+    others = {name: points for name, points in baselines.items() if name not in (*names, request.allocator)}
+    if others:
+        names.append(min(others, key=lambda name: _near(others[name], sparsity)["loss"]))
+    plans |= {name: _of_rule(calibrated, problem, name, sparsity) for name in names}
+    figures = figures_in_use(calibrated, plans, scorer.dense)
+    written = request.allocator if asked else min(figures, key=lambda name: float(figures[name]["loss"]))
+    if plans[written] is not allocation:
+        allocation = plans[written]
+        profile = [allocation.targets[problem.table.layers[members[0]]].sparsity for members in problem.table.genes]
+        point = scorer.point_of(allocation, problem.table.nearest(profile))
+    metric = calibrated.metric
+    made_for = {"formula": str(metric.expression), "update": metric.update or request.update, "fit": request.fit}
+    return replace(allocation, made_for=made_for), point | {"in_use": figures, "written": written}
+
+
+def figures_in_use(
+    calibrated: CalibratedModel, plans: Mapping[str, Allocation], dense: float
+) -> dict[str, dict[str, Any]]:
+    """By name, loss, perplexity and excess over the dense loss of each allocation on validation, pruned in use."""
+    session, request, metric = calibrated.session, calibrated.request, calibrated.metric
+    calibrated.pruned.dense()
+    protocol = Protocol(session, one_shot=False, progress=calibrated.progress)
+    protocol.prepare([metric], request.update)
+    rules = [Rule(metric, plan, request.update, request.fit) for plan in plans.values()]
+    tokens, together = [session.windows["validation"].tokens], session.plan.together
+    losses: list[float] = []
+    for start in range(0, len(rules), together):
+        measure = partial(protocol.measure, rules[start : start + together], tokens)
+        losses += [one.losses[0] for one in retried(session.model, measure, session.forget_calls)]
+        calibrated.progress("in use, on validation", len(losses), len(rules))
+    session.forget()
+    return {
+        name: {"loss": loss, "perplexity": perplexity(loss), "excess": loss - dense}
+        for name, loss in zip(plans, losses, strict=True)
+    }
+
+
+def _near(points: Sequence[Point], sparsity: float) -> Point:
+    return min(points, key=lambda point: abs(point["sparsity"] - sparsity))
+
+
+def _of_rule(calibrated: CalibratedModel, problem: Problem, name: str, sparsity: float) -> Allocation:
+    """A rule's allocation, to the weight: by the finest levels, if it measures none."""
+    row, session = ALLOCATORS[name], calibrated.session
+    assert row.rule is not None
+    if name == "uniform" and problem.table.nested:
+        target = Target(str(sparsity), problem.table.granularity, sparsity)
+        return Allocation(target.granularity or "row", dict.fromkeys(problem.table.layers, target))
+    if row.measures == "nothing":
+        finest = levels_of(session.model, calibrated.request, calibrated.metric, finest=True)
+        problem = replace(problem, finest=finest)
+    return exact_allocation(problem.table, row.rule(problem, sparsity), problem.budget(sparsity))
