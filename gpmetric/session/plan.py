@@ -22,7 +22,7 @@ from gpmetric.calibration.cache import estimate_bytes
 from gpmetric.errors import InputError
 from gpmetric.files import scratch_folder
 from gpmetric.models import Model
-from gpmetric.operands import GRAM, OPERANDS, needs_gradients
+from gpmetric.operands import GRAM, OPERANDS, is_regional, needs_gradients
 from gpmetric.placement import BATCH_TOKENS, FRONT, HEAD
 from gpmetric.session.memory import free_device, free_disk, free_host, resident_bytes
 
@@ -50,6 +50,7 @@ class Work:
         cached: whether statistics of the dense model are written to a file in any case.
         differentiated: whether there are backward passes through pruned models.
         solves: whether a solver updates kept weights.
+        fits_blocks: whether kept weights learn to give what their dense block gives.
         kept: bytes kept besides where there is room, of the dense model's predictions for instance.
         fixed: bytes kept besides in any case.
         per_weight: bytes kept of every prunable weight besides.
@@ -75,6 +76,7 @@ class Work:
     cached: bool = False
     differentiated: bool = False
     solves: bool = False
+    fits_blocks: bool = False
     kept: int = 0
     fixed: int = 0
     per_weight: int = 0
@@ -211,6 +213,8 @@ class _Sizes:
         """What need not be on the device all the time: hidden states, statistics of other blocks, codes of weights."""
         inputs = 0 if kept else len(self.model.blocks) * self.states(self.work.backward)
         stored = 0 if kept or self.work.cached else self.statistics(self.work.dense)
+        if not kept and needs_gradients(self.work.dense):  # put aside until the gradients of their block come
+            stored += self._statistics([name for name in self.work.dense if is_regional([name])], self.model.layers)
         return max(self.hidden + (0 if resident else self.codes), inputs) + stored
 
     def device(self, *, resident: bool, kept: bool) -> int:
@@ -236,7 +240,7 @@ class _Sizes:
         names = work.dense | (work.block if needs_gradients(work.block) else frozenset())
         if not needs_gradients(names):
             earlier = self.statistics(work.dense) if kept else 0
-            return earlier + self.block_accumulators(names) + self.activations
+            return earlier + self.block_accumulators(names) + max(self.activations, self.regional(names))
         together = self._statistics(_accumulated(names), self.model.layers)
         found = together if kept else self.block_accumulators(names)
         return found + (len(self.model.blocks) if kept else 1) * self.graph + 2 * self.widest
@@ -247,8 +251,20 @@ class _Sizes:
         dense = self.statistics(work.dense) + work.kept if kept else self.block_statistics(work.dense)
         copies = work.copied * self.model.placement.total_bytes if resident else 0  # type: ignore[union-attr]
         graphs = (len(self.model.blocks) if resident else 1) * self.graph if work.differentiated else 0
-        block = self.block_accumulators(work.block) + work.copies * self.block + self.workspace + self.activations
+        inside = max(self.activations, self.regional(work.block), self.fitting)
+        block = self.block_accumulators(work.block) + work.copies * self.block + self.workspace + inside
         return dense + copies + max(block, graphs + 2 * self.widest)
+
+    def regional(self, names: Collection[str]) -> int:
+        """Of one window's graph in one block, and a gradient, where statistics are regional."""
+        return self.graph + 2 * self.widest if is_regional(names) else 0
+
+    @property
+    def fitting(self) -> int:
+        """Of one window's graph in one block, and what a step has of its weights: six copies in fp32 and masks."""
+        if not self.work.fits_blocks:
+            return 0
+        return self.graph + 26 * max(sum(layer.weight.numel() for layer in block.layers) for block in self.model.blocks)
 
     @cached_property
     def block(self) -> int:
