@@ -28,7 +28,7 @@ class Baseline:
     """A published metric.
 
     Attributes:
-        formula: in the operands of gpmetric; `{l1}` and `{l2}` stand for GBLM's balance of a mean and a sum.
+        formula: in the operands of gpmetric; `{l1}`, `{l2}` and `{rgs}` stand for the balance of a mean and a sum.
         source: paper, and what differs from its code.
         granularity: where a plain number makes scores compete.
         update: the weight update that is part of the method; None leaves it to the user.
@@ -42,11 +42,16 @@ class Baseline:
     def balanced(self, sequences: int, length: int) -> str:
         """The formula for so many calibration sequences of so many tokens."""
         l1, l2 = 100 * sequences / math.sqrt(length), 100 * math.sqrt(sequences / length)
-        return self.formula.replace("{l1}", repr(l1)).replace("{l2}", repr(l2))
+        factors = {"{l1}": l1, "{l2}": l2, "{rgs}": 100 / math.sqrt(sequences * length)}
+        formula = self.formula
+        for name, factor in factors.items():
+            formula = formula.replace(name, repr(factor))
+        return formula
 
 
 # With N sequences of L tokens, the published activation term is sqrt(L) * X, and the published gradients are sums of
-# 100 * g: sum |100 g| = 100 N G and sqrt(sum (100 g)^2) = 100 sqrt(N H). Factors common to all scores are dropped.
+# 100 * g: sum |100 g| = 100 N G and sqrt(sum (100 g)^2) = 100 sqrt(N H). Wanda++ has 100 R beside the norm over all
+# tokens, sqrt(N L) * X. Factors common to all scores are dropped.
 BASELINES: dict[str, Baseline] = {
     "magnitude": Baseline("abs(W)", "Han et al. 2015; threshold over the matrix, as in Wanda's code", "layer"),
     "magnitude_row": Baseline("abs(W)", "magnitude compared within each output"),
@@ -56,6 +61,11 @@ BASELINES: dict[str, Baseline] = {
     ),
     "gblm_l1": Baseline("abs(W)*X + {l1}*abs(W)*G", "Das et al. 2023, equation 6, l1 gradients"),
     "gblm_l2": Baseline("abs(W)*X + {l2}*abs(W)*sqrt(H)", "Das et al. 2023, equation 6, l2 gradients"),
+    "wandapp_rgs": Baseline(
+        "abs(W)*X + {rgs}*abs(W)*R",
+        "Yang et al. 2025 (Wanda++), regional gradient score with 100; without their rounds, which are the update "
+        "`block`, and scored once, not again before every round",
+    ),
     "pruner_zero": Baseline("W*W*mms(sqrt(H))", "Dong et al. 2024, table 1; their G is the l2 statistic"),
     "sparsegpt": Baseline("W*W*D", "Frantar and Alistarh 2023, algorithm 1", "row", "obs-blockwise"),
     "alps": Baseline("abs(W)*X", "Meng et al. 2024, algorithm 1, with fixed penalties", "layer", "admm"),

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["CROSS", "GRAM", "OPERANDS", "Axes", "Operand", "Source", "needs_gradients", "shape_of"]
+__all__ = ["CROSS", "GRAM", "OPERANDS", "Axes", "Operand", "Source", "is_regional", "needs_gradients", "shape_of"]
 
 Axes = Literal["out,in", "in"]
-Source = Literal["weight", "inputs", "gram", "gradients"]
+Source = Literal["weight", "inputs", "gram", "region", "gradients"]
 
 CROSS = "cross"  # X_dense^T X / n [in, in], of a layer's inputs in the dense model and in a pruned one
 GRAM = "gram"  # X^T X / n [in, in]: what solvers ask for by name like an operand, though no formula can use it
@@ -26,7 +26,8 @@ class Operand:
         name: one capital letter, as written in a formula.
         axes: "out,in" for a matrix of the weight's shape, "in" for one number per input.
         meaning: what is measured, in one sentence.
-        source: what it is measured on: the weight itself, the layer's inputs, their Gram matrix, or gradients.
+        source: what it is measured on: the weight itself, the layer's inputs, their Gram matrix, gradients of the norm
+            of what the layer's block gives ("region"), or gradients of the dense model's loss.
         latex: how it is written in mathematics.
         signed: whether it can be negative.
     """
@@ -44,7 +45,8 @@ class Operand:
         return _COSTS[self.source]
 
 
-_COSTS: dict[Source, float] = {"weight": 0.0, "inputs": 1.0, "gram": 2.0, "gradients": 3.0}
+# One forward and one backward pass for a region, too; but block by block, and wherever X is measured.
+_COSTS: dict[Source, float] = {"weight": 0.0, "inputs": 1.0, "gram": 2.0, "region": 3.0, "gradients": 3.0}
 
 _ROWS = (
     Operand("W", "out,in", "the signed weight", "weight", r"W", signed=True),
@@ -53,6 +55,7 @@ _ROWS = (
     Operand("H", "out,in", "Hessian diagonal, empirical Fisher: mean of the squared gradient", "gradients", r"H"),
     Operand("D", "in", "OBS curvature: 1 / diag((X^T X / n + damping)^-1)", "gram", r"D"),
     Operand("F", "out,in", "H token by token: mean of the sum of every token's squared gradient", "gradients", r"F"),
+    Operand("R", "out,in", "root mean square gradient of the norm of the block's own output", "region", r"R"),
 )
 
 OPERANDS: dict[str, Operand] = {row.name: row for row in _ROWS}
@@ -67,5 +70,10 @@ def shape_of(name: str, weight: Sequence[int]) -> tuple[int, ...]:
 
 
 def needs_gradients(names: Iterable[str]) -> bool:
-    """Whether one of these statistics is measured on gradients of the dense model."""
+    """Whether one of these statistics is measured on gradients of the dense model's loss."""
     return any(name in OPERANDS and OPERANDS[name].source == "gradients" for name in names)
+
+
+def is_regional(names: Iterable[str]) -> bool:
+    """Whether one of these statistics is measured on gradients of a block's own output."""
+    return any(name in OPERANDS and OPERANDS[name].source == "region" for name in names)

@@ -29,7 +29,8 @@ from gpmetric.pruning.prune import PruneListener, prune, run_prune
 from gpmetric.pruning.requests import PruneRequest
 from gpmetric.pruning.updaters import prune_weights
 from gpmetric.session import plan
-from gpmetric.session.plan import Work, make_plan
+from gpmetric.session.plan import make_plan
+from gpmetric.session.work import Work
 
 SMALL: dict[str, Any] = {
     "samples": 4, "search_windows": 8, "windows": 4, "sequence_length": 32, "device": "cpu", "evaluations": 30,

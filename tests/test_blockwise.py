@@ -35,7 +35,7 @@ from gpmetric.targets import parse_target
 from tests.conftest import ARCHITECTURES
 from tests.pruning_helpers import restored, session_of
 
-ALL = ("X", "G", "H", "D", "F", "gram")
+ALL = ("X", "G", "H", "D", "F", "R", "gram")
 QUICK = {"llama-fp32", "llama-widened", "llama-bf16", "gemma2-widened", "bloom-widened", "gpt2-widened"}
 KINDS = {"fp32": ("float32", "float32"), "widened": ("bfloat16", "float32"), "bf16": ("bfloat16", "bfloat16")}
 
@@ -111,7 +111,8 @@ def test_a_streamed_model_is_the_resident_one(pair: Pair) -> None:
     assert expected.names == {*ALL}
     for room in (None, 1000):
         assert_same_bits(collect(streamed, tokens, ALL, room=room), expected)
-    assert_same_bits(collect(streamed, tokens, "XD"), collect(resident, tokens, "XD"))
+    for names in ("XD", "R"):
+        assert_same_bits(collect(streamed, tokens, names), collect(resident, tokens, names))
 
 
 def test_rules_of_a_streamed_model_are_those_of_the_resident_one(pair: Pair) -> None:

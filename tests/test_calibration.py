@@ -362,8 +362,11 @@ def test_overflowing_activations_are_an_error(llama: Model) -> None:
 
 
 def test_operands_and_accumulators_are_one_table() -> None:
-    """Every operand but the weight can be measured, the Gram matrix too; those of gradients by way of them."""
-    assert set(ACCUMULATORS) == set(OPERANDS) - {"W"} | {"gram"} == set(ALL)
+    """Every operand but the weight can be measured, the Gram matrix too; those of gradients by way of them.
+
+    R is looked at in tests/test_regional.py.
+    """
+    assert set(ACCUMULATORS) == set(OPERANDS) - {"W"} | {"gram"} == {*ALL, "R"}
     assert [name for name in ALL if needs_gradients([name])] == ["G", "H", "F"]
     assert not needs_gradients(["W", *INPUTS])
     assert [OPERANDS[name].cost for name in "WXDG"] == sorted(OPERANDS[name].cost for name in "WXDG")

@@ -351,8 +351,11 @@ def test_a_bad_formula_is_not_exported(run: Run, tmp_path: Path, formula: str) -
         (["bench", "--update", "all"], "none, obs, obs-blockwise, admm"),
         (["bench", "--fit", "all"], "--fit must be one of own, dense, but got 'all'"),
         (["bench", "--fit", "dense", "--one-shot"], "--one-shot takes the dense model's"),
-        (["bench", "--fit", "dense", "--metric", "wanda"], "take --update obs, obs-blockwise, admm"),
-        (["prune", "-o", "x", "--fit", "dense", "--metric", "wanda"], "take --update obs, obs-blockwise, admm"),
+        (["bench", "--fit", "dense", "--metric", "wanda"], "take --update obs, obs-blockwise, admm, block, obs+block"),
+        (
+            ["prune", "-o", "x", "--fit", "dense", "--metric", "wanda"],
+            "take --update obs, obs-blockwise, admm, block, obs+block",
+        ),
         (["bench", "--device", "foo"], "--device must be one of auto, cpu, cuda, but got 'foo'"),
         (["bench", "--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, but got 'int8'"),
         (["bench", "--include", "("], "--include '(' is not a regular expression"),

@@ -426,7 +426,10 @@ def test_a_row_that_only_masks_says_own(tiny_llama: Path, tiny_text: Path) -> No
     ("options", "message"),
     [
         ({"fit": "dense", "update": "obs", "one_shot": True}, "--one-shot takes the dense model's"),
-        ({"fit": "dense"}, "--fit dense is of weights that change: take --update obs, obs-blockwise, admm"),
+        (
+            {"fit": "dense"},
+            "--fit dense is of weights that change: take --update obs, obs-blockwise, admm, block, obs+block",
+        ),
         ({"fit": "none", "update": "obs"}, "--fit must be one of own, dense, but got 'none'"),
     ],
 )

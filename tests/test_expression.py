@@ -48,7 +48,7 @@ def test_tables_are_keyed_by_name_and_disjoint() -> None:
     assert [row.name for row in OPERANDS.values()] == list(OPERANDS)
     assert [row.name for row in PRIMITIVES.values()] == list(PRIMITIVES)
     assert not set(OPERANDS) & set(PRIMITIVES)
-    assert list(OPERANDS) == ["W", "X", "G", "H", "D", "F"]
+    assert list(OPERANDS) == ["W", "X", "G", "H", "D", "F", "R"]
     assert len({row.torch.__name__ for row in PRIMITIVES.values()}) == len(PRIMITIVES)
 
 
@@ -394,7 +394,7 @@ BAD = [
     # 9, 10, 11: names and arity
     ("foo(W)", "unknown name 'foo' at column 1"),
     ("W*sqroot(X)", "unknown name 'sqroot' at column 3 of 'W*sqroot(X)'; did you mean sqrt?"),
-    ("w*X", "unknown name 'w' at column 1 of 'w*X'; did you mean W? operands: W X G H D F; functions: neg abs"),
+    ("w*X", "unknown name 'w' at column 1 of 'w*X'; did you mean W? operands: W X G H D F R; functions: neg abs"),
     ("Q*W", "unknown name 'Q'"),
     ("abs(W,X)", "abs takes 1 argument, but got 2, at column 1"),
     ("W+max(W)", "max takes 2 arguments, but got 1, at column 3"),

@@ -173,14 +173,14 @@ def test_an_operand_is_a_row(tmp_path: Path) -> None:
     assert to_latex(expression) == r"\lvert W\rvert \odot \gamma"
     everywhere("abs(W)*S", tmp_path)
     module = load_module(tmp_path / "metric.py")
-    assert list(inspect.signature(module.score).parameters) == ["W", "X", "G", "H", "D", "F", "S"]
+    assert list(inspect.signature(module.score).parameters) == ["W", "X", "G", "H", "D", "F", "R", "S"]
     assert "S [in]: skewness of the input activation" in (module.__doc__ or "")
     functions = {
         node.name: [argument.arg for argument in node.args.args]
         for node in ast.parse(triton_text(Formula(expression, "0"))).body
         if isinstance(node, ast.FunctionDef)
     }
-    operands = ["X", "G", "H", "D", "out", "F", "S"]
+    operands = ["X", "G", "H", "D", "out", "F", "R", "S"]
     assert functions["prune"] == ["W", "sparsity", *operands]
     assert functions["prune_nm"] == ["W", "n", "m", *operands]
 

@@ -22,11 +22,19 @@ from tests.pruning_helpers import prune_weight
 
 @dataclass(frozen=True)
 class Sample:
-    """What the published codes see, all float64: weight w [out, in], inputs [N, L, in], gradients g [N, out, in]."""
+    """What the published codes see, all float64: weight w [out, in], inputs [N, L, in], gradients g [N, out, in].
+
+    `regional` are gradients, too, of the norm of the block's output.
+    """
 
     w: Tensor
     inputs: Tensor
     g: Tensor
+
+    @property
+    def regional(self) -> Tensor:
+        """Others, of a size that makes both terms of Wanda++ count."""
+        return 10 * self.g.roll(1, dims=1)
 
     @property
     def x2(self) -> Tensor:
@@ -38,7 +46,8 @@ class Sample:
         rows = self.inputs.flatten(0, 1)  # [N * L, in]
         gram = (rows.t() @ rows / len(rows)).float()
         G, H = self.g.abs().mean(dim=0).float(), self.g.square().mean(dim=0).float()
-        return LayerStatistics(X=rows.square().mean(dim=0).sqrt().float(), D=curvature(gram), G=G, H=H, gram=gram)
+        X, R = rows.square().mean(dim=0).sqrt().float(), self.regional.square().mean(dim=0).sqrt().float()
+        return LayerStatistics(X=X, D=curvature(gram), G=G, H=H, R=R, gram=gram)
 
 
 def make_sample(sequences: int, length: int, rows: int = 12, columns: int = 48) -> Sample:
@@ -75,6 +84,10 @@ PUBLISHED: dict[str, tuple[Callable[[Sample], Tensor], str]] = {
     ),
     "gblm_l1": (lambda s: s.w.abs() * s.x2.sqrt() + s.w.abs() * (100 * s.g).abs().sum(dim=0), "row"),
     "gblm_l2": (lambda s: s.w.abs() * s.x2.sqrt() + s.w.abs() * (100 * s.g).square().sum(dim=0).sqrt(), "row"),
+    "wandapp_rgs": (
+        lambda s: s.w.abs() * (100 * s.regional.square().mean(dim=0).sqrt() + s.inputs.flatten(0, 1).norm(dim=0)),
+        "row",
+    ),
     "pruner_zero": (lambda s: s.w * s.w * minmax(100 * s.g.square().sum(dim=0).sqrt()), "row"),
     "sparsegpt": (lambda s: s.w**2 / obs_diagonal(s) ** 2, "layer"),
     "alps": (lambda s: s.w.abs() * s.x2.sqrt(), "layer"),
@@ -152,6 +165,7 @@ def test_magnitudes_are_the_same_under_patterns() -> None:
         ("W*G", True, "G"),
         ("W*sqrt(H)", True, "H"),
         ("W*F", True, "F"),
+        ("W*R", False, "R"),
         ("W*W*D", False, "D"),
         ("W*X*D", False, "XD"),
     ],
@@ -260,14 +274,14 @@ def test_a_metric_is_called_by_place_or_by_name() -> None:
         metric(**given | {"F": None})
     with pytest.raises(ExpressionError, match="operand X must have shape"):
         metric(given["W"], given["G"], *list(given.values())[2:])
-    with pytest.raises(ExpressionError, match="unknown operand 'Q': accepted are W, X, G, H, D, F"):
+    with pytest.raises(ExpressionError, match="unknown operand 'Q': accepted are W, X, G, H, D, F, R"):
         metric(given["W"], Q=given["X"])
 
 
 def test_an_operand_given_twice_or_beyond_the_last_is_refused() -> None:
     weight = torch.ones(2, 3)
     for metric in (Metric.parse("abs(W)"), Metric.parse("abs(W)*X")):
-        with pytest.raises(ExpressionError, match="each operand is given once, in the order of W, X, G, H, D, F or by"):
+        with pytest.raises(ExpressionError, match="given once, in the order of W, X, G, H, D, F, R or by name"):
             metric(weight, torch.ones(3), X=torch.ones(3))
         with pytest.raises(ExpressionError, match="each operand is given once"):
-            metric(weight, *[torch.ones(3)] * 6)
+            metric(weight, *[torch.ones(3)] * len(OPERANDS))

@@ -36,8 +36,9 @@ from gpmetric.session import memory, plan
 from gpmetric.session import session as session_module
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.memory import LEVERS, retried
-from gpmetric.session.plan import Plan, Work, make_plan
+from gpmetric.session.plan import Plan, make_plan
 from gpmetric.session.session import Listener, Session, open_session
+from gpmetric.session.work import Work
 from gpmetric.targets import parse_target
 
 WORKING = {name: row for name, row in COMMANDS.items() if row.work is not None}

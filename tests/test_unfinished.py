@@ -183,14 +183,23 @@ def test_killed_anywhere(
 
 
 @pytest.mark.usefixtures("mortal")
+@pytest.mark.parametrize(
+    "follows",
+    [
+        {"update": "admm", "fit": "dense"},
+        {"update": "block", "fit": "dense"},
+        {"update": "block", "one_shot": True},
+        {"update": "obs+block", "metric": "wandapp_rgs"},
+    ],
+)
 def test_killed_while_layers_follow_the_dense_model(
-    place: Path, quickly: Callable[..., dict[str, Any]], tmp_path: Path
+    follows: dict[str, Any], place: Path, quickly: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     """The dense model's hidden states are gone on with, too: behind the first block, the second, and the last."""
-    follows, told = {"update": "admm", "fit": "dense"}, Told()
+    told = Told()
     quickly(output=tmp_path / "out", **follows)
     expected = contents(tmp_path / "out")
-    assert json.loads(expected[MANIFEST])["fit"] == "dense"
+    assert json.loads(expected[MANIFEST])["update"] == follows["update"]
     for deadline in range(4, 1000, 5):
         if not dies(lambda: quickly(output=place / "out", **follows), deadline):
             break

@@ -24,11 +24,14 @@ from tests.pruning_helpers import prune_weight, windows_of
 
 
 def test_updates() -> None:
-    assert list(UPDATERS) == ["none", "obs", "obs-blockwise", "admm"]
+    of_layers = ["none", "obs", "obs-blockwise", "admm"]
+    assert list(UPDATERS) == [*of_layers, "block", *(f"{name}+block" for name in of_layers[1:])]
     for name in UPDATERS:
         check_request(BenchRequest(update=name))
     for text in ("", "OBS", "obs_blockwise", "all"):
-        with pytest.raises(InputError, match=f"must be one of none, obs, obs-blockwise, admm, but got {text!r}"):
+        with pytest.raises(
+            InputError, match=rf"must be one of none, .*, admm, block, .*, admm\+block, but got {text!r}"
+        ):
             check_request(BenchRequest(update=text))
 
 
@@ -37,8 +40,8 @@ def test_updates() -> None:
 def test_where_a_target_competes(metric: str, update: str) -> None:
     """Under obs-blockwise, SparseGPT's own among them, in blocks whatever is said; else as target, then metric say."""
     rule = resolve_metric(metric)
-    blockwise = "sparsegpt" in metric or update == "obs-blockwise"
-    assert updater_of(rule, update) is UPDATERS["obs-blockwise" if blockwise else update]
+    blockwise = "sparsegpt" in metric or "obs-blockwise" in update
+    assert updater_of(rule, update) is UPDATERS["obs-blockwise" if "sparsegpt" in metric else update]
     for text in ("0.5", "row:0.5", "layer:0.5", "block:0.5"):
         found = resolve_target(parse_target(text), rule, update)
         said = text.partition(":")[0] if ":" in text else metric.partition(":")[0]
@@ -70,7 +73,7 @@ def test_given_scores_are_used_as_they_are(update: str) -> None:
     weight, gram = torch.randn(4, 8, generator=torch.Generator().manual_seed(6)), torch.eye(8)
     score, statistics = -weight.abs(), LayerStatistics(X=torch.ones(8), gram=gram)
     pruned = prune_weight(weight, resolve_metric("wanda"), parse_target("0.5"), statistics, update, score)
-    group = "layer" if update == "obs-blockwise" else "row"
+    group = "layer" if "obs-blockwise" in update else "row"
     by_wanda = prune_weight(weight, resolve_metric(f"{group}:wanda"), parse_target("0.5"), statistics)
     given = select_mask(score, parse_target("0.5"))
     assert torch.equal(pruned != 0, by_wanda != 0 if UPDATERS[update].rescores else given)

@@ -102,7 +102,15 @@ def outcome_of(request: DiscoverRequest) -> tuple[dict[str, Any], dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("update", "together", "operands"), [("none", 3, "WXH"), ("obs", 1, "WX"), ("obs-blockwise", 3, "WX")]
+    ("update", "together", "operands"),
+    [
+        ("none", 3, "WXH"),
+        ("none", 3, "WXR"),
+        ("obs", 1, "WX"),
+        ("obs-blockwise", 3, "WX"),
+        ("admm", 3, "WX"),
+        ("block", 3, "WX"),
+    ],
 )
 def test_a_streamed_campaign_is_that_of_a_resident_model(
     request_for: Callable[..., DiscoverRequest], planned: Callable[[Plan], None], arrivals: Counter[Part], update: str,
@@ -110,7 +118,7 @@ def test_a_streamed_campaign_is_that_of_a_resident_model(
 ) -> None:  # fmt: skip
     """The same ledger and document, several rules at a time or one."""
     changes: dict[str, Any] = {"update": update, "operands": tuple(operands)}
-    if update == "obs-blockwise":  # the slowest
+    if update in ("obs-blockwise", "admm", "block") or "R" in operands:  # the slowest
         changes |= {"target": ("0.5",), "evaluations": 4, "population": 4}
     planned(Plan())
     resident = outcome_of(request_for("a.sqlite", **changes))

@@ -79,7 +79,7 @@ def _searched(request: AllocateRequest, told: AllocateListener, deadline: Deadli
     windows, table = calibrated.session.windows, calibrated.table
     scorer = Scorer(calibrated)
     survivors = request.population * len(windows["search"].tokens) / len(windows["validation"].tokens)
-    plan = TimePlan(deadline, times[1] - times[0], deadline.now() - times[1], survivors, int(request.solves))
+    plan = TimePlan(deadline, times[1] - times[0], deadline.now() - times[1], survivors, int(request.changes))
     told.dense({windows["validation"].text.name: perplexity(scorer.dense)})
     candidates = partial(CandidateObjective, calibrated.pruned, windows["search"].tokens, request.objective)
     objective = retried(calibrated.session.model, candidates)
@@ -134,7 +134,7 @@ def _result(
     except GpmetricError as failure:  # the front is not lost with it
         error = str(failure)
     baselines = _baselines(request, problem, scorer, plan)
-    if allocation is not None and picked is not None and request.solves:
+    if allocation is not None and picked is not None and request.changes:
         if plan.affords(plan.calibration):
             allocation, picked = settled(calibrated, problem, scorer, (allocation, picked), baselines)
         else:
@@ -197,7 +197,7 @@ def _described(request: AllocateRequest, calibrated: CalibratedModel, scorer: Sc
     """What the figures depend on."""
     session, table = calibrated.session, calibrated.table
     names = ("metric", "genes", "allocator", "objective", "sparsity", "max_loss_ratio")
-    used = {"update": request.update, "fit": request.fit} if request.solves else {}
+    used = {"update": request.update, "fit": request.fit} if request.changes else {}
     described = session.describe() | {name: getattr(request, name) for name in names} | used
     return described | {
         "digest": session.model.digest,

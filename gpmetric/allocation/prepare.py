@@ -30,8 +30,8 @@ from gpmetric.pruning.allocation import Allocation
 from gpmetric.pruning.mask import select_mask
 from gpmetric.pruning.protocol import Protocol
 from gpmetric.pruning.updaters import needed_statistics, prune_weights, updater_of
-from gpmetric.session.plan import Work
 from gpmetric.session.session import Listener, Progress, Session, open_session
+from gpmetric.session.work import Work
 
 __all__ = ["CalibratedModel", "allocate_work", "calibrate", "levels_of"]
 
@@ -85,7 +85,7 @@ class CalibratedModel:
         """
         names = ("genes", "allocator", "objective", "lowest", "highest", "population", "seed")
         model, windows = self.session.model, self.session.windows
-        used = {"update": request.update, "fit": request.fit} if request.solves else {}
+        used = {"update": request.update, "fit": request.fit} if request.changes else {}
         steps = {"levels": request.steps} if request.steps != MOST_LEVELS else {}
         return (
             {name: getattr(request, name) for name in names}
@@ -141,21 +141,23 @@ def allocate_work(session: Session) -> Work:
         forward=session.tokens.numel() + spent * search.numel() + _VALIDATED * validated,
         backward=session.tokens.numel() if gradients else 0,
     )
-    if not request.solves:
+    if not request.changes:
         return work
-    table, protocol = levels_of(model, request, metric), Protocol(session, one_shot=False)
+    protocol = Protocol(session, one_shot=False)
     use = protocol.work([metric], request.update, fit=request.fit, rules=_IN_USE, texts=validated)
-    return replace(
+    work = replace(
         work,
         dense=use.dense,
         block=work.block | use.block,
-        solves=True,
-        solved=solved_together(table),
-        per_weight=0,
-        database=database_bytes(table, getattr(torch, model.dtype).itemsize),
+        fits_blocks=use.fits_blocks,
         forward=work.forward + use.forward,
         backward=work.backward + use.backward,
     )
+    if not request.solves:
+        return work
+    table = levels_of(model, request, metric)
+    database = database_bytes(table, getattr(torch, model.dtype).itemsize)
+    return replace(work, solves=True, solved=solved_together(table), per_weight=0, database=database)
 
 
 def calibrate(request: AllocateRequest, progress: Progress, listener: Listener | None = None) -> CalibratedModel:

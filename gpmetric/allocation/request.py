@@ -184,10 +184,10 @@ class AllocateRequest(SearchInputs):
             raise InputError(f"--allocator {self.allocator} searches one sparsity: --sparsity is needed")
 
     def _check_update(self, metric: Metric) -> None:
-        if not self.solves:
+        if not self.changes:
             if self.fit != "own":
-                solving = ", ".join(name for name, row in UPDATERS.items() if row.solves)
-                raise InputError(f"--fit {self.fit} is of weights that change: take --update {solving}")
+                changing = ", ".join(name for name, row in UPDATERS.items() if row.changes)
+                raise InputError(f"--fit {self.fit} is of weights that change: take --update {changing}")
         elif self.granularity is not None and not GRANULARITIES[self.granularity].counted:
             own = updater_of(metric, self.update).granularity
             if own not in (None, self.granularity):
@@ -198,6 +198,11 @@ class AllocateRequest(SearchInputs):
             raise InputError(f"--levels must be at most {MOST_LEVELS}, but got {self.levels}")
         if self.granularity is not None and GRANULARITIES[self.granularity].counted:
             raise InputError(f"--levels {self.levels}: those of --granularity {self.granularity} are its --patterns")
+
+    @property
+    def changes(self) -> bool:
+        """Whether kept weights change in use, so that what is picked is measured there, too."""
+        return UPDATERS[self.update].changes
 
     @property
     def solves(self) -> bool:

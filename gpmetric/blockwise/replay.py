@@ -7,9 +7,11 @@ the blocks standing aside, so that no attention mask, position embedding or norm
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -42,6 +44,15 @@ class BlockCalls:
     hidden: Sequence[Tensor]
     arguments: list[list[Arguments]]
 
+    @cached_property
+    def alone(self) -> BlockCalls:
+        """The same calls with every window a batch of its own, in their order, but for what the first block reads.
+
+        What lies before the blocks is run once more, when it is asked for first.
+        """
+        windows = [window for batch in self.batches for window in batch.split(1)]
+        return self if len(windows) == len(self.batches) else _record(self.model, windows, deque(maxlen=0))
+
     def replay(self, index: int, hidden: Sequence[Tensor]) -> list[Tensor]:
         """The outputs of one block, which is at hand, on `hidden`, called as the model called it."""
         return [self.call(index, number, states) for number, states in enumerate(hidden)]
@@ -67,7 +78,6 @@ class BlockCalls:
                 return self.model.module(input_ids=self.batches[number], use_cache=False, **options)
 
 
-@torch.no_grad()
 def record_calls(model: Model, batches: Sequence[Tensor], shelf: Shelf | None = None) -> BlockCalls:
     """How a model calls its blocks on token batches [batch, length], the blocks themselves not being run.
 
@@ -82,8 +92,14 @@ def record_calls(model: Model, batches: Sequence[Tensor], shelf: Shelf | None = 
     Raises:
         ModelError: the model's blocks cannot be run one by one; see `check_blocks`.
     """
+    return _record(model, batches, None if shelf is None else _Shelved(shelf, model.device))
+
+
+@torch.no_grad()
+def _record(model: Model, batches: Sequence[Tensor], hidden: MutableSequence[Tensor] | None) -> BlockCalls:
+    """`record_calls`, `hidden` taking what the first block reads."""
     forms = _traits(model).forms
-    recorded = _Recorded(len(model.blocks), None if shelf is None else _Shelved(shelf, model.device))
+    recorded = _Recorded(len(model.blocks), hidden)
 
     def stand_in(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _shaped(recorded.keep(index, args, kwargs), forms[index])

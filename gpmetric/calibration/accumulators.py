@@ -20,9 +20,11 @@ __all__ = [
     "Accumulator",
     "FromGradients",
     "FromInputs",
+    "FromRegion",
     "FromTokens",
     "InputMoments",
     "LayerStatistics",
+    "RegionalGradients",
     "SquareOfMeanGradient",
     "SquaredGradients",
     "TokenMoments",
@@ -56,7 +58,7 @@ class LayerStatistics:
 
     @property
     def gradients(self) -> dict[str, Tensor]:
-        """Those measured on gradients."""
+        """Those measured on gradients of the dense model's loss."""
         return {name: value for name, value in self.operands.items() if OPERANDS[name].source == "gradients"}
 
     @property
@@ -130,6 +132,19 @@ class SquaredGradients(_Mean):
         self._sum += gradient.square()
 
 
+class RegionalGradients(SquaredGradients):
+    """R, root mean squared gradient of the norm of a block's own output: sqrt(mean_n (d ||f(X_n)||_2 / dW)^2).
+
+    A sample X_n is what the block f reads of one calibration sequence, [1, length, width]; the norm is over all entries
+    of f(X_n).
+
+    Source: Yang et al. 2025 (Wanda++), equations 2 and 3.
+    """
+
+    def result(self, sequences: int) -> Tensor:
+        return super().result(sequences).sqrt()
+
+
 class SquareOfMeanGradient(_Mean):
     """Square of the mean gradient: the literal reading of the NSGA-II thesis, and measurably worse.
 
@@ -185,6 +200,13 @@ class FromGradients:
 
 
 @dataclass(frozen=True)
+class FromRegion:
+    """Accumulated by `add(gradient [out, in])` of the norm of the block's output; `start` as of FromGradients."""
+
+    start: Callable[[torch.Size, torch.device], Accumulator]
+
+
+@dataclass(frozen=True)
 class FromTokens:
     """Accumulated by `add(inputs [..., in], output gradients [..., out])`; `start` as of FromGradients."""
 
@@ -192,12 +214,13 @@ class FromTokens:
 
 
 # operand, or the Gram matrix -> how it is accumulated
-ACCUMULATORS: dict[str, FromInputs | FromGradients | FromTokens] = {
+ACCUMULATORS: dict[str, FromInputs | FromGradients | FromTokens | FromRegion] = {
     "X": FromInputs(InputMoments.rms),
     "G": FromGradients(AbsoluteGradients),
     "H": FromGradients(SquaredGradients),
     "D": FromInputs(lambda moments: curvature(moments.gram()), pairs=True),
     "F": FromTokens(TokenMoments),
+    "R": FromRegion(RegionalGradients),
     GRAM: FromInputs(InputMoments.gram, pairs=True),
 }
 

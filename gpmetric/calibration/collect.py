@@ -22,17 +22,19 @@ from gpmetric.calibration.accumulators import (
     Accumulator,
     FromGradients,
     FromInputs,
+    FromRegion,
     FromTokens,
     InputMoments,
     LayerStatistics,
 )
+from gpmetric.calibration.regional import collect_regional, gradients_of
 from gpmetric.errors import ModelError, SolverError
 from gpmetric.models import Layer, Model
 from gpmetric.placement import BATCH_TOKENS
 
 __all__ = ["Accumulators", "Statistics", "collect", "collect_block", "collect_blocks", "token_batches"]
 
-Accumulators = Mapping[str, FromInputs | FromGradients | FromTokens]
+Accumulators = Mapping[str, FromInputs | FromGradients | FromTokens | FromRegion]
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def collect_blocks(
         model: in evaluation mode; its weights are read, never changed.
         tokens: [sequences, length], int64.
         names: operands, and `gram` for the Gram matrices. X costs nothing and is always there. Gradients take one
-            sequence per backward pass; without any, a forward pass is enough.
+            sequence per backward pass; without any, a forward pass is enough. Regional ones take a walk of their own
+            beside them.
         progress: called with (steps done, steps in all); a step is a block's pass over all windows, or a window's over
             all blocks.
         accumulators: by name, how each is measured.
@@ -97,6 +100,9 @@ def collect_blocks(
     rows = {name: row for name, row in accumulators.items() if name in names or name == "X"}
     if not any(isinstance(row, FromGradients | FromTokens) for row in rows.values()):
         return _from_inputs(model, tokens, rows, progress, room)
+    regional = {name: row for name, row in rows.items() if isinstance(row, FromRegion)}
+    if regional:
+        return _with_regional(model, tokens, rows, regional, progress, at_once, room)
     if at_once and model.resident:
         return _at_once(model, tokens, rows, progress)
     return _block_by_block(model, tokens, rows, progress, room)
@@ -109,16 +115,28 @@ def collect_block(
     names: Collection[str],
     accumulators: Accumulators = ACCUMULATORS,
 ) -> dict[str, LayerStatistics]:
-    """What inputs alone tell of the layers of a block, which is at hand: `names` of X, D and the like.
+    """What a block alone tells of its layers: `names` of X, D and the like, and of R.
 
-    The block is replayed once.
+    The block is replayed once, and for R once more, forward and back.
+
+    Args:
+        calls: how the model calls its blocks.
+        index: of the block, which is at hand.
+        hidden: [batch, length, width] each, what it reads; iterated over once or twice.
+        names: of statistics; of others nothing is collected.
+        accumulators: by name, how each is measured.
     """
     rows = {name: row for name, row in accumulators.items() if name in names or name == "X"}
     layers = calls.model.blocks[index].layers
+    regional = collect_regional(calls, index, hidden, names, accumulators)
     with _Watch(layers, {name: row for name, row in rows.items() if isinstance(row, FromInputs)}) as watch:
         for number, states in enumerate(hidden):
             calls.call(index, number, states)
-    return {layer.name: watch.result(layer, 0) for layer in layers}
+    return {layer.name: _joined(watch.result(layer, 0), regional[layer.name]) for layer in layers}
+
+
+def _joined(statistics: LayerStatistics, others: Mapping[str, Tensor]) -> LayerStatistics:
+    return LayerStatistics(**statistics.values, **others)
 
 
 _Progress = Callable[[int, int], None]
@@ -128,12 +146,50 @@ _Blocks = Iterator[dict[str, LayerStatistics]]
 def _from_inputs(model: Model, tokens: Tensor, rows: Accumulators, progress: _Progress, room: int | None) -> _Blocks:
     shelf = Shelf(room, None if room is None else torch.device("cpu"))
     hidden = Hidden(record_calls(model, token_batches(tokens, model.batch_tokens), shelf), shelf)
+    if any(isinstance(row, FromRegion) for row in rows.values()):
+        _ = hidden.calls.alone  # before a block is at hand
     for index, block in enumerate(model.blocks):
         # not around the generator: torch's wrapper of one keeps what it gave until the next is made
-        with torch.no_grad(), model.at_hand(index), _Watch(block.layers, rows) as watch:
-            hidden.advance(index)
+        with torch.no_grad(), model.at_hand(index):
+            regional = collect_regional(hidden.calls, index, hidden, rows, rows)
+            with _Watch(block.layers, rows) as watch:
+                hidden.advance(index)
         progress(index + 1, len(model.blocks))
-        yield {layer.name: watch.result(layer, len(tokens)) for layer in block.layers}
+        yield {
+            layer.name: _joined(watch.result(layer, len(tokens)), regional.pop(layer.name)) for layer in block.layers
+        }
+
+
+def _with_regional(
+    model: Model,
+    tokens: Tensor,
+    rows: Accumulators,
+    regional: Accumulators,
+    progress: _Progress,
+    at_once: bool,
+    room: int | None,
+) -> _Blocks:
+    """Regional gradients in a forward walk, put aside until the backward pass of the others comes to their block."""
+    others = {name: row for name, row in rows.items() if name not in regional}
+    at_once = at_once and model.resident
+    first = len(model.blocks)
+    steps = first + (len(tokens) if at_once else 2 * first)
+    with Shelf(None if at_once else room, None if at_once else torch.device("cpu")) as shelf:
+        for block in _from_inputs(model, tokens, regional, lambda done, _: progress(done, steps), room):
+            for name in list(block):
+                shelf.put(name, block.pop(name).values)
+
+        def told(done: int, _: int) -> None:
+            progress(first + done, steps)
+
+        rest = _at_once(model, tokens, others, told) if at_once else _block_by_block(model, tokens, others, told, room)
+        for block in rest:
+            for name in block:
+                aside = _moved(shelf.get(name), model.device)
+                shelf.drop(name)
+                block[name] = _joined(block[name], aside)
+            yield block
+            del block  # or it would be kept here while the next is made
 
 
 def _at_once(model: Model, tokens: Tensor, rows: Accumulators, progress: _Progress) -> _Blocks:
@@ -237,7 +293,7 @@ class _Watch(AbstractContextManager["_Watch"]):
                 watch = partial(_see_tokens, list(by_token.values()))
                 self._hooks.enter_context(layer.module.register_forward_hook(watch))
             if self._gradients or self._tokens:
-                self._hooks.enter_context(_gradients_of(layer, list(by_gradient.values())))
+                self._hooks.enter_context(gradients_of(layer, list(by_gradient.values())))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -257,25 +313,6 @@ class _Watch(AbstractContextManager["_Watch"]):
 
     def _see_inputs(self, layer: Layer, _: Module, args: tuple[Tensor, ...]) -> None:
         self._moments[layer.name].add(args[0])
-
-
-@contextmanager
-def _gradients_of(layer: Layer, accumulators: Sequence[Accumulator]) -> Iterator[None]:
-    """Gives a layer's gradients to accumulators and frees each as soon as autograd has finished it."""
-
-    def take(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        gradient = layer.oriented(parameter.grad).float()
-        for accumulator in accumulators:
-            accumulator.add(gradient)
-        parameter.grad = None
-
-    layer.parameter.requires_grad_(True)
-    try:
-        with layer.parameter.register_post_accumulate_grad_hook(take):
-            yield
-    finally:
-        layer.parameter.requires_grad_(False)
 
 
 def _see_tokens(accumulators: Sequence[Accumulator], _: Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -15,7 +15,7 @@ from gpmetric.evaluation.objectives import OBJECTIVES
 from gpmetric.evolution.grammar import FORBIDDEN, Nesting, foreign_to
 from gpmetric.expression import PRIMITIVES
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
-from gpmetric.operands import OPERANDS, needs_gradients
+from gpmetric.operands import OPERANDS, is_regional, needs_gradients
 from gpmetric.options import Option
 from gpmetric.pruning.requests import FIT, MODELS, UPDATE, check_fit, target_option
 from gpmetric.pruning.updaters import UPDATERS
@@ -29,6 +29,8 @@ _EVALUATIONS = 300  # of a campaign without a budget
 _TARGETS = ("0.5", "0.6", "0.7", "2:4")
 # Where time is short: the best that only mask first. Others come after them, and what never was the best comes last.
 _IMPORTANCE = ("wanda", "gblm_l1", "ria", "pruner_zero", "gblm_l2", "sparsegpt", "magnitude_row", "magnitude")
+# R takes as long as all gradients together, and that again wherever a formula with it is measured block by block.
+_OPERANDS = tuple(name for name in OPERANDS if not is_regional([name]))
 _EVOLVED = "search"  # the comparison group that is evolved with the formula
 
 
@@ -44,9 +46,9 @@ class DiscoverRequest(Inputs):
     target: Annotated[
         tuple[str, ...], target_option(f"may be repeated. By default {', '.join(_TARGETS[:-1])} and {_TARGETS[-1]}.")
     ] = _TARGETS
-    operands: Annotated[tuple[str, ...], Option("What formulas may use; W,X needs no gradients.", listed=True)] = tuple(
-        OPERANDS
-    )
+    operands: Annotated[
+        tuple[str, ...], Option("What formulas may use; W,X needs no gradients. By default all but R.", listed=True)
+    ] = _OPERANDS
     primitives: Annotated[tuple[str, ...], Option("Operations formulas may use.", listed=True)] = tuple(PRIMITIVES)
     start: Annotated[
         tuple[str, ...],
@@ -146,9 +148,10 @@ class DiscoverRequest(Inputs):
 
     @property
     def baselines(self) -> list[Metric]:
-        """Those to compare with: all of them, but for those of gradients where none are collected."""
-        gradients, solves = needs_gradients(self.operands), UPDATERS[self.update].solves
+        """Those to compare with: all of them, but for those of gradients, or of R, where none are collected."""
+        gradients, solves = needs_gradients(self.operands), UPDATERS[self.update].changes
         rows = [one for one in map(resolve_metric, BASELINES) if gradients or not one.needs_gradients]
+        rows = [one for one in rows if is_regional(self.operands) or not is_regional(one.operands)]
         return [one for one in rows if solves or one.update != "admm"]  # which takes long and is no rival of masks
 
     @property

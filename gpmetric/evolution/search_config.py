@@ -77,7 +77,7 @@ def make_config(request: DiscoverRequest, sessions: Mapping[str, Session], targe
             min(len(session.windows["search"].tokens) for session in sessions.values()), in_use=request.fit == "dense"
         ),
         objective=request.objective,
-        objective_bar=request.objective != "loss" and UPDATERS[request.update].solves,
+        objective_bar=request.objective != "loss" and UPDATERS[request.update].changes,
         groups=request.groups, rank_group=_rank_group(request), forbidden=request.forbidden,
         generations=request.generations, evaluations=request.limits["evaluations"],
     )  # fmt: skip
@@ -114,7 +114,7 @@ def _start(request: DiscoverRequest, sample: tuple[int, int]) -> tuple[tuple[Met
 
     masking = [name for name in BASELINES if masks_only(name)]
     own = [name for name in BASELINES if BASELINES[name].update == request.update]
-    known = (*_KNOWN, *_COMPENSATED) if UPDATERS[request.update].solves else _KNOWN
+    known = (*_KNOWN, *_COMPENSATED) if UPDATERS[request.update].changes else _KNOWN
     published = [name for name in BASELINES if name in (*masking, *own)]
     everything = written((*published, *known, *request.start))
     across = [named(one.expression, "layer") for one in everything if len(groups) > 1]

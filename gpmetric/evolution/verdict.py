@@ -41,7 +41,7 @@ class Verdict:
 
 def decide(request: DiscoverRequest, finalists: Measured, baselines: Measured, evaluations: int) -> Verdict:
     """The verdict on finalists and baselines, of which at least one only masks, after so many evaluations."""
-    solves = UPDATERS[request.update].solves
+    solves = UPDATERS[request.update].changes
     among = [baseline for baseline in baselines if solves or masks_only(baseline.name)]
     rivals = sorted(among, key=lambda one: baselines[one].mean)
     best = rivals[0]

@@ -25,12 +25,14 @@ from gpmetric.evolution.tasks import Task
 from gpmetric.evolution.walking import Together
 from gpmetric.loading import open_model
 from gpmetric.models import Model
-from gpmetric.operands import GRAM, needs_gradients
+from gpmetric.operands import GRAM, is_regional, needs_gradients
+from gpmetric.pruning.block_fit import PASSES
 from gpmetric.pruning.protocol import check_targets
 from gpmetric.pruning.updaters import UPDATERS
-from gpmetric.session.plan import Plan, Work
+from gpmetric.session.plan import Plan
 from gpmetric.session.session import Listener, Progress, Session, plan_session
 from gpmetric.session.splits import open_sources
+from gpmetric.session.work import Work
 from gpmetric.targets import parse_target
 
 __all__ = [
@@ -114,12 +116,13 @@ def campaign_work(session: Session) -> Work:
     names, targets = _statistics(request, session.model), len(request.target)
     tokens = {split: part.tokens.numel() for split, part in windows.items()}
     baselines = len(request.baselines) * targets
-    per_baseline = 2 * tokens["calibration"] + tokens["validation"]
+    fits = UPDATERS[request.update].fits_blocks
+    per_baseline = (2 + PASSES * fits) * tokens["calibration"] + tokens["validation"]
     candidates = request.evaluations or _EVALUATIONS
     probes = 4 * sum(layer.weight.numel() for layer in probe_layers(session.model))
     return Work(
         dense=names,
-        block=frozenset({"X", "D", GRAM}),
+        block=frozenset({"X", "D", GRAM} | {name for name in request.operands if is_regional([name])}),
         length=session.tokens.shape[1],
         calibration=tokens["calibration"],
         texts=max(tokens["validation"], tokens.get("test", 0)),
@@ -127,6 +130,7 @@ def campaign_work(session: Session) -> Work:
         rule_tokens=targets * _rule_tokens(request, tokens),
         copies=targets,
         solves=True,  # SparseGPT is among the baselines
+        fits_blocks=fits,
         kept=min(TEACHER_BYTES, 2 * tokens["search"] * session.model.vocabulary),
         fixed=probes,
         cached=True,

@@ -21,9 +21,9 @@ from gpmetric.pruning.win_loss import win_loss
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.memory import retried
-from gpmetric.session.plan import Work
 from gpmetric.session.session import Listener, Session, open_session
 from gpmetric.session.splits import Sources, open_sources
+from gpmetric.session.work import Work
 from gpmetric.targets import Target, parse_target
 
 __all__ = [

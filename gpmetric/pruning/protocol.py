@@ -22,16 +22,19 @@ from gpmetric.blockwise.replay import record_calls
 from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.collect import collect_block
 from gpmetric.calibration.paired import collect_paired, reading_order
+from gpmetric.calibration.regional import collect_regional
 from gpmetric.errors import GpmetricError, InputError, MaskError, SolverError
 from gpmetric.evaluation.perplexity import batches, mean_of, sum_loss
 from gpmetric.metrics import Metric
 from gpmetric.models import Layer, Model
-from gpmetric.operands import CROSS, needs_gradients
+from gpmetric.operands import is_regional, needs_gradients
 from gpmetric.pruning.allocation import Allocation
+from gpmetric.pruning.block_fit import fit_block
 from gpmetric.pruning.dense_fit import dense_goal
-from gpmetric.pruning.updaters import fit_of, needed_statistics, resolve_target, updater_of
-from gpmetric.session.plan import Work
+from gpmetric.pruning.protocol_work import protocol_work, shared_statistics
+from gpmetric.pruning.updaters import Updater, fit_of, needed_statistics, resolve_target, updater_of
 from gpmetric.session.session import Progress, Session
+from gpmetric.session.work import Work
 from gpmetric.targets import Target
 
 __all__ = ["Measured", "Protocol", "Rule", "Walk", "check_targets"]
@@ -58,6 +61,11 @@ class Rule:
     def follows_dense(self) -> bool:
         """Whether kept weights are fitted to what the dense model gives."""
         return fit_of(self.metric, self.update, self.fit) == "dense"
+
+    @property
+    def updater(self) -> Updater:
+        """What prunes the layers, and what follows it."""
+        return updater_of(self.metric, self.update)
 
     def target(self, layer: str) -> Target:
         """What a layer is pruned to, comparison group included."""
@@ -91,34 +99,11 @@ class Protocol:
 
     def shared(self, metrics: Sequence[Metric], update: str) -> frozenset[str]:
         """Names of the dense model's statistics that these metrics share."""
-        names = needed_statistics(metrics, update)
-        return names if self.one_shot else frozenset(name for name in names if needs_gradients([name]))
+        return shared_statistics(metrics, update, one_shot=self.one_shot)
 
     def work(self, metrics: Sequence[Metric], update: str, *, fit: str = "own", rules: int = 1, texts: int = 0) -> Work:
-        """What pruning by so many rules of these metrics takes, measured on so many tokens each.
-
-        The dense model is measured on them, too.
-        """
-        tokens, dense = self.session.tokens, self.shared(metrics, update)
-        solves = any(updater_of(metric, update).solves for metric in metrics)
-        follows = not self.one_shot and any(fit_of(metric, update, fit) == "dense" for metric in metrics)
-        calibration = 0 if self.one_shot else tokens.numel() * (1 + follows)  # the dense model passes, too
-        gradients = any(needs_gradients([name]) for name in dense)
-        collected = tokens.numel() if self.one_shot and not gradients else 0
-        return Work(
-            dense=dense | {"X"} if dense or self.one_shot else dense,
-            block=frozenset()
-            if self.one_shot
-            else needed_statistics(metrics, update) - dense | {"X", *[CROSS] * follows},
-            length=tokens.shape[1],
-            calibration=calibration,
-            texts=texts,
-            rules=rules,
-            solves=solves,
-            forward=texts + collected + rules * ((2 + 2 * follows) * calibration + texts),
-            backward=tokens.numel() if gradients else 0,
-            dtype=self.session.inputs.kept_dtype,
-        )
+        """What pruning by so many rules of these metrics takes; see `protocol_work`."""
+        return protocol_work(self.session, metrics, update, one_shot=self.one_shot, fit=fit, rules=rules, texts=texts)
 
     def prepare(self, metrics: Sequence[Metric], update: str, folder: Path | None = None) -> None:
         """Collects what these metrics share, so that the seconds of each are its own.
@@ -133,8 +118,11 @@ class Protocol:
             self.session.stored_statistics(dense, folder, self.progress)
         elif dense or self.one_shot:
             self.session.statistics(dense, self.progress)
-        if not self.one_shot:
-            _ = self.session.calls
+        fits = any(updater_of(metric, update).fits_blocks for metric in metrics)
+        if fits or not self.one_shot:
+            calls = self.session.calls
+            if fits or is_regional(needed_statistics(metrics, update)):
+                _ = calls.alone
 
     def walk(
         self, rules: Sequence[Rule], texts: Sequence[Tensor] = (), stored: Mapping[str, torch.dtype] | None = None
@@ -221,7 +209,10 @@ class Walk:
             )
             for rule in self.rules
         ]
-        follows = not self.protocol.one_shot and any(rule.follows_dense for rule in self.rules)
+        if self.protocol.one_shot:
+            follows = any(rule.updater.fits_blocks for rule in self.rules)
+        else:
+            follows = any(rule.follows_dense for rule in self.rules)
         self._dense_states = Hidden(session.calls, session.shelf) if follows else None
 
     def __iter__(self) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
@@ -293,6 +284,8 @@ class Walk:
         block, start = self._model.blocks[index], time.perf_counter()
         try:
             pruned = self._pruned(branch, index, dense)
+            if branch.rule.updater.fits_blocks:
+                pruned = self._block_fitted(branch, index, pruned)
         except (MaskError, SolverError) as error:
             branch.error = error
             branch.close()
@@ -313,7 +306,7 @@ class Walk:
         rule, block = branch.rule, self._model.blocks[index]
         collected: Mapping[str, LayerStatistics] = {}
         names = [name for name in needed_statistics([rule.metric], rule.update) if not needs_gradients([name])]
-        if branch.calibration is not None and rule.follows_dense:
+        if branch.calibration is not None and rule.follows_dense and rule.updater.solves:
             return self._fitted(rule, index, branch.calibration, dense, names)
         if branch.calibration is not None:
             collected = collect_block(branch.calibration.calls, index, branch.calibration, names)
@@ -333,6 +326,7 @@ class Walk:
         """The pruned weights of a block's layers, which make up for errors of those before them."""
         assert self._dense_states is not None
         block, pruned = self._model.blocks[index], dict[str, Tensor]()
+        regional = collect_regional(states.calls, index, states, names)  # while the block is dense
         for layers in reading_order(states.calls, index, states):
             asked = [layer for layer in layers if rule.target(layer.name).sparsity]
             if not asked:
@@ -341,11 +335,30 @@ class Walk:
             found = collect_paired(states.calls, index, states, self._dense_states, asked, names, weights)
             for layer in asked:
                 gradients = dense.get(layer.name, LayerStatistics()).gradients
-                statistics = LayerStatistics(**gradients, **found.pop(layer.name).values)
+                statistics = LayerStatistics(**gradients, **regional[layer.name], **found.pop(layer.name).values)
                 with _told(rule, layer):
                     goal = dense_goal(layer.weight, statistics)
                 pruned[layer.name] = _prune_layer(layer, goal, rule, statistics)
         return pruned
+
+    def _block_fitted(self, branch: _Branch, index: int, pruned: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The pruned weights of a block's layers after rounds towards what the dense block gives.
+
+        It is read by the dense block, too, unless the dense model is followed; one-shot, the dense model's states are.
+        """
+        layers = [layer for layer in self._model.blocks[index].layers if layer.name in pruned]
+        inputs = self._dense_states if branch.calibration is None else branch.calibration
+        read = self._dense_states if branch.rule.follows_dense else inputs
+        assert inputs is not None
+        assert read is not None
+        if not layers:
+            return pruned
+        goals = Hidden(inputs.calls, self.protocol.session.shelf)
+        for number, states in enumerate(read):
+            goals[number] = inputs.calls.call(index, number, states)
+        fitted = fit_block(index, layers, [pruned[layer.name] for layer in layers], inputs, goals)
+        goals.close()
+        return pruned | {layer.name: one for layer, one in zip(layers, fitted, strict=True)}
 
     def _rounded(self, layer: Layer, weight: Tensor) -> Tensor:
         dtype = self.stored.get(layer.name)

@@ -25,8 +25,8 @@ from gpmetric.pruning.verify import verify_files
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.memory import retried
-from gpmetric.session.plan import Work
 from gpmetric.session.session import Listener, Progress, Session, open_session
+from gpmetric.session.work import Work
 from gpmetric.targets import Target, parse_target
 
 RECIPE = "recipe.toml"  # in the checkpoint that was made by one

@@ -53,8 +53,8 @@ def check_fit(fit: str, metrics: Iterable[Metric], update: str, *, one_shot: boo
         return
     if one_shot:
         raise InputError(f"--fit {fit} is for inputs that the pruned model gives; --one-shot takes the dense model's")
-    if not any(updater_of(metric, update).solves for metric in metrics):
-        solving = ", ".join(name for name, row in UPDATERS.items() if row.solves)
+    if not any(updater_of(metric, update).changes for metric in metrics):
+        solving = ", ".join(name for name, row in UPDATERS.items() if row.changes)
         raise InputError(f"--fit {fit} is of weights that change: take --update {solving}")
 
 

@@ -7,7 +7,7 @@ settled: `function(weights, metric, targets, statistics, scores)` gives the prun
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gpmetric.lazy import lazy
@@ -41,8 +41,10 @@ class Updater:
         prune: the pruned copies of weights.
         needs: statistics that it reads besides those of the metric, by name.
         granularity: where its own threshold makes scores compete, whatever target and metric say; None if it has none.
-        solves: whether kept weights change, so that baselines that only mask are not its rivals.
+        solves: whether `prune` changes the weights that it keeps.
         rescores: whether it scores the weights that it has updated, so that scores of the dense ones are of no use.
+        fits_blocks: whether rounds follow, once all layers of a block are pruned, in which the kept weights learn to
+            give what the dense block gives; see `gpmetric.pruning.block_fit`.
     """
 
     meaning: str
@@ -51,9 +53,15 @@ class Updater:
     granularity: str | None = None
     solves: bool = True
     rescores: bool = False
+    fits_blocks: bool = False
+
+    @property
+    def changes(self) -> bool:
+        """Whether kept weights change in the end, so that baselines that only mask are not its rivals."""
+        return self.solves or self.fits_blocks
 
 
-UPDATERS: dict[str, Updater] = {
+_OF_LAYERS: dict[str, Updater] = {
     "none": Updater("kept weights stay as they are", lazy("gpmetric.pruning.mask:prune_by_mask"), solves=False),
     "obs": Updater(
         "SparseGPT's reconstruction of the kept weights, the mask chosen from the original ones",
@@ -75,6 +83,18 @@ UPDATERS: dict[str, Updater] = {
     ),
 }
 
+
+def _and_block(name: str, row: Updater) -> tuple[str, Updater]:
+    """The updater with rounds behind it, under its name."""
+    meaning = "rounds of gradient descent on the error of a whole block's output, the mask being fixed"
+    told = f"{meaning}; takes some twenty times as long as choosing a mask"
+    if not row.solves:
+        return "block", replace(row, meaning=told, fits_blocks=True)
+    return f"{name}+block", replace(row, meaning=f"{name}, then {meaning}", fits_blocks=True)
+
+
+UPDATERS: dict[str, Updater] = _OF_LAYERS | dict(_and_block(name, row) for name, row in _OF_LAYERS.items())
+
 FITS = {
     "own": "a layer's own outputs, as published",
     "dense": "the dense model's outputs, on the inputs that the pruned model gives",
@@ -88,7 +108,7 @@ def updater_of(metric: Metric, update: str) -> Updater:
 
 def fit_of(metric: Metric, update: str, fit: str) -> str:
     """What kept weights are fitted to: what is part of the metric, or else what is asked for, where they change."""
-    return (metric.fit or fit) if updater_of(metric, update).solves else "own"
+    return (metric.fit or fit) if updater_of(metric, update).changes else "own"
 
 
 def resolve_target(target: Target, metric: Metric, update: str) -> Target:
@@ -112,6 +132,8 @@ def prune_weights(
     scores: Sequence[Tensor] | None = None,
 ) -> list[list[Tensor]]:
     """The pruned copies of several weights, by target and weight.
+
+    Weights without their blocks: of an updater that fits blocks, this is what comes before its rounds.
 
     Args:
         weights: [out, in] each, of any shapes.

@@ -25,9 +25,10 @@ from gpmetric.pruning.requests import VerifyRequest
 from gpmetric.pruning.updaters import UPDATERS
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
-from gpmetric.session.plan import Plan, Work, make_plan
+from gpmetric.session.plan import Plan, make_plan
 from gpmetric.session.session import Listener, Progress
 from gpmetric.session.splits import PARTS, open_text, read_windows
+from gpmetric.session.work import Work
 from gpmetric.targets import Target, parse_target
 
 __all__ = ["first_problem", "run_verify", "verify", "verify_files"]

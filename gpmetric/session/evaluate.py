@@ -13,9 +13,9 @@ from gpmetric.models import Model
 from gpmetric.options import as_function
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.memory import retried
-from gpmetric.session.plan import Work
 from gpmetric.session.requests import EvaluateRequest
 from gpmetric.session.session import Listener, Progress, Session, open_session
+from gpmetric.session.work import Work
 
 __all__ = ["EvaluateListener", "evaluate", "evaluate_work", "run_evaluate", "text_loss"]
 

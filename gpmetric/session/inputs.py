@@ -82,9 +82,9 @@ class Inputs(Limits):
     dtype: Annotated[str | None, Option("{choices}; float32 on a CPU, as stored on CUDA.", choices=DTYPES)] = None
     include: Annotated[str | None, Option("Prune only layers whose name matches.", metavar="REGEX")] = None
     exclude: Annotated[str | None, Option("Leave layers whose name matches dense.", metavar="REGEX")] = None
-    statistics_dtype: Annotated[str, Option("{choices}: what G, H and F are kept in.", choices=STATISTICS_DTYPES)] = (
-        "float32"
-    )
+    statistics_dtype: Annotated[
+        str, Option("{choices}: what G, H, F and R are kept in.", choices=STATISTICS_DTYPES)
+    ] = "float32"
 
     @property
     def kept_dtype(self) -> torch.dtype | None:

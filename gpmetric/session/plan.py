@@ -22,74 +22,16 @@ from gpmetric.calibration.cache import estimate_bytes
 from gpmetric.errors import InputError
 from gpmetric.files import scratch_folder
 from gpmetric.models import Model
-from gpmetric.operands import GRAM, OPERANDS, needs_gradients
+from gpmetric.operands import GRAM, OPERANDS, is_regional, needs_gradients
 from gpmetric.placement import BATCH_TOKENS, FRONT, HEAD
 from gpmetric.session.memory import free_device, free_disk, free_host, resident_bytes
+from gpmetric.session.work import Work
 
-__all__ = ["Plan", "Work", "make_plan"]
+__all__ = ["Plan", "make_plan"]
 
 _MARGIN = 0.08  # of the memory, which is left to others, and to what allocators keep
 _ROOM = 2 * 10**9  # bytes that move between memory and disk; files of beyond that are in the system's cache anyway
 _READ = 1.5e9  # bytes a second that weights are read at from a disk's cache
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What a command does with a model, as far as it takes memory or time.
-
-    Attributes:
-        dense: statistics of the dense model that are measured of all layers and kept.
-        block: statistics that are measured of one block at a time, and let go.
-        length: tokens of a window.
-        calibration: tokens of the calibration windows that pass through the blocks; 0 where none do.
-        texts: tokens that are measured on while blocks are pruned.
-        rules: pruned models that are measured in all.
-        rule_tokens: tokens whose hidden states each of them has of its own; those of calibration and texts by default.
-        copies: pruned copies of a block's weights at once, for each model that passes.
-        copied: whether there is a changed copy of every weight, where they are resident.
-        cached: whether statistics of the dense model are written to a file in any case.
-        differentiated: whether there are backward passes through pruned models.
-        solves: whether a solver updates kept weights.
-        solved: pruned copies of a weight that it makes at once.
-        kept: bytes kept besides where there is room, of the dense model's predictions for instance.
-        fixed: bytes kept besides in any case.
-        per_weight: bytes kept of every prunable weight besides.
-        database: bytes of the host's memory, or of files where it has no room, for pruned weights that are kept.
-        disk: bytes that are written besides scratch files.
-        forward, backward: tokens of passes through all blocks, in all.
-        dtype: that matrices of statistics are kept in; None is fp32.
-        resident: whether all weights must be on the device; False where blocks are read so few times that it does not
-            pay, None where it does if there is room.
-        after: bytes on the device once the work is done, in place of what that took.
-        workers: processes that do the work at the same time, if there is memory for so many.
-        models: that each of them holds at the same time.
-    """
-
-    dense: frozenset[str] = frozenset()
-    block: frozenset[str] = frozenset()
-    length: int = 0
-    calibration: int = 0
-    texts: int = 0
-    rules: int = 1
-    rule_tokens: int = 0
-    copies: int = 1
-    copied: bool = False
-    cached: bool = False
-    differentiated: bool = False
-    solves: bool = False
-    solved: int = 1
-    kept: int = 0
-    fixed: int = 0
-    per_weight: int = 0
-    database: int = 0
-    disk: int = 0
-    forward: int = 0
-    backward: int = 0
-    dtype: torch.dtype | None = None
-    resident: bool | None = None
-    after: int = 0
-    workers: int = 1
-    models: int = 1
 
 
 @dataclass(frozen=True)
@@ -236,6 +178,8 @@ class _Sizes:
         """What need not be on the device all the time: hidden states, statistics of other blocks, codes of weights."""
         inputs = 0 if kept else len(self.model.blocks) * self.states(self.work.backward)
         stored = 0 if kept or self.work.cached else self.statistics(self.work.dense)
+        if not kept and needs_gradients(self.work.dense):  # put aside until the gradients of their block come
+            stored += self._statistics([name for name in self.work.dense if is_regional([name])], self.model.layers)
         return max(self.hidden + (0 if resident else self.codes), inputs) + stored
 
     def device(self, *, resident: bool, kept: bool) -> int:
@@ -261,7 +205,7 @@ class _Sizes:
         names = work.dense | (work.block if needs_gradients(work.block) else frozenset())
         if not needs_gradients(names):
             earlier = self.statistics(work.dense) if kept else 0
-            return earlier + self.block_accumulators(names) + self.activations
+            return earlier + self.block_accumulators(names) + max(self.activations, self.regional(names))
         together = self._statistics(_accumulated(names), self.model.layers)
         found = together if kept else self.block_accumulators(names)
         return found + (len(self.model.blocks) if kept else 1) * self.graph + 2 * self.widest
@@ -272,8 +216,20 @@ class _Sizes:
         dense = self.statistics(work.dense) + work.kept if kept else self.block_statistics(work.dense)
         copies = work.copied * self.model.placement.total_bytes if resident else 0  # type: ignore[union-attr]
         graphs = (len(self.model.blocks) if resident else 1) * self.graph if work.differentiated else 0
-        block = self.block_accumulators(work.block) + work.copies * self.block + self.workspace + self.activations
+        inside = max(self.activations, self.regional(work.block), self.fitting)
+        block = self.block_accumulators(work.block) + work.copies * self.block + self.workspace + inside
         return dense + copies + max(block, graphs + 2 * self.widest)
+
+    def regional(self, names: Collection[str]) -> int:
+        """Of one window's graph in one block, and a gradient, where statistics are regional."""
+        return self.graph + 2 * self.widest if is_regional(names) else 0
+
+    @property
+    def fitting(self) -> int:
+        """Of one window's graph in one block, and what a step has of its weights: six copies in fp32 and masks."""
+        if not self.work.fits_blocks:
+            return 0
+        return self.graph + 26 * max(sum(layer.weight.numel() for layer in block.layers) for block in self.model.blocks)
 
     @cached_property
     def block(self) -> int:

@@ -33,8 +33,9 @@ from gpmetric.models import Model
 from gpmetric.provenance import versions
 from gpmetric.session.inputs import Inputs
 from gpmetric.session.memory import free_disk
-from gpmetric.session.plan import Plan, Work, make_plan
+from gpmetric.session.plan import Plan, make_plan
 from gpmetric.session.splits import Sources, open_sources, read_splits
+from gpmetric.session.work import Work
 
 __all__ = ["Listener", "Progress", "Session", "open_session", "plan_command", "plan_session"]
 

@@ -20,8 +20,8 @@ from gpmetric.options import as_function
 from gpmetric.pruning.output_folder import check_folder, replacing
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
-from gpmetric.session.plan import Work
 from gpmetric.session.session import Listener, Session, open_session
+from gpmetric.session.work import Work
 from gpmetric.structured.cost_budgets import accepted_heads, macs, pools_of, uniform_counts, uniform_pools
 from gpmetric.structured.draw_objective import REFERENCE_BYTES, DrawObjective
 from gpmetric.structured.export import Slimmed, check_format, stored_dtypes

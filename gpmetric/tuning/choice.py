@@ -20,8 +20,8 @@ from gpmetric.pruning.prune import PruneListener
 from gpmetric.pruning.recipe import Recipe
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.inputs import Inputs
-from gpmetric.session.plan import Work
 from gpmetric.session.session import Session
+from gpmetric.session.work import Work
 from gpmetric.tuning.halving import halve
 from gpmetric.tuning.parts import SOLVER, first_recipe, methods, rivals, without
 from gpmetric.tuning.request import TuneRequest

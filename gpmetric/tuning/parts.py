@@ -55,7 +55,7 @@ def spelled_out(recipe: Recipe) -> Recipe:
     """The recipe with the update and fit that its metric brings, and a formula in place of a name of the catalogue."""
     metric = resolve_metric(recipe.metric)
     update = metric.update or recipe.update
-    fit = (metric.fit or recipe.fit) if UPDATERS[update].solves else "own"
+    fit = (metric.fit or recipe.fit) if UPDATERS[update].changes else "own"
     group, _, name = recipe.metric.rpartition(":")
     named = group.rpartition(":")[2] == PREFIX
     return replace(recipe, metric=CATALOGUE[name].formula if named else recipe.metric, update=update, fit=fit)
@@ -71,6 +71,6 @@ def without(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         yield "allocation (all alike)", replace(recipe, allocation=None)
     if recipe.fit == "dense":
         yield "fit to the dense model (to a layer's own outputs)", replace(recipe, fit="own")
-    if UPDATERS[recipe.update].solves:
+    if UPDATERS[recipe.update].changes:
         plain = mine.name if mine.update is None else f"{mine.granularity}:{mine.expression}"
         yield "update (masked only)", replace(recipe, metric=plain, update="none", fit="own")

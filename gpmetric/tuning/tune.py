@@ -18,8 +18,8 @@ from gpmetric.pruning.recipe import Recipe, write_recipe
 from gpmetric.pruning.requests import PruneRequest
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.inputs import Inputs
-from gpmetric.session.plan import Work
 from gpmetric.session.session import Session, open_session
+from gpmetric.session.work import Work
 from gpmetric.targets import parse_target
 from gpmetric.tuning.choice import Choice, TuneListener, search_work
 from gpmetric.tuning.parts import SOLVER, first_recipe, methods
