@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpmetric.calibration.accumulators import ACCUMULATORS, FromGradients, FromInputs, FromTokens, LayerStatistics
+from gpmetric.calibration.accumulators import (
+    ACCUMULATORS,
+    FromGradients,
+    FromInputs,
+    FromRegion,
+    FromTokens,
+    LayerStatistics,
+)
 from gpmetric.metrics import BASELINES, Baseline, Metric
 from gpmetric.operands import OPERANDS, Operand
 from gpmetric.pruning.bench import bench
@@ -79,6 +86,14 @@ def test_an_operand_of_gradients(tiny_llama: Path, tiny_text: Path, monkeypatch:
     mine, other, known = ppl(tiny_llama, tiny_text, ["abs(W)*X*T", "abs(W)*M", "wanda"])
     assert mine == pytest.approx(known)
     assert other != pytest.approx(known)
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_an_operand_of_a_region(tiny_llama: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch, once: bool) -> None:
+    monkeypatch.setitem(OPERANDS, "Q", Operand("Q", "out,in", "mean gradient of a block's norm", "region", "Q"))
+    monkeypatch.setitem(ACCUMULATORS, "Q", FromRegion(MeanGradient))
+    mine, both, known = ppl(tiny_llama, tiny_text, ["abs(W)*Q", "abs(W)*Q*R*G", "abs(W)*R"], one_shot=once)
+    assert len({mine, both, known}) == 3
 
 
 def test_every_operand_that_is_measured_has_an_accumulator() -> None:

@@ -155,6 +155,23 @@ def test_a_campaigns_fit_is_of_its_own_metrics_and_of_baselines_with_its_update(
     ]
 
 
+def test_baselines_have_the_rounds_of_the_campaign(ledger: Ledger) -> None:
+    """But those with an update of their own."""
+    asked: list[SequentialTask] = []
+
+    def answer(task: SequentialTask) -> SequentialLoss:
+        asked.append(task)
+        return SequentialLoss(0.25, 4.25)
+
+    metrics = [resolve_metric(text) for text in ("abs(W)*X", "wanda", "sparsegpt")]
+    HeldOut(Serial(answer), TARGETS[:1], "block", "dense", ledger).measure(metrics, "test")
+    assert [(task.metric.update or task.update, task.fit) for task in asked] == [
+        ("block", "dense"),
+        ("block", "dense"),
+        ("obs-blockwise", "own"),
+    ]
+
+
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
     with Ledger.open(tmp_path / "a", {}, resume=False) as opened:

@@ -22,6 +22,7 @@ from gpmetric.evolution.selection import ALIKE, Individual, few_alike
 from gpmetric.evolution.task_clock import OutOfTime
 from gpmetric.evolution.tasks import DenseTask, SequentialLoss, SequentialTask
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
+from gpmetric.pruning.updaters import UPDATERS
 
 __all__ = ["HeldOut", "HeldOutFigures", "choose_finalists", "choose_winner", "interval"]
 
@@ -77,7 +78,8 @@ class HeldOut:
 
     Attributes:
         update, fit: the campaign's, for discovered metrics; baselines, in whatever group, are used as published, but
-            one of the same update with the campaign's fit.
+            one of the same update with the campaign's fit. Where the update fits blocks, baselines that only mask have
+            it, too: rounds are worth more than any metric, so that whatever has them would win.
         ledger: takes every measurement as soon as it is there; one it has is not made again.
         fewest_windows: of validation, test or calibration.
         part: only 1/part of the windows is read, of text as of calibration.
@@ -166,8 +168,9 @@ class HeldOut:
     def _task(self, metric: Metric, at: LabelledTarget, split: str, calibration: str) -> SequentialTask:
         update, fit = self.update, self.fit
         if metric.name.rpartition(":")[2] in BASELINES:
-            metric, update = resolve_metric(metric.name, *at.sample), "none"
-            fit = fit if metric.update == self.update else "own"
+            metric = resolve_metric(metric.name, *at.sample)
+            update = self.update if UPDATERS[self.update].fits_blocks else "none"
+            fit = fit if (metric.update or update) == self.update else "own"
         return SequentialTask(metric, at.target, split, calibration, update, at.model, self.part, fit)
 
 

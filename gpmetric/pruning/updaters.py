@@ -87,7 +87,7 @@ _OF_LAYERS: dict[str, Updater] = {
 def _and_block(name: str, row: Updater) -> tuple[str, Updater]:
     """The updater with rounds behind it, under its name."""
     meaning = "rounds of gradient descent on the error of a whole block's output, the mask being fixed"
-    told = f"{meaning}; takes some twenty times as long as choosing a mask"
+    told = f"{meaning}; takes ten to fifty times as long as choosing a mask"
     if not row.solves:
         return "block", replace(row, meaning=told, fits_blocks=True)
     return f"{name}+block", replace(row, meaning=f"{name}, then {meaning}", fits_blocks=True)
