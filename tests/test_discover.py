@@ -493,7 +493,7 @@ def test_the_same_text_for_two_splits_is_refused(request_for: Any, tiny_text: Pa
         ({"update": "obs-block"}, "--update"),
         (
             {"fit": "dense"},
-            "--fit dense is of weights that change: take --update obs, obs-blockwise, admm, block, obs+block",
+            "--fit dense is of weights that change: take --update obs, obs-blockwise, admm, block, obs\\+block",
         ),
         ({"fit": "both", "update": "obs"}, "--fit must be one of own, dense, but got 'both'"),
         ({"population": 0}, "--population must be at least 4"),
