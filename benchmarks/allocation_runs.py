@@ -99,7 +99,7 @@ def find(settings: Settings, request: AllocateRequest, calibrated: CalibratedMod
         parts = [[one] for one in settings["evopress_sparsity"]] if alone else [settings["sparsity"]]
         for sparsities in parts:
             log = EvaluationLog(table, objective, focus=request.sparsity)
-            problem = Problem(log, calibrated.blocks, calibrated.evidence, lambda *told: None)
+            problem = Problem(table, calibrated.blocks, calibrated.evidence, log, lambda *told: None)
             made = allocations_of(problem, replace(request, allocator=allocator), sparsities)
             cost = {"tokens": log.tokens, "evaluations": log.evaluations, "seconds": log.seconds}
             cost["bought"] = len(sparsities)  # allocations for that price

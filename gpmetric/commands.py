@@ -84,6 +84,7 @@ COMMANDS: dict[str, Command] = {
         lazy("gpmetric.terminal.tables:print_catalogue"),
         lazy("gpmetric.terminal.live:BenchReport"),
         timed=True,
+        work=lazy("gpmetric.pruning.transfer:catalogue_work"),
     ),
     "allocate": Command(
         "Searches how sparse each layer should be: the front between sparsity and loss, and one allocation of it.",

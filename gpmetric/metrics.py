@@ -63,8 +63,8 @@ BASELINES: dict[str, Baseline] = {
     "gblm_l2": Baseline("abs(W)*X + {l2}*abs(W)*sqrt(H)", "Das et al. 2023, equation 6, l2 gradients"),
     "wandapp_rgs": Baseline(
         "abs(W)*X + {rgs}*abs(W)*R",
-        "Yang et al. 2025 (Wanda++), regional gradient score with 100; without their rounds, which are the update "
-        "`block`, and scored once, not again before every round",
+        "Yang et al. 2025 (Wanda++), regional gradient score with 100, of mean absolute gradients, not root mean "
+        "squares; without their rounds, which are the update `block`, and scored once, not before every round",
     ),
     "pruner_zero": Baseline("W*W*mms(sqrt(H))", "Dong et al. 2024, table 1; their G is the l2 statistic"),
     "sparsegpt": Baseline("W*W*D", "Frantar and Alistarh 2023, algorithm 1", "row", "obs-blockwise"),

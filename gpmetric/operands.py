@@ -55,7 +55,7 @@ _ROWS = (
     Operand("H", "out,in", "Hessian diagonal, empirical Fisher: mean of the squared gradient", "gradients", r"H"),
     Operand("D", "in", "OBS curvature: 1 / diag((X^T X / n + damping)^-1)", "gram", r"D"),
     Operand("F", "out,in", "H token by token: mean of the sum of every token's squared gradient", "gradients", r"F"),
-    Operand("R", "out,in", "root mean square gradient of the norm of the block's own output", "region", r"R"),
+    Operand("R", "out,in", "mean absolute gradient of the norm of the block's own output", "region", r"R"),
 )
 
 OPERANDS: dict[str, Operand] = {row.name: row for row in _ROWS}

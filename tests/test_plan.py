@@ -42,7 +42,7 @@ from gpmetric.session.work import Work
 from gpmetric.targets import parse_target
 
 WORKING = {name: row for name, row in COMMANDS.items() if row.work is not None}
-WRITING = {"prune": ("-o", "out"), "slim": ("-o", "out")}
+WRITING = dict.fromkeys(("prune", "slim", "tune"), ("-o", "out"))
 COMPUTED = ("memory_bytes", "host_bytes", "disk_bytes", "seconds")
 GB = 10**9
 
@@ -158,6 +158,7 @@ def test_what_is_written_of_a_plan() -> None:
         "together": 1,
         "states": True,
         "workers": 1,
+        "aside": False,
     }
     assert (type(told["resident"]), type(told["kept"])) == (bool, bool)
 

@@ -37,7 +37,7 @@ def plain_r(model: Model, tokens: Tensor) -> dict[str, Tensor]:
 
     What enters a block is cut off from the blocks before, so that a norm has gradients of its block's weights alone.
     """
-    squares = {layer.name: torch.zeros(layer.weight.shape, dtype=torch.float64) for layer in model.layers}
+    sums = {layer.name: torch.zeros(layer.weight.shape, dtype=torch.float64) for layer in model.layers}
     outputs: list[Tensor] = []
 
     def cut(_: Any, args: Any, kwargs: Any) -> Any:
@@ -61,13 +61,13 @@ def plain_r(model: Model, tokens: Tensor) -> dict[str, Tensor]:
                 gradients = torch.autograd.grad(norm, [layer.parameter for layer in block.layers], allow_unused=True)
                 for layer, gradient in zip(block.layers, gradients, strict=True):
                     if gradient is not None:
-                        squares[layer.name] += layer.oriented(gradient).double().square()
+                        sums[layer.name] += layer.oriented(gradient).double().abs()
     finally:
         for hook in hooks:
             hook.remove()
         for layer in model.layers:
             layer.parameter.requires_grad_(False)
-    return {name: (total / len(tokens)).sqrt() for name, total in squares.items()}
+    return {name: total / len(tokens) for name, total in sums.items()}
 
 
 def assert_is(found: Statistics, expected: dict[str, Tensor]) -> None:
@@ -132,13 +132,13 @@ def test_layers_that_are_called_twice_or_read_all_windows(
     assert_is(collect(model, tokens, "R"), plain_r(model, tokens))
 
 
-def test_it_is_the_root_of_a_mean_over_sequences() -> None:
+def test_it_is_a_mean_of_absolute_gradients() -> None:
     """By hand: gradients 3 and 4 of one weight, of another 0 and 2."""
     row: Any = ACCUMULATORS["R"]
     sums = row.start(torch.Size([1, 2]), torch.device("cpu"))
     for gradient in ([[3.0, 0.0]], [[-4.0, 2.0]]):
         sums.add(torch.tensor(gradient))
-    torch.testing.assert_close(sums.result(2), torch.tensor([[12.5**0.5, 2.0**0.5]]))
+    torch.testing.assert_close(sums.result(2), torch.tensor([[3.5, 1.0]]))
 
 
 def test_it_is_no_gradient_of_the_model() -> None:

@@ -7,20 +7,27 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 import gpmetric
+from gpmetric.allocation.by_rule import directions_of
 from gpmetric.cli import app
+from gpmetric.data import Windows
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.loading import load_model
+from gpmetric.models import Model
+from gpmetric.pruning.allocation import Allocation, layer_target
 from gpmetric.pruning.recipe import Recipe, read_recipe
 from gpmetric.session.deadline import Deadline
+from gpmetric.session.splits import open_text, read_windows
+from gpmetric.tuning.allocations import climb
 from gpmetric.tuning.choice import TuneListener
 from gpmetric.tuning.halving import halve
-from gpmetric.tuning.parts import methods, rivals, without
+from gpmetric.tuning.parts import methods, rivals, with_rounds, without
 from gpmetric.tuning.trials import Trial, Trials, key_of
 from tests.pruning_helpers import session_of, windows_of
 
@@ -45,6 +52,10 @@ class Scripted(Trials):
                 loss = self.losses[recipe.metric][{0.25: 0, 0.5: 1, 1.0: 2}[share]]
                 found.append(Trial(recipe, share, loss, share))
         return found
+
+
+def demo_windows(model: Model) -> Windows:
+    return read_windows(model, open_text("demo:calibration"), 32, 8)
 
 
 def named(*names: str) -> list[Recipe]:
@@ -82,7 +93,7 @@ def test_without_each_part() -> None:
     whole = replace(PLAIN, metric="layer:W*W*F", update="admm", fit="dense")
     parts = {name.partition(" ")[0]: recipe for name, recipe in without(whole)}
     assert {name: (one.metric, one.update, one.fit) for name, one in parts.items()} == {
-        "metric": ("alps", "admm", "dense"),
+        "metric": ("layer:abs(W)*X", "admm", "dense"),
         "fit": ("layer:W*W*F", "admm", "own"),
         "update": ("layer:W*W*F", "none", "own"),
     }
@@ -109,6 +120,62 @@ def test_a_trial_is_what_prune_gives(tiny_text: Path, tmp_path: Path) -> None:
     (again,) = alone.measure([recipe], 1.0)
     assert part.loss == pytest.approx(again.loss, rel=1e-6)
     assert part.loss != trial.loss
+
+
+def test_without_rounds_and_allocation() -> None:
+    targets = {"a": layer_target("layer", (4, 8), 3)}
+    best = with_rounds(replace(PLAIN, metric="alps", fit="dense", allocation=Allocation("layer", targets)))
+    assert best is not None
+    assert with_rounds(best) is None
+    assert (best.metric, best.update, best.fit) == ("layer:abs(W)*X", "admm+block", "dense")
+    parts = {name.partition(" ")[0]: (one.update, one.fit, one.allocation is None) for name, one in without(best)}
+    assert parts == {
+        "allocation": ("admm+block", "dense", True),
+        "fit": ("admm+block", "own", False),
+        "rounds": ("admm", "dense", False),
+        "update": ("none", "own", False),
+    }
+    masked = with_rounds(PLAIN)
+    assert masked is not None
+    assert masked.update == "block"
+    assert {one.update for _, one in without(masked)} == {"none"}
+
+
+def test_directions_keep_the_budget() -> None:
+    session = session_of(model := load_model(None, device="cpu"), demo_windows(model))
+    directions = directions_of(session, "layer", 0.6, lambda *told: None)
+    assert {"global", "owl", "dlp", "depth", "mlp.down_proj"} <= directions.moves.keys()
+    budget = sum(int(layer.weight.numel() * 0.6) for layer in model.layers)
+    for shares in ({}, {"global": 1.0}, {"depth": 0.5, "mlp.down_proj": -1.0, "owl": 2.0}):
+        targets = directions.allocation(shares).targets
+        removed = sum(targets[layer.name].removes(layer.weight.shape) for layer in model.layers)
+        assert abs(removed - budget) <= len(model.layers)
+    far = directions.allocation({"depth": 1.0}).targets
+    first, last = (far[layer.name].sparsity for layer in (model.layers[0], model.layers[-1]))
+    assert 0.49 < first < 0.51
+    assert 0.69 < last < 0.71
+
+
+class Bowl(Scripted):
+    """Loss of an allocation whose least is at a known place."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    def measure(self, recipes: Any, share: float, until: float = math.inf, texts: Any = ()) -> list[Trial]:
+        self.clock += 1
+        if self.clock > until:
+            return []
+        (recipe,) = recipes
+        shares = {} if recipe.allocation is None else recipe.allocation
+        loss = (shares.get("a", 0.0) - 1.25) ** 2 + (shares.get("b", 0.0) + 0.5) ** 2
+        return [Trial(recipe, share, loss, 1.0)]
+
+
+def test_climbing_finds_the_least() -> None:
+    directions: Any = SimpleNamespace(moves={"a": 0, "b": 0}, allocation=dict)
+    assert climb(Bowl(), directions, PLAIN, {}, 0.5, math.inf) == {"a": 1.25, "b": -0.5}
+    assert climb(Bowl(), directions, PLAIN, {"a": 1.0}, 0.5, 1.0) == {"a": 1.0}
 
 
 class Watching(TuneListener):

@@ -94,7 +94,7 @@ def _searched(request: AllocateRequest, told: AllocateListener, deadline: Deadli
         table, objective, request.ledger, identity, focus=request.sparsity, resume=request.resume
     ) as log:
         searching = replace(request, minutes=log.planned(request.minutes, plan.search_minutes()))
-        problem = Problem(log, calibrated.blocks, calibrated.evidence, told.progress, request.solves)
+        problem = Problem(table, calibrated.blocks, calibrated.evidence, log, told.progress, request.solves)
         found = list(dict.fromkeys(search(searching, problem, profiles, on_generation)))
         cost, steps = _cost(log), dict(objective.seconds)
         result = _result(calibrated, problem, scorer, found, plan)

@@ -19,8 +19,8 @@ from gpmetric.pruning.allocation import Allocation
 from gpmetric.session.session import Progress
 
 __all__ = [
-    "OnGeneration", "Problem", "arithmetic", "diagonal", "dlp", "one_threshold", "owl", "search", "sensitivity",
-    "uniform",
+    "Ground", "OnGeneration", "Problem", "arithmetic", "diagonal", "dlp", "one_threshold", "owl", "search",
+    "sensitivity", "uniform",
 ]  # fmt: skip
 
 # told of a generation: its number, its population, the batches that it is measured on, the share of the budget spent
@@ -39,19 +39,12 @@ _HIGHEST = 0.99  # sparsity of a gene that a rule may ask for
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What an allocator works with."""
+class Ground:
+    """What a rule works with that measures no candidate."""
 
-    log: EvaluationLog
+    table: LevelTable
     blocks: Sequence[int]  # by gene, the block it is in
     evidence: Evidence
-    progress: Progress
-    solves: bool = False  # whether kept weights of candidates are updated
-    finest: LevelTable | None = None  # levels that rules choose from which measure nothing, in place of the log's
-
-    @property
-    def table(self) -> LevelTable:
-        return self.finest or self.log.table
 
     @property
     def rules(self) -> dict[str, Allocator]:
@@ -68,6 +61,15 @@ class Problem:
         shifted = np.asarray(sparsities) + sparsity - np.average(sparsities, weights=self.table.sizes)
         levels = self.table.nearest(np.clip(shifted, 0.0, _HIGHEST).tolist())
         return repair(self.table, levels, self.budget(sparsity), random.Random(0))
+
+
+@dataclass(frozen=True)
+class Problem(Ground):
+    """What an allocator works with; the levels of a rule that measures no candidate may be others than the log's."""
+
+    log: EvaluationLog
+    progress: Progress
+    solves: bool = False  # whether kept weights of candidates are updated
 
     def cost_of_probes(self) -> tuple[int, int]:
         """Evaluations and tokens that `costs` takes."""
@@ -125,12 +127,12 @@ def diagonal(request: AllocateRequest, focus: float | None) -> list[float]:
     return sorted({*spaced, *([] if focus is None else [focus])})
 
 
-def uniform(problem: Problem, sparsity: float) -> Levels:
+def uniform(problem: Ground, sparsity: float) -> Levels:
     """Every gene at the mean sparsity."""
     return problem.at_budget([sparsity] * len(problem.table.genes), sparsity)
 
 
-def owl(problem: Problem, sparsity: float) -> Levels:
+def owl(problem: Ground, sparsity: float) -> Levels:
     """Blocks with more outliers keep more, within 2 lambda.
 
     Source: Yin et al. 2024 (OWL), section 3; the shares of all linear layers of a block together, as in their code.
@@ -138,7 +140,7 @@ def owl(problem: Problem, sparsity: float) -> Levels:
     return _by_block(problem, problem.evidence.outliers, _OWL_SPREAD, sparsity)
 
 
-def dlp(problem: Problem, sparsity: float) -> Levels:
+def dlp(problem: Ground, sparsity: float) -> Levels:
     """Blocks keep more the lower the median of their scores abs(W)*X is, within 2 alpha.
 
     Source: Chen et al. 2025 (DLP), section 3: a block's unimportance is the median over all of its linear layers, its
@@ -147,7 +149,7 @@ def dlp(problem: Problem, sparsity: float) -> Levels:
     return _by_block(problem, [-median for median in problem.evidence.medians], _DLP_SPREAD, sparsity)
 
 
-def _by_block(problem: Problem, importance: Sequence[float], spread: float, sparsity: float) -> Levels:
+def _by_block(problem: Ground, importance: Sequence[float], spread: float, sparsity: float) -> Levels:
     """Blocks keep more the more important they are, linearly, the most and the least 2 spreads apart."""
     present = sorted(set(problem.blocks))  # others have no layer that is pruned
     shares = np.asarray([importance[block] for block in present])
@@ -157,7 +159,7 @@ def _by_block(problem: Problem, importance: Sequence[float], spread: float, spar
     return problem.at_budget([by_block[block] for block in problem.blocks], sparsity)
 
 
-def one_threshold(problem: Problem, sparsity: float) -> Levels:
+def one_threshold(problem: Ground, sparsity: float) -> Levels:
     """Genes lose what one threshold over all weights on W*W*F would remove of them, shrunk towards uniform.
 
     The loss rises by half of W*W*F, to second order, when a weight is removed alone (LeCun et al. 1990, with the

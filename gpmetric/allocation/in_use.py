@@ -92,5 +92,5 @@ def _of_rule(calibrated: CalibratedModel, problem: Problem, name: str, sparsity:
         return Allocation(target.granularity or "row", dict.fromkeys(problem.table.layers, target))
     if row.measures == "nothing":
         finest = levels_of(session.model, calibrated.request, calibrated.metric, finest=True)
-        problem = replace(problem, finest=finest)
+        problem = replace(problem, table=finest)
     return exact_allocation(problem.table, row.rule(problem, sparsity), problem.budget(sparsity))

@@ -132,17 +132,14 @@ class SquaredGradients(_Mean):
         self._sum += gradient.square()
 
 
-class RegionalGradients(SquaredGradients):
-    """R, root mean squared gradient of the norm of a block's own output: sqrt(mean_n (d ||f(X_n)||_2 / dW)^2).
+class RegionalGradients(AbsoluteGradients):
+    """R, mean absolute gradient of the norm of a block's own output: mean_n |d ||f(X_n)||_2 / dW|.
 
     A sample X_n is what the block f reads of one calibration sequence, [1, length, width]; the norm is over all entries
     of f(X_n).
 
-    Source: Yang et al. 2025 (Wanda++), equations 2 and 3.
+    Source: Yang et al. 2025 (Wanda++), equations 2 and 3, where it is the root mean square over sequences.
     """
-
-    def result(self, sequences: int) -> Tensor:
-        return super().result(sequences).sqrt()
 
 
 class SquareOfMeanGradient(_Mean):

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from gpmetric.catalogue import CATALOGUE, EVIDENCE, PREFIX
 from gpmetric.errors import GpmetricError
-from gpmetric.pruning.bench import BenchListener, run_bench
+from gpmetric.pruning.bench import BenchListener, bench_work, run_bench
 from gpmetric.pruning.requests import BESIDE, CatalogueRequest
+from gpmetric.session.session import Session
+from gpmetric.session.work import Work
 
-__all__ = ["run_catalogue"]
+__all__ = ["catalogue_work", "run_catalogue"]
 
 
 def run_catalogue(
@@ -44,6 +46,12 @@ def run_catalogue(
     models = [_measured(document) for document in found.get("models", [found]) if document.get("results")]
     failures = [document["error"] for document in found.get("models", [found]) if document.get("error")]
     return {"entries": entries, "models": models, "error": failures[0] if failures else None}
+
+
+def catalogue_work(session: Session) -> Work:
+    """What measuring the formulas on a session's model takes."""
+    assert isinstance(session.inputs, CatalogueRequest)
+    return bench_work(replace(session, inputs=session.inputs.bench))
 
 
 def _shipped(names: Sequence[str]) -> list[dict[str, Any]]:

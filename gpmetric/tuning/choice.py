@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gpmetric.allocation.by_rule import directions_of
 from gpmetric.catalogue import CATALOGUE
 from gpmetric.errors import GpmetricError
 from gpmetric.evolution.evolve import evolve
@@ -18,12 +19,15 @@ from gpmetric.evolution.task_clock import TaskClock
 from gpmetric.evolution.workplace import campaign_work
 from gpmetric.pruning.prune import PruneListener
 from gpmetric.pruning.recipe import Recipe
+from gpmetric.pruning.updaters import resolve_target
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.inputs import Inputs
 from gpmetric.session.session import Session
 from gpmetric.session.work import Work
+from gpmetric.targets import parse_target
+from gpmetric.tuning.allocations import Shares, climb, mixtures
 from gpmetric.tuning.halving import halve
-from gpmetric.tuning.parts import SOLVER, first_recipe, methods, rivals, without
+from gpmetric.tuning.parts import SOLVER, first_recipe, methods, rivals, with_rounds, without
 from gpmetric.tuning.request import TuneRequest
 from gpmetric.tuning.trials import SHARES, Trial, Trials
 
@@ -32,7 +36,9 @@ __all__ = ["Choice", "TuneListener", "search_work"]
 _EVOLVED = 5  # formulas of a search that are tried on validation
 _FEWEST = 24  # candidates that a search is worth while for
 _EVALUATIONS = 200  # of a search that no --minutes end
-_FORMULAS = 0.6  # of the time there is for choosing, when the search of formulas must have ended
+_ENDS = {"formulas": 0.5, "methods": 0.65, "allocations": 0.9}  # of the time for choosing, when each must have ended
+_CLIMBED = 12  # candidates that a search of allocations is worth while for
+_CLIMBING = 0.5  # of the windows that it measures on
 _RUNGS = 0.75  # of what measuring on all windows takes, that a recipe takes in successive halving
 _PRUNING = 2.0  # times what the solver takes on all windows, to prune and verify
 _TABLE = 5.0  # and for the table of parts, at most a share of the time
@@ -94,10 +100,13 @@ class Choice:
         each = self.trials.expected(solver[0].recipe, 1.0) if solver else math.inf
         table = min(_TABLE * each, _TABLE_SHARE * self.deadline.seconds)
         begun, end = self.deadline.now(), self.deadline.end - table - _PRUNING * each
+        ends = {step: begun + share * (end - begun) for step, share in _ENDS.items()}
         tried = methods(plain, self.request.metric)
-        before = _RUNGS * each * (len(tried) + _EVOLVED)
-        formulas = self._evolved(each, min(begun + _FORMULAS * (end - begun), end - before))
-        self._halve("metrics and updates", methods(plain, [*self.request.metric, *formulas]), end)
+        formulas = self._evolved(each, min(ends["formulas"], ends["methods"] - _RUNGS * each * (len(tried) + _EVOLVED)))
+        self._halve("metrics and updates", methods(plain, [*self.request.metric, *formulas]), ends["methods"])
+        if not parse_target(self.request.target).group:  # patterns are the same everywhere
+            self._allocate(each, ends["allocations"])
+        self._fit_blocks(end)
         self._compare(plain)
         return self.best
 
@@ -147,6 +156,42 @@ class Choice:
         self._tell(before)
         if not found:
             self._cut(f"{what}: none could be measured on all windows")
+        self._take(found)
+
+    def _allocate(self, each: float, until: float) -> None:
+        """Allocations by rules, then a search in use that begins at the best of them."""
+        assert self.best is not None
+        self.told.step("allocations")
+        session, recipe = self.trials.session, self.best.recipe
+        target = parse_target(recipe.target)
+        settled = resolve_target(target, session.metric(recipe.metric), recipe.update)
+        directions = directions_of(session, settled.granularity or "row", target.sparsity, self.trials.progress)
+        pairs = mixtures(directions, recipe)
+        self._halve("allocations by rule", [recipe for _, recipe in pairs], until - _CLIMBED * each)
+        here = next((shares for shares, one in pairs if one == self.best.recipe), Shares())
+        if (known := self.trials.searched.get("allocation")) is None:
+            if (until - self.deadline.now()) / max(each, 1e-9) < _CLIMBED:
+                self._cut("searching an allocation")
+                return
+            self.told.step("a search of allocations")
+            windows = {"calibration": session.windows["calibration"], "validation": session.windows["search"]}
+            searching = Trials(replace(session, windows=windows), self.deadline, self.trials.progress)
+            here = climb(searching, directions, recipe, here, _CLIMBING, until - each)
+            self.trials.keep("allocation", here)
+        else:
+            here = Shares({str(name): float(share) for name, share in known.items()})
+        if here:
+            self._take(self._measure([replace(recipe, allocation=directions.allocation(here))]))
+
+    def _fit_blocks(self, until: float) -> None:
+        """The best with rounds over whole blocks behind it."""
+        assert self.best is not None
+        if (recipe := with_rounds(self.best.recipe)) is None:
+            return
+        self.told.step("rounds over whole blocks")
+        found = self._measure([recipe], 1.0, until)
+        if not found:
+            self._cut("rounds over whole blocks")
         self._take(found)
 
     def _compare(self, plain: Recipe) -> None:

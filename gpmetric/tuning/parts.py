@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from gpmetric.catalogue import CATALOGUE, PREFIX
-from gpmetric.metrics import BASELINES, resolve_metric
+from gpmetric.catalogue import CATALOGUE
+from gpmetric.metrics import BASELINES, Metric, resolve_metric
 from gpmetric.pruning.recipe import Recipe
 from gpmetric.pruning.updaters import UPDATERS
 from gpmetric.session.session import Session
 from gpmetric.tuning.request import TuneRequest
 
-__all__ = ["SOLVER", "first_recipe", "methods", "rivals", "spelled_out", "without"]
+__all__ = ["SOLVER", "first_recipe", "methods", "rivals", "spelled_out", "with_rounds", "without"]
 
 SOLVER = ("admm", "dense")  # update and fit that formulas are evolved for, and that one of no other use is tried with
 _PUBLISHED = {"none": "wanda", "obs": "wanda", "obs-blockwise": "sparsegpt", "admm": "alps"}  # saliency by update
@@ -52,25 +52,37 @@ def methods(plain: Recipe, names: Sequence[str]) -> list[Recipe]:
 
 
 def spelled_out(recipe: Recipe) -> Recipe:
-    """The recipe with the update and fit that its metric brings, and a formula in place of a name of the catalogue."""
+    """The recipe with the update and fit that its metric brings, and a formula in place of a name that brings any."""
     metric = resolve_metric(recipe.metric)
     update = metric.update or recipe.update
     fit = (metric.fit or recipe.fit) if UPDATERS[update].changes else "own"
-    group, _, name = recipe.metric.rpartition(":")
-    named = group.rpartition(":")[2] == PREFIX
-    return replace(recipe, metric=CATALOGUE[name].formula if named else recipe.metric, update=update, fit=fit)
+    return replace(recipe, metric=recipe.metric if metric.update is None else _formula(metric), update=update, fit=fit)
+
+
+def with_rounds(recipe: Recipe) -> Recipe | None:
+    """The recipe with rounds over whole blocks behind its update; None where it has them."""
+    recipe = spelled_out(recipe)
+    name = "block" if recipe.update == "none" else f"{recipe.update}+block"
+    return replace(recipe, update=name) if name in UPDATERS else None
 
 
 def without(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     """By part, the recipe without it; a part that it does not have is left out."""
-    published = _PUBLISHED[recipe.update]
-    mine, theirs = resolve_metric(recipe.metric), resolve_metric(published)
-    if (mine.expression, mine.granularity) != (theirs.expression, theirs.granularity):
-        yield f"metric ({published} in its place)", replace(recipe, metric=published)
+    recipe = spelled_out(recipe)
+    base, _, rounds = ("none", "", "block") if recipe.update == "block" else recipe.update.partition("+")
+    mine, published = resolve_metric(recipe.metric), resolve_metric(_PUBLISHED[base])
+    if (mine.expression, mine.granularity) != (published.expression, published.granularity):
+        yield f"metric ({published.name} in its place)", replace(recipe, metric=_formula(published))
     if recipe.allocation is not None:
         yield "allocation (all alike)", replace(recipe, allocation=None)
     if recipe.fit == "dense":
-        yield "fit to the dense model (to a layer's own outputs)", replace(recipe, fit="own")
-    if UPDATERS[recipe.update].changes:
-        plain = mine.name if mine.update is None else f"{mine.granularity}:{mine.expression}"
-        yield "update (masked only)", replace(recipe, metric=plain, update="none", fit="own")
+        yield "fit to the dense model (to own outputs)", replace(recipe, fit="own")
+    if rounds:
+        yield "rounds over whole blocks", spelled_out(replace(recipe, update=base))
+    if base != "none":
+        yield "update (masked only)", replace(recipe, update="none", fit="own")
+
+
+def _formula(metric: Metric) -> str:
+    """A metric without its name; what it is used with is said elsewhere."""
+    return f"{metric.granularity}:{metric.expression}"
