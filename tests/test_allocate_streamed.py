@@ -39,7 +39,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "evopress": {"allocator": "evopress", "sparsity": 0.6, "granularity": "layer", "metric": "gblm_l1"},
     "update": {
         "metric": "alps", "update": "admm", "fit": "dense", "levels": 8, "sparsity": 0.6, "genes": "module",
-        "evaluations": 20, "population": 4,
+        "evaluations": 80, "population": 8,
     },
     "rule": {"allocator": "arithmetic", "max_loss_ratio": 1.2, "lowest": 0.1, "genes": "block"},
 }  # fmt: skip

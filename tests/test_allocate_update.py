@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
+from gpmetric.allocation import in_use
 from gpmetric.allocation.allocate import allocate
+from gpmetric.allocation.allocators import Problem
 from gpmetric.allocation.candidate_losses import candidate_losses
 from gpmetric.allocation.candidate_objective import CandidateObjective
+from gpmetric.allocation.evaluation_log import EvaluationLog
 from gpmetric.allocation.exact_budget import allocated, exact_allocation
 from gpmetric.allocation.level_weights import SolvedModel, database_bytes, solved_levels
 from gpmetric.allocation.levels import level_table, within_reach
@@ -24,7 +28,7 @@ from gpmetric.evaluation.perplexity import mean_loss
 from gpmetric.loading import load_model
 from gpmetric.metrics import resolve_metric
 from gpmetric.models import Model
-from gpmetric.pruning.allocation import Allocation, read_allocation
+from gpmetric.pruning.allocation import Allocation, layer_target, read_allocation
 from gpmetric.pruning.prune import PruneListener, prune, run_prune
 from gpmetric.pruning.requests import PruneRequest
 from gpmetric.pruning.updaters import prune_weights
@@ -179,6 +183,9 @@ def test_files_give_the_same_figures(tiny_llama: Path, tiny_text: Path, monkeypa
     asked = [table.nearest([share] * len(table.genes)) for share in (0.4, 0.7)]
     found = [list(candidate_losses(one.pruned, asked, tokens)) for one in (held, filed)]
     assert found[0] == found[1]
+    kept = sum(one["weight"].nbytes for one in held.pruned._codes._kept.values())
+    assert kept == database_bytes(table, 4)  # what the plan counts
+    assert not filed.pruned._codes._kept
 
 
 # The whole command
@@ -206,8 +213,8 @@ def found(tiny_llama: Path, texts: dict[str, str], tmp_path_factory: pytest.Temp
 def test_the_best_in_use_is_written(found: dict[str, Any]) -> None:
     """On validation text it is never worse than the uniform mask, used alike."""
     picked = found["picked"]
-    assert {"nsga2", "uniform"} < picked["in_use"].keys()
-    assert len(picked["in_use"]) == 3
+    assert {"nsga2", "0.75 of it", "0.5 of it", "uniform"} < picked["in_use"].keys()
+    assert len(picked["in_use"]) == 5
     losses = {name: point["loss"] for name, point in picked["in_use"].items()}
     assert losses[picked["written"]] == min(losses.values())
     assert (found["update"], found["fit"]) == ("admm", "dense")
@@ -270,6 +277,24 @@ def test_a_rule_that_is_asked_for_is_written(tiny_llama: Path, texts: dict[str, 
     assert "in_use" not in masks["picked"]
     knee = allocate(str(tiny_llama), **options)
     assert knee["picked"]["written"] == "owl"
+
+
+def test_a_part_of_the_way_from_uniform(tiny_llama: Path, tiny_text: Path) -> None:
+    """Every matrix half as far from the mean as it was, at the uniform budget."""
+    calibrated = prepared(tiny_llama, tiny_text, **ADMM)
+    table = calibrated.table
+    problem = Problem(cast(EvaluationLog, None), calibrated.blocks, calibrated.evidence, lambda *told: None)
+    shares = np.array([0.3 + 0.6 * gene / 20 for gene in range(21)])
+    pairs = zip(table.layers, table.shapes, shares, strict=True)
+    allocation = Allocation("layer", {
+        name: layer_target("layer", shape, round(share * shape[0] * shape[1])) for name, shape, share in pairs
+    })  # fmt: skip
+    mean = allocated(table, allocation) / table.entries
+    halved = in_use._part(calibrated, problem, allocation, 0.5, mean)
+    expected = mean + 0.5 * (shares - mean)
+    assert [halved.targets[name].sparsity for name in table.layers] == pytest.approx(expected.tolist(), abs=0.02)
+    uniform = sum(int(mean * rows * columns) for rows, columns in table.shapes)
+    assert abs(allocated(table, halved) - uniform) <= 1
 
 
 def test_what_does_not_go_together(tiny_llama: Path, tiny_text: Path) -> None:

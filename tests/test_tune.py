@@ -208,7 +208,7 @@ def test_the_whole_command(tmp_path: Path) -> None:
     assert [(one.recipe.metric, one.share) for one in told.trials] == measured
     kept = ledger.read_text().splitlines()
     assert kept[: len(lines)] == lines
-    assert len(kept) == len(set(kept)) == len(measured) + 1
+    assert len(kept) == len(set(kept)) == len(measured) + 2  # its settings, and what the search of allocations came to
     assert (found["recipe"], found["excess"]) == (again["recipe"], again["excess"])
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]

@@ -156,21 +156,16 @@ class _Sizes:
         )  # fmt: skip
 
     def with_database(self, plan: Plan, host: int) -> Plan:
-        """The plan with room for what is kept of pruned weights: in memory what is left of it, or on disk.
-
-        Raises:
-            InputError: neither has room.
-        """
-        size, scratch = self.work.database, scratch_folder()
-        if plan.host_bytes + size <= host:
+        """The plan with pruned weights in what memory is left, or on disk; InputError where neither has room."""
+        size, scratch, left = self.work.database, scratch_folder(), max(0, host - plan.host_bytes)
+        if size <= left:
             device = size if self.model.device.type == "cpu" else 0
             return replace(plan, memory_bytes=plan.memory_bytes + device, host_bytes=plan.host_bytes + size)
         if size > free_disk(scratch) - plan.disk_bytes:
-            room = _told(max(0, host - plan.host_bytes))
             raise InputError(
-                f"the pruned weights of {self.model.name!r} at all levels are {_told(size)}; memory has {room} left, "
-                f"{str(scratch)!r} for {_told(free_disk(scratch))}: take fewer --levels, --lowest and --highest closer "
-                "to each other, or another place by XDG_CACHE_HOME"
+                f"the pruned weights of {self.model.name!r} at all levels are {_told(size)}; memory has {_told(left)} "
+                f"left, {str(scratch)!r} {_told(free_disk(scratch))}: take fewer --levels, --lowest and --highest "
+                "closer to each other, or another place by XDG_CACHE_HOME"
             )
         return replace(plan, disk_bytes=plan.disk_bytes + size, aside=True)
 
