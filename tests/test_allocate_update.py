@@ -283,7 +283,9 @@ def test_a_part_of_the_way_from_uniform(tiny_llama: Path, tiny_text: Path) -> No
     """Every matrix half as far from the mean as it was, at the uniform budget."""
     calibrated = prepared(tiny_llama, tiny_text, **ADMM)
     table = calibrated.table
-    problem = Problem(cast(EvaluationLog, None), calibrated.blocks, calibrated.evidence, lambda *told: None)
+    problem = Problem(
+        calibrated.table, calibrated.blocks, calibrated.evidence, cast(EvaluationLog, None), lambda *told: None
+    )
     shares = np.array([0.3 + 0.6 * gene / 20 for gene in range(21)])
     pairs = zip(table.layers, table.shapes, shares, strict=True)
     allocation = Allocation("layer", {
