@@ -157,6 +157,7 @@ def test_what_is_written_of_a_plan() -> None:
         "together": 1,
         "states": True,
         "workers": 1,
+        "aside": False,
     }
     assert (type(told["resident"]), type(told["kept"])) == (bool, bool)
 
