@@ -10,13 +10,13 @@ import math
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from gpmetric.blockwise.couplings import Coupling, Move, find_couplings
 from gpmetric.blockwise.hidden import Hidden
 from gpmetric.blockwise.replay import record_calls
 from gpmetric.calibration.accumulators import LayerStatistics
@@ -27,9 +27,9 @@ from gpmetric.evaluation.perplexity import batches, mean_of, sum_loss
 from gpmetric.metrics import Metric
 from gpmetric.models import Layer, Model
 from gpmetric.operands import CROSS, needs_gradients
-from gpmetric.pruning.allocation import Allocation
 from gpmetric.pruning.dense_fit import dense_goal
-from gpmetric.pruning.updaters import fit_of, needed_statistics, resolve_target, updater_of
+from gpmetric.pruning.rule import Rule, prune_layer, told_where
+from gpmetric.pruning.updaters import fit_of, needed_statistics, updater_of
 from gpmetric.session.plan import Work
 from gpmetric.session.session import Progress, Session
 from gpmetric.targets import Target
@@ -38,41 +38,17 @@ __all__ = ["Measured", "Protocol", "Rule", "Walk", "check_targets"]
 
 
 @dataclass(frozen=True)
-class Rule:
-    """How a model is pruned.
-
-    Attributes:
-        metric: what scores the weights.
-        plan: a target of all layers, or an allocation that names each; a layer whose sparsity is 0 is left alone.
-        update: what happens to the weights that stay, unless that is part of the metric.
-        fit: a key of FITS: what they are fitted to, where they change and unless that is part of the metric; one-shot,
-            it makes no difference.
-    """
-
-    metric: Metric
-    plan: Target | Allocation
-    update: str = "none"
-    fit: str = "own"
-
-    @property
-    def follows_dense(self) -> bool:
-        """Whether kept weights are fitted to what the dense model gives."""
-        return fit_of(self.metric, self.update, self.fit) == "dense"
-
-    def target(self, layer: str) -> Target:
-        """What a layer is pruned to, comparison group included."""
-        asked = self.plan.targets[layer] if isinstance(self.plan, Allocation) else self.plan
-        return resolve_target(asked, self.metric, self.update)
-
-
-@dataclass(frozen=True)
 class Measured:
-    """One pruned model: mean loss on each text, sparsity reached, seconds pruning took; or why there is none."""
+    """One pruned model: mean loss on each text, sparsity reached, seconds pruning took; or why there is none.
+
+    `permuted` counts the layers whose columns were put in another order.
+    """
 
     losses: list[float]
     sparsity: float
     seconds: float
     error: GpmetricError | None = None
+    permuted: int = 0
 
 
 class Protocol:
@@ -94,7 +70,16 @@ class Protocol:
         names = needed_statistics(metrics, update)
         return names if self.one_shot else frozenset(name for name in names if needs_gradients([name]))
 
-    def work(self, metrics: Sequence[Metric], update: str, *, fit: str = "own", rules: int = 1, texts: int = 0) -> Work:
+    def work(
+        self,
+        metrics: Sequence[Metric],
+        update: str,
+        *,
+        fit: str = "own",
+        rules: int = 1,
+        texts: int = 0,
+        permute: bool = False,
+    ) -> Work:
         """What pruning by so many rules of these metrics takes, measured on so many tokens each.
 
         The dense model is measured on them, too.
@@ -115,6 +100,7 @@ class Protocol:
             texts=texts,
             rules=rules,
             solves=solves,
+            permutes=permute,
             forward=texts + collected + rules * ((2 + 2 * follows) * calibration + texts),
             backward=tokens.numel() if gradients else 0,
             dtype=self.session.inputs.kept_dtype,
@@ -165,6 +151,8 @@ class _Branch:
     rule: Rule
     calibration: Hidden | None  # under the sequential protocol
     texts: list[Hidden]
+    moves: list[Move] = field(default_factory=list)  # of the block that was passed last
+    permuted: int = 0
     zeros: int = 0
     seconds: float = 0.0
     error: GpmetricError | None = None
@@ -232,12 +220,16 @@ class Walk:
     def _step(self, index: int) -> list[dict[str, Tensor]]:
         """Moves all rules past a block."""
         with self._model.at_hand(index):
-            dense = self._dense(index)
-            pruned = [self._through(branch, index, dense) for branch in self._branches]
+            dense, couplings = self._dense(index), self._couplings(index)
+            pruned = [self._through(branch, index, dense, couplings) for branch in self._branches]
             if self._dense_states is not None and index + 1 < len(self._model.blocks):
                 self._dense_states.advance(index)
         self._next = index + 1
         return pruned
+
+    def moves(self) -> list[list[Move]]:
+        """By rule, what is to be put in another order, so that N:M holds in the block that was passed last."""
+        return [branch.moves for branch in self._branches]
 
     def state(self) -> Mapping[str, Tensor]:
         """All that is needed to go on behind the last block: hidden states by rule, text and batch."""
@@ -274,7 +266,7 @@ class Walk:
                 for text, tokens in zip(branch.texts, self.tokens, strict=True)
             ]
             branch.close()
-            found.append(Measured(losses, branch.zeros / weights, branch.seconds))
+            found.append(Measured(losses, branch.zeros / weights, branch.seconds, permuted=branch.permuted))
         return found
 
     def _dense(self, index: int) -> dict[str, LayerStatistics]:
@@ -286,13 +278,22 @@ class Walk:
             return {}
         return {layer.name: dense.layers[layer.name] for layer in self._model.blocks[index].layers}
 
-    def _through(self, branch: _Branch, index: int, dense: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
+    def _couplings(self, index: int) -> Mapping[str, Coupling]:
+        """What can be put in another order in a block, by the layer that reads it; nothing where no rule asks."""
+        asking = [branch for branch in self._branches if branch.rule.permute and branch.error is None]
+        states = next((one for branch in asking for one in branch.hidden().values()), None)
+        return {} if states is None else find_couplings(states.calls, index, states[0])
+
+    def _through(
+        self, branch: _Branch, index: int, dense: Mapping[str, LayerStatistics], couplings: Mapping[str, Coupling]
+    ) -> dict[str, Tensor]:
         """Prunes a block by a rule, and moves the rule's hidden states through it."""
         if branch.error is not None:
             return {}
         block, start = self._model.blocks[index], time.perf_counter()
         try:
-            pruned = self._pruned(branch, index, dense)
+            branch.moves = []
+            pruned = self._pruned(branch, index, dense, couplings)
         except (MaskError, SolverError) as error:
             branch.error = error
             branch.close()
@@ -309,12 +310,14 @@ class Walk:
                 text.advance(index)
         return pruned
 
-    def _pruned(self, branch: _Branch, index: int, dense: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
+    def _pruned(
+        self, branch: _Branch, index: int, dense: Mapping[str, LayerStatistics], couplings: Mapping[str, Coupling]
+    ) -> dict[str, Tensor]:
         rule, block = branch.rule, self._model.blocks[index]
         collected: Mapping[str, LayerStatistics] = {}
         names = [name for name in needed_statistics([rule.metric], rule.update) if not needs_gradients([name])]
         if branch.calibration is not None and rule.follows_dense:
-            return self._fitted(rule, index, branch.calibration, dense, names)
+            return self._fitted(branch, index, branch.calibration, dense, names, couplings)
         if branch.calibration is not None:
             collected = collect_block(branch.calibration.calls, index, branch.calibration, names)
         pruned = {}
@@ -324,15 +327,21 @@ class Walk:
             statistics = dense.get(layer.name, LayerStatistics())
             if branch.calibration is not None:
                 statistics = LayerStatistics(**statistics.gradients, **collected[layer.name].values)
-            pruned[layer.name] = _prune_layer(layer, layer.weight, rule, statistics)
+            pruned[layer.name] = self._layer(branch, layer, layer.weight, statistics, couplings)
         return pruned
 
     def _fitted(
-        self, rule: Rule, index: int, states: Hidden, dense: Mapping[str, LayerStatistics], names: Collection[str]
+        self,
+        branch: _Branch,
+        index: int,
+        states: Hidden,
+        dense: Mapping[str, LayerStatistics],
+        names: Collection[str],
+        couplings: Mapping[str, Coupling],
     ) -> dict[str, Tensor]:
         """The pruned weights of a block's layers, which make up for errors of those before them."""
         assert self._dense_states is not None
-        block, pruned = self._model.blocks[index], dict[str, Tensor]()
+        rule, block, pruned = branch.rule, self._model.blocks[index], dict[str, Tensor]()
         for layers in reading_order(states.calls, index, states):
             asked = [layer for layer in layers if rule.target(layer.name).sparsity]
             if not asked:
@@ -342,32 +351,30 @@ class Walk:
             for layer in asked:
                 gradients = dense.get(layer.name, LayerStatistics()).gradients
                 statistics = LayerStatistics(**gradients, **found.pop(layer.name).values)
-                with _told(rule, layer):
+                with told_where(rule, layer):
                     goal = dense_goal(layer.weight, statistics)
-                pruned[layer.name] = _prune_layer(layer, goal, rule, statistics)
+                pruned[layer.name] = self._layer(branch, layer, goal, statistics, couplings)
+        return pruned
+
+    def _layer(
+        self,
+        branch: _Branch,
+        layer: Layer,
+        weight: Tensor,
+        statistics: LayerStatistics,
+        couplings: Mapping[str, Coupling],
+    ) -> Tensor:
+        """The pruned weight [out, in] of a layer."""
+        coupling = couplings.get(layer.name)
+        pruned, channels = prune_layer(layer, weight, branch.rule, statistics, coupling)
+        if coupling is not None and channels is not None:
+            branch.moves += coupling.moves(channels)
+            branch.permuted += 1
         return pruned
 
     def _rounded(self, layer: Layer, weight: Tensor) -> Tensor:
         dtype = self.stored.get(layer.name)
         return weight if dtype is None else weight.to(dtype)
-
-
-def _prune_layer(layer: Layer, weight: Tensor, rule: Rule, statistics: LayerStatistics) -> Tensor:
-    """The pruned weight [out, in] of a layer, in its dtype."""
-    updater = updater_of(rule.metric, rule.update)
-    with _told(rule, layer):
-        ((pruned,),) = updater.prune([weight], rule.metric, [rule.target(layer.name)], [statistics])
-    return pruned.to(layer.weight.dtype)
-
-
-@contextmanager
-def _told(rule: Rule, layer: Layer) -> Iterator[None]:
-    """Adds metric, target and layer to what is raised."""
-    try:
-        yield
-    except (MaskError, SolverError) as error:
-        told = f"metric {rule.metric.name} at {rule.target(layer.name).text}: {error} (layer {layer.name})"
-        raise type(error)(told) from error
 
 
 def check_targets(model: Model, targets: Collection[Target]) -> None:

@@ -49,6 +49,7 @@ class Recipe:
     target: str
     update: str = "none"
     fit: str = "own"
+    permute: bool = False
     samples: int = 128
     sequence_length: int | None = None
     shuffle: bool = False
@@ -83,6 +84,7 @@ class _File(BaseModel):
     target: str
     update: str = "none"
     fit: str = "own"
+    permute: bool = False
     samples: Annotated[int, Field(ge=1)] = 128
     sequence_length: Annotated[int, Field(ge=2)] | None = None
     shuffle: bool = False

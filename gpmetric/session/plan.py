@@ -50,6 +50,7 @@ class Work:
         cached: whether statistics of the dense model are written to a file in any case.
         differentiated: whether there are backward passes through pruned models.
         solves: whether a solver updates kept weights.
+        permutes: whether a layer and its statistics are copied in another order.
         kept: bytes kept besides where there is room, of the dense model's predictions for instance.
         fixed: bytes kept besides in any case.
         per_weight: bytes kept of every prunable weight besides.
@@ -75,6 +76,7 @@ class Work:
     cached: bool = False
     differentiated: bool = False
     solves: bool = False
+    permutes: bool = False
     kept: int = 0
     fixed: int = 0
     per_weight: int = 0
@@ -343,7 +345,11 @@ class _Sizes:
         """Of choosing masks and solving: copies of one weight, and of its inputs' products."""
         inputs = 4 * max(layer.weight.shape[1] for layer in self.model.layers) ** 2
         pairs = {"D", GRAM} & (self.work.block | self.work.dense)
-        return 4 * self.widest + (4 * self.widest if self.work.solves else 0) + (4 * inputs if pairs else 0)
+        solving = 4 * self.widest + (4 * self.widest if self.work.solves else 0) + (4 * inputs if pairs else 0)
+        if not self.work.permutes:
+            return solving
+        names = _accumulated(self.work.block | self.work.dense)
+        return solving + self.widest + max(self._statistics(names, [layer]) for layer in self.model.layers)
 
     def seconds(self, plan: Plan) -> float:
         """Of the passes, by the speed of one product of matrices here, and of reading weights where they are read."""
