@@ -150,7 +150,7 @@ def _named(family: Family, block: Any, layers: Sequence[Layer]) -> Iterator[Coup
         except (AttributeError, RuntimeError):  # no layers of these names, or no whole heads
             continue
         parent = reader.name.removesuffix(f".{place.output}")
-        writers = [_Member(f"{parent}.{name}", getattr(module, name), one, False) for name, one in rows.items()]
+        writers = [_Member(f"{parent}.{name}", getattr(module, name, None), one, False) for name, one in rows.items()]
         members = (_Member(reader.name, reader.module, columns, True), *writers)
         if all(_within(one) for one in members):
             yield Coupling(reader.name, members)
