@@ -49,7 +49,6 @@ class Recipe:
     target: str
     update: str = "none"
     fit: str = "own"
-    permute: bool = False
     samples: int = 128
     sequence_length: int | None = None
     shuffle: bool = False
@@ -57,6 +56,7 @@ class Recipe:
     include: str | None = None
     exclude: str | None = None
     allocation: Allocation | None = None
+    permute: bool = False
     text: str | None = field(default=None, compare=False)
 
     @property
