@@ -23,7 +23,7 @@ from gpmetric.models import Layer
 __all__ = ["Coupling", "Move", "find_couplings", "in_order"]
 
 # Times the machine epsilon that sums in another order may change an output by, against what columns alone in another
-# order do: 1.4 to 5.8 in fp32, and below 0.001 in bf16, whose sums are fp32 (blocks of llama-05m, gpt2-05m and llama-4m,
+# order do: 1.4 to 5.8 in fp32, below 0.001 in bf16, whose sums are fp32 (blocks of llama-05m, gpt2-05m and llama-4m,
 # two windows of 256, one core). Where a layer is not moved with the others, the change is about that of columns alone.
 _ROUNDING = 1000
 _MOST = 0.1
