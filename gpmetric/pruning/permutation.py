@@ -20,8 +20,8 @@ from gpmetric.targets import Target
 __all__ = ["best_channels", "best_order", "in_this_order", "kept_score"]
 
 # Scores |normal| times log-normal columns, 2:4, one core. 4096x11008: slabs of 128, 4 sweeps, 26 s of CPU, 1.80 % more;
-# slabs of 256, 4 sweeps, 1.83 %; of 512, 1 sweep, 1.80 %, 2 sweeps, 1.84 %; dealt out only, 1.41 %. 512x1024, slabs of all,
-# 1, 2, 4 and 8 sweeps: 1.89, 1.98, 2.02 and 2.03 %.
+# slabs of 256, 4 sweeps, 1.83 %; of 512, 1 sweep, 1.80 %, 2 sweeps, 1.84 %; dealt out only, 1.41 %. 512x1024, all at
+# once, 1, 2, 4 and 8 sweeps: 1.89, 1.98, 2.02 and 2.03 %.
 _SLAB = 128  # groups that exchange a channel at once
 _SWEEPS = 4
 _LEAST = 1e-5  # of what thresholds and channels differ by: less is rounding, or not worth another sweep
