@@ -41,8 +41,18 @@ class Entry:
         return self.formula.rpartition(":")[2]
 
 
+_LLAMA = "llama of 0.5 million parameters, WikiText-2 and PTB, at 0.5, 0.6, 0.7 and 2:4, one core"
+
 CATALOGUE: dict[str, Entry] = {
     "alps_dense": Entry(
         "layer:abs(W)*X", "not found but published: Meng et al. 2024, with the fit to the dense model", "admm", "dense"
     ),
-}
+    "fisher_dense": Entry("layer:W**1.928*F", f"{_LLAMA}, 14 minutes, seed 1", "admm", "dense"),
+    "fisher_growth_dense": Entry(
+        "layer:W**2.928*F*(G+X/400)/sqrt(rownorm(W))", f"{_LLAMA}, 16 minutes, seed 2", "admm", "dense"
+    ),
+    "growth_dense": Entry(
+        "layer:colnorm(W)*W**2.096*(G+X/400)**1.922*(G+X**0.667/400)**0.2453", f"{_LLAMA}, 18 minutes, seed 1",
+        "admm", "dense",
+    ),
+}  # fmt: skip

@@ -75,15 +75,15 @@ def one_shot(model: Model, text: Path, metric: str, target: str, update: str = "
 @contextmanager
 def seen_statistics(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, LayerStatistics]]:
     """What each layer is pruned with, by name."""
-    original = protocol._prune_layer
+    original = protocol.prune_layer
     found: dict[str, LayerStatistics] = {}
 
-    def spy(layer: Any, weight: Tensor, rule: Rule, statistics: LayerStatistics) -> Tensor:
+    def spy(layer: Any, weight: Tensor, rule: Rule, statistics: LayerStatistics, *rest: Any) -> Any:
         found[layer.name] = statistics
-        return original(layer, weight, rule, statistics)
+        return original(layer, weight, rule, statistics, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(protocol, "_prune_layer", spy)
+        patch.setattr(protocol, "prune_layer", spy)
         yield found
 
 

@@ -45,6 +45,7 @@ _UNKNOWN = 4.0  # times the others, what the first row of another updater is tho
 class BenchRow:
     """One pruned model: perplexity by text name, the sparsity reached, and the seconds pruning took.
 
+    `permuted` says whether inputs of any layer are in another order than the model's, so that N:M keeps more there.
     `error` says why a metric could not be applied at this target; its perplexities are infinite then.
     """
 
@@ -57,6 +58,7 @@ class BenchRow:
     sparsity: float
     error: str | None = None
     fit: str = "own"
+    permuted: bool = False
 
 
 class BenchListener(Listener):
@@ -77,6 +79,7 @@ def bench_rows(
     deadline: Deadline | None = None,
     first: bool = True,
     fit: str = "own",
+    permute: bool = False,
 ) -> Iterator[BenchRow]:
     """One row for each distinct (metric, target); one that fails costs the others nothing.
 
@@ -96,7 +99,9 @@ def bench_rows(
         except GpmetricError as error:
             failure = error
         pairs = {
-            (target.text, metric.name): Rule(metric, target, update, fit) for target in targets for metric in alike
+            (target.text, metric.name): Rule(metric, target, update, fit, permute and target.group > 0)
+            for target in targets
+            for metric in alike
         }
         rules = list(pairs.values())
         for start in range(0, len(rules), together):
@@ -137,7 +142,9 @@ def _rows(protocol: Protocol, rules: Sequence[Rule], failure: GpmetricError | No
         assert isinstance(rule.plan, Target)
         told = None if one.error is None else str(one.error)
         formula, fit = str(metric.expression), "dense" if rule.follows_dense and not protocol.one_shot else "own"
-        yield BenchRow(metric.name, rule.plan.text, update, formula, ppl, one.seconds, one.sparsity, told, fit)
+        yield BenchRow(
+            metric.name, rule.plan.text, update, formula, ppl, one.seconds, one.sparsity, told, fit, one.permuted > 0
+        )
 
 
 def bench_work(session: Session) -> Work:
@@ -148,7 +155,7 @@ def bench_work(session: Session) -> Work:
     metrics = [session.metric(text) for text in request.metrics]
     rules = len(metrics) * len(set(request.target))
     texts = sum(part.tokens.numel() for part in session.evaluated)
-    return protocol.work(metrics, request.update, fit=request.fit, rules=rules, texts=texts)
+    return protocol.work(metrics, request.update, fit=request.fit, rules=rules, texts=texts, permute=request.permute)
 
 
 def run_bench(
@@ -205,7 +212,7 @@ def _bench_model(
     told.dense(dense)
     document |= _described(session, request) | {"dense": dense, "results": []}
     order = {(target.text, metric.name): place for place, (target, metric) in enumerate(product(targets, metrics))}
-    for row in bench_rows(protocol, metrics, targets, request.update, deadline, first, request.fit):
+    for row in bench_rows(protocol, metrics, targets, request.update, deadline, first, request.fit, request.permute):
         told.row(row)
         document["results"].append(asdict(row))
         document["results"].sort(key=lambda one: order[one["target"], one["metric"]])

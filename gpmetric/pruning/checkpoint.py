@@ -7,6 +7,7 @@ dtype. The manifest, `gpmetric_manifest.json`, says what was pruned, how, and fr
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from gpmetric import slim_models
+from gpmetric.blockwise.couplings import Move, in_order
 from gpmetric.errors import GpmetricError
 from gpmetric.files import finite, write_text
 from gpmetric.models import Layer, Model
@@ -91,21 +93,24 @@ class CheckpointWriter:
             os.replace(partial, self._folder / path.name)
         return bool(missing)
 
-    def write_layer(self, layer: Layer, pruned: Tensor | None) -> dict[str, Any]:
+    def write_layer(self, layer: Layer, pruned: Tensor | None, moves: Sequence[Move] = ()) -> dict[str, Any]:
         """Puts a layer's numbers in their place, and returns what the manifest says of it.
 
         Args:
             layer: of the model.
-            pruned: [out, in], on any device; None where the layer is left alone.
+            pruned: [out, in], on any device, in the order of the model; None where the layer is left alone.
+            moves: of its block; those of the layer's weight are made.
         """
         file, name = self._stored[layer.name]
         written = file[name]
         before = _zeros(written)
+        axes = [(move.order, move.parameters.get(f"{layer.name}.weight")) for move in moves]
         if pruned is not None:
             written = self._written(written, layer, pruned)
-            for shard in self._shards.values():
-                if name in shard.places:  # the copy has the same places
-                    TensorFile(self._folder / shard.path.name).write(name, written)
+        for order, axis in axes:
+            written = written if axis is None else in_order(written, order, axis)
+        if pruned is not None or any(axis is not None for _, axis in axes):
+            self._write(name, written)
         rule, zeros = self._rules[layer.name], _zeros(written)
         return {
             "name": layer.name,
@@ -119,6 +124,33 @@ class CheckpointWriter:
             "zeros_before": before,
             "sparsity": zeros / written.numel(),
         }
+
+    def write_moves(self, moves: Sequence[Move], layers: Sequence[Layer]) -> list[dict[str, Any]]:
+        """Puts tensors that are moved in their place, but for weights of layers, and returns what the manifest says.
+
+        Args:
+            moves: of a block.
+            layers: of the model; `write_layer` is called for each.
+
+        Raises:
+            GpmetricError: the checkpoint stores such a tensor under another name.
+        """
+        written = {f"{layer.name}.weight" for layer in layers}
+        stored = functools.partial(_stored_name, self._model, self._places)
+        for full in dict.fromkeys(name for move in moves for name in move.parameters):
+            if full not in written:
+                name = stored(full)
+                value = self._places[name][name]
+                for move in moves:
+                    value = in_order(value, move.order, move.parameters[full]) if full in move.parameters else value
+                self._write(name, value)
+        return [
+            {
+                "order": " ".join(map(str, move.order.tolist())),
+                "tensors": {stored(full): axis for full, axis in move.parameters.items()},
+            }
+            for move in moves
+        ]
 
     def finish(
         self, made: dict[str, Any], layers: Sequence[Mapping[str, Any]], others: Mapping[str, str] = {}
@@ -149,6 +181,12 @@ class CheckpointWriter:
         write_text(self._folder / MANIFEST, json.dumps(finite(manifest), indent=1, allow_nan=False) + "\n")
         return manifest
 
+    def _write(self, name: str, value: Tensor) -> None:
+        """Puts other numbers in the place of a tensor of the copies, which have the same places."""
+        for shard in self._shards.values():
+            if name in shard.places:
+                TensorFile(self._folder / shard.path.name).write(name, value)
+
     def _written(self, stored: Tensor, layer: Layer, pruned: Tensor) -> Tensor:
         """A layer's weight as its file holds it: the dense numbers masked in place, or the updated ones, rounded."""
         if not self._update:
@@ -166,12 +204,18 @@ def stored_layers(model: Model) -> dict[str, tuple[TensorFile, str]]:
     places = tensors(model.folder)
     found = {}
     for layer in model.layers:
-        full = f"{layer.name}.weight"
-        names = [name for name in (full, full.removeprefix(f"{model.module.base_model_prefix}.")) if name in places]
-        if not names:
-            raise GpmetricError(f"the checkpoint of {model.name!r} stores layer {layer.name} under another name")
-        found[layer.name] = places[names[0]], names[0]
+        name = _stored_name(model, places, f"{layer.name}.weight")
+        found[layer.name] = places[name], name
     return found
+
+
+def _stored_name(model: Model, places: Mapping[str, TensorFile], full: str) -> str:
+    """What the checkpoint calls a parameter."""
+    names = [name for name in (full, full.removeprefix(f"{model.module.base_model_prefix}.")) if name in places]
+    if not names:
+        layer = full.removesuffix(".weight")
+        raise GpmetricError(f"the checkpoint of {model.name!r} stores layer {layer} under another name")
+    return names[0]
 
 
 def _zeros(values: Tensor) -> int:

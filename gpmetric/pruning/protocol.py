@@ -10,13 +10,14 @@ import math
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gpmetric.blockwise.couplings import Coupling, Move, find_couplings
 from gpmetric.blockwise.hidden import Hidden
 from gpmetric.blockwise.replay import record_calls
 from gpmetric.calibration.accumulators import LayerStatistics
@@ -28,11 +29,11 @@ from gpmetric.evaluation.perplexity import batches, mean_of, sum_loss
 from gpmetric.metrics import Metric
 from gpmetric.models import Layer, Model
 from gpmetric.operands import is_regional, needs_gradients
-from gpmetric.pruning.allocation import Allocation
 from gpmetric.pruning.block_fit import fit_block
 from gpmetric.pruning.dense_fit import dense_goal
 from gpmetric.pruning.protocol_work import protocol_work, shared_statistics
-from gpmetric.pruning.updaters import Updater, fit_of, needed_statistics, resolve_target, updater_of
+from gpmetric.pruning.rule import Rule, prune_layer, told_where
+from gpmetric.pruning.updaters import needed_statistics, updater_of
 from gpmetric.session.session import Progress, Session
 from gpmetric.session.work import Work
 from gpmetric.targets import Target
@@ -41,46 +42,17 @@ __all__ = ["Measured", "Protocol", "Rule", "Walk", "check_targets"]
 
 
 @dataclass(frozen=True)
-class Rule:
-    """How a model is pruned.
-
-    Attributes:
-        metric: what scores the weights.
-        plan: a target of all layers, or an allocation that names each; a layer whose sparsity is 0 is left alone.
-        update: what happens to the weights that stay, unless that is part of the metric.
-        fit: a key of FITS: what they are fitted to, where they change and unless that is part of the metric; one-shot,
-            it makes no difference.
-    """
-
-    metric: Metric
-    plan: Target | Allocation
-    update: str = "none"
-    fit: str = "own"
-
-    @property
-    def follows_dense(self) -> bool:
-        """Whether kept weights are fitted to what the dense model gives."""
-        return fit_of(self.metric, self.update, self.fit) == "dense"
-
-    @property
-    def updater(self) -> Updater:
-        """What prunes the layers, and what follows it."""
-        return updater_of(self.metric, self.update)
-
-    def target(self, layer: str) -> Target:
-        """What a layer is pruned to, comparison group included."""
-        asked = self.plan.targets[layer] if isinstance(self.plan, Allocation) else self.plan
-        return resolve_target(asked, self.metric, self.update)
-
-
-@dataclass(frozen=True)
 class Measured:
-    """One pruned model: mean loss on each text, sparsity reached, seconds pruning took; or why there is none."""
+    """One pruned model: mean loss on each text, sparsity reached, seconds pruning took; or why there is none.
+
+    `permuted` counts the layers whose columns were put in another order.
+    """
 
     losses: list[float]
     sparsity: float
     seconds: float
     error: GpmetricError | None = None
+    permuted: int = 0
 
 
 class Protocol:
@@ -101,9 +73,9 @@ class Protocol:
         """Names of the dense model's statistics that these metrics share."""
         return shared_statistics(metrics, update, one_shot=self.one_shot)
 
-    def work(self, metrics: Sequence[Metric], update: str, *, fit: str = "own", rules: int = 1, texts: int = 0) -> Work:
-        """What pruning by so many rules of these metrics takes; see `protocol_work`."""
-        return protocol_work(self.session, metrics, update, one_shot=self.one_shot, fit=fit, rules=rules, texts=texts)
+    def work(self, metrics: Sequence[Metric], update: str, **more: Any) -> Work:
+        """What pruning by rules of these metrics takes; more of them as of `protocol_work`."""
+        return protocol_work(self.session, metrics, update, one_shot=self.one_shot, **more)
 
     def prepare(self, metrics: Sequence[Metric], update: str, folder: Path | None = None) -> None:
         """Collects what these metrics share, so that the seconds of each are its own.
@@ -153,6 +125,8 @@ class _Branch:
     rule: Rule
     calibration: Hidden | None  # under the sequential protocol
     texts: list[Hidden]
+    moves: list[Move] = field(default_factory=list)  # of the block that was passed last
+    permuted: int = 0
     zeros: int = 0
     seconds: float = 0.0
     error: GpmetricError | None = None
@@ -223,12 +197,16 @@ class Walk:
     def _step(self, index: int) -> list[dict[str, Tensor]]:
         """Moves all rules past a block."""
         with self._model.at_hand(index):
-            dense = self._dense(index)
-            pruned = [self._through(branch, index, dense) for branch in self._branches]
+            dense, couplings = self._dense(index), self._couplings(index)
+            pruned = [self._through(branch, index, dense, couplings) for branch in self._branches]
             if self._dense_states is not None and index + 1 < len(self._model.blocks):
                 self._dense_states.advance(index)
         self._next = index + 1
         return pruned
+
+    def moves(self) -> list[list[Move]]:
+        """By rule, what is to be put in another order, so that N:M holds in the block that was passed last."""
+        return [branch.moves for branch in self._branches]
 
     def state(self) -> Mapping[str, Tensor]:
         """All that is needed to go on behind the last block: hidden states by rule, text and batch."""
@@ -265,7 +243,7 @@ class Walk:
                 for text, tokens in zip(branch.texts, self.tokens, strict=True)
             ]
             branch.close()
-            found.append(Measured(losses, branch.zeros / weights, branch.seconds))
+            found.append(Measured(losses, branch.zeros / weights, branch.seconds, permuted=branch.permuted))
         return found
 
     def _dense(self, index: int) -> dict[str, LayerStatistics]:
@@ -277,13 +255,22 @@ class Walk:
             return {}
         return {layer.name: dense.layers[layer.name] for layer in self._model.blocks[index].layers}
 
-    def _through(self, branch: _Branch, index: int, dense: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
+    def _couplings(self, index: int) -> Mapping[str, Coupling]:
+        """What can be put in another order in a block, by the layer that reads it; nothing where no rule asks."""
+        asking = [branch for branch in self._branches if branch.rule.permute and branch.error is None]
+        states = next((one for branch in asking for one in branch.hidden().values()), None)
+        return {} if states is None else find_couplings(states.calls, index, states[0])
+
+    def _through(
+        self, branch: _Branch, index: int, dense: Mapping[str, LayerStatistics], couplings: Mapping[str, Coupling]
+    ) -> dict[str, Tensor]:
         """Prunes a block by a rule, and moves the rule's hidden states through it."""
         if branch.error is not None:
             return {}
         block, start = self._model.blocks[index], time.perf_counter()
         try:
-            pruned = self._pruned(branch, index, dense)
+            branch.moves = []
+            pruned = self._pruned(branch, index, dense, couplings)
             if branch.rule.updater.fits_blocks:
                 pruned = self._block_fitted(branch, index, pruned)
         except (MaskError, SolverError) as error:
@@ -302,12 +289,14 @@ class Walk:
                 text.advance(index)
         return pruned
 
-    def _pruned(self, branch: _Branch, index: int, dense: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
+    def _pruned(
+        self, branch: _Branch, index: int, dense: Mapping[str, LayerStatistics], couplings: Mapping[str, Coupling]
+    ) -> dict[str, Tensor]:
         rule, block = branch.rule, self._model.blocks[index]
         collected: Mapping[str, LayerStatistics] = {}
         names = [name for name in needed_statistics([rule.metric], rule.update) if not needs_gradients([name])]
         if branch.calibration is not None and rule.follows_dense and rule.updater.solves:
-            return self._fitted(rule, index, branch.calibration, dense, names)
+            return self._fitted(branch, index, branch.calibration, dense, names, couplings)
         if branch.calibration is not None:
             collected = collect_block(branch.calibration.calls, index, branch.calibration, names)
         pruned = {}
@@ -317,15 +306,21 @@ class Walk:
             statistics = dense.get(layer.name, LayerStatistics())
             if branch.calibration is not None:
                 statistics = LayerStatistics(**statistics.gradients, **collected[layer.name].values)
-            pruned[layer.name] = _prune_layer(layer, layer.weight, rule, statistics)
+            pruned[layer.name] = self._layer(branch, layer, layer.weight, statistics, couplings)
         return pruned
 
     def _fitted(
-        self, rule: Rule, index: int, states: Hidden, dense: Mapping[str, LayerStatistics], names: Collection[str]
+        self,
+        branch: _Branch,
+        index: int,
+        states: Hidden,
+        dense: Mapping[str, LayerStatistics],
+        names: Collection[str],
+        couplings: Mapping[str, Coupling],
     ) -> dict[str, Tensor]:
         """The pruned weights of a block's layers, which make up for errors of those before them."""
         assert self._dense_states is not None
-        block, pruned = self._model.blocks[index], dict[str, Tensor]()
+        rule, block, pruned = branch.rule, self._model.blocks[index], dict[str, Tensor]()
         regional = collect_regional(states.calls, index, states, names)  # while the block is dense
         for layers in reading_order(states.calls, index, states):
             asked = [layer for layer in layers if rule.target(layer.name).sparsity]
@@ -336,9 +331,25 @@ class Walk:
             for layer in asked:
                 gradients = dense.get(layer.name, LayerStatistics()).gradients
                 statistics = LayerStatistics(**gradients, **regional[layer.name], **found.pop(layer.name).values)
-                with _told(rule, layer):
+                with told_where(rule, layer):
                     goal = dense_goal(layer.weight, statistics)
-                pruned[layer.name] = _prune_layer(layer, goal, rule, statistics)
+                pruned[layer.name] = self._layer(branch, layer, goal, statistics, couplings)
+        return pruned
+
+    def _layer(
+        self,
+        branch: _Branch,
+        layer: Layer,
+        weight: Tensor,
+        statistics: LayerStatistics,
+        couplings: Mapping[str, Coupling],
+    ) -> Tensor:
+        """The pruned weight [out, in] of a layer."""
+        coupling = couplings.get(layer.name)
+        pruned, channels = prune_layer(layer, weight, branch.rule, statistics, coupling)
+        if coupling is not None and channels is not None:
+            branch.moves += coupling.moves(channels)
+            branch.permuted += 1
         return pruned
 
     def _block_fitted(self, branch: _Branch, index: int, pruned: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -363,24 +374,6 @@ class Walk:
     def _rounded(self, layer: Layer, weight: Tensor) -> Tensor:
         dtype = self.stored.get(layer.name)
         return weight if dtype is None else weight.to(dtype)
-
-
-def _prune_layer(layer: Layer, weight: Tensor, rule: Rule, statistics: LayerStatistics) -> Tensor:
-    """The pruned weight [out, in] of a layer, in its dtype."""
-    updater = updater_of(rule.metric, rule.update)
-    with _told(rule, layer):
-        ((pruned,),) = updater.prune([weight], rule.metric, [rule.target(layer.name)], [statistics])
-    return pruned.to(layer.weight.dtype)
-
-
-@contextmanager
-def _told(rule: Rule, layer: Layer) -> Iterator[None]:
-    """Adds metric, target and layer to what is raised."""
-    try:
-        yield
-    except (MaskError, SolverError) as error:
-        told = f"metric {rule.metric.name} at {rule.target(layer.name).text}: {error} (layer {layer.name})"
-        raise type(error)(told) from error
 
 
 def check_targets(model: Model, targets: Collection[Target]) -> None:

@@ -21,7 +21,15 @@ def shared_statistics(metrics: Sequence[Metric], update: str, *, one_shot: bool)
 
 
 def protocol_work(
-    session: Session, metrics: Sequence[Metric], update: str, *, one_shot: bool, fit: str, rules: int, texts: int
+    session: Session,
+    metrics: Sequence[Metric],
+    update: str,
+    *,
+    one_shot: bool,
+    fit: str = "own",
+    rules: int = 1,
+    texts: int = 0,
+    permute: bool = False,
 ) -> Work:
     """What pruning a session's model by so many rules of these metrics takes, measured on so many tokens each.
 
@@ -44,6 +52,7 @@ def protocol_work(
         rules=rules,
         solves=any(one.solves for one in updaters),
         fits_blocks=fits,
+        permutes=permute,
         forward=texts + collected + rules * (each + PASSES * size * fits + texts),
         backward=size if gradients else 0,
         dtype=session.inputs.kept_dtype,

@@ -19,7 +19,7 @@ from gpmetric.pruning.checkpoint import CheckpointWriter, write_masks
 from gpmetric.pruning.output_folder import MANIFEST, check_folder, file_digest
 from gpmetric.pruning.protocol import Protocol, Rule, check_targets
 from gpmetric.pruning.recipe import Recipe, read_recipe
-from gpmetric.pruning.requests import PruneRequest, VerifyRequest
+from gpmetric.pruning.requests import PruneRequest, VerifyRequest, check_permute
 from gpmetric.pruning.unfinished import Record, Unfinished, is_begun, unfinished
 from gpmetric.pruning.verify import verify_files
 from gpmetric.session.deadline import Deadline
@@ -73,6 +73,8 @@ def run_prune(
     allocation = None if recipe is None else recipe.allocation
     if request.allocation is not None:
         allocation = read_allocation(request.allocation)
+    if request.permute:
+        check_permute([parse_target(request.target or "0.5")] if allocation is None else allocation.targets.values())
     read = (request.model, request.calibration, request.text, request.allocation, request.recipe)
     inputs = (*read, masks and masks.parent)
     needed = [Path(str(name)) for name in inputs if name is not None]
@@ -105,7 +107,7 @@ def run_prune(
         if masks is not None:
             write_masks(folder, manifest["layers"], masks)
         found = partial.record
-    result = {key: value for key, value in manifest.items() if key not in ("files", "tensors")}
+    result = {key: value for key, value in manifest.items() if key not in ("files", "tensors", "moves")}
     ended = {"output": str(folder), "dense": found.dense, "perplexity": found.verified, "seconds": found.seconds}
     return result | ended
 
@@ -150,12 +152,21 @@ def _write(
     session.forget()
     if record.manifest is None:
         ends = {"text": text.describe(), "dense": record.dense, "perplexity": record.perplexity}
+        if rule.permute:
+            ends |= _permuted(record, targets)
         writer.finish({**made, **ends}, record.layers, {} if recipe is None else {RECIPE: recipe.text or ""})
         partial.save(record := replace(record, manifest=file_digest(partial.files / MANIFEST)))
     if record.verified is None:
         if deadline.left < reading:
             raise TimeOverError(f"--minutes {deadline.minutes:g} are over, all being written but not verified yet")
         partial.save(replace(record, verified=_verified(partial.files, session, text, protocol.progress)))
+
+
+def _permuted(record: Record, targets: Mapping[str, Target]) -> dict[str, Any]:
+    """What the manifest says of orders: how many of the layers under N:M have their columns in another, and which."""
+    axes = {one["tensor"]: 0 if one["transposed"] else 1 for one in record.layers if targets[one["name"]].group}
+    moved = {name for move in record.moves for name, axis in move["tensors"].items() if axes.get(name) == axis}
+    return {"permuted": {"layers": len(moved), "of": len(axes)}, "moves": record.moves}
 
 
 def _verified(files: Path, session: Session, text: Windows, progress: Progress) -> float:
@@ -183,7 +194,7 @@ def _prune_blocks(
 ) -> Record:
     """Prunes and writes the blocks that are left and measures the pruned model; the record, saved now and then."""
     session = protocol.session
-    blocks, layers = session.model.blocks, list(record.layers)
+    blocks, layers, moves = session.model.blocks, list(record.layers), list(record.moves)
     placement = session.model.placement
     assert placement is not None
     if record.block:
@@ -196,12 +207,14 @@ def _prune_blocks(
         walk.restore(record.block, partial.state())
     before = deadline.now()
     for index, (pruned,) in walk:
-        layers += [writer.write_layer(layer, pruned.get(layer.name)) for layer in blocks[index].layers]
+        (moved,) = walk.moves()
+        layers += [writer.write_layer(layer, pruned.get(layer.name), moved) for layer in blocks[index].layers]
+        moves += writer.write_moves(moved, blocks[index].layers)
         told.progress("blocks", index + 1, len(blocks))
         before, spent = (now := deadline.now()), now - before
         over = deadline.left < spent  # the next one would not end in time
         if (partial.due or over) and index + 1 < len(blocks):
-            reached = replace(record, block=index + 1, batch=placement.batch_tokens, layers=list(layers))
+            reached = replace(record, block=index + 1, batch=placement.batch_tokens, layers=[*layers], moves=[*moves])
             partial.save(reached, walk.state())
             if over:
                 raise TimeOverError(f"--minutes {deadline.minutes:g} are over at block {index + 1} of {len(blocks)}")
@@ -209,7 +222,8 @@ def _prune_blocks(
     if measured.error is not None:
         raise measured.error
     ppl = perplexity(measured.losses[0])
-    partial.save(record := replace(record, block=len(blocks), layers=layers, seconds=measured.seconds, perplexity=ppl))
+    reached = replace(record, block=len(blocks), layers=layers, moves=moves)
+    partial.save(record := replace(reached, seconds=measured.seconds, perplexity=ppl))
     return record
 
 
@@ -219,7 +233,8 @@ def prune_work(session: Session) -> Work:
     assert isinstance(request, PruneRequest)
     protocol = Protocol(session, one_shot=request.one_shot)
     tokens = text.tokens.numel()
-    work = protocol.work([session.metric(request.metric)], request.update, fit=request.fit, texts=tokens)
+    metric = session.metric(request.metric)
+    work = protocol.work([metric], request.update, fit=request.fit, texts=tokens, permute=request.permute)
     assert session.model.folder is not None
     files = sum(path.stat().st_size for path in session.model.folder.glob("*.safetensors"))
     return replace(work, resident=False, cached=True, disk=files, forward=work.forward + tokens)
@@ -231,9 +246,9 @@ def _rule(session: Session, request: PruneRequest, allocation: Allocation | None
     target = parse_target(request.target or "0.5")
     if allocation is None:
         check_targets(session.model, [target])
-        return Rule(metric, target, request.update, request.fit)
+        return Rule(metric, target, request.update, request.fit, request.permute)
     check_allocation(session.model.layers, allocation, target.resolved(metric.granularity) if request.target else None)
-    return Rule(metric, allocation, request.update, request.fit)
+    return Rule(metric, allocation, request.update, request.fit, request.permute)
 
 
 def _identity(session: Session, made: Mapping[str, Any], targets: Mapping[str, Target]) -> dict[str, Any]:
@@ -278,4 +293,5 @@ def _made(
         "protocol": "one-shot" if request.one_shot else "sequential",
         "calibration": session.windows["calibration"].describe(),
     }
+    made |= {"permute": True} if rule.permute else {}
     return made if recipe is None else made | {"recipe": _named(request.recipe, recipe.digest)}

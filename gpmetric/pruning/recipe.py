@@ -56,6 +56,7 @@ class Recipe:
     include: str | None = None
     exclude: str | None = None
     allocation: Allocation | None = None
+    permute: bool = False
     text: str | None = field(default=None, compare=False)
 
     @property
@@ -83,6 +84,7 @@ class _File(BaseModel):
     target: str
     update: str = "none"
     fit: str = "own"
+    permute: bool = False
     samples: Annotated[int, Field(ge=1)] = 128
     sequence_length: Annotated[int, Field(ge=2)] | None = None
     shuffle: bool = False

@@ -13,11 +13,11 @@ from gpmetric.metrics import BASELINES, Metric, resolve_metric
 from gpmetric.options import Option
 from gpmetric.pruning.updaters import FITS, UPDATERS, updater_of
 from gpmetric.session.inputs import DEVICES, Inputs, Limits, Texts
-from gpmetric.targets import parse_target, plain_granularities
+from gpmetric.targets import Target, parse_target, plain_granularities
 
 __all__ = [
-    "BESIDE", "FIT", "METRIC", "MODELS", "UPDATE", "BenchRequest", "CatalogueRequest", "PruneRequest", "VerifyRequest",
-    "check_fit", "target_option",
+    "BESIDE", "FIT", "METRIC", "MODELS", "PERMUTE", "UPDATE", "BenchRequest", "CatalogueRequest", "PruneRequest",
+    "VerifyRequest", "check_fit", "check_permute", "target_option",
 ]  # fmt: skip
 
 METRIC = Option(f"{', '.join(BASELINES)}, {PREFIX}:NAME, or a formula.")
@@ -26,6 +26,9 @@ UPDATE = Option("Kept weights: {choices}.", choices=UPDATERS)
 FIT = Option(
     "What kept weights are fitted to where they change: their layer's own outputs, or the dense model's. {choices}.",
     choices=FITS,
+)
+PERMUTE = Option(
+    "Under N:M, put MLP channels and values of heads in an order that keeps more of the scores.", names=("--permute",)
 )
 ONE_SHOT = Option("Dense statistics everywhere, or block after pruned block.", names=("--one-shot/--sequential",))
 OUTPUT = Option("Folder to write.", metavar="DIR", names=("--output", "-o"), writes="folder")
@@ -58,6 +61,18 @@ def check_fit(fit: str, metrics: Iterable[Metric], update: str, *, one_shot: boo
         raise InputError(f"--fit {fit} is of weights that change: take --update {solving}")
 
 
+def check_permute(targets: Iterable[Target]) -> None:
+    """Refuses an order of inputs where it would make no difference: none of the targets is N:M.
+
+    Raises:
+        InputError: naming the targets.
+    """
+    asked = list(targets)
+    if not any(target.group for target in asked):
+        named = ", ".join(dict.fromkeys(target.text for target in asked[:3]))
+        raise InputError(f"--permute orders inputs for N:M; --target {named} is not N:M: take 2:4, for instance")
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchRequest(Inputs):
     """Everything `gpmetric bench` can be asked for."""
@@ -68,13 +83,15 @@ class BenchRequest(Inputs):
     target: Annotated[tuple[str, ...], target_option("may be repeated. 0.5 by default.")] = ("0.5",)
     update: Annotated[str, UPDATE] = "none"
     fit: Annotated[str, FIT] = "own"
+    permute: Annotated[bool, PERMUTE] = False
     one_shot: Annotated[bool, ONE_SHOT] = False
 
     def check(self) -> None:
         super().check()
         check_fit(self.fit, [resolve_metric(name) for name in self.metrics], self.update, one_shot=self.one_shot)
-        for text in self.target:
-            parse_target(text)
+        targets = [parse_target(text) for text in self.target]
+        if self.permute:
+            check_permute(targets)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -131,6 +148,7 @@ class PruneRequest(Inputs):
     ] = None
     update: Annotated[str, UPDATE] = "none"
     fit: Annotated[str, FIT] = "own"
+    permute: Annotated[bool, PERMUTE] = False
     recipe: Annotated[
         Path | None,
         Option("A recipe.toml of gpmetric tune, instead of all that it says.", metavar="FILE", reads=True),
@@ -168,8 +186,9 @@ class PruneRequest(Inputs):
         if self.output is None:
             raise InputError("--output (-o) DIR is needed")
         check_fit(self.fit, [resolve_metric(self.metric)], self.update, one_shot=self.one_shot)
-        if self.target is not None:
-            parse_target(self.target)
+        target = parse_target(self.target or "0.5")
+        if self.permute and self.allocation is None and self.recipe is None:
+            check_permute([target])
 
     @property
     def texts(self) -> Texts:

@@ -49,6 +49,7 @@ class Record:
         block: number of the first block that is not pruned yet.
         batch: tokens of a forward pass, by which hidden states are saved.
         layers: what the manifest says of the layers before it.
+        moves: what the manifest says of tensors of those blocks that are in another order.
         seconds: that pruning took, once all blocks are pruned, since it was last gone on with.
         perplexity: of the pruned model, once all blocks are.
         manifest: sha256 of the manifest, once all files are written.
@@ -59,6 +60,7 @@ class Record:
     block: int = 0
     batch: int = 0
     layers: list[dict[str, Any]] = field(default_factory=list)
+    moves: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     perplexity: float | None = None
     manifest: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -11,6 +11,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from torch import Tensor
 
+from gpmetric.blockwise.couplings import in_order
 from gpmetric.data import split_text
 from gpmetric.errors import DataError, GpmetricError, InputError
 from gpmetric.evaluation.perplexity import perplexity
@@ -30,6 +31,7 @@ from gpmetric.session.session import Listener, Progress
 from gpmetric.session.splits import PARTS, open_text, read_windows
 from gpmetric.session.work import Work
 from gpmetric.targets import Target, parse_target
+from gpmetric.tensor_file import TensorFile
 
 __all__ = ["first_problem", "run_verify", "verify", "verify_files"]
 
@@ -71,6 +73,13 @@ class _Width(BaseModel):
     mlp_bias: bool
 
 
+class _Move(BaseModel):
+    """Tensors of which an axis has another order than in the dense model."""
+
+    order: str
+    tensors: dict[str, Literal[0, 1]]
+
+
 class _Manifest(BaseModel):
     """What is read of a manifest; the last two are those of `slim`."""
 
@@ -86,6 +95,7 @@ class _Manifest(BaseModel):
     layers: list[_Layer]
     tensors: list[str]
     files: dict[str, str]
+    moves: list[_Move] = []
     parameters_after: Count | None = None
     widths: list[_Width] | None = None
 
@@ -313,12 +323,36 @@ def _differences(folder: Path, manifest: _Manifest, dense: Path) -> Iterator[str
             kinds = [f"{one.dtype} {list(one.shape)}" for one in (mine, other)]
             yield f"tensor {name} is {kinds[0]}, in {str(dense)!r} {kinds[1]}"
             continue
-        pairs = zip(file.pieces(name), there[name].pieces(name), strict=True)
+        moves = [(move.order, move.tensors[name]) for move in manifest.moves if name in move.tensors]
+        try:
+            pairs = _pairs(file, there[name], name, moves)
+        except (ValueError, IndexError) as error:
+            yield f"tensor {name} cannot have the order that the manifest says: {error}"
+            continue
         masked = name in layers and _only_masked(manifest, layers[name])
         if name not in layers and not all(torch.equal(*pair) for pair in pairs):
             yield f"tensor {name} is not that of {str(dense)!r}, though it was not pruned"
         elif masked and not all(torch.equal(found, was.masked_fill_(found == 0, 0)) for found, was in pairs):
             yield f"weights of layer {layers[name].name} that were kept are not those of {str(dense)!r}"
+
+
+def _pairs(
+    file: TensorFile, dense: TensorFile, name: str, moves: Sequence[tuple[str, int]]
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """A tensor beside that of the dense model, piece by piece; as a whole where some axes have another order.
+
+    Raises:
+        ValueError, IndexError: an order is none of its axis.
+    """
+    if not moves:
+        return zip(file.pieces(name), dense.pieces(name), strict=True)
+    value = dense[name]
+    for text, axis in moves:
+        order = torch.tensor([int(one) for one in text.split()])
+        if sorted(order.tolist()) != list(range(value.shape[axis])):
+            raise ValueError(f"not each of {value.shape[axis]} is in it once")
+        value = in_order(value, order, axis)
+    return [(file[name], value)]
 
 
 def _only_masked(manifest: _Manifest, layer: _Layer) -> bool:

@@ -320,7 +320,11 @@ class _Sizes:
         inputs = 4 * max(layer.weight.shape[1] for layer in self.model.layers) ** 2
         pairs = {"D", GRAM} & (self.work.block | self.work.dense)
         copies = 4 + 7 * (self.work.solved - 1) if self.work.solves else 0
-        return (4 + copies) * self.widest + (4 * inputs if pairs else 0)
+        solving = (4 + copies) * self.widest + (4 * inputs if pairs else 0)
+        if not self.work.permutes:
+            return solving
+        names = _accumulated(self.work.block | self.work.dense)
+        return solving + self.widest + max(self._statistics(names, [layer]) for layer in self.model.layers)
 
     def seconds(self, plan: Plan) -> float:
         """Of the passes, by the speed of one product of matrices here, and of reading weights where they are read."""

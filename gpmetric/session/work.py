@@ -28,6 +28,7 @@ class Work:
         solves: whether a solver updates kept weights.
         solved: pruned copies of a weight that it makes at once.
         fits_blocks: whether kept weights learn to give what their dense block gives.
+        permutes: whether a layer and its statistics are copied in another order.
         kept: bytes kept besides where there is room, of the dense model's predictions for instance.
         fixed: bytes kept besides in any case.
         per_weight: bytes kept of every prunable weight besides.
@@ -56,6 +57,7 @@ class Work:
     solves: bool = False
     solved: int = 1
     fits_blocks: bool = False
+    permutes: bool = False
     kept: int = 0
     fixed: int = 0
     per_weight: int = 0

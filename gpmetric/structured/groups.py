@@ -14,59 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpmetric.blockwise.families import (
+    FAMILIES,
+    Family,
+    Features,
+    Place,
+    attention_features,
+    mlp_features,
+    read_features,
+)
 from gpmetric.errors import InputError, ModelError
 from gpmetric.models import Model
 from gpmetric.structured.request import UNIT_KINDS
 
-__all__ = ["FAMILIES", "SUBLAYERS", "Family", "Groups", "Place", "Sublayer", "SublayerKind", "find_groups"]
-
-Features = tuple[dict[str, Tensor], Tensor]  # `rows` and `columns` of a sublayer
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a sublayer is: attributes of a block, of it and of the norm before it; its own, of its output layer."""
-
-    module: str
-    norm: str
-    output: str
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where the layers are in a block of an architecture.
-
-    Attributes:
-        places: by sublayer, a key of SUBLAYERS.
-        queries, keys: attributes of the attention that write its inner features, heads by heads and key/value group by
-            group; `fused` holds queries, keys and values one after the other instead.
-        inputs: attributes of the MLP that write its channels.
-    """
-
-    places: Mapping[str, Place]
-    inputs: tuple[str, ...]
-    queries: tuple[str, ...] = ()
-    keys: tuple[str, ...] = ()
-    fused: str | None = None
-
-
-_LLAMA = Family(
-    {
-        "attention": Place("self_attn", "input_layernorm", "o_proj"),
-        "mlp": Place("mlp", "post_attention_layernorm", "down_proj"),
-    },
-    inputs=("gate_proj", "up_proj"),
-    queries=("q_proj",),
-    keys=("k_proj", "v_proj"),
-)
-_GPT2 = Family(
-    {"attention": Place("attn", "ln_1", "c_proj"), "mlp": Place("mlp", "ln_2", "c_proj")},
-    inputs=("c_fc",),
-    fused="c_attn",
-)
-
-# model_type of a config -> where its layers are
-FAMILIES: Mapping[str, Family] = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gpt2": _GPT2}
+__all__ = ["SUBLAYERS", "Groups", "Sublayer", "SublayerKind", "find_groups"]
 
 
 @dataclass(frozen=True)
@@ -79,29 +40,10 @@ class SublayerKind:
     attends: bool = False  # mixes tokens: its scores have a cost, its place in the cache stays, FLAP squares its scores
 
 
-def _attention_features(family: Family, attention: Any) -> Features:
-    size = attention.head_dim
-    if family.fused is not None:
-        heads, per_group = attention.num_heads, size
-        rows = {family.fused: torch.arange(3 * heads * size).view(3, heads, size)}
-    else:
-        heads = getattr(attention, family.keys[0]).out_features // size
-        per_group = size * attention.num_key_value_groups
-        rows = {name: torch.arange(heads * per_group).view(1, heads, per_group) for name in family.queries}
-        rows |= {name: torch.arange(heads * size).view(1, heads, size) for name in family.keys}
-    return rows, torch.arange(heads * per_group).view(heads, per_group)
-
-
-def _mlp_features(family: Family, mlp: Any) -> Features:
-    channels = _read_features(getattr(mlp, family.places["mlp"].output))
-    rows = {name: torch.arange(channels).view(1, channels, 1) for name in family.inputs}
-    return rows, torch.arange(channels).view(channels, 1)
-
-
 # in the order in which a block computes them
 SUBLAYERS: dict[str, SublayerKind] = {
-    "attention": SublayerKind("heads", "attention_bias", _attention_features, attends=True),
-    "mlp": SublayerKind("channels", "mlp_bias", _mlp_features),
+    "attention": SublayerKind("heads", "attention_bias", attention_features, attends=True),
+    "mlp": SublayerKind("channels", "mlp_bias", mlp_features),
 }
 
 
@@ -220,14 +162,9 @@ def _sublayer(family: Family, index: int, block: Any, name: str, unit: str) -> S
     rows = {layer: one.reshape(len(one), -1, together * one.shape[2]) for layer, one in rows.items()}
     columns = columns.reshape(-1, together * columns.shape[1])
     output = getattr(module, place.output)
-    cost = columns.shape[1] * output.weight.numel() // _read_features(output)
+    cost = columns.shape[1] * output.weight.numel() // read_features(output)
     for attribute, features in rows.items():
         layer = getattr(module, attribute)
-        cost += features.shape[0] * features.shape[2] * (_read_features(layer) + (layer.bias is not None))
+        cost += features.shape[0] * features.shape[2] * (read_features(layer) + (layer.bias is not None))
     whole = sum(one.numel() for owner in (module, getattr(block, place.norm)) for one in owner.parameters())
     return Sublayer(index, name, unit, place, module, rows, columns, cost, whole - len(columns) * cost)
-
-
-def _read_features(layer: Any) -> int:
-    """Input features of a Linear or a Conv1D."""
-    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.nx)

@@ -36,7 +36,8 @@ def needs_of(plan: Mapping[str, Any]) -> str:
 def recipe_name(recipe: Mapping[str, Any]) -> str:
     """A recipe in a few words."""
     fit = ", fit dense" if recipe["fit"] == "dense" else ""
-    return f"{recipe['metric']} ({recipe['update']}{fit}{', allocated' * ('allocation' in recipe)})"
+    more = f"{', allocated' * ('allocation' in recipe)}{', permuted' * bool(recipe.get('permute'))}"
+    return f"{recipe['metric']} ({recipe['update']}{fit}{more})"
 
 
 def duration(seconds: float) -> str:

@@ -334,6 +334,8 @@ def print_prune(console: Console, result: Mapping[str, Any], request: Request) -
     sparsity = f"{result['sparsity']:.4f} of {len(result['layers'])} layers zero"
     if result["allocation"]:
         sparsity += f", allocated by {result['allocation']['file']}"
+    if "permuted" in result:
+        sparsity += f", inputs of {result['permuted']['layers']} of {result['permuted']['of']} N:M layers permuted"
     figures = f"perplexity {result['perplexity']:.4f}, dense {result['dense']:.4f}, on {result['text']['text']}"
     console.print(Text(f"{result['output']}: {sparsity}; {figures}; verified"), soft_wrap=True)
 

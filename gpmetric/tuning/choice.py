@@ -104,9 +104,11 @@ class Choice:
         tried = methods(plain, self.request.metric)
         formulas = self._evolved(each, min(ends["formulas"], ends["methods"] - _RUNGS * each * (len(tried) + _EVOLVED)))
         self._halve("metrics and updates", methods(plain, [*self.request.metric, *formulas]), ends["methods"])
-        if not parse_target(self.request.target).group:  # patterns are the same everywhere
+        if parse_target(self.request.target).group:  # patterns are the same everywhere, but channels can change places
+            self._try("channels in another order", replace(self.best.recipe, permute=True), ends["allocations"])
+        else:
             self._allocate(each, ends["allocations"])
-        self._fit_blocks(end)
+        self._try("rounds over whole blocks", with_rounds(self.best.recipe), end)
         self._compare(plain)
         return self.best
 
@@ -183,15 +185,12 @@ class Choice:
         if here:
             self._take(self._measure([replace(recipe, allocation=directions.allocation(here))]))
 
-    def _fit_blocks(self, until: float) -> None:
-        """The best with rounds over whole blocks behind it."""
-        assert self.best is not None
-        if (recipe := with_rounds(self.best.recipe)) is None:
-            return
-        self.told.step("rounds over whole blocks")
+    def _try(self, what: str, recipe: Recipe, until: float) -> None:
+        """One recipe on all windows, if there is time."""
+        self.told.step(what)
         found = self._measure([recipe], 1.0, until)
         if not found:
-            self._cut("rounds over whole blocks")
+            self._cut(what)
         self._take(found)
 
     def _compare(self, plain: Recipe) -> None:

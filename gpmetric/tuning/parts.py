@@ -59,11 +59,11 @@ def spelled_out(recipe: Recipe) -> Recipe:
     return replace(recipe, metric=recipe.metric if metric.update is None else _formula(metric), update=update, fit=fit)
 
 
-def with_rounds(recipe: Recipe) -> Recipe | None:
-    """The recipe with rounds over whole blocks behind its update; None where it has them."""
+def with_rounds(recipe: Recipe) -> Recipe:
+    """The recipe with rounds over whole blocks behind its update."""
     recipe = spelled_out(recipe)
     name = "block" if recipe.update == "none" else f"{recipe.update}+block"
-    return replace(recipe, update=name) if name in UPDATERS else None
+    return replace(recipe, update=name) if name in UPDATERS else recipe  # it has them
 
 
 def without(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
@@ -75,6 +75,8 @@ def without(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         yield f"metric ({published.name} in its place)", replace(recipe, metric=_formula(published))
     if recipe.allocation is not None:
         yield "allocation (all alike)", replace(recipe, allocation=None)
+    if recipe.permute:
+        yield "channels in another order", replace(recipe, permute=False)
     if recipe.fit == "dense":
         yield "fit to the dense model (to own outputs)", replace(recipe, fit="own")
     if rounds:

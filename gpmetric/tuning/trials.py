@@ -61,7 +61,7 @@ def key_of(recipe: Recipe) -> str:
 def rule_of(session: Session, recipe: Recipe) -> Rule:
     """How a session's model is pruned by it."""
     plan = recipe.allocation or parse_target(recipe.target)
-    return Rule(session.metric(recipe.metric), plan, recipe.update, recipe.fit)
+    return Rule(session.metric(recipe.metric), plan, recipe.update, recipe.fit, recipe.permute)
 
 
 @dataclass
