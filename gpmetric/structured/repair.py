@@ -39,7 +39,7 @@ class Repairer:
         self._weights = [one.weight for one in groups.sublayers]  # of the dense model, whatever becomes of it
         self._biases = [None if one.output.bias is None else one.output.bias.data for one in groups.sublayers]
         self._may = [kind != "none" and (add_bias or bias is not None) for bias in self._biases]
-        self._covariances = [self._covariance(index) for index in range(len(features) * (kind == "least-squares"))]
+        self._crossed = [self._cross(index) for index in range(len(features) * (kind == "least-squares"))]
 
     def damped(self, damping: float) -> Repairer:
         """The same with another damping of the fit."""
@@ -69,18 +69,20 @@ class Repairer:
         bias = self._biases[index]
         return (constant if bias is None else constant + bias.double()).to(self._weights[index].dtype)
 
-    def _covariance(self, index: int) -> tuple[Tensor, Tensor]:
-        """Of the features, about their mean where a bias can hold it, and with the dense outputs; both fp64."""
+    def _cross(self, index: int) -> tuple[Tensor, Tensor]:
+        """Mean of the features where a bias can hold it, and the dense outputs' covariance with them; both fp64."""
         moments = self._features[index]
         assert moments.products is not None
         centre = moments.mean if self._may[index] else torch.zeros_like(moments.mean)
-        covariance = moments.products - torch.outer(centre, centre)  # [features, features]
-        return covariance, self._weights[index].double() @ covariance  # [out, features]
+        covariance = moments.products - torch.outer(centre, centre)  # [features, features], of one sublayer at a time
+        return centre, self._weights[index].double() @ covariance  # [out, features]
 
     def _fitted(self, index: int, stays: Tensor) -> Repair:
-        weight, mean = self._weights[index], self._features[index].mean
-        covariance, crossed = self._covariances[index]
-        dense, inner = weight.double(), covariance[stays][:, stays]
+        weight, moments = self._weights[index], self._features[index]
+        assert moments.products is not None
+        mean, (centre, crossed) = moments.mean, self._crossed[index]
+        covariance = moments.products[stays][:, stays] - torch.outer(centre[stays], centre[stays])
+        dense, inner = weight.double(), covariance
         damping = self.damping * inner.diagonal().mean().clamp_min(1e-30)
         # what is left of W C = W' C_kept, shrunk towards the columns as they are
         inner.diagonal().add_(damping)

@@ -123,6 +123,7 @@ def slim_work(session: Session) -> Work:
         calibration=session.tokens.numel(),
         texts=validated,
         differentiated=needs_gradients(read_by(request.start)) or "taylor2" in names,
+        one_graph="taylor2" in names,
         fixed=score_bytes(request.start, groups, products=request.repair == "least-squares"),
         copied=True,  # the rows and columns of a drawn model
         kept=min(REFERENCE_BYTES, reference_bytes(request.objective, model, search)),
@@ -175,17 +176,20 @@ def run_slim(
     start = begun.chosen(begun.start)
     with begun.shrinker.keeping(start.kept, start.repairs):
         initial_loss = text_loss(model, validation.tokens, told.progress)
+    shrinker, name, compared, damping = begun.shrinker, begun.name, begun.compared, begun.repairer.damping
+    del begun, start  # the moments of features, before the model is compared in float32 with what is written
+    units.__dict__.pop("features", None)
     made = _described(request, units) | {"sparsity": units.groups.removed(best.kept) / units.groups.parameters}
     with replacing(output, request.force) as partial:
-        manifest = write_slimmed(model, begun.shrinker, best, request.format, partial, validation, made)
-    return {name: value for name, value in manifest.items() if name not in ("files", "tensors")} | {
+        manifest = write_slimmed(model, shrinker, best, request.format, partial, validation, made)
+    return {key: value for key, value in manifest.items() if key not in ("files", "tensors")} | {
         "output": str(output),
         "parameters_before": before,
         "dense": perplexity(dense),
         "initial": perplexity(initial_loss),
-        "begun": begun.name,
-        "starts": dict(begun.compared),
-        "damping": begun.repairer.damping if request.repair == "least-squares" else None,
+        "begun": name,
+        "starts": dict(compared),
+        "damping": damping if request.repair == "least-squares" else None,
         **cost,
         "progress": log.reports,
     }
