@@ -6,7 +6,7 @@ windows and is the search's own. Every case goes to the JSON file as soon as it 
 outcome to results.csv.
 
 magnitude_sp, wanda_sp          the same share of every layer
-flap, random, block_influence   all layers against each other
+taylor2, flap, random, block_influence   all layers against each other
 start                           what the policy gradient begins with: its own start, chosen from at once
 rloo                            the policy gradient as `slim` does it by default
 rloo on the loss, paper         either estimator on the log-loss, at the same number of forward passes (rloo beside: one

@@ -122,6 +122,8 @@ def choose(name: str, units: UnitSession, sparsity: float) -> Tensor:
     groups = units.groups
     space = find_space(groups, groups.kinds, layers=False)
     scores = unit_scores(name, units)
+    if UNIT_RULES[name].loss:  # for what it costs
+        scores = scores / groups.cost
     if UNIT_RULES[name].placing == "uniform":
         heads = range(groups.sublayers[0].units + 1)
         pools = uniform_pools(groups, space, uniform_counts(groups, sparsity, groups.kinds, heads))

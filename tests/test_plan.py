@@ -236,7 +236,8 @@ ASKED: list[tuple[str, dict[str, Any]]] = [
     *(("discover", {"operands": one, "update": update, "target": ("0.5", "2:4")})
       for one in OPERAND_SETS for update in ("none", "obs")),
     *(("allocate", {"metric": one}) for one in FORMULAS if one != "sparsegpt"),
-    *(("slim", {"output": "out", "start": one}) for one in ("wanda_sp", "flap", "abs(W)*G")),
+    *(("slim", {"output": "out", "start": one}) for one in ("auto", "wanda_sp", "flap")),
+    ("slim", {"output": "out", "start": "abs(W)*G", "repair": "bias"}),
     ("evaluate", {}),
 ]  # fmt: skip
 
@@ -250,7 +251,7 @@ def test_seven_billion_parameters_in_80_gb(large: Model, command: str, monkeypat
     for asked, options in ASKED:
         if asked == command:
             found = plan_of(large, command, **options)
-            assert 0 < found.memory_bytes < 70 * GB, options
+            assert 0 < found.memory_bytes < 74 * GB, options  # a margin of 8 % is left
             assert found.memory_bytes > large.placement.total_bytes or not found.resident
             assert found.host_bytes < 10 * GB, options
             assert found.disk_bytes < 250 * GB, options

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from gpmetric.session import session
 from gpmetric.session.evaluate import evaluate
 from gpmetric.slim_models import SLIM_FILE, SLIM_MODELS
 from gpmetric.structured import reload, slim_checkpoint
+from gpmetric.structured.draw_objective import DrawObjective
+from gpmetric.structured.repair import DAMPINGS
 from gpmetric.structured.request import SlimRequest
-from gpmetric.structured.slim import open_units, slim
+from gpmetric.structured.slim import open_units, prepare, slim
 
 SMALL: dict[str, Any] = {
     "samples": 4, "search_windows": 8, "windows": 4, "sequence_length": 32, "steps": 6, "batch": 2, "device": "cpu",
@@ -69,7 +72,7 @@ def test_every_format_holds_what_was_found(
     found = run(model, tiny_text, output, format=form, repair=repair, add_bias=repair != "none", sparsity=0.4)
     assert found["perplexity"] == pytest.approx(found["perplexity_before_writing"], rel=1e-5)
     assert len(found["generated"]) == 8
-    assert 0.3 < found["sparsity"] <= 0.4 + 1e-3
+    assert 0.3 < found["sparsity"] <= 0.4 + 5e-3  # what goes with a sublayer's last unit comes on top
     opened = gpmetric.load(output, device="cpu")
     total = sum(one.numel() for one in opened.parameters())
     assert total == found["parameters_after"]
@@ -347,3 +350,28 @@ def test_what_is_written_is_compared_in_float32(
     monkeypatch.setattr(slim_checkpoint, "_CLOSE", 1e-6)
     options = {"dtype": "bfloat16", "repair": "least-squares", "sparsity": 0.4}
     assert run(tiny_llama, tiny_text, tmp_path / "small", **options)["logits_off"] <= 1e-6
+
+
+@pytest.mark.usefixtures("here")
+def test_auto_begins_from_its_best_start(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    """Measured one by one on the windows that they were compared on, no start is better than the one it took."""
+    options = SMALL | {"sparsity": 0.4, "granularity": ("channel", "head", "layer")}
+    found = run(tiny_llama, tiny_text, tmp_path / "small", **options)
+    assert found["start"] == "auto"
+    assert set(found["starts"]) == {"taylor2", "magnitude_sp", "wanda_sp", "flap", "block_influence"}
+    request = SlimRequest(model=str(tiny_llama), calibration=str(tiny_text), output=tmp_path / "nowhere", **options)
+    units = open_units(request)
+    figures = {}
+    for name in found["starts"]:
+        begun = prepare(replace(request, start=name), units)
+        begun = replace(begun, repairer=begun.repairer.damped(DAMPINGS[-2]))
+        objective = DrawObjective(units.model, units.session.windows["search"].tokens, "kl", 2, request.seed)
+        slimmed, total = begun.chosen(begun.start), 0.0
+        for step in range(4):
+            objective.turn(step)
+            with begun.shrinker.keeping(slimmed.kept, slimmed.repairs):
+                total += objective() / 4
+        figures[name] = total
+    assert found["starts"] == pytest.approx(figures, rel=1e-6)
+    assert found["begun"] == min(figures, key=lambda name: figures[name])
+    assert found["damping"] in DAMPINGS

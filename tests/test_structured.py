@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from gpmetric.data import Text, Windows, cut_windows, read_text
 from gpmetric.errors import GpmetricError, InputError, ModelError
@@ -29,6 +31,7 @@ from gpmetric.structured.scores import UnitSession, standardised, unit_scores
 from gpmetric.structured.search import PolicySearch, Schedule
 from gpmetric.structured.search_log import SearchLog
 from gpmetric.structured.shrink import Repair, Shrinker
+from gpmetric.structured.starts import Start, best_start, make_start, started_from
 from gpmetric.structured.unit_space import Pool, UnitSpace, find_space, project, top_units
 
 KINDS = ("tiny_llama", "tiny_gpt2")
@@ -313,9 +316,11 @@ def test_entropy_in_bits() -> None:
 # Scores and repairs
 
 
-def unit_session(model: Model, groups: Groups, tokens: Tensor, *, products: bool = False) -> UnitSession:
+def unit_session(
+    model: Model, groups: Groups, tokens: Tensor, *, products: bool = False, **options: Any
+) -> UnitSession:
     windows = Windows(Text("tiny", ""), tokens)
-    return UnitSession(Session(SlimRequest(), model, {"calibration": windows}), groups, products)
+    return UnitSession(Session(SlimRequest(**options), model, {"calibration": windows}), groups, products)
 
 
 @pytest.mark.parametrize("name", [*UNIT_RULES, "abs(W)*X", "W*W*H", "W*W*D"])
@@ -345,6 +350,74 @@ def test_flap_and_wanda_by_hand(model: Model, groups: Groups, tokens: Tensor, in
     wanda = groups.split(unit_scores("wanda_sp", units))[index]
     expected = (weight.abs() * inputs.square().mean(dim=0).sqrt()).sum(dim=0)
     assert torch.allclose(wanda, expected.view(-1, per_unit).mean(dim=1), rtol=1e-4)
+
+
+def gate_slopes(model: Model, groups: Groups, tokens: Tensor, labels: Tensor, centres: list[Any]) -> Tensor:
+    """Gradient of the summed loss at a gate for each unit and token, [windows, length, units], by autograd alone."""
+    gates = [torch.ones(*tokens.shape, one.units, requires_grad=True) for one in groups.sublayers]
+
+    def close(index: int, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        one, centre, states = groups.sublayers[index], centres[index], args[0].clone()
+        for unit, columns in enumerate(one.columns):
+            states[..., columns] = centre[columns] + gates[index][..., unit, None] * (
+                args[0][..., columns] - centre[columns]
+            )
+        return (states,)
+
+    with ExitStack() as hooks:
+        for index, one in enumerate(groups.sublayers):
+            hooks.enter_context(one.output.register_forward_pre_hook(lambda _, args, index=index: close(index, args)))
+        found = model.module(input_ids=tokens, use_cache=False).logits[:, :-1]
+        cross_entropy(found.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    return torch.cat([one.grad for one in gates if one.grad is not None], dim=-1).double()
+
+
+@pytest.mark.parametrize("kinds", [("channel", "head"), ("channel",)])
+@pytest.mark.parametrize("repair", ["none", "bias", "least-squares"])
+def test_second_order_costs_of_removal(
+    model: Model, groups: Groups, tokens: Tensor, repair: str, kinds: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the mean squared slope at each gate; units that are not told apart have one gate together."""
+    labels = logits(model, tokens)[:, :-1].argmax(dim=-1)
+    monkeypatch.setattr(torch, "multinomial", lambda chances, *_, **__: chances.argmax(dim=-1, keepdim=True))
+    units = unit_session(model, groups, tokens, repair=repair, granularity=kinds)
+    centred = [
+        repair == "least-squares" or (repair == "bias" and one.output.bias is not None) for one in groups.sublayers
+    ]
+    centres = [one.mean.float() * told for one, told in zip(units.features, centred, strict=True)]
+    found = groups.split(unit_scores("taylor2", units))
+    for one, mine, slopes in zip(
+        groups.sublayers,
+        found,
+        gate_slopes(model, groups, tokens, labels, centres).split([one.units for one in groups.sublayers], dim=-1),
+        strict=True,
+    ):
+        if one.unit in kinds:
+            expected = slopes.square().sum(dim=(0, 1)) / (2 * tokens.numel())
+        else:
+            total = slopes.sum(dim=-1).square().sum() / (2 * tokens.numel())
+            expected = (total / one.units).expand(one.units)
+        assert torch.allclose(mine, expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
+
+
+def test_a_loss_is_weighed_against_its_cost(model: Model, groups: Groups, tokens: Tensor) -> None:
+    """`taylor2` takes what costs the divergence least per parameter, wherever it is."""
+    units = unit_session(model, groups, tokens)
+    space = find_space(groups, groups.kinds, layers=False)
+    pools = pools_of(groups, space, 0.4, groups.cost)
+    start = make_start("taylor2", units, space, pools, "rloo").probabilities
+    prices = unit_scores("taylor2", units) / groups.cost
+    assert torch.equal(top_units(start, space, pools), top_units(prices, space, pools))
+
+
+def test_the_best_start_is_what_was_measured_best() -> None:
+    starts = [Start(name, torch.full((2,), value), {}) for name, value in (("a", 0.3), ("b", 0.1), ("c", 0.1))]
+    best = best_start(starts, lambda one: float(one[0]))
+    assert (best.name, float(best.probabilities[0])) == ("b", pytest.approx(0.1))
+    assert best.compared == pytest.approx({"a": 0.3, "b": 0.1, "c": 0.1})
+    assert best_start(starts[:1], lambda one: math.nan) is starts[0]
+    assert "block_influence" not in started_from("auto", layers=False)
+    assert {"taylor2", "wanda_sp", "block_influence"} < set(started_from("auto", layers=True))
 
 
 def test_repairs_against_least_squares(model: Model, groups: Groups, tokens: Tensor) -> None:

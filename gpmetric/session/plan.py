@@ -182,14 +182,14 @@ class _Sizes:
         placement = self.model.placement
         assert placement is not None
         calibrating, pruning = self.calibrating(kept), self.pruning(resident=resident, kept=kept)
-        fixed = resident_bytes(self.model.device) + self.work.fixed
+        fixed = resident_bytes(self.model.device)
         if self.model.device.type == "cpu":
             fixed -= placement.held_bytes  # weights that are in memory by now are among the others
         if resident:  # the graphs of all blocks are there while the logits are
             working = self.codes + max(calibrating, pruning) + self.logits
-            return fixed + placement.total_bytes + max(working, self.work.after)
+            return fixed + placement.total_bytes + max(self.work.fixed + working, self.work.after)
         ends = max(placement.bytes(FRONT), placement.bytes(HEAD)) + self.logits
-        return fixed + max(self.block + max(calibrating, pruning), ends)
+        return fixed + self.work.fixed + max(self.block + max(calibrating, pruning), ends)
 
     def calibrating(self, kept: bool) -> int:
         """What collecting statistics of the dense model takes, with the statistics, which are fp32 until they are kept.
@@ -210,7 +210,8 @@ class _Sizes:
         work = self.work
         dense = self.statistics(work.dense) + work.kept if kept else self.block_statistics(work.dense)
         copies = work.copied * self.model.placement.total_bytes if resident else 0  # type: ignore[union-attr]
-        graphs = (len(self.model.blocks) if resident else 1) * self.graph if work.differentiated else 0
+        blocks = len(self.model.blocks) if resident and not work.one_graph else 1
+        graphs = blocks * self.graph if work.differentiated else 0
         inside = max(self.activations, self.regional(work.block), self.fitting)
         block = self.block_accumulators(work.block) + work.copies * self.block + self.workspace + inside
         return dense + copies + max(block, graphs + 2 * self.widest)

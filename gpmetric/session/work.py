@@ -25,6 +25,7 @@ class Work:
         copied: whether there is a changed copy of every weight, where they are resident.
         cached: whether statistics of the dense model are written to a file in any case.
         differentiated: whether there are backward passes through pruned models.
+        one_graph: whether these keep the graph of one block at a time, also where all weights are resident.
         solves: whether a solver updates kept weights.
         solved: pruned copies of a weight that it makes at once.
         fits_blocks: whether kept weights learn to give what their dense block gives.
@@ -54,6 +55,7 @@ class Work:
     copied: bool = False
     cached: bool = False
     differentiated: bool = False
+    one_graph: bool = False
     solves: bool = False
     solved: int = 1
     fits_blocks: bool = False

@@ -124,9 +124,17 @@ class UnitRule:
     metric: str | None = None  # of the output layer's weights, where a unit is scored by them
     score: Callable[..., Any] | None = None  # (UnitSession) -> score of each unit, where it is scored otherwise
     blocks: bool = False  # whether it tells blocks apart, and not the units of a sublayer
+    loss: bool = False  # whether scores are in nats, to be weighed against what a unit costs
+    tried: bool = True  # whether `--start auto` measures it
 
 
 UNIT_RULES: dict[str, UnitRule] = {
+    "taylor2": UnitRule(
+        "Kwon et al. 2022, diagonal Fisher information of a unit's gate: divergence that its removal would cost",
+        "global",
+        score=lazy("gpmetric.structured.fisher:removal_costs"),
+        loss=True,
+    ),
     "magnitude_sp": UnitRule("norm of a unit's output weights", "uniform", "W*W"),
     "wanda_sp": UnitRule("Wanda summed over a unit (code of An et al. 2024), of the dense model", "uniform", "wanda"),
     "flap": UnitRule(
@@ -134,7 +142,7 @@ UNIT_RULES: dict[str, UnitRule] = {
         "global",
         score=lazy("gpmetric.structured.scores:fluctuation"),
     ),
-    "random": UnitRule("uniform noise", "global", score=lazy("gpmetric.structured.scores:noise")),
+    "random": UnitRule("uniform noise", "global", score=lazy("gpmetric.structured.scores:noise"), tried=False),
     "block_influence": UnitRule(
         "Men et al. 2024 (ShortGPT), equation 1: blocks that turn their input least",
         "global",
@@ -143,7 +151,7 @@ UNIT_RULES: dict[str, UnitRule] = {
     ),
 }
 
-STARTS = ("constant", *UNIT_RULES)  # or a metric of weights
+STARTS = ("auto", "constant", *UNIT_RULES)  # or a metric of weights
 
 
 def _told(table: Mapping[str, Any]) -> Option:
@@ -173,10 +181,14 @@ class SlimRequest(SearchInputs):
     cost: Annotated[str, Option("What the budget counts: {choices}.", choices=COSTS)] = "parameters"
     estimator: Annotated[str, _told(ESTIMATORS)] = "rloo"
     objective: Annotated[str, Option("What drawn models are compared by: {choices}.", choices=OBJECTIVES)] = "kl"
-    start: Annotated[str, Option(f"What the probabilities begin from: {', '.join(STARTS)}, a metric or a formula.")] = (
-        "wanda_sp"
-    )
-    repair: Annotated[str, _told(REPAIRS)] = "bias"
+    start: Annotated[
+        str,
+        Option(
+            f"What the probabilities begin from: {', '.join(STARTS)}, a metric or a formula; auto is the rule "
+            "whose model is best on the search text."
+        ),
+    ] = "auto"
+    repair: Annotated[str, _told(REPAIRS)] = "least-squares"
     add_bias: Annotated[
         bool, Option("Give a bias to outputs that have none, for the repair.", names=("--add-bias/--no-add-bias",))
     ] = False
@@ -193,7 +205,7 @@ class SlimRequest(SearchInputs):
         if not self.granularity:
             raise InputError(f"--granularity is empty: accepted are {', '.join(UNIT_KINDS)}")
         super().check()
-        if self.start != "constant" and self.start not in UNIT_RULES:
+        if self.start not in STARTS:
             resolve_metric(self.start)
         if self.draws < 2 or (ESTIMATORS[self.estimator].pairs and self.draws % 2):
             raise InputError(f"--draws must be at least 2, and even for rloo's pairs, but got {self.draws}")

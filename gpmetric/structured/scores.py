@@ -23,7 +23,7 @@ from gpmetric.models import Block, Model
 from gpmetric.operands import shape_of
 from gpmetric.session.session import Session
 from gpmetric.structured.groups import Groups
-from gpmetric.structured.request import UNIT_RULES
+from gpmetric.structured.request import UNIT_RULES, SlimRequest
 
 __all__ = [
     "Features",
@@ -77,6 +77,14 @@ class UnitSession:
         means = ([total / count for total in one] for one in sums)
         return [Features(mean, square, pairs if self.products else None) for mean, square, pairs in means]
 
+    def keeps_mean(self, index: int) -> bool:
+        """Whether the repair that was asked for can put back the mean of what a sublayer loses."""
+        request, output = self.session.inputs, self.groups.sublayers[index].output
+        assert isinstance(request, SlimRequest)
+        return request.repair != "none" and (
+            request.repair == "least-squares" or request.add_bias or output.bias is not None
+        )
+
     @torch.no_grad()
     def run(self) -> None:
         """Runs the model over the calibration text, for who watches."""
@@ -111,7 +119,7 @@ def unit_scores(name: str, units: UnitSession) -> Tensor:
 def read_by(name: str) -> frozenset[str]:
     """Names of the statistics that units are scored by."""
     rule = UNIT_RULES.get(name)
-    scored = name != "constant" and (rule is None or rule.score is None)
+    scored = name not in ("auto", "constant") and (rule is None or rule.score is None)
     return frozenset(resolve_metric(_metric_of(name)).operands if scored else ())
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gpmetric.errors import GpmetricError, InputError
@@ -26,14 +25,15 @@ from gpmetric.structured.cost_budgets import accepted_heads, macs, pools_of, uni
 from gpmetric.structured.draw_objective import REFERENCE_BYTES, DrawObjective
 from gpmetric.structured.export import Slimmed, check_format, stored_dtypes
 from gpmetric.structured.groups import find_groups
-from gpmetric.structured.policy import Policy, initial
-from gpmetric.structured.repair import Repairer
-from gpmetric.structured.request import ESTIMATORS, FORMATS, UNIT_RULES, SlimRequest
-from gpmetric.structured.scores import UnitSession, read_by, score_bytes, standardised, unit_scores
+from gpmetric.structured.policy import Policy
+from gpmetric.structured.repair import DAMPINGS, Repairer
+from gpmetric.structured.request import ESTIMATORS, FORMATS, SlimRequest
+from gpmetric.structured.scores import UnitSession, read_by, score_bytes
 from gpmetric.structured.search import PolicySearch, Schedule
 from gpmetric.structured.search_log import SearchLog
 from gpmetric.structured.shrink import Repair, Shrinker
 from gpmetric.structured.slim_checkpoint import COMPARED, write_slimmed
+from gpmetric.structured.starts import Start, best_start, make_start, started_from
 from gpmetric.structured.unit_space import Pool, UnitSpace, find_space, project, top_units
 
 __all__ = ["SearchStart", "SlimListener", "open_units", "prepare", "run_slim", "search", "slim", "slim_work"]
@@ -42,7 +42,7 @@ __all__ = ["SearchStart", "SlimListener", "open_units", "prepare", "run_slim", "
 # llama-4m 0.057, 0.044, 0.043, 0.057, 0.072; on 48 windows of the search text the divergence has the same order.
 _SHARES = (0.0, 0.125, 0.25, 0.5, 1.0)
 _JUDGED = 64  # steps' windows that they are judged on
-_OPEN = 0.9  # probability that a gate begins with
+_COMPARED = 16  # steps' windows that starts are compared on
 _MINUTES = 6.0  # of a search without a budget
 _CAUTION = 1.3  # times what was measured before, on a machine that is busy
 _STEPS = 1000  # of a search whose length is told in minutes
@@ -65,6 +65,8 @@ class SearchStart:
     space: UnitSpace
     pools: Sequence[Pool]
     start: Tensor
+    name: str = ""  # of the rule that it begins from
+    compared: Mapping[str, float] = field(default_factory=dict)  # objective of each start that was measured
 
     def slimmed(self, kept: Tensor) -> Slimmed:
         """Units [units], bool, that stay, with their repairs, rounded as they will be stored."""
@@ -91,15 +93,21 @@ class SearchStart:
         for share in _SHARES:
             moved = self.start + share * (policy.probabilities - self.start)
             slimmed = self.chosen(project(moved, self.space, self.pools))
-            total = 0.0
-            for step in range(min(_JUDGED, len(objective))):
-                objective.turn(step)
-                with self.shrinker.keeping(slimmed.kept, slimmed.repairs):
-                    total += objective()
-                tokens += objective.tokens
+            total, read = self.judged(slimmed, objective, _JUDGED)
+            tokens += read
             figures.append((total, share, slimmed))
         _, share, slimmed = min(figures, key=lambda figure: figure[:2])
         return slimmed, share, tokens
+
+    def judged(self, slimmed: Slimmed, objective: DrawObjective, steps: int) -> tuple[float, int]:
+        """Mean objective of a model on the windows of so many steps, if there are as many, and the tokens it took."""
+        total, tokens, steps = 0.0, 0, min(steps, len(objective))
+        for step in range(steps):
+            objective.turn(step)
+            with self.shrinker.keeping(slimmed.kept, slimmed.repairs):
+                total += objective()
+            tokens += objective.tokens
+        return total / steps, tokens
 
 
 def slim_work(session: Session) -> Work:
@@ -108,13 +116,14 @@ def slim_work(session: Session) -> Work:
     assert isinstance(request, SlimRequest)
     search, validated = windows["search"].tokens, windows["validation"].tokens.numel()
     steps, groups = request.steps or _STEPS, find_groups(model, request.kinds)
-    length = session.tokens.shape[1]
+    length, names = session.tokens.shape[1], started_from(request.start, request.layers)
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
     return Work(
         length=length,
         calibration=session.tokens.numel(),
         texts=validated,
-        differentiated=needs_gradients(read_by(request.start)),
+        differentiated=needs_gradients(read_by(request.start)) or "taylor2" in names,
+        one_graph="taylor2" in names,
         fixed=score_bytes(request.start, groups, products=request.repair == "least-squares"),
         copied=True,  # the rows and columns of a drawn model
         kept=min(REFERENCE_BYTES, reference_bytes(request.objective, model, search)),
@@ -167,14 +176,20 @@ def run_slim(
     start = begun.chosen(begun.start)
     with begun.shrinker.keeping(start.kept, start.repairs):
         initial_loss = text_loss(model, validation.tokens, told.progress)
+    shrinker, name, compared, damping = begun.shrinker, begun.name, begun.compared, begun.repairer.damping
+    del begun, start  # the moments of features, before the model is compared in float32 with what is written
+    units.__dict__.pop("features", None)
     made = _described(request, units) | {"sparsity": units.groups.removed(best.kept) / units.groups.parameters}
     with replacing(output, request.force) as partial:
-        manifest = write_slimmed(model, begun.shrinker, best, request.format, partial, validation, made)
-    return {name: value for name, value in manifest.items() if name not in ("files", "tensors")} | {
+        manifest = write_slimmed(model, shrinker, best, request.format, partial, validation, made)
+    return {key: value for key, value in manifest.items() if key not in ("files", "tensors")} | {
         "output": str(output),
         "parameters_before": before,
         "dense": perplexity(dense),
         "initial": perplexity(initial_loss),
+        "begun": name,
+        "starts": dict(compared),
+        "damping": damping if request.repair == "least-squares" else None,
         **cost,
         "progress": log.reports,
     }
@@ -210,15 +225,33 @@ def prepare(request: SlimRequest, units: UnitSession) -> SearchStart:
         pools = uniform_pools(groups, space, uniform_counts(groups, request.sparsity, request.kinds, accepted))
     else:
         pools = pools_of(groups, space, request.sparsity, cost, by_kind=request.budget == "kind")
-    start = initial(space, pools, _worth(request, units, space), _OPEN, request.estimator)
-    removed = float(cost[~top_units(space.stays(start), space, pools)].sum() / cost.sum())
+    names = started_from(request.start, request.layers)
+    starts = [make_start(name, units, space, pools, request.estimator) for name in names]
+    kept = top_units(space.stays(starts[0].probabilities), space, pools)
+    removed = float(cost[~kept].sum() / cost.sum())
     if removed < request.sparsity / 2:
         raise InputError(
             f"--sparsity {request.sparsity:g} cannot be met by --granularity {','.join(request.granularity)} in "
             f"--format {request.format}: the nearest below it removes {removed:.4f}"
         )
     repairer = Repairer(groups, units.features, request.repair, add_bias=request.add_bias)
-    return SearchStart(units, Shrinker(model, groups), repairer, space, pools, start)
+    begun = SearchStart(units, Shrinker(model, groups), repairer, space, pools, starts[0].probabilities)
+    return _compared(request, begun, starts)
+
+
+def _compared(request: SlimRequest, begun: SearchStart, starts: Sequence[Start]) -> SearchStart:
+    """The best start, then the best damping of a fit from there, by the objective on the same few search windows."""
+    units = begun.units
+    windows = units.session.windows["search"].tokens
+    objective = DrawObjective(units.model, windows, request.objective, request.batch, request.seed)
+    if request.repair == "least-squares":  # in the middle, to compare starts by
+        begun = replace(begun, repairer=begun.repairer.damped(DAMPINGS[-2]))
+    best = best_start(starts, lambda one: begun.judged(begun.chosen(one), objective, _COMPARED)[0])
+    begun = replace(begun, start=best.probabilities, name=best.name, compared=best.compared)
+    if request.repair != "least-squares":
+        return begun
+    damped = [replace(begun, repairer=begun.repairer.damped(damping)) for damping in DAMPINGS]
+    return min(damped, key=lambda one: one.judged(one.chosen(one.start), objective, _COMPARED)[0])
 
 
 def search(
@@ -254,22 +287,6 @@ def _search_minutes(
     after = _CAUTION * (opened + window * (judged + 4 * len(units.session.windows["validation"].tokens)))
     left = deadline.left
     return max(left - after, min(deadline.seconds, left) / 2) / 60
-
-
-def _worth(request: SlimRequest, units: UnitSession, space: UnitSpace) -> Tensor:
-    """Standardised score of each atom [atoms] by the rule to begin from."""
-    found = torch.zeros(len(space.cost), dtype=torch.float64)
-    if request.start == "constant":
-        return found
-    scores = unit_scores(request.start, units)
-    rule = UNIT_RULES.get(request.start)
-    if rule is not None and rule.blocks:
-        scores = (scores - scores.mean()) / scores.std().clamp_min(1e-12)
-    else:
-        scores = standardised(units.groups, scores)
-    free = space.atom >= 0
-    sizes = torch.zeros_like(found).index_add_(0, space.atom[free], torch.ones_like(scores)[free])
-    return found.index_add_(0, space.atom[free], scores[free]) / sizes
 
 
 def _identity(request: SlimRequest, units: UnitSession) -> dict[str, Any]:

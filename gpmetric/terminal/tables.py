@@ -263,8 +263,12 @@ def print_slim(console: Console, result: Mapping[str, Any], request: Request) ->
     if result["repair"] == "bias" and not result["repaired"]:
         told = "no output layer has a bias, so nothing was repaired: --add-bias gives them one"
         console.print(Text(told), soft_wrap=True)
+    if result["starts"]:
+        told = ", ".join(f"{name} {number(figure):.4f}" for name, figure in result["starts"].items())
+        told = f"begun from {result['begun']}, the best start on the search text ({result['objective']}: {told})"
+        console.print(Text(told), soft_wrap=True)
     if not result["share"]:
-        told = "the search found nothing better than its start: search longer (--minutes), or begin elsewhere (--start)"
+        told = "the search found nothing better than its start, which was kept: search longer (--minutes)"
         console.print(Text(told), soft_wrap=True)
     share = f"{result['sparsity']:.4f} of the parameters inside the blocks removed ({result['asked']:g} asked for)"
     console.print(Text(f"{result['output']}: {before:,} -> {after:,} parameters, {share}; verified"), soft_wrap=True)

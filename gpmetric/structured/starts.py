@@ -1,0 +1,78 @@
+"""What a search begins from: probabilities made of a rule's scores, and the best of several rules, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpmetric.structured.policy import initial
+from gpmetric.structured.request import UNIT_RULES
+from gpmetric.structured.scores import UnitSession, standardised, unit_scores
+from gpmetric.structured.unit_space import Pool, UnitSpace
+
+__all__ = ["Start", "best_start", "make_start", "started_from"]
+
+_OPEN = 0.9  # probability that a gate begins with
+
+
+@dataclass(frozen=True)
+class Start:
+    """Probabilities [entries] to begin with."""
+
+    name: str  # `constant`, a key of UNIT_RULES, or a metric of weights
+    probabilities: Tensor
+    compared: Mapping[str, float]  # objective of each start that was measured, by name
+
+
+def started_from(name: str, layers: bool) -> tuple[str, ...]:
+    """Names of the starts that a name stands for: of `auto`, rules that tell units apart, and blocks where those go."""
+    if name != "auto":
+        return (name,)
+    return tuple(name for name, rule in UNIT_RULES.items() if rule.tried and (layers or not rule.blocks))
+
+
+def make_start(name: str, units: UnitSession, space: UnitSpace, pools: Sequence[Pool], estimator: str) -> Start:
+    """Probabilities by one rule.
+
+    Raises:
+        ExpressionError, GpmetricError: see `unit_scores`.
+    """
+    return Start(name, initial(space, pools, _worth(name, units, space), _OPEN, estimator), {})
+
+
+def best_start(starts: Sequence[Start], measure: Callable[[Tensor], float]) -> Start:
+    """The start whose model is best, the first of equals; all are told what they were compared by.
+
+    Args:
+        starts: at least one; a single one is not measured.
+        measure: the objective of the model that probabilities [entries] deliver.
+    """
+    if len(starts) == 1:
+        return starts[0]
+    figures = {one.name: measure(one.probabilities) for one in starts}
+    best = min(starts, key=lambda one: figures[one.name])
+    return Start(best.name, best.probabilities, figures)
+
+
+def _worth(name: str, units: UnitSession, space: UnitSpace) -> Tensor:
+    """Score of each atom [atoms] by a rule, standardised in its sublayer; globally, where it is a loss for a cost."""
+    found = torch.zeros(len(space.cost), dtype=torch.float64)
+    if name == "constant":
+        return found
+    scores = unit_scores(name, units)
+    free = space.atom >= 0
+    rule = UNIT_RULES.get(name)
+    if rule is not None and rule.loss:
+        found.index_add_(0, space.atom[free], scores[free])
+        prices = found / space.cost
+        return _standard(prices.clamp_min(1e-12 * float(prices.max()) + 1e-300).log())
+    scores = _standard(scores) if rule is not None and rule.blocks else standardised(units.groups, scores)
+    sizes = torch.zeros_like(found).index_add_(0, space.atom[free], torch.ones_like(scores)[free])
+    return found.index_add_(0, space.atom[free], scores[free]) / sizes
+
+
+def _standard(scores: Tensor) -> Tensor:
+    return (scores - scores.mean()) / scores.std().clamp_min(1e-12)
