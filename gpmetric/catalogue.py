@@ -51,8 +51,4 @@ CATALOGUE: dict[str, Entry] = {
     "fisher_growth_dense": Entry(
         "layer:W**2.928*F*(G+X/400)/sqrt(rownorm(W))", f"{_LLAMA}, 16 minutes, seed 2", "admm", "dense"
     ),
-    "growth_dense": Entry(
-        "layer:colnorm(W)*W**2.096*(G+X/400)**1.922*(G+X**0.667/400)**0.2453", f"{_LLAMA}, 18 minutes, seed 1",
-        "admm", "dense",
-    ),
-}  # fmt: skip
+}
