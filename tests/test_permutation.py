@@ -130,6 +130,17 @@ def test_names_alone_are_not_trusted(folder: Callable[[str], Path], monkeypatch:
     assert find_couplings(calls, 0, calls.hidden[0]) == {}
 
 
+def test_weights_of_two_layers_are_left_alone(folder: Callable[[str], Path]) -> None:
+    """In another order for one block, they would be in a wrong one for the other."""
+    model = load_model(str(folder("llama")))
+    calls = record_calls(model, [torch.arange(24).view(2, 12)])
+    assert len(find_couplings(calls, 0, calls.hidden[0])) == 2
+    first, second = (block.module for block in model.blocks)
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    (alone,) = find_couplings(calls, 0, calls.hidden[0])
+    assert alone.endswith("o_proj")
+
+
 def _without_bias(member: Any) -> dict[str, int]:
     return {"weight": int(member.reads != isinstance(member.module, Conv1D))}
 
