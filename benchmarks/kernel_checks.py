@@ -44,7 +44,7 @@ def baselines() -> list[Expression]:
     return [one for one in found if one not in {parse(text) for text in FORMULAS}]
 
 
-def draw(shape: tuple[int, int], dtype: torch.dtype, device: str, seed: int = 0, names: str = "WXGHD") -> Named:
+def draw(shape: tuple[int, int], dtype: torch.dtype, device: str, seed: int = 0, names: str = "WXGHDR") -> Named:
     """Operands of the size they have in a model: W of that dtype, X of some wide inputs, the others fp32."""
     generator = torch.Generator(device).manual_seed(seed)
     options: dict[str, Any] = {"generator": generator, "device": device}
@@ -54,6 +54,7 @@ def draw(shape: tuple[int, int], dtype: torch.dtype, device: str, seed: int = 0,
         "G": lambda: 1e-3 * torch.rand(shape, **options) + 1e-6,
         "H": lambda: 1e-6 * torch.rand(shape, **options) + 1e-9,
         "D": lambda: torch.rand(shape[1], **options) + 0.1,
+        "R": lambda: torch.rand(shape, **options),
     }
     return {name: matrix[name]() for name in names}
 

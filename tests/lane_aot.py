@@ -123,7 +123,7 @@ def random_formulas() -> list[str]:
     return [str(variation.random_expression()) for _ in range(ALONE + TOGETHER)]
 
 
-BASELINE_FORMULAS = [str(resolve_metric(name, 128, 2048).expression) for name in BASELINES]
+BASELINE_FORMULAS = list(dict.fromkeys(str(resolve_metric(name, 128, 2048).expression) for name in BASELINES))
 FORMULAS = [*BASELINE_FORMULAS, *random_formulas()[:ALONE]]
 
 

@@ -211,7 +211,7 @@ FORMULAS = [
 def drawn(matrices: torch.dtype = torch.float32, weight: torch.dtype = torch.float32) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     shape = (3, 70)
-    operands = {name: torch.rand(shape, generator=generator).to(matrices) for name in "GHF"}
+    operands = {name: torch.rand(shape, generator=generator).to(matrices) for name in "GHFR"}
     operands |= {name: torch.rand(shape[1], generator=generator) for name in "XD"}
     return operands | {"W": torch.randn(shape, generator=generator).to(weight)}
 

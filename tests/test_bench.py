@@ -54,7 +54,8 @@ def test_the_document(tiny_llama: Path, tiny_text: Path) -> None:
     names = list(dict.fromkeys(metrics))
     assert pairs == [(metric, target) for target in dict.fromkeys(targets) for metric in names]
     for row in result["results"]:
-        assert row.keys() == {"metric", "target", "update", "formula", "ppl", "seconds", "sparsity", "error", "fit"}
+        told = {"metric", "target", "update", "formula", "ppl", "seconds", "sparsity", "error", "fit", "permuted"}
+        assert row.keys() == told
         assert list(row["ppl"]) == texts
         assert (row["update"], row["fit"]) == ("none", "own")
         assert row["sparsity"] == pytest.approx(parse_target(row["target"]).sparsity, abs=1e-9)

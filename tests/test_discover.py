@@ -110,7 +110,7 @@ def test_document_names_winner_front_baselines_splits(request_for: Any, tmp_path
     assert result["confidence"]["draws"] == 1
     for name, keys in KEYS.items():
         assert set(result[name]) == keys
-    assert set(result["baselines"]) == {*BASELINES} - {"alps"}  # which is no rival of masks
+    assert set(result["baselines"]) == {*BASELINES} - {"alps", "wandapp_rgs"}  # no rival of masks; R is not asked for
     assert (result["update"], result["fit"]) == ("none", "own")
     assert result["evaluations"] == result["counts"]["paid"] == 14
     counts = list(result["counts"].values())[:5]

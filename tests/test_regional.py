@@ -227,14 +227,14 @@ def test_one_block_alone_is_what_the_walk_gives(model: Model, tiny_text: Path) -
 @contextmanager
 def seen_statistics(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, LayerStatistics]]:
     """What each layer is pruned with, by name."""
-    original, found = protocol._prune_layer, dict[str, LayerStatistics]()
+    original, found = protocol.prune_layer, dict[str, LayerStatistics]()
 
-    def spy(layer: Any, weight: Tensor, rule: Rule, statistics: LayerStatistics) -> Tensor:
+    def spy(layer: Any, weight: Tensor, rule: Rule, statistics: LayerStatistics, *more: Any) -> Any:
         found[layer.name] = statistics
-        return original(layer, weight, rule, statistics)
+        return original(layer, weight, rule, statistics, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(protocol, "_prune_layer", spy)
+        patch.setattr(protocol, "prune_layer", spy)
         yield found
 
 

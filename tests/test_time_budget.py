@@ -158,14 +158,14 @@ def test_rivals_are_measured_first(update: str, second: str, last: str) -> None:
     names = [one.name for one in request.baselines_by_importance]
     assert (names[0], names[1], names[-1]) == ("wanda", second, last)
     assert ("alps" in names) == (update != "none")  # which takes long and is no rival of masks
-    assert sorted({*names, "alps"}) == sorted(BASELINES)
+    assert sorted({*names, "alps", "wandapp_rgs"}) == sorted(BASELINES)  # R is not asked for
 
 
 def test_without_minutes_nothing_is_cut(tmp_path: Path) -> None:
     clock = Clock()
     result, _, heard = conduct(tmp_path / "a", evaluator(clock, 50, 0.6), clock, minutes=None, generations=2)
     assert (result["plan"], result["cut"], heard.plans) == (None, [], [])
-    assert set(result["baselines"]) == {*BASELINES} - {"alps"}
+    assert set(result["baselines"]) == {*BASELINES} - {"alps", "wandapp_rgs"}
 
 
 @pytest.mark.parametrize(

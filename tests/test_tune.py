@@ -195,15 +195,17 @@ class Watching(TuneListener):
             raise KeyboardInterrupt
 
 
-def test_the_whole_command(tmp_path: Path) -> None:
-    ledger, options = tmp_path / "tune.jsonl", {**QUICK, "target": "0.6", "evolve": False, "metric": ["W*W*F"]}
+def test_the_whole_command(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    model, text = str(tiny_llama), str(tiny_text)
+    ledger, options = tmp_path / "tune.jsonl", {**QUICK, "calibration": text, "target": "0.6"}
+    options |= {"evolve": False, "metric": ["W*W*F"]}
     with pytest.raises(KeyboardInterrupt):
-        gpmetric.tune(None, output=tmp_path / "a", ledger=ledger, listener=Watching(6), **options)
+        gpmetric.tune(model, output=tmp_path / "a", ledger=ledger, listener=Watching(6), **options)
     lines = ledger.read_text().splitlines()
     told = Watching()
-    found = gpmetric.tune(None, output=tmp_path / "a", ledger=ledger, resume=True, listener=told, **options)
+    found = gpmetric.tune(model, output=tmp_path / "a", ledger=ledger, resume=True, listener=told, **options)
     whole = Watching()
-    again = gpmetric.tune(None, output=tmp_path / "b", listener=whole, **options)
+    again = gpmetric.tune(model, output=tmp_path / "b", listener=whole, **options)
     measured = [(one.recipe.metric, one.share) for one in whole.trials]
     assert [(one.recipe.metric, one.share) for one in told.trials] == measured
     kept = ledger.read_text().splitlines()
@@ -218,7 +220,9 @@ def test_the_whole_command(tmp_path: Path) -> None:
     complete = [trial["excess"] for trial in found["trials"] if trial["share"] == 1]
     assert found["excess"] <= min(complete)
     assert read_recipe(tmp_path / "a" / "recipe.toml").document() == found["recipe"]
-    repeated = gpmetric.prune(recipe=tmp_path / "a" / "recipe.toml", output=tmp_path / "c", windows=8, device="cpu")
+    repeated = gpmetric.prune(
+        model, calibration=text, recipe=tmp_path / "a" / "recipe.toml", output=tmp_path / "c", windows=8, device="cpu"
+    )
     assert (tmp_path / "c" / "model.safetensors").read_bytes() == files[0]
     assert repeated["sparsity"] == found["pruned"]["sparsity"]
     assert gpmetric.verify(str(tmp_path / "a"), device="cpu")["ok"]

@@ -109,7 +109,8 @@ class Choice:
         else:
             self._allocate(each, ends["allocations"])
         self._try("rounds over whole blocks", with_rounds(self.best.recipe), end)
-        self._compare(plain)
+        while self._compare(plain):  # a part that does harm is left out, and the others are looked at again
+            self.told.step("without a part that does harm")
         return self.best
 
     def describe(self, best: Trial) -> dict[str, Any]:
@@ -193,19 +194,22 @@ class Choice:
             self._cut(what)
         self._take(found)
 
-    def _compare(self, plain: Recipe) -> None:
-        """The table: the best, without each of its parts, and the rivals."""
+    def _compare(self, plain: Recipe) -> bool:
+        """The table: the best, without each of its parts, and the rivals; whether one of them is better."""
         assert self.best is not None
         self.told.step("what each part is worth")
         rows = {"recipe": self.best.recipe, **{one.metric: one for one in rivals(plain)}}
         rows |= {f"without {part}": recipe for part, recipe in without(self.best.recipe)}
         texts = [one.tokens for one in self.trials.session.evaluated]
         until = self.deadline.end - _PRUNING * self.trials.expected(self.best.recipe, 1.0)
+        self.table, before = {"recipe": self.best}, self.best.recipe
         for name, recipe in rows.items():
             if found := self._measure([recipe], 1.0, until, texts):
                 self.table[name] = found[0]
             else:
                 self._cut(f"what each part is worth: {name}")
+        self._take(list(self.table.values()))
+        return self.best.recipe != before
 
     def _measure(
         self, recipes: Sequence[Recipe], share: float = 1.0, until: float | None = None, texts: Sequence[Tensor] = ()
@@ -225,8 +229,9 @@ class Choice:
             self.told.trial(trial, self.trials.excess(trial))
 
     def _cut(self, what: str) -> None:
-        self.cuts.append(what)
-        self.told.cut(what)
+        if what not in self.cuts:
+            self.cuts.append(what)
+            self.told.cut(what)
 
 
 def search_work(request: TuneRequest, session: Session) -> Work | None:
