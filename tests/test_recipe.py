@@ -16,6 +16,7 @@ from gpmetric.pruning.output_folder import files_of
 from gpmetric.pruning.prune import prune
 from gpmetric.pruning.recipe import Recipe, read_recipe, write_recipe
 from gpmetric.pruning.verify import verify
+from gpmetric.targets import Target
 
 QUICK = {"samples": 4, "sequence_length": 32}
 WHOLE = 'version = 1\nmetric = "wanda"\ntarget = "0.5"\n'
@@ -75,7 +76,7 @@ def test_refused_beside_options(tmp_path: Path) -> None:
             prune(**{"recipe": file, "output": tmp_path / "out", **options})
     done = CliRunner().invoke(app, ["prune", "--recipe", str(file), "--update", "obs", "-o", str(tmp_path / "out")])
     assert isinstance(done.exception, InputError)
-    assert "which says none" in str(done.exception)
+    assert "which says 'none'" in str(done.exception)
 
 
 def test_prunes_as_its_options_do(tmp_path: Path) -> None:
@@ -104,3 +105,23 @@ def test_prunes_as_its_options_do(tmp_path: Path) -> None:
     written = [(tmp_path / name / "model.safetensors").read_bytes() for name in "cd"]
     assert written[0] == written[1]
     assert "recipe.toml" not in files_of(tmp_path / "d")
+
+
+@pytest.mark.parametrize(("metric", "update", "target", "group"), [
+    ("sparsegpt", "obs-blockwise", "0.5", "block"),
+    ("layer:abs(W)*X", "none", "row:0.5", "row"),
+    ("W*W*X", "admm", "layer:0.5", "layer"),
+])  # fmt: skip
+def test_an_allocation_in_the_group_that_is_used(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, metric: str, update: str, target: str, group: str
+) -> None:
+    """The updater's own group, or the target's, whatever that of the metric."""
+    layers = load_model(str(tiny_llama)).layers
+    targets = {layer.name: Target("", group, 0.5) for layer in layers}
+    allocation = Allocation(group, {
+        name: layer_target(group, layer.weight.shape, one.removed(one.groups(layer.weight.shape)[0][1]))
+        for layer, (name, one) in zip(layers, targets.items(), strict=True)
+    })  # fmt: skip
+    write_recipe(Recipe(metric, target, update, allocation=allocation, **QUICK), file := tmp_path / "recipe.toml")
+    made = prune(str(tiny_llama), calibration=str(tiny_text), recipe=file, output=tmp_path / "out", windows=4)
+    assert made["sparsity"] == pytest.approx(0.5, abs=0.02)

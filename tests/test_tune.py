@@ -245,6 +245,20 @@ def test_formulas_are_evolved(
     assert "formulas" not in told.steps
 
 
+def test_expected_seconds() -> None:
+    """Of a kind that was measured, by its nearest share; of another, the slowest; of rounds over blocks, a multiple."""
+    trials = Trials(session_of(model := load_model(None, device="cpu"), demo_windows(model)), Deadline.starting(None),
+                    lambda *told: None)  # fmt: skip
+    admm = replace(PLAIN, metric="abs(W)*X", update="admm")
+    assert trials.expected(PLAIN, 1.0) == 0
+    trials._note(Trial(PLAIN, 1.0, 5.0, 3.0))
+    trials._note(Trial(admm, 0.25, 5.0, 10.0))
+    assert (trials.expected(PLAIN, 1.0), trials.expected(admm, 0.25)) == (3.0, 10.0)
+    assert trials.expected(admm, 1.0) == pytest.approx(10 * 4**0.75)
+    assert trials.expected(replace(PLAIN, update="obs"), 1.0) == trials.expected(admm, 1.0)
+    assert trials.expected(replace(admm, update="admm+block"), 1.0) == pytest.approx(8 * trials.expected(admm, 1.0))
+
+
 def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
     with pytest.raises(GpmetricError, match="--minutes"):
         gpmetric.tune(None, output=tmp_path / "a", minutes=1e-4, **QUICK)

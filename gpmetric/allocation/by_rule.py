@@ -38,7 +38,7 @@ class Directions:
                 self._add(name, np.asarray(table.profile(row.rule(ground, sparsity))))
         blocks = np.unique(ground.blocks, return_inverse=True)[1]
         self._add("depth", _SLOPE * (2 * blocks / max(1, int(blocks.max())) - 1))
-        kinds = [".".join(name.split(".")[-2:]) for name in table.layers]
+        kinds = [".".join([part for part in name.split(".") if not part.isdigit()][-2:]) for name in table.layers]
         for kind in dict.fromkeys(kinds):
             self._add(kind, _KIND * np.array([one == kind for one in kinds], dtype=float))
 

@@ -134,7 +134,8 @@ def find_couplings(calls: BlockCalls, index: int, states: Tensor) -> dict[str, C
     """
     model = calls.model
     family = FAMILIES.get(model.module.config.model_type, LLAMA)  # most have its names
-    owners = Counter(id(one) for module in model.module.modules() for one in module.parameters(recurse=False))
+    modules = (module for _, module in model.module.named_modules(remove_duplicate=False))
+    owners = Counter(id(one) for module in modules for one in module.parameters(recurse=False))
     found = {}
     for coupling in _named(family, model.blocks[index].module, model.blocks[index].layers):
         weights = (getattr(member.module, name) for member in coupling.members for name in member.axes)

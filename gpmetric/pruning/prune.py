@@ -21,6 +21,7 @@ from gpmetric.pruning.protocol import Protocol, Rule, check_targets
 from gpmetric.pruning.recipe import Recipe, read_recipe
 from gpmetric.pruning.requests import PruneRequest, VerifyRequest, check_permute
 from gpmetric.pruning.unfinished import Record, Unfinished, is_begun, unfinished
+from gpmetric.pruning.updaters import resolve_target
 from gpmetric.pruning.verify import verify_files
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
@@ -247,7 +248,8 @@ def _rule(session: Session, request: PruneRequest, allocation: Allocation | None
     if allocation is None:
         check_targets(session.model, [target])
         return Rule(metric, target, request.update, request.fit, request.permute)
-    check_allocation(session.model.layers, allocation, target.resolved(metric.granularity) if request.target else None)
+    asked = resolve_target(target, metric, request.update) if request.target else None
+    check_allocation(session.model.layers, allocation, asked)
     return Rule(metric, allocation, request.update, request.fit, request.permute)
 
 

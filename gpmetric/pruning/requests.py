@@ -178,7 +178,9 @@ class PruneRequest(Inputs):
         for name, value in options.items():
             if getattr(self, name) not in (defaults[name], value):
                 spelled = name.replace("_", "-")
-                raise InputError(f"--{spelled} {getattr(self, name)} cannot stand beside --recipe, which says {value}")
+                raise InputError(
+                    f"--{spelled} {getattr(self, name)} cannot stand beside --recipe, which says {value!r:.60}"
+                )
         return replace(self, **options)
 
     def check(self) -> None:

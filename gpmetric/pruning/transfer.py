@@ -12,7 +12,7 @@ from typing import Any
 
 from gpmetric.catalogue import CATALOGUE, EVIDENCE, PREFIX
 from gpmetric.errors import GpmetricError
-from gpmetric.pruning.bench import BenchListener, bench_work, run_bench
+from gpmetric.pruning.bench import BenchListener, bench_work, first_failure, run_bench
 from gpmetric.pruning.requests import BESIDE, CatalogueRequest
 from gpmetric.session.session import Session
 from gpmetric.session.work import Work
@@ -43,9 +43,8 @@ def run_catalogue(
     if request.model is None:
         return {"entries": entries, "models": _shipped(names)}
     found = run_bench(request.bench, listener, started)
-    models = [_measured(document) for document in found.get("models", [found]) if document.get("results")]
-    failures = [document["error"] for document in found.get("models", [found]) if document.get("error")]
-    return {"entries": entries, "models": models, "error": failures[0] if failures else None}
+    whole = [document for document in found.get("models", [found]) if not document.get("error")]
+    return {"entries": entries, "models": list(map(_measured, whole)), "error": first_failure(found)}
 
 
 def catalogue_work(session: Session) -> Work:

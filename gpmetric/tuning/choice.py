@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from gpmetric.allocation.by_rule import directions_of
 from gpmetric.catalogue import CATALOGUE
-from gpmetric.errors import GpmetricError
+from gpmetric.errors import GpmetricError, OutOfMemoryError, TimeOverError
 from gpmetric.evolution.evolve import evolve
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.selection import Individual
@@ -29,7 +30,7 @@ from gpmetric.tuning.allocations import Shares, climb, mixtures
 from gpmetric.tuning.halving import halve
 from gpmetric.tuning.parts import SOLVER, first_recipe, methods, rivals, with_rounds, without
 from gpmetric.tuning.request import TuneRequest
-from gpmetric.tuning.trials import SHARES, Trial, Trials
+from gpmetric.tuning.trials import SHARES, Trial, Trials, key_of
 
 __all__ = ["Choice", "TuneListener", "search_work"]
 
@@ -94,6 +95,9 @@ class Choice:
         published = methods(plain, ())
         solver = self._measure([one for one in published if (one.update, one.fit) == SOLVER][:1], SHARES[0])
         self._take(self._measure(rivals(plain)))
+        for one in rivals(plain):
+            if not any(trial.recipe == one for trial in self.trials.found):
+                self._cut(f"{one.metric}, which the choice was not compared with")
         if self.best is None:
             minutes = f"--minutes {self.request.minutes or 0:g} were over before a recipe was measured"
             raise GpmetricError(f"{minutes}: allow more, or take fewer --samples or --windows")
@@ -102,12 +106,16 @@ class Choice:
         begun, end = self.deadline.now(), self.deadline.end - table - _PRUNING * each
         ends = {step: begun + share * (end - begun) for step, share in _ENDS.items()}
         tried = methods(plain, self.request.metric)
-        formulas = self._evolved(each, min(ends["formulas"], ends["methods"] - _RUNGS * each * (len(tried) + _EVOLVED)))
+        until = min(ends["formulas"], ends["methods"] - _RUNGS * each * (len(tried) + _EVOLVED))
+        formulas: list[str] = []
+        with self._lasting("evolving formulas"):
+            formulas = self._evolved(each, until)
         self._halve("metrics and updates", methods(plain, [*self.request.metric, *formulas]), ends["methods"])
         if parse_target(self.request.target).group:  # patterns are the same everywhere, but channels can change places
             self._try("channels in another order", replace(self.best.recipe, permute=True), ends["allocations"])
         else:
-            self._allocate(each, ends["allocations"])
+            with self._lasting("allocations"):
+                self._allocate(each, ends["allocations"])
         self._try("rounds over whole blocks", with_rounds(self.best.recipe), end)
         while self._compare(plain):  # a part that does harm is left out, and the others are looked at again
             self.told.step("without a part that does harm")
@@ -151,6 +159,14 @@ class Choice:
         self.trials.keep("formulas", self.evolved)
         return found
 
+    @contextmanager
+    def _lasting(self, what: str) -> Iterator[None]:
+        """A step that there may be no time or no memory for; what is known before it is not lost."""
+        try:
+            yield
+        except (TimeOverError, OutOfMemoryError) as error:
+            self._cut(f"{what}: {error}")
+
     def _halve(self, what: str, recipes: Sequence[Recipe], until: float) -> None:
         """What is left of successive halving may be the best."""
         self.told.step(what)
@@ -168,11 +184,14 @@ class Choice:
         session, recipe = self.trials.session, self.best.recipe
         target = parse_target(recipe.target)
         settled = resolve_target(target, session.metric(recipe.metric), recipe.update)
+        # named, so that what replaces the metric or the update keeps to the group that the allocation has
+        recipe = replace(recipe, target=f"{settled.granularity}:{target.sparsity!r}")
         directions = directions_of(session, settled.granularity or "row", target.sparsity, self.trials.progress)
         pairs = mixtures(directions, recipe)
         self._halve("allocations by rule", [recipe for _, recipe in pairs], until - _CLIMBED * each)
         here = next((shares for shares, one in pairs if one == self.best.recipe), Shares())
-        if (known := self.trials.searched.get("allocation")) is None:
+        known = self.trials.searched.get("allocation", {})
+        if known.get("recipe") != key_of(recipe):
             if (until - self.deadline.now()) / max(each, 1e-9) < _CLIMBED:
                 self._cut("searching an allocation")
                 return
@@ -180,16 +199,18 @@ class Choice:
             windows = {"calibration": session.windows["calibration"], "validation": session.windows["search"]}
             searching = Trials(replace(session, windows=windows), self.deadline, self.trials.progress)
             here = climb(searching, directions, recipe, here, _CLIMBING, until - each)
-            self.trials.keep("allocation", here)
+            self.trials.keep("allocation", {"recipe": key_of(recipe), "shares": here})
         else:
-            here = Shares({str(name): float(share) for name, share in known.items()})
+            here = Shares({str(name): float(share) for name, share in known["shares"].items()})
         if here:
             self._take(self._measure([replace(recipe, allocation=directions.allocation(here))]))
 
     def _try(self, what: str, recipe: Recipe, until: float) -> None:
-        """One recipe on all windows, if there is time."""
+        """One recipe on all windows, if there is time to measure it and then to prune by it."""
         self.told.step(what)
-        found = self._measure([recipe], 1.0, until)
+        found = self._measure([recipe], SHARES[0], until)
+        last = self.deadline.end - _PRUNING * self.trials.expected(recipe, 1.0)
+        found = found and self._measure([recipe], 1.0, min(until, last))
         if not found:
             self._cut(what)
         self._take(found)
@@ -247,9 +268,9 @@ def _search_request(request: TuneRequest) -> DiscoverRequest:
     update, fit = SOLVER
     start = dict.fromkeys(entry.formula for entry in CATALOGUE.values() if entry.update == update)
     shared = {one.name: getattr(request, one.name) for one in fields(Inputs)}
-    ledger = request.ledger and request.ledger.with_name(f"{request.ledger.name}.sqlite")
+    ledger = request.formulas_ledger if request.ledger else None
     return DiscoverRequest(
         **shared | {"windows": request.windows}, target=(request.target,), update=update, fit=fit, start=tuple(start),
         search_windows=request.search_windows, calibration_seeds=0, ledger=ledger,
-        resume=bool(ledger and ledger.exists()), evaluations=None if request.minutes else _EVALUATIONS,
+        resume=request.resume, evaluations=None if request.minutes else _EVALUATIONS,
     )  # fmt: skip

@@ -44,8 +44,18 @@ class TuneRequest(SearchInputs):
             raise InputError(f"--sparsity {self.target!r:.60} removes nothing")
         for name in self.metric:
             resolve_metric(name)
+        if self.ledger is not None and not self.resume and self.formulas_ledger.exists():
+            raise InputError(
+                f"--ledger: {str(self.formulas_ledger)!r} is of a search: go on with --resume, or name another"
+            )
         if self.shuffle and self.search is None:
             raise InputError("--shuffle needs --search and --validation: prune would draw from all of the text")
+
+    @property
+    def formulas_ledger(self) -> Path:
+        """The campaign's file beside the ledger."""
+        assert self.ledger is not None
+        return self.ledger.with_name(f"{self.ledger.name}.sqlite")
 
     @property
     def texts(self) -> Texts:

@@ -9,18 +9,20 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from gpmetric.data import Windows
+from gpmetric.errors import OutOfMemoryError, TimeOverError
 from gpmetric.files import finite
 from gpmetric.journal import Journal
 from gpmetric.operands import needs_gradients
 from gpmetric.pruning.protocol import Measured, Protocol, Rule
 from gpmetric.pruning.recipe import Recipe
-from gpmetric.pruning.updaters import fit_of, needed_statistics
+from gpmetric.pruning.updaters import UPDATERS, fit_of, needed_statistics
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.memory import retried
@@ -31,7 +33,7 @@ __all__ = ["SHARES", "Trial", "Trials", "key_of", "rule_of"]
 
 SHARES = (0.25, 0.5, 1.0)  # of the windows of calibration and validation, rung by rung
 _SCALE = 0.75  # power of the share that seconds are thought to go with: solving a layer does not depend on it
-_UNKNOWN = 4.0  # times the slowest kind known, what a kind that was never measured is thought to take
+_UNKNOWN = 8.0  # times the slowest kind known, what rounds over blocks are thought to take before they were measured
 
 
 @dataclass(frozen=True)
@@ -156,10 +158,15 @@ class Trials(Journal):
 
     def expected(self, recipe: Recipe, share: float) -> float:
         """Seconds that a recipe is thought to take, by others of its update and fit; 0 before the first of all."""
-        known = self._seconds.get(self._kind(recipe))
-        if known is None:
-            slowest = max((max(one.items()) for one in self._seconds.values()), default=(1.0, 0.0))
-            return float(_UNKNOWN * slowest[1] * (share / slowest[0]) ** _SCALE)
+        kind = self._kind(recipe)
+        if kind in self._seconds:
+            return self._scaled(kind, share)
+        slowest = max((self._scaled(one, share) for one in self._seconds), default=0.0)
+        return (_UNKNOWN if UPDATERS[kind[0]].fits_blocks else 1.0) * slowest
+
+    def _scaled(self, kind: tuple[str, str], share: float) -> float:
+        """Seconds of a known kind on a share of the windows, by the nearest one that was measured."""
+        known = self._seconds[kind]
         nearest = min(known, key=lambda one: abs(math.log(one / share)))
         return float(known[nearest] * (share / nearest) ** _SCALE)
 
@@ -199,18 +206,25 @@ class Trials(Journal):
     def _measured(self, recipes: Sequence[Recipe], share: float, texts: Sequence[Tensor]) -> Iterator[Trial]:
         part = self._part(share)
         before = self.deadline.now()
-        found = self._run(recipes, part, [part.tokens, *texts])
+        try:
+            found = self._run(recipes, part, [part.tokens, *texts])
+        except OutOfMemoryError as failure:
+            found = [Measured([math.inf] * (1 + len(texts)), math.nan, math.nan, failure)] * len(recipes)
+        except TimeOverError:  # of statistics that a metric needs: as if it had not been begun
+            return
         spent = (self.deadline.now() - before) / len(recipes)
         for recipe, one in zip(recipes, found, strict=True):
             error = None if one.error is None else str(one.error)
-            yield Trial(recipe, share, one.losses[0], spent, error, tuple(one.losses[1:]))
+            losses = [loss if math.isfinite(loss) else math.inf for loss in one.losses]
+            yield Trial(recipe, share, losses[0], spent, error, tuple(losses[1:]))
 
     def _run(self, recipes: Sequence[Recipe], part: _Part, texts: Sequence[Tensor]) -> list[Measured]:
         rules = [rule_of(part.session, recipe) for recipe in recipes]
         names = frozenset[str]().union(*(needed_statistics([rule.metric], rule.update) for rule in rules))
         gradients = [name for name in names if needs_gradients([name])]
         if gradients:
-            part.session.dense = self.session.statistics(gradients, self.progress)
+            collect = partial(self.session.statistics, gradients, self.progress)
+            part.session.dense = retried(self.session.model, collect, self.session.forget_calls)
         return retried(self.session.model, lambda: part.protocol.measure(rules, texts), part.session.forget_calls)
 
     def _part(self, share: float) -> _Part:

@@ -36,7 +36,8 @@ def run_tune(
 
     Everything is decided on the validation text, by successive halving; formulas and allocations are searched on the
     search text. Wanda and SparseGPT at uniform sparsity are among the recipes, so that what is chosen is not worse than
-    they are on validation. Stopped, the same command with `--ledger` and `--resume` measures nothing again.
+    they are on validation, unless there was no time to measure them, which is said. Stopped, the same command with
+    `--ledger` and `--resume` measures no recipe again on validation; a search of an allocation begins anew.
 
     Args:
         request: of which model, at which target.
@@ -73,9 +74,11 @@ def _chosen(request: TuneRequest, told: TuneListener, deadline: Deadline) -> tup
     """The recipe, and what is said of it."""
     session = open_session(request, work=tune_work, listener=told)
     check_targets(session.model, [parse_target(request.target)])
-    settings = {"model": session.model.digest, "dtype": session.model.dtype, "target": request.target} | {
+    chosen = {name: getattr(request, name) for name in ("target", "include", "exclude", "statistics_dtype")}
+    settings = {"model": session.model.digest, "dtype": session.model.dtype, **chosen} | {
         name: windows.tokens_digest for name, windows in session.windows.items()
     }
+    settings["texts"] = [one.tokens_digest for one in session.evaluated]
     progress = deadline.watching(told.progress)
     with Trials(session, deadline, progress, request.ledger, settings, resume=request.resume) as trials:
         choice = Choice(request, trials, told, deadline)
@@ -111,12 +114,13 @@ def tune_work(session: Session) -> Work:
     metrics = [session.metric(one.metric) for one in methods(plain, request.metric)]
     update, fit = SOLVER
     texts = session.windows["validation"].tokens.numel()
-    rules = len(SHARES) * len(metrics)
-    work = Protocol(session, one_shot=False).work(metrics, update, fit=fit, rules=rules, texts=texts)
+    rules, permute = len(SHARES) * len(metrics), bool(parse_target(request.target).group)
+    work = Protocol(session, one_shot=False).work(metrics, update, fit=fit, rules=rules, texts=texts, permute=permute)
+    work = replace(work, fits_blocks=True)
     searched = search_work(request, session)
     if searched is None:
         return work
     return replace(
         searched, block=searched.block | work.block, texts=max(searched.texts, work.texts),
-        forward=searched.forward + work.forward,
+        forward=searched.forward + work.forward, fits_blocks=True, permutes=permute,
     )  # fmt: skip
