@@ -95,7 +95,7 @@ def _pruned(request: TuneRequest, recipe: Recipe, told: TuneListener, deadline: 
     with TemporaryDirectory(prefix="gpmetric-") as folder:
         file = Path(folder) / "recipe.toml"
         write_recipe(recipe, file)
-        text = request.text or request.validation
+        text = request.text or request.validation or (None if request.model else "demo:test")
         options = shared | recipe.options | {"output": request.output, "text": text, "force": request.force}
         try:
             found = run_prune(PruneRequest(**options, recipe=file), told)
