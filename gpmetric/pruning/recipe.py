@@ -9,7 +9,7 @@
     sequence_length = 2048
 
 An allocation may stand behind it, as a table of what an allocation file holds. What is read at the time of pruning is
-left out: the model, the texts, the device.
+left out: the model, the texts, the device, and the dtypes of weights and statistics.
 """
 
 from __future__ import annotations

@@ -259,8 +259,7 @@ def search_work(request: TuneRequest, session: Session) -> Work | None:
     """What the search of formulas takes; None where there is none."""
     if not request.evolve:
         return None
-    work = campaign_work(replace(session, inputs=_search_request(request)))
-    return work
+    return campaign_work(replace(session, inputs=_search_request(request)))
 
 
 def _search_request(request: TuneRequest) -> DiscoverRequest:

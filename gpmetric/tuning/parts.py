@@ -8,7 +8,7 @@ from dataclasses import replace
 from gpmetric.catalogue import CATALOGUE
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
 from gpmetric.pruning.recipe import Recipe
-from gpmetric.pruning.updaters import UPDATERS
+from gpmetric.pruning.updaters import UPDATERS, fit_of
 from gpmetric.session.session import Session
 from gpmetric.tuning.request import TuneRequest
 
@@ -55,7 +55,7 @@ def spelled_out(recipe: Recipe) -> Recipe:
     """The recipe with the update and fit that its metric brings, and a formula in place of a name that brings any."""
     metric = resolve_metric(recipe.metric)
     update = metric.update or recipe.update
-    fit = (metric.fit or recipe.fit) if UPDATERS[update].changes else "own"
+    fit = fit_of(metric, recipe.update, recipe.fit)
     return replace(recipe, metric=recipe.metric if metric.update is None else _formula(metric), update=update, fit=fit)
 
 
