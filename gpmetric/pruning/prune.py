@@ -249,8 +249,17 @@ def _rule(session: Session, request: PruneRequest, allocation: Allocation | None
         check_targets(session.model, [target])
         return Rule(metric, target, request.update, request.fit, request.permute)
     asked = resolve_target(target, metric, request.update) if request.target else None
-    check_allocation(session.model.layers, allocation, asked)
-    return Rule(metric, allocation, request.update, request.fit, request.permute)
+    rule = Rule(metric, allocation, request.update, request.fit, request.permute)
+    check_allocation(session.model.layers, _in_its_groups(allocation, rule), asked)
+    return rule
+
+
+def _in_its_groups(allocation: Allocation, rule: Rule) -> Allocation:
+    """An allocation in the comparison groups that the rule's updater chooses in, where it has its own."""
+    own = rule.updater.granularity
+    if own is None or allocation.granularity == "n:m":
+        return allocation
+    return replace(allocation, granularity=own, targets={name: rule.target(name) for name in allocation.targets})
 
 
 def _identity(session: Session, made: Mapping[str, Any], targets: Mapping[str, Target]) -> dict[str, Any]:
