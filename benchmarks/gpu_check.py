@@ -5,6 +5,7 @@ soon as it is there, and what does not fit into the time is told. Needs no netwo
 random weights of a 7B Llama's shapes, written shard by shard, unless `--model` names a real one.
 
     --device cpu --blocks 2 --width 256   the same steps on a small model without a GPU
+    --only demo                           the steps whose names hold this
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ import torch
 from kernel_checks import CheckError, check_all, choices, other_choices
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gpmetric import allocate, bench, discover, evaluate, prune, slim
+from gpmetric import allocate, bench, discover, evaluate, prune, slim, tune
 from gpmetric.demo.text import demo_text
 from gpmetric.errors import GpmetricError
 from gpmetric.loading import DEMO_MODEL
@@ -37,6 +39,10 @@ from gpmetric.tensor_file import write_tensors
 
 _HEADS = 128  # wide
 _WITHIN = 0.25  # of an estimate
+_UPDATES = (
+    ("none", "own"), ("obs", "own"), ("obs-blockwise", "dense"), ("admm", "own"), ("admm", "dense"), ("block", "own"),
+    ("admm+block", "dense"),
+)  # fmt: skip
 _SHARD = 4 * 10**9  # bytes
 
 
@@ -87,6 +93,8 @@ def main() -> None:
         write({"step": "machine", "device": _name(arguments.device), "versions": versions()})
         place = _place(arguments, Path(scratch))
         for name, step in _steps(place):
+            if arguments.only not in name:
+                continue
             if time.monotonic() > end:
                 write({"step": name, "skipped": f"--minutes {arguments.minutes:g} are over"})
                 continue
@@ -104,6 +112,10 @@ def main() -> None:
 def _steps(place: Place) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     yield "kernels choose as a stable sort", lambda: _kernels(place.device)
     yield "demo: device and CPU agree", lambda: _agree(place.device)
+    for update, fit in _UPDATES:
+        yield f"demo: device and CPU agree, {update} {fit}", partial(_updates_agree, place.device, update, fit)
+    for name, run in (("discover", discover), ("allocate", allocate), ("tune", tune), ("slim", slim)):
+        yield f"demo: {name}", partial(_runs, place, run)
     yield "prune wanda 2:4", lambda: _command(place, prune, metric="wanda", target="2:4", output=place.scratch / "a")
     yield (
         "bench wanda, sparsegpt, gblm",
@@ -156,6 +168,39 @@ def _agree(device: str) -> dict[str, Any]:
     if worst > 1e-3:
         raise CheckError(f"perplexities differ by {worst:.2g}")
     return {"rows": len(found[0]), "largest_difference": worst}
+
+
+def _updates_agree(device: str, update: str, fit: str) -> dict[str, Any]:
+    """Perplexities of the demo model with an update, on the device and on the CPU; a support may differ in a tie."""
+    options = {
+        "metric": ("W*W*F",), "target": ("0.5", "2:4"), "samples": 4, "windows": 8, "dtype": "float32",
+        "update": update, "fit": fit,
+    }  # fmt: skip
+    found = [bench(**options, device=one)["results"] for one in ("cpu", device)]
+    if errors := [row["error"] for rows in found for row in rows if row.get("error")]:
+        raise CheckError(errors[0])
+    ppl = [[row["ppl"]["demo:test"] for row in rows] for rows in found]
+    worst = max(abs(mine / other - 1) for mine, other in zip(*ppl, strict=True))
+    if worst > 2e-2:
+        raise CheckError(f"perplexities differ by {worst:.2g}")
+    return {"rows": len(ppl[0]), "largest_difference": worst}
+
+
+def _runs(place: Place, run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """Seconds of a command on the demo model, permutation, dense fits and all."""
+    shared: dict[str, Any] = {"samples": 16, "device": place.device, "search_windows": 4, "windows": 8}
+    own: dict[str, dict[str, Any]] = {
+        "discover": {
+            "target": ("0.5", "2:4"), "update": "admm", "fit": "dense", "evaluations": 6, "population": 4,
+            "calibration_seeds": 0, "ledger": place.scratch / "demo.sqlite",
+        },
+        "allocate": {"sparsity": 0.5, "update": "admm", "fit": "dense", "evaluations": 8, "population": 4},
+        "tune": {"target": "2:4", "minutes": 0.7, "output": place.scratch / "tuned"},
+        "slim": {"sparsity": 0.2, "steps": 4, "output": place.scratch / "slim"},
+    }  # fmt: skip
+    start = time.perf_counter()
+    run(**shared, **own[run.__name__])
+    return {"seconds": round(time.perf_counter() - start, 2)}
 
 
 def _command(place: Place, run: Callable[..., dict[str, Any]], **options: Any) -> dict[str, Any]:
@@ -259,6 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8, help="after which no further step is begun")
     parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="folder of rows.jsonl")
+    parser.add_argument("--only", default="", help="part of the names of the steps that are run")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--model", type=Path, help="directory of a real model, instead of random weights")
     parser.add_argument("--calibration", type=Path, help="text file; the demo's by default")
