@@ -16,7 +16,7 @@ from gpmetric.blockwise.hidden import Hidden
 from gpmetric.blockwise.replay import BlockCalls, record_calls
 from gpmetric.blockwise.shelf import Shelf
 from gpmetric.calibration.accumulators import LayerStatistics, curvature
-from gpmetric.calibration.paired import collect_paired, reading_order
+from gpmetric.calibration.paired import DenseInputs, collect_paired, reading_order
 from gpmetric.errors import InputError, ModelError, SolverError
 from gpmetric.evaluation.perplexity import mean_loss
 from gpmetric.loading import load_model
@@ -212,9 +212,9 @@ def moved(calls: BlockCalls, blocks: int, weights: Mapping[str, Tensor]) -> Hidd
 
 
 @pytest.mark.parametrize("index", [1, 2])
-@pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2"])
+@pytest.mark.parametrize(("family", "keep"), [("tiny_llama", True), ("tiny_gpt2", True), ("tiny_gpt2", False)])
 def test_inputs_in_both_models_against_plain_hooks(
-    family: str, index: int, tiny_text: Path, request: pytest.FixtureRequest
+    family: str, keep: bool, index: int, tiny_text: Path, request: pytest.FixtureRequest
 ) -> None:
     """Stage by stage, those before in the block being pruned by then."""
     folder = request.getfixturevalue(family)
@@ -222,9 +222,10 @@ def test_inputs_in_both_models_against_plain_hooks(
     calls, block = calls_of(model, tiny_text), model.blocks[index]
     weights = half_of([layer for one in model.blocks[:index] for layer in one.layers])
     pruned, dense = moved(calls, index, weights), moved(calls, index, {})
+    both = DenseInputs(calls, index, dense, keep=keep)
     for stage in reading_order(calls, index, pruned):
         held = [weights.get(layer.name, layer.weight) for layer in block.layers]
-        found = collect_paired(calls, index, pruned, dense, stage, ["X", "gram", "D"], held)
+        found = collect_paired(calls, index, pruned, both, stage, ["X", "gram", "D"], held)
         expected = by_hooks(folder, weights, index, torch.cat(calls.batches))
         assert list(found) == [layer.name for layer in stage]
         for name, one in found.items():
@@ -245,7 +246,7 @@ def test_only_what_is_asked_for_is_measured(tiny_llama: Path, tiny_text: Path) -
     calls = calls_of(model, tiny_text)
     layers, hidden = model.blocks[0].layers, Hidden(calls, Shelf())
     held = [layer.weight for layer in layers]
-    found = collect_paired(calls, 0, hidden, hidden, layers[:1], ["gram", "G"], held)
+    found = collect_paired(calls, 0, hidden, DenseInputs(calls, 0, hidden, keep=True), layers[:1], ["gram", "G"], held)
     (one,) = found.values()
     assert one.values.keys() == {"X", "gram", "cross"}
     torch.testing.assert_close(one["cross"], one["gram"])
@@ -258,7 +259,15 @@ def test_an_expert_has_no_cross_where_tokens_differ(tiny_llama: Path, tiny_text:
     block, weights = model.blocks[1], half_of(model.blocks[0].layers)
     pruned, dense = moved(calls, 1, weights), moved(calls, 1, {})
     reached = [layer for layer in block.layers if "experts.2" not in layer.name]
-    found = collect_paired(calls, 1, pruned, dense, reached, ["gram"], [layer.weight for layer in block.layers])
+    found = collect_paired(
+        calls,
+        1,
+        pruned,
+        DenseInputs(calls, 1, dense, keep=True),
+        reached,
+        ["gram"],
+        [layer.weight for layer in block.layers],
+    )
     reads: dict[str, list[Tensor]] = {}
     for number, states in enumerate(pruned):
         with torch.no_grad():
@@ -285,7 +294,15 @@ def test_an_expert_that_has_all_tokens_is_a_layer_like_others(tiny_llama: Path, 
     calls = calls_of(model, tiny_text)
     layers = [layer for layer in model.blocks[1].layers if "experts.0" in layer.name]
     pruned, dense = moved(calls, 1, half_of(model.blocks[0].layers)), moved(calls, 1, {})
-    found = collect_paired(calls, 1, pruned, dense, layers, ["gram"], [one.weight for one in model.blocks[1].layers])
+    found = collect_paired(
+        calls,
+        1,
+        pruned,
+        DenseInputs(calls, 1, dense, keep=True),
+        layers,
+        ["gram"],
+        [one.weight for one in model.blocks[1].layers],
+    )
     assert all("cross" in one.values for one in found.values())
 
 
@@ -294,7 +311,33 @@ def test_a_layer_that_no_token_reaches_is_refused(tiny_llama: Path, tiny_text: P
     calls, layers = calls_of(model, tiny_text), model.blocks[1].layers
     hidden = moved(calls, 1, {})
     with pytest.raises(ModelError, match=r"^layer model\.layers\.1\.mlp\.experts\.2\.gate_proj is not reached by"):
-        collect_paired(calls, 1, hidden, hidden, layers, ["gram"], [layer.weight for layer in layers])
+        collect_paired(
+            calls,
+            1,
+            hidden,
+            DenseInputs(calls, 1, hidden, keep=True),
+            layers,
+            ["gram"],
+            [layer.weight for layer in layers],
+        )
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_dense_model_moves_on(keep: bool, asked: bool, tiny_llama: Path, tiny_text: Path) -> None:
+    """As if nobody had asked what its layers read; a block that is kept is run once."""
+    model = load_model(str(tiny_llama), device="cpu")
+    calls = calls_of(model, tiny_text)
+    hidden, plain, ran = Hidden(calls, Shelf()), Hidden(calls, Shelf()), list[int]()
+    plain.advance(0)
+    with model.blocks[0].module.register_forward_pre_hook(lambda *_: ran.append(1)):
+        inputs = DenseInputs(calls, 0, hidden, keep=keep)
+        for number in range(len(hidden)) if asked else ():
+            for layer in model.blocks[0].layers:
+                assert layer.name in inputs.of(number, [layer])
+        inputs.advance()
+    assert all(torch.equal(one, other) for one, other in zip(hidden, plain, strict=True))
+    assert len(ran) == len(hidden) * (1 if keep or not asked else len(model.blocks[0].layers) + 1)
 
 
 # What a layer is to be

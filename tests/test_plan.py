@@ -157,6 +157,7 @@ def test_what_is_written_of_a_plan() -> None:
         "room": 5,
         "together": 1,
         "states": True,
+        "inputs": True,
         "workers": 1,
         "aside": False,
     }

@@ -21,11 +21,48 @@ from gpmetric.errors import ModelError, SolverError
 from gpmetric.models import Layer
 from gpmetric.operands import CROSS
 
-__all__ = ["collect_paired", "reading_order"]
+__all__ = ["DenseInputs", "collect_paired", "reading_order"]
 
 
 class _Read(Exception):
     """All layers that were asked for have read."""
+
+
+class DenseInputs:
+    """What the layers of a block read in the dense model, for all rules and stages of one step through the blocks.
+
+    Args:
+        calls: how the model calls its blocks.
+        index: of the block, which is at hand.
+        hidden: what the block reads in the dense model.
+        keep: whether they are kept once they are known, [tokens, in] of every place that is read; otherwise each who
+            asks has the block run again, as far as it takes.
+    """
+
+    def __init__(self, calls: BlockCalls, index: int, hidden: Hidden, *, keep: bool) -> None:
+        self._calls, self._index, self._hidden, self._keep = calls, index, hidden, keep
+        self._known: dict[int, dict[str, Tensor]] = {}
+        self._ends: dict[int, Tensor] = {}
+
+    def of(self, number: int, layers: Sequence[Layer]) -> Mapping[str, Tensor]:
+        """What layers read [..., in] of a batch, by name; those that are not reached may be missing."""
+        if not self._keep:
+            return _inputs(self._calls, self._index, number, self._hidden[number], layers, nullcontext())
+        if number not in self._known:
+            with _watching(self._calls.model.blocks[self._index].layers, whole=True) as inputs:
+                self._ends[number] = self._calls.call(self._index, number, self._hidden[number])
+            self._known[number] = inputs
+        return self._known[number]
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Moves what the block reads behind it; nothing is kept any more."""
+        self._known.clear()
+        for number in range(len(self._hidden)):
+            end = self._ends.pop(number, None)
+            if end is None:
+                end = self._calls.call(self._index, number, self._hidden[number])
+            self._hidden[number] = end
 
 
 @torch.no_grad()
@@ -59,7 +96,7 @@ def collect_paired(
     calls: BlockCalls,
     index: int,
     pruned: Hidden,
-    dense: Hidden,
+    dense: DenseInputs,
     layers: Sequence[Layer],
     names: Collection[str],
     weights: Sequence[Tensor],
@@ -71,7 +108,8 @@ def collect_paired(
     Args:
         calls: how the model calls its blocks.
         index: of the block, which is at hand.
-        pruned, dense: what the block reads in the two models, of the same batches.
+        pruned: what the block reads in the pruned model.
+        dense: what its layers read in the dense model, of the same batches.
         layers: of the block.
         names: of statistics.
         weights: [out, in] of all layers of the block, as they are by now in the pruned model.
@@ -82,9 +120,9 @@ def collect_paired(
     """
     rows = {name: row for name, row in ACCUMULATORS.items() if name in {*names, "X"} and isinstance(row, FromInputs)}
     pairs, model = {layer.name: _Pair(layer) for layer in layers}, calls.model
-    for number, (mine, theirs) in enumerate(zip(pruned, dense, strict=True)):
+    for number, mine in enumerate(pruned):
         tokens = calls.batches[number].numel()
-        before = _inputs(calls, index, number, theirs, layers, nullcontext())
+        before = dense.of(number, layers)
         after = _inputs(calls, index, number, mine, layers, model.holding(weights, model.blocks[index].layers))
         shared: dict[int, _Pair] = {}  # the first layer that reads a tensor counts for all that read it
         for name, pair in pairs.items():
@@ -143,13 +181,13 @@ def _inputs(
 
 
 @contextmanager
-def _watching(layers: Sequence[Layer]) -> Iterator[dict[str, Tensor]]:
-    """Inputs by layer, in the order of reading; a forward pass ends where the last of them has read."""
+def _watching(layers: Sequence[Layer], *, whole: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Inputs by layer, in the order of reading; a forward pass ends where the last of them has read, or is whole."""
     inputs: dict[str, Tensor] = {}
 
     def read(name: str, _: Module, args: tuple[Tensor, ...]) -> None:
         inputs[name] = args[0]
-        if len(inputs) == len(layers):
+        if not whole and len(inputs) == len(layers):
             raise _Read
 
     with ExitStack() as stack:

@@ -22,7 +22,7 @@ from gpmetric.blockwise.hidden import Hidden
 from gpmetric.blockwise.replay import record_calls
 from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.collect import collect_block
-from gpmetric.calibration.paired import collect_paired, reading_order
+from gpmetric.calibration.paired import DenseInputs, collect_paired, reading_order
 from gpmetric.calibration.regional import collect_regional
 from gpmetric.errors import GpmetricError, InputError, MaskError, SolverError
 from gpmetric.evaluation.perplexity import batches, mean_of, sum_loss
@@ -188,6 +188,7 @@ class Walk:
         else:
             follows = any(rule.follows_dense for rule in self.rules)
         self._dense_states = Hidden(session.calls, session.shelf) if follows else None
+        self._dense_inputs: DenseInputs | None = None  # of the block that is passed
 
     def __iter__(self) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
         for index in range(self._next, len(self._model.blocks)):
@@ -198,9 +199,14 @@ class Walk:
         """Moves all rules past a block."""
         with self._model.at_hand(index):
             dense, couplings = self._dense(index), self._couplings(index)
+            if self._dense_states is not None:
+                session = self.protocol.session
+                keep = session.plan.inputs
+                self._dense_inputs = DenseInputs(session.calls, index, self._dense_states, keep=keep)
             pruned = [self._through(branch, index, dense, couplings) for branch in self._branches]
-            if self._dense_states is not None and index + 1 < len(self._model.blocks):
-                self._dense_states.advance(index)
+            if self._dense_inputs is not None and index + 1 < len(self._model.blocks):
+                self._dense_inputs.advance()
+            self._dense_inputs = None
         self._next = index + 1
         return pruned
 
@@ -319,7 +325,7 @@ class Walk:
         couplings: Mapping[str, Coupling],
     ) -> dict[str, Tensor]:
         """The pruned weights of a block's layers, which make up for errors of those before them."""
-        assert self._dense_states is not None
+        assert self._dense_inputs is not None
         rule, block, pruned = branch.rule, self._model.blocks[index], dict[str, Tensor]()
         regional = collect_regional(states.calls, index, states, names)  # while the block is dense
         for layers in reading_order(states.calls, index, states):
@@ -327,7 +333,7 @@ class Walk:
             if not asked:
                 continue
             weights = [pruned.get(layer.name, layer.weight) for layer in block.layers]
-            found = collect_paired(states.calls, index, states, self._dense_states, asked, names, weights)
+            found = collect_paired(states.calls, index, states, self._dense_inputs, asked, names, weights)
             for layer in asked:
                 gradients = dense.get(layer.name, LayerStatistics()).gradients
                 statistics = LayerStatistics(**gradients, **regional[layer.name], **found.pop(layer.name).values)

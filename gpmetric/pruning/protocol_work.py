@@ -42,7 +42,7 @@ def protocol_work(
     walked = 0 if one_shot else size * (1 + follows)  # the dense model passes, too
     gradients, regional = needs_gradients(dense), 3 * size * is_regional(names)
     collected = size * (not gradients) + regional if one_shot else 0
-    each = 0 if one_shot else (2 + 2 * follows) * walked + regional
+    each = 0 if one_shot else 2 * walked + regional
     return Work(
         dense=dense | {"X"} if dense or one_shot else dense,
         block=frozenset() if one_shot else names - dense | {"X", *[CROSS] * follows},

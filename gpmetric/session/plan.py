@@ -22,7 +22,7 @@ from gpmetric.calibration.cache import estimate_bytes
 from gpmetric.errors import InputError
 from gpmetric.files import scratch_folder
 from gpmetric.models import Model
-from gpmetric.operands import GRAM, OPERANDS, is_regional, needs_gradients
+from gpmetric.operands import CROSS, GRAM, OPERANDS, is_regional, needs_gradients
 from gpmetric.placement import BATCH_TOKENS, FRONT, HEAD
 from gpmetric.session.memory import free_device, free_disk, free_host, resident_bytes
 from gpmetric.session.work import Work
@@ -48,6 +48,7 @@ class Plan:
         room: bytes of hidden states, and of statistics, that are kept in memory; beyond, they go to disk.
         together: pruned models that pass through the blocks at once.
         states: whether hidden states stay on the device.
+        inputs: whether what the layers of one block read in the dense model is kept while it is pruned.
         workers: processes that do the work at the same time.
         aside: whether pruned weights that are kept are in files.
     """
@@ -61,6 +62,7 @@ class Plan:
     room: int | None = None
     together: int = 1
     states: bool = True
+    inputs: bool = True
     workers: int = 1
     aside: bool = False
 
@@ -134,8 +136,12 @@ class _Sizes:
         seconds = self.seconds(plan)
         if kept:
             whole = least + moving
+            inputs = whole + self.inputs <= free
+            whole += self.inputs if inputs else 0
             own = whole if on_cpu else resident_bytes() + self.model.placement.bytes(FRONT)  # type: ignore[union-attr]
-            return replace(plan, memory_bytes=whole, host_bytes=own, disk_bytes=self.written, seconds=seconds)
+            return replace(
+                plan, memory_bytes=whole, host_bytes=own, disk_bytes=self.written, seconds=seconds, inputs=inputs
+            )
         room = min(_ROOM, max(0, free - least if on_cpu else host - resident_bytes()))
         held = min(moving, room)
         aside, scratch = moving - held, scratch_folder()
@@ -152,7 +158,7 @@ class _Sizes:
         return replace(
             plan, memory_bytes=least + held if on_cpu else least, disk_bytes=aside + self.written, seconds=seconds,
             room=room // 2, host_bytes=least + held if on_cpu else resident_bytes() + held, together=together,
-            states=states,
+            states=states, inputs=False,
         )  # fmt: skip
 
     def with_database(self, plan: Plan, host: int) -> Plan:
@@ -276,6 +282,21 @@ class _Sizes:
         """Of hidden states."""
         width = self.model.module.get_input_embeddings().weight.shape[1]
         return int(tokens * width * self.itemsize)
+
+    @cached_property
+    def inputs(self) -> int:
+        """Of what a block's layers read of the calibration windows in the dense model, and of what the block gives.
+
+        Three places at most have the width of the hidden states: attention, its output, and the MLP.
+        """
+        if CROSS not in self.work.block:
+            return 0
+        hidden = self.states(1) // self.itemsize
+        wide = [[layer.weight.shape[1] for layer in block.layers] for block in self.model.blocks]
+        most = max(
+            sum(one for one in widths if one != hidden) + hidden * min(3, widths.count(hidden)) for widths in wide
+        )
+        return self.states(self.work.calibration // 2) + self.work.calibration // 2 * most * self.itemsize
 
     @cached_property
     def per_rule(self) -> int:
