@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from gpmetric.blockwise import families
 from gpmetric.blockwise.couplings import Coupling, find_couplings
 from gpmetric.blockwise.replay import record_calls
 from gpmetric.errors import InputError
@@ -41,8 +39,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", GROUPED | {"sliding_window": 5}),
     "qwen2": ("qwen2", GROUPED),
     "qwen3": ("qwen3", GROUPED | {"head_dim": 8}),
-    "olmo2": ("olmo2", GROUPED),  # not in the table: its names are Llama's
+    "olmo2": ("olmo2", GROUPED),
     "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}),
+}
+# Architectures whose layers have other names, queries, keys and values in one layer in one order or another, gates and
+# channels in one layer, or attention and MLP beside each other.
+_NEOX = SIZES | {"max_position_embeddings": 64, "initializer_range": 0.3}
+_GPTJ = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4, "initializer_range": 0.3}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "phi3": ("phi3", GROUPED | {"pad_token_id": 0}),
+    "phi": ("phi", LLAMA),
+    "gpt_neox": ("gpt_neox", _NEOX),
+    "gpt_neo": ("gpt_neo", {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}),
+    "gptj": ("gptj", _GPTJ),
+    "gpt_bigcode": ("gpt_bigcode", FAMILIES["gpt2"][1]),
+    "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}),
+    "falcon": ("falcon", SIZES | {"new_decoder_architecture": True, "num_kv_heads": 2, "initializer_range": 0.3}),
+    "falcon-mq": ("falcon", SIZES | {"multi_query": True, "new_decoder_architecture": False, "initializer_range": 0.3}),
+    "opt": ("opt", SIZES | {"ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32, "init_std": 0.3}),
+    "mpt": ("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
+    "gemma2": ("gemma2", GROUPED | {"head_dim": 8}),
+    "starcoder2": ("starcoder2", GROUPED),
+    "stablelm": ("stablelm", GROUPED),
+    "cohere": ("cohere", GROUPED),
+    "glm4": ("glm4", GROUPED | {"head_dim": 8, "pad_token_id": 0}),
 }
 
 
@@ -115,6 +135,23 @@ def test_the_function_is_preserved(name: str, folder: Callable[[str], Path], tmp
     assert torch.allclose(logits(source), logits(tmp_path), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_channels_are_found_by_what_they_do(name: str, save_model: Callable[..., Path]) -> None:
+    """Those of attention and MLP in every block, in a random order that leaves what the block gives as it was."""
+    kind, config = OTHERS[name]
+    model = load_model(str(save_model(kind, **config)), device="cpu")
+    calls = record_calls(model, [torch.arange(20).view(2, 10)])
+    states = calls.hidden[0]
+    for index in range(len(model.blocks)):
+        couplings = find_couplings(calls, index, states)
+        assert len(couplings) == 2
+        after = calls.call(index, 0, states)
+        for one in couplings.values():
+            with one.placed(shuffled(one)):
+                torch.testing.assert_close(calls.call(index, 0, states), after, rtol=1e-4, atol=1e-4)
+        states = after
+
+
 def test_names_alone_are_not_trusted(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a layer that writes the channels, or only its bias, stays behind, the block is left alone."""
     model = load_model(str(folder("gpt2")), device="cpu")
@@ -125,9 +162,11 @@ def test_names_alone_are_not_trusted(folder: Callable[[str], Path], monkeypatch:
     model = load_model(str(folder("llama")), device="cpu")
     calls = record_calls(model, [torch.arange(20).view(2, 10)])
     assert len(find_couplings(calls, 0, calls.hidden[0])) == 2
-    half = replace(families.LLAMA, inputs=("up_proj",), keys=("v_proj", "k_proj"))
-    monkeypatch.setitem(families.FAMILIES, "llama", half)
-    assert find_couplings(calls, 0, calls.hidden[0]) == {}
+    mlp = model.blocks[0].module.mlp
+    mlp.gate_proj = torch.nn.Sequential(mlp.gate_proj)  # no longer beside the layer that reads its channels
+    assert [one.layer for one in find_couplings(calls, 0, calls.hidden[0]).values()] == [
+        "model.layers.0.self_attn.o_proj"
+    ]
 
 
 def test_weights_of_two_layers_are_left_alone(folder: Callable[[str], Path]) -> None:
@@ -333,11 +372,11 @@ def test_large_and_small_columns_are_spread() -> None:
     assert kept_score(scores, best_order(scores, 2, 4), 2, 4) == 5 * 40
 
 
-@pytest.mark.parametrize("architecture", ["phi3", "gpt_neox"])
 def test_what_is_not_known_is_left_alone_and_told(
-    architecture: str, save_model: Callable[..., Path], tiny_text: Path, tmp_path: Path
+    folder: Callable[[str], Path], tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = save_model(architecture, **SIZES, max_position_embeddings=64)
+    monkeypatch.setattr("gpmetric.blockwise.couplings._holds", lambda *_: False)
+    source = folder("llama")
     result = prune(str(source), output=tmp_path / "out", calibration=str(tiny_text), permute=True, **QUICK)
     assert result["permuted"]["layers"] == 0 < result["permuted"]["of"]
     assert moves_of(tmp_path / "out") == []

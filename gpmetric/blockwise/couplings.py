@@ -2,24 +2,26 @@
 
 The channels of an MLP: columns of the layer that reads them, with rows and biases of those that write them. Inside each
 attention head: columns of the output layer, with rows and bias of the values; query heads that share a key/value head
-share one order. Whether that holds is tried on the block itself, so that none is taken for another by its names.
+share one order. Widths of layers of one module tell which they may be, under whatever names, in fused layers, too, and
+whether that holds is tried on the block itself.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gpmetric.blockwise.families import FAMILIES, LLAMA, Family, attention_features, mlp_features
+from gpmetric.blockwise.families import read_features
 from gpmetric.blockwise.replay import BlockCalls
-from gpmetric.models import Layer
+from gpmetric.models import Block, Layer
 
 __all__ = ["Coupling", "Move", "find_couplings", "in_order"]
 
@@ -133,63 +135,87 @@ def find_couplings(calls: BlockCalls, index: int, states: Tensor) -> dict[str, C
         states: what it reads of the first batch.
     """
     model = calls.model
-    family = FAMILIES.get(model.module.config.model_type, LLAMA)  # most have its names
     modules = (module for _, module in model.module.named_modules(remove_duplicate=False))
     owners = Counter(id(one) for module in modules for one in module.parameters(recurse=False))
-    found = {}
-    for coupling in _named(family, model.blocks[index].module, model.blocks[index].layers):
-        weights = (getattr(member.module, name) for member in coupling.members for name in member.axes)
-        if any(owners[id(weight)] > 1 for weight in weights):  # another layer would be in a wrong order
-            continue
-        if _holds(coupling, lambda: calls.call(index, 0, states)):
-            found[coupling.layer] = coupling
+    block, found = model.blocks[index], {}
+
+    def run() -> Tensor:
+        return calls.call(index, 0, states).float()
+
+    with _in_turn(block.module) as ran:
+        before = run()
+    for reader, writers in _neighbours(block, ran):
+        for coupling in _guesses(model.module.config.get_text_config(), reader, writers):
+            weights = (getattr(member.module, name) for member in coupling.members for name in member.axes)
+            if any(owners[id(weight)] > 1 for weight in weights):  # another layer would be in a wrong order
+                continue
+            if _holds(coupling, run, before):
+                found[reader.name] = coupling
+                break
     return found
 
 
-def _named(family: Family, block: Any, layers: Sequence[Layer]) -> Iterator[Coupling]:
-    """What a family's names make of a block; a sublayer that has other names is left out."""
-    for sublayer, place in family.places.items():
-        module = getattr(block, place.module, None)
-        reader = next((layer for layer in layers if layer.module is getattr(module, place.output, None)), None)
-        if reader is None:
-            continue
-        try:
-            columns, rows = (_channels if sublayer == "mlp" else _values)(family, module)
-        except (AttributeError, RuntimeError):  # no layers of these names, or no whole heads
-            continue
-        parent = reader.name.removesuffix(f".{place.output}")
-        writers = [_Member(f"{parent}.{name}", getattr(module, name, None), one, False) for name, one in rows.items()]
-        members = (_Member(reader.name, reader.module, columns, True), *writers)
-        if all(_within(one) for one in members):
-            yield Coupling(reader.name, members)
+@contextmanager
+def _in_turn(block: nn.Module) -> Iterator[dict[str, Any]]:
+    """Linear layers inside a block by name, in the order in which they run meanwhile."""
+    ran: dict[str, Any] = {}
+    with ExitStack() as stack:
+        for name, one in block.named_modules():
+            if isinstance(one, nn.Linear | Conv1D):
+                stack.enter_context(one.register_forward_pre_hook(partial(_note, ran, name)))
+        yield ran
 
 
-def _within(member: _Member) -> bool:
-    """Whether a layer has all these features."""
-    if not isinstance(member.module, nn.Linear | Conv1D):
-        return False
-    return int(member.features.max()) < int(member.module.weight.shape[member.axes["weight"]])
+def _note(ran: dict[str, Any], name: str, module: nn.Module, _: Any) -> None:
+    ran.setdefault(name, module)
 
 
-_Inner = tuple[Tensor, dict[str, Tensor]]  # columns of the output layer, and rows by attribute, [copies, groups, size]
+def _neighbours(block: Block, ran: Mapping[str, Any]) -> Iterator[tuple[Layer, dict[str, Any]]]:
+    """Layers of a block that are pruned, each with those of the same module that run before it, the last one first."""
+    for place, (name, module) in enumerate(ran.items()):
+        layer = next((one for one in block.layers if one.module is module), None)
+        parent = name.rpartition(".")[0]
+        before = [other for other in list(ran)[:place] if other.rpartition(".")[0] == parent]
+        if layer is not None and before:
+            prefix = layer.name.removesuffix(name)
+            yield layer, {prefix + other: ran[other] for other in reversed(before)}
 
 
-def _channels(family: Family, mlp: Any) -> _Inner:
-    """An MLP's channels, one group."""
-    rows, columns = mlp_features(family, mlp)
-    return columns.view(1, 1, -1), {name: one.view(1, 1, -1) for name, one in rows.items()}
+def _guesses(config: Any, reader: Layer, writers: Mapping[str, Any]) -> Iterator[Coupling]:
+    """What a layer's inputs may be, by the widths of those that run before it; whether they are is to be tried."""
+    width = read_features(reader.module)
+    wide = {name: int(one.weight.shape[isinstance(one, Conv1D)]) for name, one in writers.items()}
+    channels = torch.arange(width).view(1, 1, width)
+    rows = {name: channels for name, features in wide.items() if features == width}
+    if rows:  # an MLP's
+        yield _coupling(reader, channels, writers, rows)
+    for name, features in wide.items():
+        if features == 2 * width:  # gates and channels in one, one after the other or in turns
+            for both in (torch.arange(features).view(2, 1, width), torch.arange(features).view(1, width, 2).mT):
+                yield _coupling(reader, channels, writers, {name: both.reshape(2, 1, width)})
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int) or width % heads:
+        return
+    size = width // heads
+    shared = [getattr(config, name, None) or heads for name in ("num_key_value_heads", "num_kv_heads")]
+    for groups in dict.fromkeys((*shared, heads, 1)):
+        columns = torch.arange(width).view(groups, -1, size).transpose(0, 1)
+        for name, features in wide.items():  # values alone, or behind queries and keys of all heads, or of each group
+            values = (
+                [torch.arange(features)[-groups * size :].view(1, groups, size)] if groups * size <= features else []
+            )
+            if features % groups == 0 and features // groups >= size:
+                values.append(torch.arange(features).view(1, groups, -1)[..., -size:])
+            for one in values[:1] if features == groups * size else values:
+                yield _coupling(reader, columns, writers, {name: one})
 
 
-def _values(family: Family, attention: Any) -> _Inner:
-    """The values of each head, a group each; in the columns, once for every query head that shares it."""
-    rows, columns = attention_features(family, attention)
-    name = family.fused or family.keys[-1]
-    values = rows[name][-1:]  # [1, heads, size]; of fused ones, the last segment
-    heads, size = values.shape[1:]
-    return columns.view(heads, -1, size).transpose(0, 1), {name: values}
+def _coupling(reader: Layer, columns: Tensor, writers: Mapping[str, Any], rows: Mapping[str, Tensor]) -> Coupling:
+    written = [_Member(name, writers[name], one, False) for name, one in rows.items()]
+    return Coupling(reader.name, (_Member(reader.name, reader.module, columns, True), *written))
 
 
-def _holds(coupling: Coupling, run: Callable[[], Tensor]) -> bool:
+def _holds(coupling: Coupling, run: Callable[[], Tensor], before: Tensor) -> bool:
     """Whether a random order of the channels changes what a block gives by no more than rounding.
 
     It is compared with the change where only the columns are moved, so that what else is in the output does not matter;
@@ -198,11 +224,10 @@ def _holds(coupling: Coupling, run: Callable[[], Tensor]) -> bool:
     generator = torch.Generator().manual_seed(0)
     _, groups, size = coupling.columns.shape
     channels = torch.stack([torch.randperm(size, generator=generator) for _ in range(groups)])
-    before = run().float()
     with coupling.placed(channels):
-        moved = (run().float() - before).abs().mean()
+        moved = (run() - before).abs().mean()
     with coupling.placed(channels, members=1):
-        torn = (run().float() - before).abs().mean()
+        torn = (run() - before).abs().mean()
     tolerance = min(_MOST, _ROUNDING * torch.finfo(coupling.members[0].module.weight.dtype).eps)
     return bool(torn > 0) and bool(moved <= tolerance * torn)
 

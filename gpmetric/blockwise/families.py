@@ -1,7 +1,7 @@
 """Where the layers of an attention and an MLP are in a block, family by family, and which features go together.
 
 A sublayer's inner features, the channels of an MLP or the values of attention heads, are written by rows of some layers
-and read by columns of one: they can be removed together, or put in another order.
+and read by columns of one: they can be removed together.
 """
 
 from __future__ import annotations
