@@ -96,7 +96,7 @@ def test_every_format_holds_what_was_found(
 def test_a_hetero_folder_opens_with_trust_and_says_so_without(
     tiny_llama: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
-    """Elsewhere: a process that knows nothing of gpmetric runs the file in the folder, which a fresh one read before."""
+    """Elsewhere: a process that knows nothing of gpmetric runs the file in the folder; before, a fresh one read it."""
     run(tiny_llama, tiny_text, tmp_path / "small", sparsity=0.4)
     code = """
 import sys, torch
