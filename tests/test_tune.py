@@ -232,7 +232,6 @@ def test_formulas_are_evolved(
     tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gpmetric.tuning.choice._EVALUATIONS", 4)
-    monkeypatch.setattr("gpmetric.evolution.workplace._cores", lambda: 1)  # another process takes seconds to begin
     ledger = tmp_path / "tune.jsonl"
     options = {**QUICK, "calibration": str(tiny_text), "target": "2:4", "ledger": ledger}
     found = gpmetric.tune(str(tiny_llama), output=tmp_path / "a", **options)
