@@ -1,4 +1,4 @@
-"""Kernels in Triton's interpreter against plain torch; `test_kernels.py` runs this file in a process of its own.
+"""Kernels in Triton's interpreter against plain torch; `test_kernels.py` runs this file in a process begun for it.
 
 The interpreter must be chosen before Triton is imported, and cannot share a process with compilation. Matrices are
 small: it takes milliseconds for what a GPU does in microseconds. What kernels choose by is compared in
@@ -29,9 +29,9 @@ pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("ignore::Runtime
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["normal", "ties", "zeros", "both zeros", "subnormal", "nan", "nan rows", "infinite", "signed"]
-# Every dtype where matrices are small; they take turns where a row is of several chunks, or cut short.
-CASES = [*product([(3, 5), (1, 2)], KINDS, DTYPES)]
-CASES += [(shape, kind, DTYPES[(turn + add) % 3]) for add, shape in enumerate([(2, 300), (2, 528)])
+# Every dtype where matrices are small; they take turns where there is one row, and where rows are longer.
+CASES = [*product([(3, 5)], KINDS, DTYPES)]
+CASES += [(shape, kind, DTYPES[(turn + add) % 3]) for add, shape in enumerate([(1, 2), (2, 300), (2, 528)])
           for turn, kind in enumerate(KINDS)]  # fmt: skip
 CASES += [((1, 4500), "normal", torch.bfloat16), ((2, 4500), "nan rows", torch.float32)]
 CASES += [((1, 4500), "ties", torch.float16)]

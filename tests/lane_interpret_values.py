@@ -1,6 +1,6 @@
 """What kernels compute before they choose: primitives, sums and extremes, in the interpreter against torch.
 
-`test_kernels.py` runs this file in a process of its own, as it does `lane_interpret.py`.
+`test_kernels.py` runs this file in one process with `lane_interpret.py`.
 """
 
 from __future__ import annotations

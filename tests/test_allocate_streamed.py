@@ -92,8 +92,9 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     return switch
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-@pytest.mark.parametrize("kind", SEARCHES)
+@pytest.mark.parametrize(
+    ("kind", "name"), [*zip(SEARCHES, ["gpt2", "llama"] * 3, strict=False), ("update", "gpt2"), ("rule", "llama")]
+)
 def test_a_search_is_that_of_a_resident_model(
     name: str, kind: str, halves: dict[str, Path], tiny_text: Path, tmp_path: Path, streamed: Callable[[bool], None],
     arrivals: Counter[Part],

@@ -17,6 +17,7 @@ from gpmetric.blockwise.hidden import Hidden
 from gpmetric.blockwise.replay import record_calls
 from gpmetric.blockwise.shelf import Shelf
 from gpmetric.calibration.accumulators import LayerStatistics
+from gpmetric.demo.text import demo_text
 from gpmetric.errors import InputError
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.workplace import campaign_work
@@ -272,10 +273,13 @@ def test_half_precision_is_learned_in_full(tiny_llama: Path, tiny_text: Path) ->
 # The commands
 
 
-def test_bench_says_it_and_the_loss_falls(tiny_text: Path) -> None:
+def test_bench_says_it_and_the_loss_falls(tmp_path: Path) -> None:
     """Of the demo model on another text than it is calibrated on."""
+    calibration, text = tmp_path / "c.txt", tmp_path / "t.txt"
+    calibration.write_text(demo_text("calibration")[:10_000])  # all of it takes longer to read than the rest together
+    text.write_text(demo_text("test")[:10_000])
     options: dict[str, Any] = {"metric": ["wanda"], "target": ["0.6"], "samples": 16, "sequence_length": 32}
-    options |= {"windows": 16, "device": "cpu"}
+    options |= {"windows": 16, "device": "cpu", "calibration": str(calibration), "text": [str(text)]}
     rows = {
         (update, fit): bench(None, update=update, fit=fit, **options)["results"][0]
         for update, fit in (("none", "own"), ("block", "own"), ("block", "dense"), ("obs", "own"), ("obs+block", "own"))

@@ -471,7 +471,7 @@ def made_policy(model: Model, groups: Groups, tokens: Tensor) -> tuple[Policy, S
 @pytest.mark.slow
 def test_a_search_goes_on_wherever_it_was_killed(model: Model, groups: Groups, tokens: Tensor, tmp_path: Path) -> None:
     """The same probabilities to the last bit; no gradient is computed, and the model is left as it was."""
-    schedule = Schedule(130, None, draws=2, rate=0.02, seed=1)
+    schedule = Schedule(55, None, draws=2, rate=0.02, seed=1)
     dense = logits(model, tokens)
 
     def run(path: Path | None, resume: bool = False) -> tuple[Policy, list[dict[str, Any]]]:
@@ -482,7 +482,7 @@ def test_a_search_goes_on_wherever_it_was_killed(model: Model, groups: Groups, t
 
     whole = tmp_path / "whole.jsonl"
     policy, reports = run(whole)
-    assert [one["step"] for one in reports] == [*range(25, 126, 25), 130]
+    assert [one["step"] for one in reports] == [25, 50, 55]
     assert all(parameter.grad is None for parameter in model.module.parameters())
     assert torch.equal(logits(model, tokens), dense)
     content = whole.read_bytes()

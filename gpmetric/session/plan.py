@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -367,8 +367,9 @@ def _accumulated(names: Collection[str]) -> frozenset[str]:
     return frozenset(names) | ({GRAM} if pairs else frozenset())
 
 
+@cache
 def _speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a product of matrices, measured in a tenth of a second."""
+    """Operations a second of a product of matrices, measured in a tenth of a second, once in a process."""
     size = 1024 if device.type == "cpu" else 8192
     first = torch.ones(size, size, device=device, dtype=dtype)
     done, start = 0, time.perf_counter()
