@@ -97,7 +97,8 @@ COMMANDS: dict[str, Command] = {
         write=lazy("gpmetric.allocation.allocate:write_pages"),
     ),
     "tune": Command(
-        "Finds the best pruned model at a sparsity: metric, update and allocation together, chosen on validation text.",
+        "Finds the best pruned model at a sparsity: metric, update and allocation together, chosen on validation text."
+        "\n\nWith --structured, the best model without some of its channels, heads and layers.",
         TuneRequest,
         lazy("gpmetric.tuning.tune:run_tune"),
         lazy("gpmetric.terminal.tables:print_tune"),

@@ -314,6 +314,8 @@ def test_what_is_not_what_was_found_is_not_delivered(
         ({"granularity": "layer", "sparsity": 0.05}, "cannot be met by --granularity layer"),
         ({"granularity": "head", "format": "uniform", "sparsity": 0.05}, "cannot be met by --granularity head"),
         ({"format": "uniform", "cost": "macs"}, "--budget and --cost do not apply"),
+        ({"granularity": "layer", "budget": "block"}, "--budget block gives all layers the same share"),
+        ({"budget": "block", "cost": "macs"}, "--cost macs does not apply"),
         ({"sparsity": 0.98, "granularity": "head"}, "--sparsity 0.98 is out of reach"),
         ({"search": "s.txt"}, "--search and --validation belong together"),
     ],

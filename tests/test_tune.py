@@ -25,10 +25,11 @@ from gpmetric.pruning.recipe import Recipe, read_recipe
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.splits import open_text, read_windows
 from gpmetric.tuning.allocations import climb
-from gpmetric.tuning.choice import TuneListener
 from gpmetric.tuning.halving import halve
 from gpmetric.tuning.parts import methods, rivals, with_rounds, without
-from gpmetric.tuning.trials import Trial, Trials, key_of
+from gpmetric.tuning.steps import TuneListener
+from gpmetric.tuning.trial_log import key_of
+from gpmetric.tuning.trials import Trial, Trials
 from tests.pruning_helpers import session_of, windows_of
 
 QUICK = {"samples": 8, "windows": 8, "search_windows": 8, "sequence_length": 32, "device": "cpu"}
@@ -40,6 +41,7 @@ class Scripted(Trials):
 
     def __init__(self, losses: dict[str, Sequence[float]]) -> None:
         self.clock = 0.0
+        self.deadline: Any = SimpleNamespace(now=lambda: self.clock)
         self.losses, self.asked = losses, list[tuple[str, float]]()
         self.found: list[Trial] = []
 
@@ -73,9 +75,13 @@ def test_halving_keeps_the_better_half() -> None:
 
 
 def test_halving_ends_in_time() -> None:
+    """A third of it for each rung: of 3 s, four of six are tried on a quarter, two on a half; one has 1 s."""
     trials = Scripted({"a": (1, 1, 1), "b": (2, 2, 2)})
     assert halve(trials, named("a", "b"), 1.0) == []
-    assert trials.asked == [("a", 0.25), ("b", 0.25)]
+    assert trials.asked == [("a", 0.25)]
+    trials = Scripted({name: (place, place, place) for place, name in enumerate("abcdef")})
+    assert [one.recipe.metric for one in halve(trials, named(*"abcdef"), 3.0)] == ["a"]
+    assert trials.asked == [(name, 0.25) for name in "abcd"] + [("a", 0.5), ("b", 0.5), ("a", 1.0)]
     assert [one.loss for one in halve(Scripted({"a": (1, 1, 1)}), named("a", "a"), 1.0)] == [1]
 
 

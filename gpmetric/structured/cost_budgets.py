@@ -66,7 +66,7 @@ def uniform_counts(groups: Groups, sparsity: float, kinds: Sequence[str], heads:
     """
     attention, mlp = (groups.sublayers[index] for index in groups.by_block[0])
     if len({(one.name, one.units, one.cost) for one in groups.sublayers}) > 2:
-        raise InputError("--format uniform needs blocks that are alike")
+        raise InputError("--format uniform and --budget block need blocks that are alike")
     blocks, target = len(groups.by_block), sparsity * groups.parameters
     kept = attention.units
     if attention.unit in kinds and mlp.unit in kinds:
@@ -76,7 +76,7 @@ def uniform_counts(groups: Groups, sparsity: float, kinds: Sequence[str], heads:
     left = target - blocks * (attention.units - kept) * attention.cost
     gone = max(0, int(left / (blocks * mlp.cost) + 1e-9)) if mlp.unit in kinds else 0
     if gone >= mlp.units:
-        raise InputError(f"--sparsity {sparsity:g} is out of reach of --format uniform: no {mlp.unit} would be left")
+        raise InputError(f"--sparsity {sparsity:g} is out of reach of equal widths: no {mlp.unit} would be left")
     return {attention.name: kept, mlp.name: mlp.units - gone}
 
 

@@ -15,7 +15,6 @@ from gpmetric.blockwise.ends import ends
 from gpmetric.blockwise.replay import BlockCalls, record_calls
 from gpmetric.blockwise.shelf import Shelf
 from gpmetric.calibration.collect import token_batches
-from gpmetric.structured.request import SlimRequest
 from gpmetric.structured.scores import UnitSession
 
 __all__ = ["removal_costs"]
@@ -36,8 +35,7 @@ def removal_costs(units: UnitSession) -> Tensor:
     sequences and of the text's labels.
     """
     model, sublayers = units.model, units.groups.sublayers
-    request = units.session.inputs
-    assert isinstance(request, SlimRequest)
+    request = units.request
     kinds = request.kinds
     centres = [units.features[index].mean if units.keeps_mean(index) else None for index in range(len(sublayers))]
     sums = [torch.zeros(one.units, dtype=torch.float64, device=model.device) for one in sublayers]

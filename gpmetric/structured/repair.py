@@ -8,6 +8,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from gpmetric.errors import SolverError
 from gpmetric.structured.groups import Groups
 from gpmetric.structured.scores import Features
 from gpmetric.structured.shrink import Repair
@@ -52,6 +53,9 @@ class Repairer:
 
         `bias`: bias + W_gone E[x_gone] (FLAP, equation 4). `least-squares`: the kept columns and, where there may be
         one, the bias that minimise the squared distance to the dense output over the calibration tokens.
+
+        Raises:
+            SolverError: the features' moments are not finite.
         """
         found = {}
         for index, (one, mine) in enumerate(zip(self._groups.sublayers, self._groups.split(kept), strict=True)):
@@ -87,7 +91,11 @@ class Repairer:
         # what is left of W C = W' C_kept, shrunk towards the columns as they are
         inner.diagonal().add_(damping)
         target = crossed[:, stays] + damping * dense[:, stays]
-        fitted = torch.cholesky_solve(target.t(), torch.linalg.cholesky(inner)).t()
+        factor, failed = torch.linalg.cholesky_ex(inner)
+        if failed:
+            one = self._groups.sublayers[index]
+            raise SolverError(f"--repair least-squares: block {one.block}, {one.name}: its features cannot be fitted")
+        fitted = torch.cholesky_solve(target.t(), factor).t()
         if not self._may[index]:
             return Repair(fitted.to(weight.dtype))
         return Repair(fitted.to(weight.dtype), self._biased(index, dense @ mean - fitted @ mean[stays]))

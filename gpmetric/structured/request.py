@@ -101,7 +101,11 @@ FORMATS: dict[str, Format] = {
     ),
 }
 
-BUDGETS = {"global": "one for all kinds", "kind": "the same share of the heads and of the channels"}
+BUDGETS = {
+    "global": "one for all kinds",
+    "kind": "the same share of the heads and of the channels",
+    "block": "as many heads and as many channels in every block",
+}
 
 COSTS = {
     "parameters": "weights and biases of a unit",
@@ -219,11 +223,13 @@ class SlimRequest(SearchInputs):
         if twice:
             named = ",".join(name for name in self.granularity if UNIT_KINDS[name].sublayer == twice)
             raise InputError(f"--granularity {named}: an {twice} is cut into units of one kind; name one of them")
-        if None in sublayers and (equal or self.budget == "kind"):
-            other = form if equal else "--budget kind"
+        if None in sublayers and (equal or self.budget != "global"):
+            other = form if equal else f"--budget {self.budget}"
             raise InputError(f"--granularity layer: {other} gives all layers the same share, so none can go as a whole")
         if equal and (self.budget, self.cost) != ("global", "parameters"):
             raise InputError(f"{form} counts parameters, the same in every layer: --budget and --cost do not apply")
+        if (self.budget, self.cost) == ("block", "macs"):
+            raise InputError("--budget block counts parameters: --cost macs does not apply")
         if self.add_bias and self.repair == "none":
             raise InputError("--add-bias gives --repair a place, and --repair is none")
 

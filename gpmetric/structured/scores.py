@@ -7,9 +7,9 @@ of the sums over the outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from gpmetric.metrics import resolve_metric
 from gpmetric.models import Block, Model
 from gpmetric.operands import shape_of
 from gpmetric.session.session import Session
-from gpmetric.structured.groups import Groups
+from gpmetric.structured.groups import Groups, find_groups
 from gpmetric.structured.request import UNIT_RULES, SlimRequest
 
 __all__ = [
@@ -54,10 +54,26 @@ class UnitSession:
     session: Session
     groups: Groups
     products: bool = False  # whether second moments of pairs of features are wanted, too
+    known: dict[Hashable, Tensor] = field(default_factory=dict, repr=False, compare=False)  # scores by what they are of
 
     @property
     def model(self) -> Model:
         return self.session.model
+
+    @property
+    def request(self) -> SlimRequest:
+        """What the session was opened for."""
+        request = self.session.inputs
+        assert isinstance(request, SlimRequest)
+        return request
+
+    def asked(self, request: SlimRequest) -> UnitSession:
+        """The same model for another request of the same windows and seed; what was measured is measured once."""
+        found = replace(
+            self, session=replace(self.session, inputs=request), groups=find_groups(self.model, request.kinds)
+        )
+        vars(found)["features"] = self.features
+        return found
 
     @cached_property
     def features(self) -> list[Features]:
@@ -79,8 +95,7 @@ class UnitSession:
 
     def keeps_mean(self, index: int) -> bool:
         """Whether the repair that was asked for can put back the mean of what a sublayer loses."""
-        request, output = self.session.inputs, self.groups.sublayers[index].output
-        assert isinstance(request, SlimRequest)
+        request, output = self.request, self.groups.sublayers[index].output
         return request.repair != "none" and (
             request.repair == "least-squares" or request.add_bias or output.bias is not None
         )
@@ -108,12 +123,16 @@ def unit_scores(name: str, units: UnitSession) -> Tensor:
         ExpressionError: neither a rule nor a formula.
         GpmetricError: a score is not finite.
     """
-    rule = UNIT_RULES.get(name)
-    metric = _metric_of(name)
-    found: Tensor = rule.score(units) if rule is not None and rule.score is not None else _by_metric(metric, units)
-    if not found.isfinite().all():
-        raise GpmetricError(f"{name!r} gives units scores that are not finite")
-    return found
+    means = tuple(units.keeps_mean(index) for index in range(len(units.groups.sublayers)))
+    place = name, frozenset(units.request.kinds), means
+    if place not in units.known:
+        rule = UNIT_RULES.get(name)
+        by_rule = None if rule is None else rule.score
+        found: Tensor = _by_metric(_metric_of(name), units) if by_rule is None else by_rule(units)
+        if not found.isfinite().all():
+            raise GpmetricError(f"{name!r} gives units scores that are not finite")
+        units.known[place] = found
+    return units.known[place]
 
 
 def read_by(name: str) -> frozenset[str]:

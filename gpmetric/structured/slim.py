@@ -30,22 +30,25 @@ from gpmetric.structured.repair import DAMPINGS, Repairer
 from gpmetric.structured.request import ESTIMATORS, FORMATS, SlimRequest
 from gpmetric.structured.scores import UnitSession, read_by, score_bytes
 from gpmetric.structured.search import PolicySearch, Schedule
-from gpmetric.structured.search_log import SearchLog
+from gpmetric.structured.search_log import SearchLog, State
 from gpmetric.structured.shrink import Repair, Shrinker
 from gpmetric.structured.slim_checkpoint import COMPARED, write_slimmed
 from gpmetric.structured.starts import Start, best_start, make_start, started_from
 from gpmetric.structured.unit_space import Pool, UnitSpace, find_space, project, top_units
 
-__all__ = ["SearchStart", "SlimListener", "open_units", "prepare", "run_slim", "search", "slim", "slim_work"]
+__all__ = [
+    "SHARES", "STEPS", "SearchStart", "SlimListener", "begin", "describe_slim", "explore", "identify", "open_units",
+    "prepare", "run_slim", "search", "slim", "slim_work",
+]  # fmt: skip
 
 # Of what a search found. Excess on validation at 0.2, 800 steps, by share: gpt2-3m 0.025, 0.020, 0.018, 0.017, 0.016,
 # llama-4m 0.057, 0.044, 0.043, 0.057, 0.072; on 48 windows of the search text the divergence has the same order.
-_SHARES = (0.0, 0.125, 0.25, 0.5, 1.0)
+SHARES = (0.125, 0.25, 0.5, 1.0)  # and nothing of it
 _JUDGED = 64  # steps' windows that they are judged on
 _COMPARED = 16  # steps' windows that starts are compared on
 _MINUTES = 6.0  # of a search without a budget
 _CAUTION = 1.3  # times what was measured before, on a machine that is busy
-_STEPS = 1000  # of a search whose length is told in minutes
+STEPS = 1000  # of a search whose length is told in minutes, or not at all
 
 
 class SlimListener(Listener):
@@ -83,16 +86,19 @@ class SearchStart:
         """What stays by probabilities [entries]."""
         return self.slimmed(top_units(self.space.stays(probabilities), self.space, self.pools))
 
-    def best(self, policy: Policy, objective: DrawObjective) -> tuple[Slimmed, float, int]:
+    def moved(self, found: Tensor, share: float) -> Slimmed:
+        """What stays a share of the way from the start to other probabilities [entries]."""
+        return self.chosen(project(self.start + share * (found - self.start), self.space, self.pools))
+
+    def best(self, found: Tensor, objective: DrawObjective) -> tuple[Slimmed, float, int]:
         """What a search delivers, the share of the way from its start to what it found, and the tokens that it took.
 
         What is found is signal and noise, in parts that depend on the model and the length of the search; on the way,
         there is less of both. So the objective of some shares is compared on the same windows of the search text.
         """
         figures, tokens = [], 0
-        for share in _SHARES:
-            moved = self.start + share * (policy.probabilities - self.start)
-            slimmed = self.chosen(project(moved, self.space, self.pools))
+        for share in (0.0, *SHARES):
+            slimmed = self.moved(found, share)
             total, read = self.judged(slimmed, objective, _JUDGED)
             tokens += read
             figures.append((total, share, slimmed))
@@ -115,7 +121,7 @@ def slim_work(session: Session) -> Work:
     request, windows, model = session.inputs, session.windows, session.model
     assert isinstance(request, SlimRequest)
     search, validated = windows["search"].tokens, windows["validation"].tokens.numel()
-    steps, groups = request.steps or _STEPS, find_groups(model, request.kinds)
+    steps, groups = request.steps or STEPS, find_groups(model, request.kinds)
     length, names = session.tokens.shape[1], started_from(request.start, request.layers)
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
     return Work(
@@ -159,7 +165,7 @@ def run_slim(
     units = open_units(request, told)
     opened = deadline.elapsed
     model, validation = units.model, units.session.windows["validation"]
-    identity = _identity(request, units)
+    identity = identify(request, units)
     if request.resume:  # another search's ledger is refused before anything is computed
         SearchLog(request.ledger, identity, resume=True).close()
     begun = prepare(request, units)
@@ -179,7 +185,7 @@ def run_slim(
     shrinker, name, compared, damping = begun.shrinker, begun.name, begun.compared, begun.repairer.damping
     del begun, start  # the moments of features, before the model is compared in float32 with what is written
     units.__dict__.pop("features", None)
-    made = _described(request, units) | {"sparsity": units.groups.removed(best.kept) / units.groups.parameters}
+    made = describe_slim(request, units) | {"sparsity": units.groups.removed(best.kept) / units.groups.parameters}
     with replacing(output, request.force) as partial:
         manifest = write_slimmed(model, shrinker, best, request.format, partial, validation, made)
     return {key: value for key, value in manifest.items() if key not in ("files", "tensors")} | {
@@ -212,7 +218,24 @@ def open_units(request: SlimRequest, listener: Listener | None = None) -> UnitSe
 
 
 def prepare(request: SlimRequest, units: UnitSession) -> SearchStart:
-    """Budgets, and the probabilities to begin with.
+    """Budgets, and the probabilities to begin with, of the start and damping that are best on the search text.
+
+    Raises:
+        InputError: start cannot be used, or the sparsity is out of reach.
+    """
+    begun = begin(request, units)
+    names = started_from(request.start, request.layers)
+    starts = [make_start(name, units, begun.space, begun.pools, request.estimator) for name in names]
+    return _compared(request, begun, starts)
+
+
+def begin(request: SlimRequest, units: UnitSession, repairer: Repairer | None = None) -> SearchStart:
+    """Budgets, and the probabilities to begin with, of the first start that the request names.
+
+    Args:
+        request: what to remove.
+        units: of a dense model.
+        repairer: of the repair that is asked for, where there is one already.
 
     Raises:
         InputError: start cannot be used, or the sparsity is out of reach.
@@ -220,23 +243,23 @@ def prepare(request: SlimRequest, units: UnitSession) -> SearchStart:
     model, groups = units.model, units.groups
     cost = groups.cost if request.cost == "parameters" else macs(groups, units.session.tokens.shape[1])
     space = find_space(groups, request.kinds, layers=request.layers, cost=cost)
-    if FORMATS[request.format].equal:
-        accepted = accepted_heads(groups, model.module.config)
+    if FORMATS[request.format].equal or request.budget == "block":
+        heads = list(range(groups.sublayers[0].units + 1))
+        accepted = accepted_heads(groups, model.module.config) if FORMATS[request.format].equal else heads
         pools = uniform_pools(groups, space, uniform_counts(groups, request.sparsity, request.kinds, accepted))
     else:
         pools = pools_of(groups, space, request.sparsity, cost, by_kind=request.budget == "kind")
-    names = started_from(request.start, request.layers)
-    starts = [make_start(name, units, space, pools, request.estimator) for name in names]
-    kept = top_units(space.stays(starts[0].probabilities), space, pools)
+    name = started_from(request.start, request.layers)[0]
+    start = make_start(name, units, space, pools, request.estimator).probabilities
+    kept = top_units(space.stays(start), space, pools)
     removed = float(cost[~kept].sum() / cost.sum())
     if removed < request.sparsity / 2:
         raise InputError(
             f"--sparsity {request.sparsity:g} cannot be met by --granularity {','.join(request.granularity)} in "
             f"--format {request.format}: the nearest below it removes {removed:.4f}"
         )
-    repairer = Repairer(groups, units.features, request.repair, add_bias=request.add_bias)
-    begun = SearchStart(units, Shrinker(model, groups), repairer, space, pools, starts[0].probabilities)
-    return _compared(request, begun, starts)
+    repairer = repairer or Repairer(groups, units.features, request.repair, add_bias=request.add_bias)
+    return SearchStart(units, Shrinker(model, groups), repairer, space, pools, start, name)
 
 
 def _compared(request: SlimRequest, begun: SearchStart, starts: Sequence[Start]) -> SearchStart:
@@ -258,6 +281,21 @@ def search(
     request: SlimRequest, begun: SearchStart, log: SearchLog, listener: SlimListener | None = None
 ) -> tuple[Slimmed, dict[str, Any]]:
     """What a search delivers, the share of the way from its start, and the steps, tokens and seconds that it took."""
+    state, objective = explore(request, begun, log, listener)
+    started = time.monotonic()
+    best, share, tokens = begun.best(state.probabilities, objective)
+    seconds = state.seconds + time.monotonic() - started
+    return best, {"share": share, "steps": state.step, "tokens": state.tokens + tokens, "seconds": seconds}
+
+
+def explore(
+    request: SlimRequest, begun: SearchStart, log: SearchLog, listener: SlimListener | None = None
+) -> tuple[State, DrawObjective]:
+    """Where a search ends, and the objective that its draws were compared by.
+
+    Raises:
+        GpmetricError: no drawn model has a finite loss.
+    """
     minutes = _MINUTES if request.steps is None and request.minutes is None else request.minutes
     rate = ESTIMATORS[request.estimator].rate if request.rate is None else request.rate
     schedule = Schedule(request.steps, minutes, request.draws, rate, request.seed)
@@ -265,11 +303,7 @@ def search(
     told = listener or SlimListener()
     windows = begun.units.session.windows["search"].tokens
     objective = DrawObjective(begun.units.model, windows, request.objective, request.batch, request.seed)
-    state = PolicySearch(policy, begun.shrinker, begun.repairer, objective, schedule, log).run(told.report)
-    started = time.monotonic()
-    best, share, tokens = begun.best(policy, objective)
-    seconds = state.seconds + time.monotonic() - started
-    return best, {"share": share, "steps": state.step, "tokens": state.tokens + tokens, "seconds": seconds}
+    return PolicySearch(policy, begun.shrinker, begun.repairer, objective, schedule, log).run(told.report), objective
 
 
 def _search_minutes(
@@ -283,13 +317,13 @@ def _search_minutes(
     """
     if request.minutes is None:
         return None
-    judged = len(_SHARES) * min(_JUDGED * request.batch, len(units.session.windows["search"].tokens))
+    judged = (1 + len(SHARES)) * min(_JUDGED * request.batch, len(units.session.windows["search"].tokens))
     after = _CAUTION * (opened + window * (judged + 4 * len(units.session.windows["validation"].tokens)))
     left = deadline.left
     return max(left - after, min(deadline.seconds, left) / 2) / 60
 
 
-def _identity(request: SlimRequest, units: UnitSession) -> dict[str, Any]:
+def identify(request: SlimRequest, units: UnitSession) -> dict[str, Any]:
     """All that a search depends on but its length."""
     names = ("sparsity", "budget", "cost", "estimator", "objective", "start", "repair", "add_bias", "draws", "batch")
     found = {name: getattr(request, name) for name in (*names, "rate", "seed")}
@@ -304,7 +338,7 @@ def _identity(request: SlimRequest, units: UnitSession) -> dict[str, Any]:
     }
 
 
-def _described(request: SlimRequest, units: UnitSession) -> dict[str, Any]:
+def describe_slim(request: SlimRequest, units: UnitSession) -> dict[str, Any]:
     """What the manifest says of how a model was made."""
     names = ("format", "budget", "cost", "estimator", "objective", "start", "repair", "add_bias")
     windows = units.session.windows

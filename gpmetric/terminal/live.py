@@ -32,8 +32,8 @@ from gpmetric.session.plan import Plan
 from gpmetric.session.session import Listener
 from gpmetric.structured.slim import SlimListener
 from gpmetric.terminal.figures import duration, figures_of, needs_of, number, recipe_name
-from gpmetric.tuning.choice import TuneListener
-from gpmetric.tuning.trials import Trial
+from gpmetric.tuning.steps import TuneListener
+from gpmetric.tuning.trial_log import Measurement
 
 __all__ = [
     "AllocateReport", "BenchReport", "DiscoverReport", "EvaluateReport", "PruneReport", "SlimReport", "TuneReport",
@@ -138,25 +138,6 @@ class PruneReport(_Bars, PruneListener):
         self._console.print(Text(f"the allocation was made for {there}; here it is used with {here}"), soft_wrap=True)
 
 
-class TuneReport(PruneReport, TuneListener):
-    """A line per trial, a line per generation."""
-
-    def step(self, name: str) -> None:
-        self._console.print(Text(f"{name}:"), soft_wrap=True)
-
-    def trial(self, trial: Trial, excess: float) -> None:
-        share = "" if trial.share == 1 else f" on 1/{1 / trial.share:g} of the windows"
-        outcome = f"excess {excess:.4f} ({trial.seconds:.1f} s)" if trial.error is None else f"failed: {trial.error}"
-        self._console.print(Text(f"  {recipe_name(trial.recipe.document())}{share}: {outcome}"), soft_wrap=True)
-
-    def generation(self, number: int, front: Sequence[Individual], evaluations: int) -> None:
-        line = f"  generation {number}: {evaluations} evaluated{_best(front)}"
-        self._console.print(Text(line), soft_wrap=True)
-
-    def cut(self, what: str) -> None:
-        self._console.print(Text(f"cut: {what}"), soft_wrap=True)
-
-
 class SlimReport(_Bars, SlimListener):
     """A line now and then: objective of the drawn models, entropy of the policy, budget."""
 
@@ -170,6 +151,25 @@ class SlimReport(_Bars, SlimListener):
             kept = f"entropy {report['entropy']:.3f} bits, {report['kept']:.4f} of the units' cost stays"
             line = f"step {report['step']} ({share:.0%}): {loss}, {kept}"
             self._console.print(Text(line), soft_wrap=True)
+
+
+class TuneReport(PruneReport, SlimReport, TuneListener):
+    """A line per trial, a line per generation, a line of a structured search now and then."""
+
+    def step(self, name: str) -> None:
+        self._console.print(Text(f"{name}:"), soft_wrap=True)
+
+    def trial(self, trial: Measurement[Any], excess: float) -> None:
+        share = "" if trial.share == 1 else f" on 1/{1 / trial.share:g} of the windows"
+        outcome = f"excess {excess:.4f} ({trial.seconds:.1f} s)" if trial.error is None else f"failed: {trial.error}"
+        self._console.print(Text(f"  {recipe_name(trial.recipe.document())}{share}: {outcome}"), soft_wrap=True)
+
+    def generation(self, number: int, front: Sequence[Individual], evaluations: int) -> None:
+        line = f"  generation {number}: {evaluations} evaluated{_best(front)}"
+        self._console.print(Text(line), soft_wrap=True)
+
+    def cut(self, what: str) -> None:
+        self._console.print(Text(f"cut: {what}"), soft_wrap=True)
 
 
 class DiscoverReport(_Bars, DiscoverListener):

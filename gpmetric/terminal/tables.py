@@ -329,6 +329,14 @@ def print_tune(console: Console, result: Mapping[str, Any], request: Request) ->
         console.print(Text(f"cut: {line}"), soft_wrap=True)
     pruned = result["pruned"]
     figures = f"perplexity {pruned['perplexity']:.4f}, dense {pruned['dense']:.4f}, on {pruned['text']['text']}"
+    if "widths" in pruned:
+        before, after = pruned["parameters_before"], pruned["parameters_after"]
+        share = f"{pruned['sparsity']:.4f} of those inside the blocks removed ({pruned['asked']:g} asked for)"
+        told = (
+            f"{pruned['output']}: {before:,} -> {after:,} parameters, {share}; {figures}; {pruned['format']}; verified"
+        )
+        console.print(Text(told), soft_wrap=True)
+        return
     share = f"{pruned['sparsity']:.4f} of the weights zero"
     console.print(Text(f"{pruned['output']}: {share}; {figures}; verified; recipe.toml is in it"), soft_wrap=True)
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gpmetric.pruning.recipe import Recipe
-from gpmetric.tuning.trials import SHARES, Trial, Trials, key_of
+from gpmetric.tuning.trial_log import SHARES, Asked, Measurement, TrialLog, key_of
 
 __all__ = ["halve"]
 
 
-def halve(trials: Trials, recipes: Sequence[Recipe], until: float, kept: int = 1) -> list[Trial]:
+def halve(trials: TrialLog[Asked], recipes: Sequence[Asked], until: float, kept: int = 1) -> list[Measurement[Asked]]:
     """Trials on all windows of those that came so far, the best first; none where time was over before.
+
+    Rungs take about as long as each other, so each has its share of the time: some come to the last one.
 
     Args:
         trials: measures.
@@ -23,10 +24,12 @@ def halve(trials: Trials, recipes: Sequence[Recipe], until: float, kept: int = 1
         kept: that are measured on all windows at least, if there is time.
     """
     alive = list({key_of(recipe): recipe for recipe in recipes}.values())
-    ranked: list[Trial] = []
-    for share in SHARES:
+    ranked: list[Measurement[Asked]] = []
+    begun = trials.deadline.now()
+    for rung, share in enumerate(SHARES, start=1):
         if share < 1 and len(alive) <= kept:
             continue
-        ranked = sorted(trials.measure(alive, share, until), key=lambda trial: trial.loss)
+        end = until if share == 1 else begun + (until - begun) * rung / len(SHARES)
+        ranked = sorted(trials.measure(alive, share, end), key=lambda trial: trial.loss)
         alive = [trial.recipe for trial in ranked[: max(kept, -(-len(ranked) // 2))]]
     return ranked

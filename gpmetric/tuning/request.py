@@ -8,13 +8,16 @@ from typing import Annotated
 
 from gpmetric.errors import InputError
 from gpmetric.metrics import resolve_metric
-from gpmetric.options import Option
+from gpmetric.options import Option, described
 from gpmetric.pruning.requests import FORCE, METRIC, OUTPUT
 from gpmetric.session.inputs import Texts
 from gpmetric.session.search_inputs import SearchInputs
+from gpmetric.structured.request import FORMATS
 from gpmetric.targets import parse_target
 
 __all__ = ["TuneRequest"]
+
+_WEIGHTS = ("metric", "evolve", "include", "exclude", "statistics_dtype")  # options of single weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +30,28 @@ class TuneRequest(SearchInputs):
     output: Annotated[Path | None, OUTPUT] = None
     target: Annotated[
         str,
-        Option("0.6 (where the metric says), layer:0.6 or 2:4.", names=("--sparsity", "--target"), metavar="TARGET"),
+        Option(
+            "0.6 (where the metric says), layer:0.6 or 2:4; --structured: of the blocks' parameters.",
+            names=("--sparsity", "--target"),
+            metavar="TARGET",
+        ),
     ] = "0.5"
     text: Annotated[str | None, Option("Text read once, at the end.", reads=True)] = None
     metric: Annotated[tuple[str, ...], Option(f"To try besides: {METRIC.help[:-1]}; may be repeated.")] = ()
     evolve: Annotated[
-        bool, Option("Evolve a formula, or take those that are known.", names=("--evolve/--no-evolve",))
-    ] = True
+        bool | None, Option("Evolve a formula, or take those that are known.", names=("--evolve/--no-evolve",))
+    ] = None
+    structured: Annotated[
+        bool,
+        Option(
+            "Remove channels, heads and layers instead of weights: the starts, repairs and granularities of "
+            "`slim`, and its search.",
+            names=("--structured",),
+        ),
+    ] = False
+    format: Annotated[
+        str | None, Option("With --structured, of the model: {choices}; hetero or uniform by default.", choices=FORMATS)
+    ] = None
     force: Annotated[bool, FORCE] = False
 
     def check(self) -> None:
@@ -44,18 +62,42 @@ class TuneRequest(SearchInputs):
             raise InputError(f"--sparsity {self.target!r:.60} removes nothing")
         for name in self.metric:
             resolve_metric(name)
-        if self.ledger is not None and not self.resume and self.formulas_ledger.exists():
-            raise InputError(
-                f"--ledger: {str(self.formulas_ledger)!r} is of a search: go on with --resume, or name another"
-            )
-        if self.shuffle and self.search is None:
+        beside = self.units_ledger if self.structured else self.formulas_ledger
+        if beside is not None and not self.resume and beside.exists():
+            raise InputError(f"--ledger: {str(beside)!r} is of a search: go on with --resume, or name another")
+        if self.structured:
+            self._check_structured()
+        elif self.format is not None:
+            raise InputError(f"--format {self.format} is of models that lose channels and heads: --structured")
+        elif self.shuffle and self.search is None:
             raise InputError("--shuffle needs --search and --validation: prune would draw from all of the text")
 
+    def _check_structured(self) -> None:
+        """Refuses options that say something of single weights."""
+        target = parse_target(self.target)
+        if target.group or target.granularity:
+            raise InputError(
+                f"--sparsity {self.target} says where weights compete; with --structured it is the share of the "
+                "parameters inside the blocks that goes, a number such as 0.3"
+            )
+        for field in described(type(self)):
+            if field.name in _WEIGHTS and getattr(self, field.name) not in (field.default, False):
+                raise InputError(f"{field.spelled} is of single weights: it has no meaning with --structured")
+
     @property
-    def formulas_ledger(self) -> Path:
+    def evolves(self) -> bool:
+        """Whether a formula is evolved."""
+        return self.evolve is not False and not self.structured
+
+    @property
+    def formulas_ledger(self) -> Path | None:
         """The campaign's file beside the ledger."""
-        assert self.ledger is not None
-        return self.ledger.with_name(f"{self.ledger.name}.sqlite")
+        return self.ledger and self.ledger.with_name(f"{self.ledger.name}.sqlite")
+
+    @property
+    def units_ledger(self) -> Path | None:
+        """The file beside the ledger of the search for what stays."""
+        return self.ledger and self.ledger.with_name(f"{self.ledger.name}.search")
 
     @property
     def texts(self) -> Texts:

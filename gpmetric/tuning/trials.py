@@ -1,63 +1,32 @@
-"""Recipes measured on validation text, on a share of the windows or on all, each once; what a file keeps is not lost.
-
-A recipe is measured as it will be used: block after pruned block, with its update and fit.
-"""
+"""Recipes measured on validation text as they will be used: block after pruned block, with their update and fit."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from gpmetric.data import Windows
 from gpmetric.errors import OutOfMemoryError, TimeOverError
-from gpmetric.files import finite
-from gpmetric.journal import Journal
 from gpmetric.operands import needs_gradients
 from gpmetric.pruning.protocol import Measured, Protocol, Rule
 from gpmetric.pruning.recipe import Recipe
 from gpmetric.pruning.updaters import UPDATERS, fit_of, needed_statistics
-from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.memory import retried
-from gpmetric.session.session import Progress, Session
+from gpmetric.session.session import Session
 from gpmetric.targets import parse_target
+from gpmetric.tuning.trial_log import Measurement, TrialLog
 
-__all__ = ["SHARES", "Trial", "Trials", "key_of", "rule_of"]
+__all__ = ["Trial", "Trials", "rule_of"]
 
-SHARES = (0.25, 0.5, 1.0)  # of the windows of calibration and validation, rung by rung
-_SCALE = 0.75  # power of the share that seconds are thought to go with: solving a layer does not depend on it
 _UNKNOWN = 8.0  # times the slowest kind known, what rounds over blocks are thought to take before they were measured
 
-
-@dataclass(frozen=True)
-class Trial:
-    """A recipe measured on a share of the windows.
-
-    Attributes:
-        loss: on validation, nats per token; infinite where it failed.
-        seconds: that pruning and measuring took.
-        error: why it failed.
-        others: loss on other texts that it was measured on.
-    """
-
-    recipe: Recipe
-    share: float
-    loss: float
-    seconds: float
-    error: str | None = None
-    others: tuple[float, ...] = ()
-
-
-def key_of(recipe: Recipe) -> str:
-    """The same text for the same recipe."""
-    return json.dumps(recipe.document(), sort_keys=True)
+Trial = Measurement[Recipe]
 
 
 def rule_of(session: Session, recipe: Recipe) -> Rule:
@@ -76,132 +45,27 @@ class _Part:
     dense: float
 
 
-class Trials(Journal):
-    """Measures recipes.
+class Trials(TrialLog[Recipe]):
+    """Measures recipes on shares of the windows of calibration and validation; arguments as of `TrialLog`."""
 
-    Args:
-        session: dense, with windows of calibration and validation.
-        deadline: of the command.
-        progress: told of calibrating.
-        path, settings, resume: as of `Journal`.
-
-    Attributes:
-        found: every trial so far, in the order measured.
-        searched: what searches came to, by what was searched.
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        deadline: Deadline,
-        progress: Progress,
-        path: Path | None = None,
-        settings: Mapping[str, Any] = {},
-        *,
-        resume: bool = False,
-    ) -> None:
-        self.session, self.deadline, self.progress = session, deadline, progress
-        self.found: list[Trial] = []
-        self.searched: dict[str, Any] = {}
-        self._known: dict[tuple[str, float, int], Trial] = {}  # by recipe, share and how many other texts
-        self._kept: dict[tuple[str, float, int], dict[str, Any]] = {}
-        self._dense: dict[int, float] = {}
-        self._seconds: dict[tuple[str, str], dict[float, float]] = {}
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
         self._parts: dict[float, _Part] = {}
-        super().__init__(path, "tune", {"format": 1} | dict(settings), resume=resume)
-
-    def take(self, record: dict[str, Any]) -> bool:
-        """A trial of the file, by the recipe's text, or what a search came to."""
-        if "searched" in record:
-            self.searched |= dict(record["searched"])
-            return True
-        losses = [math.inf if loss is None else float(loss) for loss in record["losses"]]
-        kept = {"loss": losses[0], "seconds": float(record["seconds"]), "error": record["error"]}
-        place = str(record["recipe"]), float(record["share"]), len(losses) - 1
-        self._kept[place] = kept | {"others": tuple(losses[1:])}
-        return True
-
-    def measure(
-        self, recipes: Sequence[Recipe], share: float, until: float = math.inf, texts: Sequence[Tensor] = ()
-    ) -> list[Trial]:
-        """Trials of recipes; those that would not end by `until`, on the deadline's clock, are left out.
-
-        Args:
-            recipes: measured in their order.
-            share: of the windows.
-            until: infinite for all.
-            texts: other windows [windows, length] to be measured on.
-        """
-        asked = {key_of(recipe): recipe for recipe in recipes}
-        for key, recipe in asked.items():
-            if (kept := self._kept.pop((key, share, len(texts)), None)) is not None:
-                self._note(Trial(recipe, share, **kept))
-        missing = [recipe for key, recipe in asked.items() if (key, share, len(texts)) not in self._known]
-        size = self.session.plan.together
-        for first in range(0, len(missing), size):
-            group = missing[first : first + size]
-            expected = sum(self.expected(recipe, share) for recipe in group)
-            if self.deadline.now() + expected > until:
-                continue
-            for trial in self._measured(group, share, texts):
-                self._note(trial)
-                losses = finite([trial.loss, *trial.others])
-                told = {"recipe": key_of(trial.recipe), "share": share, "losses": losses}
-                self.write(told | {"seconds": trial.seconds, "error": trial.error})
-        found = (self._known.get((key, share, len(texts))) for key in asked)
-        return [trial for trial in found if trial is not None]
-
-    def keep(self, what: str, found: Any) -> None:
-        """Keeps what a search came to, as JSON."""
-        self.searched[what] = found
-        self.write({"searched": {what: found}})
-
-    def expected(self, recipe: Recipe, share: float) -> float:
-        """Seconds that a recipe is thought to take, by others of its update and fit; 0 before the first of all."""
-        kind = self._kind(recipe)
-        if kind in self._seconds:
-            return self._scaled(kind, share)
-        slowest = max((self._scaled(one, share) for one in self._seconds), default=0.0)
-        return (_UNKNOWN if UPDATERS[kind[0]].fits_blocks else 1.0) * slowest
-
-    def _scaled(self, kind: tuple[str, str], share: float) -> float:
-        """Seconds of a known kind on a share of the windows, by the nearest one that was measured."""
-        known = self._seconds[kind]
-        nearest = min(known, key=lambda one: abs(math.log(one / share)))
-        return float(known[nearest] * (share / nearest) ** _SCALE)
+        super().__init__(*arguments, **keywords)
 
     def dense(self, share: float = 1.0) -> float:
         """Loss of the dense model on a share of the validation windows, nats per token."""
         return self._part(share).dense
 
-    def excess(self, trial: Trial) -> float:
-        """Loss above the dense model's on the same windows, nats per token."""
-        return trial.loss - self.dense(trial.share)
-
-    def dense_on(self, tokens: Tensor) -> float:
-        """Loss of the dense model on other windows [windows, length], measured once."""
-        if id(tokens) not in self._dense:
-            self._dense[id(tokens)] = text_loss(self.session.model, tokens, self.progress)
-        return self._dense[id(tokens)]
-
-    def describe(self, trial: Trial) -> dict[str, Any]:
-        """A trial as results tell it; `text_excess` is on the texts that are read once."""
-        told = {"recipe": trial.recipe.document(), "share": trial.share, "excess": self.excess(trial)}
-        told |= {"seconds": trial.seconds, "error": trial.error}
-        others = [
-            loss - self.dense_on(one.tokens) for loss, one in zip(trial.others, self.session.evaluated, strict=False)
-        ]
-        return told | ({"text_excess": others} if others else {})
-
-    def _note(self, trial: Trial) -> None:
-        self.found.append(trial)
-        self._known[key_of(trial.recipe), trial.share, len(trial.others)] = trial
-        if trial.error is None:
-            self._seconds.setdefault(self._kind(trial.recipe), {})[trial.share] = trial.seconds
+    @property
+    def together(self) -> int:
+        return self.session.plan.together
 
     def _kind(self, recipe: Recipe) -> tuple[str, str]:
         metric = self.session.metric(recipe.metric)
         return metric.update or recipe.update, fit_of(metric, recipe.update, recipe.fit)
+
+    def _unknown(self, recipe: Recipe) -> float:
+        return _UNKNOWN if UPDATERS[self._kind(recipe)[0]].fits_blocks else 1.0
 
     def _measured(self, recipes: Sequence[Recipe], share: float, texts: Sequence[Tensor]) -> Iterator[Trial]:
         part = self._part(share)

@@ -21,10 +21,13 @@ from gpmetric.session.inputs import Inputs
 from gpmetric.session.session import Session, open_session
 from gpmetric.session.work import Work
 from gpmetric.targets import parse_target
-from gpmetric.tuning.choice import Choice, TuneListener, search_work
+from gpmetric.tuning.choice import Choice, search_work
 from gpmetric.tuning.parts import SOLVER, first_recipe, methods
 from gpmetric.tuning.request import TuneRequest
-from gpmetric.tuning.trials import SHARES, Trials
+from gpmetric.tuning.steps import TuneListener
+from gpmetric.tuning.structured import run_structured, structured_work
+from gpmetric.tuning.trial_log import SHARES
+from gpmetric.tuning.trials import Trials
 
 __all__ = ["run_tune", "tune", "tune_work"]
 
@@ -38,6 +41,8 @@ def run_tune(
     search text. Wanda and SparseGPT at uniform sparsity are among the recipes, so that what is chosen is not worse than
     they are on validation, unless there was no time to measure them, which is said. Stopped, the same command with
     `--ledger` and `--resume` measures no recipe again on validation; a search of an allocation begins anew.
+    With `structured`, units are chosen in the same way: published rules are among the recipes, and slim's search, which
+    begins from the best of them, goes on where it was stopped.
 
     Args:
         request: of which model, at which target.
@@ -47,7 +52,7 @@ def run_tune(
     Returns:
         `recipe`, as its file holds it, and its `excess` log-loss on validation, in nats per token; `table`, the same of
         the recipe without each of its parts and of the rivals, on the text that is read once, too, if there is one;
-        `trials`, all that was measured, and what was `cut`; `pruned`, what `prune` says of the checkpoint.
+        `trials`, all that was measured, and what was `cut`; `pruned`, what `prune` or `slim` says of the checkpoint.
 
     Raises:
         InputError: for anything that cannot be used, before the model runs.
@@ -59,6 +64,8 @@ def run_tune(
     assert output is not None
     read = (request.model, request.calibration, request.search, request.validation, request.text, request.ledger)
     check_folder(output, request.force, [Path(name) for name in read if name is not None])
+    if request.structured:
+        return run_structured(request, told, deadline)
     recipe, document = _chosen(request, told, deadline)
     gc.collect()  # models are in reference cycles: the next one would be loaded beside this one
     told.step("pruning")
@@ -110,6 +117,8 @@ def tune_work(session: Session) -> Work:
     """What `tune` does with a session's model, as far as it can be told beforehand."""
     request = session.inputs
     assert isinstance(request, TuneRequest)
+    if request.structured:
+        return structured_work(session)
     plain = first_recipe(request, session)
     metrics = [session.metric(one.metric) for one in methods(plain, request.metric)]
     update, fit = SOLVER

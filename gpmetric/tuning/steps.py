@@ -1,0 +1,148 @@
+"""Steps towards a recipe: what they measure is told, the best is kept, and what there is no time for is said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic
+
+from torch import Tensor
+
+from gpmetric.errors import GpmetricError, OutOfMemoryError, TimeOverError
+from gpmetric.evolution.selection import Individual
+from gpmetric.pruning.prune import PruneListener
+from gpmetric.session.deadline import Deadline
+from gpmetric.structured.slim import SlimListener
+from gpmetric.tuning.halving import halve
+from gpmetric.tuning.request import TuneRequest
+from gpmetric.tuning.trial_log import Asked, Measurement, TrialLog, key_of
+
+__all__ = ["Steps", "TuneListener"]
+
+
+class TuneListener(PruneListener, SlimListener):
+    """What tuning tells while it runs; every method may be overridden."""
+
+    def step(self, name: str) -> None:
+        """The next step is begun."""
+
+    def trial(self, trial: Measurement[Any], excess: float) -> None:
+        """A recipe is measured; excess log-loss in nats per token."""
+
+    def generation(self, number: int, front: Sequence[Individual], evaluations: int) -> None:
+        """A generation of formulas is finished."""
+
+    def cut(self, what: str) -> None:
+        """Something is left out for want of time."""
+
+
+@dataclass
+class Steps(Generic[Asked]):
+    """What the steps to a recipe share.
+
+    Attributes:
+        cuts: what was left out for want of time.
+        best: of those measured on all windows.
+        table: once the best is known: what stands beside it.
+    """
+
+    request: TuneRequest
+    trials: TrialLog[Asked]
+    told: TuneListener
+    deadline: Deadline
+    cuts: list[str] = field(default_factory=list)
+    best: Measurement[Asked] | None = None
+    table: dict[str, Measurement[Asked]] = field(default_factory=dict)
+
+    def describe(self, best: Measurement[Asked]) -> dict[str, Any]:
+        """The JSON document, but for what pruning adds."""
+        session, trials = self.trials.session, self.trials
+        dense = {"validation": math.exp(trials.dense())} | {
+            one.text.name: math.exp(trials.dense_on(one.tokens)) for one in session.evaluated
+        }
+        return session.describe() | {
+            "digest": session.model.digest,
+            "target": self.request.target,
+            "recipe": best.recipe.document(),
+            "excess": trials.excess(best),
+            "dense": dense,
+            "table": [{"what": name} | trials.describe(trial) for name, trial in self.table.items()],
+            "trials": [trials.describe(trial) for trial in trials.found],
+            "cut": self.cuts,
+            "splits": {name: windows.describe() for name, windows in session.windows.items()},
+            "texts": [one.describe() for one in session.evaluated],
+        }
+
+    def nothing(self) -> GpmetricError:
+        """Why there is no best recipe."""
+        failures = [trial.error for trial in self.trials.found if trial.error is not None]
+        if failures and all(math.isinf(trial.loss) for trial in self.trials.found):
+            return GpmetricError(f"no recipe could be used: {failures[-1]}")
+        minutes = f"--minutes {self.request.minutes or 0:g} were over before a recipe was measured"
+        return GpmetricError(f"{minutes}: allow more, or take fewer --samples or --windows")
+
+    @contextmanager
+    def lasting(self, what: str) -> Iterator[None]:
+        """A step that there may be no time or no memory for; what is known before it is not lost."""
+        try:
+            yield
+        except (TimeOverError, OutOfMemoryError) as error:
+            self.cut(f"{what}: {error}")
+
+    def halve(self, what: str, recipes: Sequence[Asked], until: float) -> None:
+        """What is left of successive halving may be the best."""
+        self.told.step(what)
+        before = len(self.trials.found)
+        found = halve(self.trials, recipes, until)
+        self._tell(before)
+        known = {key_of(trial.recipe) for trial in self.trials.found}
+        if not found:
+            self.cut(f"{what}: none could be measured on all windows")
+        elif missing := [one for one in recipes if key_of(one) not in known]:
+            self.cut(f"{what}: {len(missing)} of {len(recipes)} were not measured")
+        self.take(found)
+
+    def compare(self, rows: Mapping[str, Asked], until: float) -> bool:
+        """The table, of recipes by what they are, on the texts that are read once, too; whether there is a better best.
+
+        Args:
+            rows: beside the best.
+            until: when to be done, by the deadline's clock.
+        """
+        assert self.best is not None
+        self.told.step("what each part is worth")
+        texts = [one.tokens for one in self.trials.session.evaluated]
+        self.table, before = {"recipe": self.best}, self.best.recipe
+        for name, recipe in {"recipe": before, **rows}.items():
+            if found := self.measure([recipe], 1.0, until, texts):
+                self.table[name] = found[0]
+            else:
+                self.cut(f"what each part is worth: {name}")
+        self.take(list(self.table.values()))
+        return self.best.recipe != before
+
+    def measure(
+        self, recipes: Sequence[Asked], share: float = 1.0, until: float | None = None, texts: Sequence[Tensor] = ()
+    ) -> list[Measurement[Asked]]:
+        """Trials of recipes, which are told."""
+        before = len(self.trials.found)
+        found = self.trials.measure(recipes, share, self.deadline.end if until is None else until, texts)
+        self._tell(before)
+        return found
+
+    def take(self, found: Sequence[Measurement[Asked]]) -> None:
+        """The best of those measured on all windows; of equals, the one that was there before."""
+        known = [*([self.best] if self.best else []), *found]
+        self.best = min((one for one in known if math.isfinite(one.loss)), key=lambda one: one.loss, default=None)
+
+    def cut(self, what: str) -> None:
+        """Says what is left out, once."""
+        if what not in self.cuts:
+            self.cuts.append(what)
+            self.told.cut(what)
+
+    def _tell(self, first: int) -> None:
+        for trial in self.trials.found[first:]:
+            self.told.trial(trial, self.trials.excess(trial))
