@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -27,9 +28,10 @@ from gpmetric.session.evaluate import evaluate
 from gpmetric.slim_models import SLIM_FILE, SLIM_MODELS
 from gpmetric.structured import reload, slim_checkpoint
 from gpmetric.structured.draw_objective import DrawObjective
+from gpmetric.structured.export import Slimmed
 from gpmetric.structured.repair import DAMPINGS
 from gpmetric.structured.request import SlimRequest
-from gpmetric.structured.slim import open_units, prepare, slim
+from gpmetric.structured.slim import SearchStart, open_units, prepare, slim
 
 SMALL: dict[str, Any] = {
     "samples": 4, "search_windows": 8, "windows": 4, "sequence_length": 32, "steps": 6, "batch": 2, "device": "cpu",
@@ -375,3 +377,27 @@ def test_auto_begins_from_its_best_start(tiny_llama: Path, tiny_text: Path, tmp_
     assert found["starts"] == pytest.approx(figures, rel=1e-6)
     assert found["begun"] == min(figures, key=lambda name: figures[name])
     assert found["damping"] in DAMPINGS
+
+
+@pytest.mark.parametrize("better", [False, True])
+@pytest.mark.usefixtures("here")
+def test_what_is_worse_than_its_start_on_validation_is_not_delivered(
+    better: bool, tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search that found another model, whose loss on validation is told to be 0.1 above or below its start's."""
+    losses = [2.0, 2.1 - 0.2 * better]
+    kept: list[torch.Tensor] = []
+    told = [pytest.approx(math.exp(one)) for one in losses]
+
+    def search(request: SlimRequest, begun: SearchStart, *_: Any) -> tuple[Slimmed, dict[str, Any]]:
+        start = begun.chosen(begun.start).kept
+        kept.extend([start, start.roll(1)])
+        return begun.slimmed(kept[1]), {"share": 0.5, "steps": 6, "tokens": 0, "seconds": 0.0}
+
+    monkeypatch.setattr("gpmetric.structured.slim.search", search)
+    monkeypatch.setattr("gpmetric.structured.slim._held_out", lambda *_: losses.pop(0))
+    found = run(tiny_llama, tiny_text, tmp_path / "small", sparsity=0.4, start="wanda_sp")
+    channels = [int(one[2:46].sum()) for one in kept]  # behind two key/value groups
+    assert found["widths"][0]["channels"] == channels[better]
+    assert found["share"] == 0.5 * better
+    assert [found["initial"], found["found"]] == told

@@ -127,7 +127,7 @@ def slim_work(session: Session) -> Work:
         fixed=score_bytes(request.start, groups, products=request.repair == "least-squares"),
         copied=True,  # the rows and columns of a drawn model
         kept=min(REFERENCE_BYTES, reference_bytes(request.objective, model, search)),
-        forward=2 * session.tokens.numel() + 2 * steps * search.shape[1] + 4 * validated,
+        forward=2 * session.tokens.numel() + 2 * steps * search.shape[1] + 5 * validated,
         resident=True,
         after=4 * (parameters + 3 * COMPARED * length * model.vocabulary),  # compared in fp32 with what was written
     )
@@ -174,8 +174,10 @@ def run_slim(
         timed = replace(request, minutes=_search_minutes(request, units, deadline, opened, window))
         best, cost = search(timed, begun, log, told)
     start = begun.chosen(begun.start)
-    with begun.shrinker.keeping(start.kept, start.repairs):
-        initial_loss = text_loss(model, validation.tokens, told.progress)
+    initial = _held_out(begun, start, told)
+    found = _held_out(begun, best, told) if cost["share"] else initial
+    if not found < initial:  # on other text than it was chosen by
+        best, cost = start, cost | {"share": 0.0}
     shrinker, name, compared, damping = begun.shrinker, begun.name, begun.compared, begun.repairer.damping
     del begun, start  # the moments of features, before the model is compared in float32 with what is written
     units.__dict__.pop("features", None)
@@ -186,13 +188,21 @@ def run_slim(
         "output": str(output),
         "parameters_before": before,
         "dense": perplexity(dense),
-        "initial": perplexity(initial_loss),
+        "initial": perplexity(initial),
+        "found": perplexity(found),
         "begun": name,
         "starts": dict(compared),
         "damping": damping if request.repair == "least-squares" else None,
         **cost,
         "progress": log.reports,
     }
+
+
+def _held_out(begun: SearchStart, slimmed: Slimmed, told: SlimListener) -> float:
+    """Mean loss of a model on the validation text."""
+    session = begun.units.session
+    with begun.shrinker.keeping(slimmed.kept, slimmed.repairs):
+        return text_loss(session.model, session.windows["validation"].tokens, told.progress)
 
 
 slim = as_function("slim", SlimRequest, run_slim, "model")
@@ -284,7 +294,7 @@ def _search_minutes(
     if request.minutes is None:
         return None
     judged = len(_SHARES) * min(_JUDGED * request.batch, len(units.session.windows["search"].tokens))
-    after = _CAUTION * (opened + window * (judged + 4 * len(units.session.windows["validation"].tokens)))
+    after = _CAUTION * (opened + window * (judged + 5 * len(units.session.windows["validation"].tokens)))
     left = deadline.left
     return max(left - after, min(deadline.seconds, left) / 2) / 60
 
