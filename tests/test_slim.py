@@ -176,6 +176,67 @@ def test_whole_layers_go(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> N
     assert len(gpmetric.load(tmp_path / "small", device="cpu").model.layers) == len(left)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+@pytest.mark.usefixtures("here")
+def test_whole_blocks_leave_a_stock_model_of_fewer(
+    kind: str, save_model: Callable[..., Path], tiny_text: Path, tmp_path: Path
+) -> None:
+    """What transformers opens computes, without and with a cache, what the dense model does without those blocks."""
+    config: dict[str, Any] = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
+    }  # fmt: skip
+    layers = ["full_attention", "sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    if kind == "qwen2":
+        config |= {"layer_types": layers, "use_sliding_window": True, "sliding_window": 4}
+    if kind == "gpt2":
+        config = {"n_embd": 16, "n_layer": 5, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}
+    model, output = save_model(kind, **config), tmp_path / "small"
+    found = run(model, tiny_text, output, sparsity=0.4, granularity="block", steps=2)
+    assert (found["format"], found["repair"], found["damping"]) == ("uniform", "none", None)
+    assert found["sparsity"] == pytest.approx(0.4)
+    stays = [index for index, one in enumerate(found["widths"]) if one["heads"]]
+    assert len(stays) == 3
+    assert all(not any(one.values()) for index, one in enumerate(found["widths"]) if index not in stays)
+    opened, cut = stock(output), stock(model)
+    assert opened.config.num_hidden_layers == 3
+    if kind == "qwen2":
+        assert opened.config.layer_types == [layers[index] for index in stays]
+    body = cut.transformer if kind == "gpt2" else cut.model
+    name = "h" if kind == "gpt2" else "layers"
+    setattr(body, name, torch.nn.ModuleList(getattr(body, name)[index] for index in stays))
+    cut.config.num_hidden_layers = 3
+    if kind == "qwen2":
+        cut.config.layer_types = [layers[index] for index in stays]
+    tokens = torch.arange(20)[None] + 3
+    with torch.no_grad():
+        assert torch.equal(opened(tokens).logits, cut(tokens, use_cache=False).logits)
+    steps = tokens
+    for _ in range(6):
+        steps = torch.cat([steps, opened(steps, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(opened.generate(tokens, max_new_tokens=6, min_new_tokens=6, do_sample=False), steps)
+    assert found["perplexity"] == pytest.approx(found["perplexity_before_writing"], rel=1e-5)
+    checked = verify(output, device="cpu")
+    assert checked["ok"], checked["problems"]
+    assert checked["perplexity"] == pytest.approx(found["perplexity"], rel=1e-5)
+
+
+@pytest.mark.usefixtures("here")
+def test_what_is_left_of_blocks_is_slimmed_again(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    run(tiny_llama, tiny_text, tmp_path / "fewer", sparsity=0.34, granularity="block", steps=2)
+    found = run(tmp_path / "fewer", tiny_text, tmp_path / "narrower", sparsity=0.4)
+    assert [one["heads"] for one in found["widths"]].count(0) == 0
+    assert len(found["widths"]) == 2
+
+
+def test_blocks_that_depend_on_their_number_are_not_renumbered(
+    save_model: Callable[..., Path], tiny_text: Path, tmp_path: Path
+) -> None:
+    model = save_model("gpt2", n_embd=16, n_layer=3, n_head=2, n_positions=64, scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(InputError, match=r"\(scale_attn_by_inverse_layer_idx\), .* accepted is hetero or padded"):
+        run(model, tiny_text, tmp_path / "small", sparsity=0.4, granularity="block")
+
+
 @pytest.mark.parametrize("kind", ["untied", "bfloat16", "attention biases"])
 @pytest.mark.usefixtures("here")
 def test_models_of_other_makes(kind: str, save_model: Callable[..., Path], tiny_text: Path, tmp_path: Path) -> None:
@@ -306,7 +367,7 @@ def test_what_is_not_what_was_found_is_not_delivered(
     [
         ({"sparsity": 1.0}, "--sparsity must be above 0 and below 1, but got 1.0"),
         ({"granularity": "channels"}, "--granularity"),
-        ({"granularity": "layer", "format": "uniform"}, "so none can go as a whole"),
+        ({"granularity": "layer", "format": "uniform"}, "none can go as a whole"),
         ({"format": "onnx"}, "--format"),
         ({"start": "wandasp"}, "wandasp"),
         ({"draws": 3}, "--draws must be at least 2, and even"),
@@ -315,6 +376,10 @@ def test_what_is_not_what_was_found_is_not_delivered(
         ({"steps": 0}, "--steps must be at least 1, but got 0"),
         ({"resume": True}, "--ledger FILE"),
         ({"granularity": "layer", "sparsity": 0.05}, "cannot be met by --granularity layer"),
+        ({"granularity": "block", "sparsity": 0.3}, "cannot be met by --granularity block in --format uniform"),
+        ({"granularity": "block,head"}, "--granularity block,head: whole blocks go alone"),
+        ({"granularity": "block", "add_bias": True}, "--granularity block repairs nothing"),
+        ({"granularity": "block", "budget": "kind"}, "--granularity block: --budget kind gives all layers the same"),
         ({"granularity": "head", "format": "uniform", "sparsity": 0.05}, "cannot be met by --granularity head"),
         ({"format": "uniform", "cost": "macs"}, "--budget and --cost do not apply"),
         ({"sparsity": 0.98, "granularity": "head"}, "--sparsity 0.98 is out of reach"),

@@ -416,8 +416,13 @@ def test_the_best_start_is_what_was_measured_best() -> None:
     assert (best.name, float(best.probabilities[0])) == ("b", pytest.approx(0.1))
     assert best.compared == pytest.approx({"a": 0.3, "b": 0.1, "c": 0.1})
     assert best_start(starts[:1], lambda one: math.nan) is starts[0]
-    assert "block_influence" not in started_from("auto", layers=False)
-    assert {"taylor2", "wanda_sp", "block_influence"} < set(started_from("auto", layers=True))
+
+    def tried(*granularity: str) -> set[str]:
+        return set(started_from(SlimRequest(granularity=granularity)))
+
+    assert "block_influence" not in tried("channel", "head")
+    assert {"taylor2", "wanda_sp", "block_influence"} < tried("channel", "layer")
+    assert tried("block") == {"taylor2", "block_influence"}  # the others give all blocks the same
 
 
 def test_repairs_against_least_squares(model: Model, groups: Groups, tokens: Tensor) -> None:

@@ -45,6 +45,7 @@ UNIT_KINDS: dict[str, UnitKind] = {
     "channel": UnitKind("channels of an MLP", "mlp"),
     "head": UnitKind("attention heads, with their key/value group", "attention"),
     "layer": UnitKind("whole attentions, whole MLPs and whole blocks", None),
+    "block": UnitKind("whole blocks and nothing else", None),
 }
 
 
@@ -154,10 +155,13 @@ UNIT_RULES: dict[str, UnitRule] = {
 STARTS = ("auto", "constant", *UNIT_RULES)  # or a metric of weights
 
 
+def _meanings(table: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name}: {getattr(row, 'meaning', row)}" for name, row in table.items())
+
+
 def _told(table: Mapping[str, Any]) -> Option:
     """The option of a table, whose help says what each choice means."""
-    told = (f"{name}: {getattr(row, 'meaning', row)}" for name, row in table.items())
-    return Option(f"{'; '.join(told)}.", choices=table)
+    return Option(f"{_meanings(table)}.", choices=table)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +180,9 @@ class SlimRequest(SearchInputs):
         "channel",
         "head",
     )
-    format: Annotated[str, _told(FORMATS)] = "hetero"
+    format: Annotated[
+        str | None, Option(f"{_meanings(FORMATS)}; where blocks go as a whole uniform, else hetero.", choices=FORMATS)
+    ] = None
     budget: Annotated[str, _told(BUDGETS)] = "global"
     cost: Annotated[str, Option("What the budget counts: {choices}.", choices=COSTS)] = "parameters"
     estimator: Annotated[str, _told(ESTIMATORS)] = "rloo"
@@ -213,19 +219,23 @@ class SlimRequest(SearchInputs):
 
     def _check_together(self) -> None:
         """Refuses options that exclude each other."""
-        equal, form = FORMATS[self.format].equal, f"--format {self.format}"
+        equal, form = FORMATS[self.form].equal, f"--format {self.form}"
         sublayers = [UNIT_KINDS[name].sublayer for name in self.granularity]
         twice = next((one for one in sublayers if sublayers.count(one) > 1), None)
         if twice:
             named = ",".join(name for name in self.granularity if UNIT_KINDS[name].sublayer == twice)
             raise InputError(f"--granularity {named}: an {twice} is cut into units of one kind; name one of them")
-        if None in sublayers and (equal or self.budget == "kind"):
-            other = form if equal else "--budget kind"
-            raise InputError(f"--granularity layer: {other} gives all layers the same share, so none can go as a whole")
+        if self.blocks and len(self.granularity) > 1:
+            named = ",".join(self.granularity)
+            raise InputError(f"--granularity {named}: whole blocks go alone; slim what is left once more for the rest")
+        if None in sublayers and ((equal and not self.blocks) or self.budget == "kind"):
+            named, other = ",".join(self.granularity), form if equal and not self.blocks else "--budget kind"
+            raise InputError(f"--granularity {named}: {other} gives all layers the same share; none can go as a whole")
         if equal and (self.budget, self.cost) != ("global", "parameters"):
             raise InputError(f"{form} counts parameters, the same in every layer: --budget and --cost do not apply")
-        if self.add_bias and self.repair == "none":
-            raise InputError("--add-bias gives --repair a place, and --repair is none")
+        if self.add_bias and self.mended == "none":
+            told = "--granularity block repairs nothing" if self.blocks else "--repair is none"
+            raise InputError(f"--add-bias gives --repair a place, and {told}")
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -235,4 +245,19 @@ class SlimRequest(SearchInputs):
     @property
     def layers(self) -> bool:
         """Whether sublayers and blocks can go as a whole."""
-        return len(self.kinds) < len(self.granularity)
+        return "layer" in self.granularity
+
+    @property
+    def blocks(self) -> bool:
+        """Whether blocks go as a whole, and nothing else."""
+        return "block" in self.granularity
+
+    @property
+    def form(self) -> str:
+        """The format that is written, a key of FORMATS."""
+        return self.format or ("uniform" if self.blocks else "hetero")
+
+    @property
+    def mended(self) -> str:
+        """The repair of what stays, a key of REPAIRS; a whole block leaves no output that lost some of its inputs."""
+        return "none" if self.blocks else self.repair

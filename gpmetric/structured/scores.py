@@ -81,8 +81,8 @@ class UnitSession:
         """Whether the repair that was asked for can put back the mean of what a sublayer loses."""
         request, output = self.session.inputs, self.groups.sublayers[index].output
         assert isinstance(request, SlimRequest)
-        return request.repair != "none" and (
-            request.repair == "least-squares" or request.add_bias or output.bias is not None
+        return request.mended != "none" and (
+            request.mended == "least-squares" or request.add_bias or output.bias is not None
         )
 
     @torch.no_grad()

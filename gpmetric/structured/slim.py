@@ -116,7 +116,7 @@ def slim_work(session: Session) -> Work:
     assert isinstance(request, SlimRequest)
     search, validated = windows["search"].tokens, windows["validation"].tokens.numel()
     steps, groups = request.steps or _STEPS, find_groups(model, request.kinds)
-    length, names = session.tokens.shape[1], started_from(request.start, request.layers)
+    length, names = session.tokens.shape[1], started_from(request)
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
     return Work(
         length=length,
@@ -124,7 +124,7 @@ def slim_work(session: Session) -> Work:
         texts=validated,
         differentiated=needs_gradients(read_by(request.start)) or "taylor2" in names,
         one_graph="taylor2" in names,
-        fixed=score_bytes(request.start, groups, products=request.repair == "least-squares"),
+        fixed=score_bytes(request.start, groups, products=request.mended == "least-squares"),
         copied=True,  # the rows and columns of a drawn model
         kept=min(REFERENCE_BYTES, reference_bytes(request.objective, model, search)),
         forward=2 * session.tokens.numel() + 2 * steps * search.shape[1] + 5 * validated,
@@ -183,7 +183,7 @@ def run_slim(
     units.__dict__.pop("features", None)
     made = _described(request, units) | {"sparsity": units.groups.removed(best.kept) / units.groups.parameters}
     with replacing(output, request.force) as partial:
-        manifest = write_slimmed(model, shrinker, best, request.format, partial, validation, made)
+        manifest = write_slimmed(model, shrinker, best, request.form, partial, validation, made)
     return {key: value for key, value in manifest.items() if key not in ("files", "tensors")} | {
         "output": str(output),
         "parameters_before": before,
@@ -192,7 +192,7 @@ def run_slim(
         "found": perplexity(found),
         "begun": name,
         "starts": dict(compared),
-        "damping": damping if request.repair == "least-squares" else None,
+        "damping": damping if request.mended == "least-squares" else None,
         **cost,
         "progress": log.reports,
     }
@@ -216,9 +216,9 @@ def open_units(request: SlimRequest, listener: Listener | None = None) -> UnitSe
     """
     session = open_session(request, work=slim_work, listener=listener)
     groups = find_groups(session.model, request.kinds)
-    check_format(session.model, request.format, biases=request.add_bias)
+    check_format(session.model, request.form, biases=request.add_bias, blocks=request.blocks)
     stored_dtypes(session.model)
-    return UnitSession(session, groups, request.repair == "least-squares")
+    return UnitSession(session, groups, request.mended == "least-squares")
 
 
 def prepare(request: SlimRequest, units: UnitSession) -> SearchStart:
@@ -229,22 +229,22 @@ def prepare(request: SlimRequest, units: UnitSession) -> SearchStart:
     """
     model, groups = units.model, units.groups
     cost = groups.cost if request.cost == "parameters" else macs(groups, units.session.tokens.shape[1])
-    space = find_space(groups, request.kinds, layers=request.layers, cost=cost)
-    if FORMATS[request.format].equal:
+    space = find_space(groups, request.kinds, layers=request.layers, blocks=request.blocks, cost=cost)
+    if FORMATS[request.form].equal and not request.blocks:
         accepted = accepted_heads(groups, model.module.config)
         pools = uniform_pools(groups, space, uniform_counts(groups, request.sparsity, request.kinds, accepted))
     else:
         pools = pools_of(groups, space, request.sparsity, cost, by_kind=request.budget == "kind")
-    names = started_from(request.start, request.layers)
+    names = started_from(request)
     starts = [make_start(name, units, space, pools, request.estimator) for name in names]
     kept = top_units(space.stays(starts[0].probabilities), space, pools)
     removed = float(cost[~kept].sum() / cost.sum())
     if removed < request.sparsity / 2:
         raise InputError(
             f"--sparsity {request.sparsity:g} cannot be met by --granularity {','.join(request.granularity)} in "
-            f"--format {request.format}: the nearest below it removes {removed:.4f}"
+            f"--format {request.form}: the nearest below it removes {removed:.4f}"
         )
-    repairer = Repairer(groups, units.features, request.repair, add_bias=request.add_bias)
+    repairer = Repairer(groups, units.features, request.mended, add_bias=request.add_bias)
     begun = SearchStart(units, Shrinker(model, groups), repairer, space, pools, starts[0].probabilities)
     return _compared(request, begun, starts)
 
@@ -254,11 +254,11 @@ def _compared(request: SlimRequest, begun: SearchStart, starts: Sequence[Start])
     units = begun.units
     windows = units.session.windows["search"].tokens
     objective = DrawObjective(units.model, windows, request.objective, request.batch, request.seed)
-    if request.repair == "least-squares":  # in the middle, to compare starts by
+    if request.mended == "least-squares":  # in the middle, to compare starts by
         begun = replace(begun, repairer=begun.repairer.damped(DAMPINGS[-2]))
     best = best_start(starts, lambda one: begun.judged(begun.chosen(one), objective, _COMPARED)[0])
     begun = replace(begun, start=best.probabilities, name=best.name, compared=best.compared)
-    if request.repair != "least-squares":
+    if request.mended != "least-squares":
         return begun
     damped = [replace(begun, repairer=begun.repairer.damped(damping)) for damping in DAMPINGS]
     return min(damped, key=lambda one: one.judged(one.chosen(one.start), objective, _COMPARED)[0])
@@ -305,7 +305,7 @@ def _identity(request: SlimRequest, units: UnitSession) -> dict[str, Any]:
     found = {name: getattr(request, name) for name in (*names, "rate", "seed")}
     return found | {
         "granularity": sorted(request.granularity),
-        "equal": FORMATS[request.format].equal,
+        "equal": FORMATS[request.form].equal,
         "model": units.model.digest,
         "dtype": units.model.dtype,
         "device": units.model.device.type,
@@ -316,12 +316,14 @@ def _identity(request: SlimRequest, units: UnitSession) -> dict[str, Any]:
 
 def _described(request: SlimRequest, units: UnitSession) -> dict[str, Any]:
     """What the manifest says of how a model was made."""
-    names = ("format", "budget", "cost", "estimator", "objective", "start", "repair", "add_bias")
+    names = ("budget", "cost", "estimator", "objective", "start", "add_bias")
     windows = units.session.windows
     described = {name: value for name, value in units.session.describe().items() if name != "device"}
     described |= {name: getattr(request, name) for name in names}
     return described | {
         "digest": units.model.digest,
+        "format": request.form,
+        "repair": request.mended,
         "granularity": list(request.granularity),
         "asked": request.sparsity,
         "update": "none",

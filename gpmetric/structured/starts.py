@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpmetric.structured.policy import initial
-from gpmetric.structured.request import UNIT_RULES
+from gpmetric.structured.request import UNIT_RULES, SlimRequest
 from gpmetric.structured.scores import UnitSession, standardised, unit_scores
 from gpmetric.structured.unit_space import Pool, UnitSpace
 
@@ -27,11 +27,14 @@ class Start:
     compared: Mapping[str, float]  # objective of each start that was measured, by name
 
 
-def started_from(name: str, layers: bool) -> tuple[str, ...]:
-    """Names of the starts that a name stands for: of `auto`, rules that tell units apart, and blocks where those go."""
-    if name != "auto":
-        return (name,)
-    return tuple(name for name, rule in UNIT_RULES.items() if rule.tried and (layers or not rule.blocks))
+def started_from(request: SlimRequest) -> tuple[str, ...]:
+    """Names of the starts that a request stands for: of `auto`, all rules that tell apart what may go."""
+    if request.start != "auto":
+        return (request.start,)
+    whole = request.layers or request.blocks
+    tried = {name: rule for name, rule in UNIT_RULES.items() if rule.tried}
+    # a rule that is standardised in a sublayer says nothing of whole ones
+    return tuple(name for name, rule in tried.items() if (whole if rule.blocks else request.kinds or rule.loss))
 
 
 def make_start(name: str, units: UnitSession, space: UnitSpace, pools: Sequence[Pool], estimator: str) -> Start:
