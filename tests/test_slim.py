@@ -373,6 +373,7 @@ def test_what_is_not_what_was_found_is_not_delivered(
         ({"draws": 3}, "--draws must be at least 2, and even"),
         ({"rate": float("nan")}, "--rate must be above 0, but got nan"),
         ({"add_bias": True, "repair": "none"}, "--add-bias"),
+        ({"rate": 0.1}, "--rate is of --estimator rloo or paper, but got --estimator exchange"),
         ({"steps": 0}, "--steps must be at least 1, but got 0"),
         ({"resume": True}, "--ledger FILE"),
         ({"granularity": "layer", "sparsity": 0.05}, "cannot be met by --granularity layer"),

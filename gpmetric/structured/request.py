@@ -51,12 +51,12 @@ UNIT_KINDS: dict[str, UnitKind] = {
 
 @dataclass(frozen=True)
 class Estimator:
-    """A way from the losses of drawn models to a step of their probabilities; the arithmetic is in `policy`."""
+    """What is made of the losses of models: an exchange of units, or a step of their probabilities (in `policy`)."""
 
     meaning: str  # what a loss is compared with
-    rate: float  # of the first step
     sharpness: float  # of the probabilities to begin with
-    pairs: bool  # whether draws come in antithetic pairs
+    rate: float | None = None  # of the first step of probabilities; None where units are exchanged
+    pairs: bool = False  # whether draws come in antithetic pairs
 
 
 # Rates: excess on validation at 0.3, 1,500 steps of one window, gpt2-05m and llama-05m: rloo 0.076 and 0.197 at 0.02,
@@ -65,8 +65,9 @@ class Estimator:
 # to the one that would be delivered: llama-4m at 0.5, 800 steps of rloo, excess on validation 0.292 from 3, 0.298 from
 # 1 as published, 0.301 of the start.
 ESTIMATORS: dict[str, Estimator] = {
-    "rloo": Estimator("the two of an antithetic pair against each other", rate=0.02, sharpness=3.0, pairs=True),
-    "paper": Estimator("against a moving average, as published", rate=0.01, sharpness=1.0, pairs=False),
+    "exchange": Estimator("units exchanged, against what stays until then, on the same windows", sharpness=3.0),
+    "rloo": Estimator("drawn, the two of an antithetic pair against each other", 3.0, rate=0.02, pairs=True),
+    "paper": Estimator("drawn, against a moving average, as published", 1.0, rate=0.01),
 }
 
 
@@ -185,7 +186,7 @@ class SlimRequest(SearchInputs):
     ] = None
     budget: Annotated[str, _told(BUDGETS)] = "global"
     cost: Annotated[str, Option("What the budget counts: {choices}.", choices=COSTS)] = "parameters"
-    estimator: Annotated[str, _told(ESTIMATORS)] = "rloo"
+    estimator: Annotated[str, _told(ESTIMATORS)] = "exchange"
     objective: Annotated[str, Option("What drawn models are compared by: {choices}.", choices=OBJECTIVES)] = "kl"
     start: Annotated[
         str,
@@ -199,8 +200,8 @@ class SlimRequest(SearchInputs):
         bool, Option("Give a bias to outputs that have none, for the repair.", names=("--add-bias/--no-add-bias",))
     ] = False
     steps: Annotated[int | None, Option("Steps of the search at most; 6 minutes if no limit.", least=1)] = None
-    draws: Annotated[int, Option("Models drawn per step.")] = 2
-    batch: Annotated[int, Option("Windows that the draws of a step are measured on.", least=1)] = 1
+    draws: Annotated[int, Option("Models drawn per step of a policy.")] = 2
+    batch: Annotated[int, Option("Windows that models are measured on together.", least=1)] = 1
     rate: Annotated[float | None, Option("Of the first step; the estimator's own by default.", above=0)] = None
     search_windows: Annotated[int, Option("Windows of the search text.", least=1)] = 256
     force: Annotated[bool, FORCE] = False
@@ -213,6 +214,9 @@ class SlimRequest(SearchInputs):
         super().check()
         if self.start not in STARTS:
             resolve_metric(self.start)
+        if self.rate is not None and ESTIMATORS[self.estimator].rate is None:
+            accepted = " or ".join(name for name, row in ESTIMATORS.items() if row.rate is not None)
+            raise InputError(f"--rate is of --estimator {accepted}, but got --estimator {self.estimator}")
         if self.draws < 2 or (ESTIMATORS[self.estimator].pairs and self.draws % 2):
             raise InputError(f"--draws must be at least 2, and even for rloo's pairs, but got {self.draws}")
         self._check_together()

@@ -1,4 +1,4 @@
-"""`gpmetric slim`: channels, heads and layers removed, chosen by a policy gradient, and a smaller model written."""
+"""`gpmetric slim`: channels, heads and layers removed, chosen by measured exchanges, and a smaller model written."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gpmetric.errors import GpmetricError, InputError
@@ -23,6 +24,7 @@ from gpmetric.session.session import Listener, Session, open_session
 from gpmetric.session.work import Work
 from gpmetric.structured.cost_budgets import accepted_heads, macs, pools_of, uniform_counts, uniform_pools
 from gpmetric.structured.draw_objective import REFERENCE_BYTES, DrawObjective
+from gpmetric.structured.exchange import PIECES, ExchangeSearch
 from gpmetric.structured.export import Slimmed, check_format, stored_dtypes
 from gpmetric.structured.groups import find_groups
 from gpmetric.structured.policy import Policy
@@ -57,7 +59,7 @@ class SlimListener(Listener):
 
 @dataclass(frozen=True)
 class SearchStart:
-    """What a search begins with: what a policy has probabilities for, their budgets, and the first ones [entries]."""
+    """What a search begins with: what there are probabilities for, their budgets, and the first ones [entries]."""
 
     units: UnitSession
     shrinker: Shrinker
@@ -65,6 +67,7 @@ class SearchStart:
     space: UnitSpace
     pools: Sequence[Pool]
     start: Tensor
+    worth: Tensor  # of each atom, [atoms], standardised
     name: str = ""  # of the rule that it begins from
     compared: Mapping[str, float] = field(default_factory=dict)  # objective of each start that was measured
 
@@ -117,6 +120,7 @@ def slim_work(session: Session) -> Work:
     search, validated = windows["search"].tokens, windows["validation"].tokens.numel()
     steps, groups = request.steps or _STEPS, find_groups(model, request.kinds)
     length, names = session.tokens.shape[1], started_from(request)
+    models = PIECES if ESTIMATORS[request.estimator].rate is None else 2  # of a step; those given up early take less
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
     return Work(
         length=length,
@@ -127,7 +131,7 @@ def slim_work(session: Session) -> Work:
         fixed=score_bytes(request.start, groups, products=request.mended == "least-squares"),
         copied=True,  # the rows and columns of a drawn model
         kept=min(REFERENCE_BYTES, reference_bytes(request.objective, model, search)),
-        forward=2 * session.tokens.numel() + 2 * steps * search.shape[1] + 5 * validated,
+        forward=2 * session.tokens.numel() + models * steps * search.shape[1] + 5 * validated,
         resident=True,
         after=4 * (parameters + 3 * COMPARED * length * model.vocabulary),  # compared in fp32 with what was written
     )
@@ -245,7 +249,8 @@ def prepare(request: SlimRequest, units: UnitSession) -> SearchStart:
             f"--format {request.form}: the nearest below it removes {removed:.4f}"
         )
     repairer = Repairer(groups, units.features, request.mended, add_bias=request.add_bias)
-    begun = SearchStart(units, Shrinker(model, groups), repairer, space, pools, starts[0].probabilities)
+    first = starts[0]
+    begun = SearchStart(units, Shrinker(model, groups), repairer, space, pools, first.probabilities, first.worth)
     return _compared(request, begun, starts)
 
 
@@ -257,7 +262,7 @@ def _compared(request: SlimRequest, begun: SearchStart, starts: Sequence[Start])
     if request.mended == "least-squares":  # in the middle, to compare starts by
         begun = replace(begun, repairer=begun.repairer.damped(DAMPINGS[-2]))
     best = best_start(starts, lambda one: begun.judged(begun.chosen(one), objective, _COMPARED)[0])
-    begun = replace(begun, start=best.probabilities, name=best.name, compared=best.compared)
+    begun = replace(begun, start=best.probabilities, worth=best.worth, name=best.name, compared=best.compared)
     if request.mended != "least-squares":
         return begun
     damped = [replace(begun, repairer=begun.repairer.damped(damping)) for damping in DAMPINGS]
@@ -269,17 +274,35 @@ def search(
 ) -> tuple[Slimmed, dict[str, Any]]:
     """What a search delivers, the share of the way from its start, and the steps, tokens and seconds that it took."""
     minutes = _MINUTES if request.steps is None and request.minutes is None else request.minutes
-    rate = ESTIMATORS[request.estimator].rate if request.rate is None else request.rate
-    schedule = Schedule(request.steps, minutes, request.draws, rate, request.seed)
-    policy = Policy(begun.space, begun.pools, begun.start, request.estimator)
+    rate = request.rate or ESTIMATORS[request.estimator].rate
+    schedule = Schedule(request.steps, minutes, request.draws, rate or 0.0, request.seed)
     told = listener or SlimListener()
     windows = begun.units.session.windows["search"].tokens
     objective = DrawObjective(begun.units.model, windows, request.objective, request.batch, request.seed)
+    if rate is None:
+        return _exchanged(begun, objective, schedule, log, told)
+    policy = Policy(begun.space, begun.pools, begun.start, request.estimator)
     state = PolicySearch(policy, begun.shrinker, begun.repairer, objective, schedule, log).run(told.report)
     started = time.monotonic()
     best, share, tokens = begun.best(policy, objective)
     seconds = state.seconds + time.monotonic() - started
     return best, {"share": share, "steps": state.step, "tokens": state.tokens + tokens, "seconds": seconds}
+
+
+def _exchanged(
+    begun: SearchStart, objective: DrawObjective, schedule: Schedule, log: SearchLog, told: SlimListener
+) -> tuple[Slimmed, dict[str, Any]]:
+    """What a search of exchanges delivers, and what it took."""
+    groups, space, start = begun.units.groups, begun.space, begun.chosen(begun.start)
+    atoms = torch.zeros(len(space.cost), dtype=torch.bool)
+    free = space.atom >= 0
+    atoms[space.atom[free]] = start.kept[free]
+    parts = (begun.shrinker, begun.repairer, objective, schedule, log)
+    state = ExchangeSearch(groups, space, begun.pools, begun.worth, atoms, *parts).run(told.report)
+    kept = space.kept(state.probabilities)
+    share = float(not torch.equal(kept, start.kept))
+    cost = {"share": share, "steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
+    return begun.slimmed(kept) if share else start, cost
 
 
 def _search_minutes(
@@ -293,7 +316,8 @@ def _search_minutes(
     """
     if request.minutes is None:
         return None
-    judged = len(_SHARES) * min(_JUDGED * request.batch, len(units.session.windows["search"].tokens))
+    judged = min(_JUDGED * request.batch, len(units.session.windows["search"].tokens))
+    judged *= len(_SHARES) * (ESTIMATORS[request.estimator].rate is not None)
     after = _CAUTION * (opened + window * (judged + 5 * len(units.session.windows["validation"].tokens)))
     left = deadline.left
     return max(left - after, min(deadline.seconds, left) / 2) / 60

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,10 +20,11 @@ _OPEN = 0.9  # probability that a gate begins with
 
 @dataclass(frozen=True)
 class Start:
-    """Probabilities [entries] to begin with."""
+    """What a rule says of each atom, and the probabilities to begin with."""
 
     name: str  # `constant`, a key of UNIT_RULES, or a metric of weights
-    probabilities: Tensor
+    worth: Tensor  # [atoms], standardised
+    probabilities: Tensor  # [entries]
     compared: Mapping[str, float]  # objective of each start that was measured, by name
 
 
@@ -43,7 +44,8 @@ def make_start(name: str, units: UnitSession, space: UnitSpace, pools: Sequence[
     Raises:
         ExpressionError, GpmetricError: see `unit_scores`.
     """
-    return Start(name, initial(space, pools, _worth(name, units, space), _OPEN, estimator), {})
+    worth = _worth(name, units, space)
+    return Start(name, worth, initial(space, pools, worth, _OPEN, estimator), {})
 
 
 def best_start(starts: Sequence[Start], measure: Callable[[Tensor], float]) -> Start:
@@ -57,7 +59,7 @@ def best_start(starts: Sequence[Start], measure: Callable[[Tensor], float]) -> S
         return starts[0]
     figures = {one.name: measure(one.probabilities) for one in starts}
     best = min(starts, key=lambda one: figures[one.name])
-    return Start(best.name, best.probabilities, figures)
+    return replace(best, compared=figures)
 
 
 def _worth(name: str, units: UnitSession, space: UnitSpace) -> Tensor:
