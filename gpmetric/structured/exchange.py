@@ -37,7 +37,8 @@ _FIRST = 8  # steps' windows after which a change that does no good yet is given
 # were kept, and the divergence of llama-05m at 0.3 rose from 0.0888 to 0.0921; with 32 and 2, two, and it fell to
 # 0.0871.
 PIECES, _ERRORS = 32, 2.0
-_NOISE = (0.03, 1.0)  # of what units are worth, in their standard deviations: who goes and comes is not always the same
+# of what units are worth, in their standard deviations, as logarithms: who goes and comes is not always the same
+_NOISE = (math.log(0.03), 0.0)
 _TRIES = 20  # to find an exchange that changes something
 _CEILING = 50.0  # of a loss that is not finite, or as good as
 
@@ -168,7 +169,7 @@ class ExchangeSearch(Search):
             if not there:
                 continue
             count = int(math.exp(generator.uniform(0, math.log(there + 1))))  # 1 to all, as likely as their logarithm
-            noise = math.exp(generator.uniform(*map(math.log, _NOISE)))
+            noise = math.exp(generator.uniform(*_NOISE))
             going, coming = (
                 self.worth + noise * torch.from_numpy(generator.standard_normal(len(self.worth))) for _ in range(2)
             )
