@@ -370,7 +370,7 @@ def test_what_is_not_what_was_found_is_not_delivered(
         ({"granularity": "layer", "format": "uniform"}, "none can go as a whole"),
         ({"format": "onnx"}, "--format"),
         ({"start": "wandasp"}, "wandasp"),
-        ({"draws": 3}, "--draws must be at least 2, and even"),
+        ({"draws": 3, "estimator": "rloo"}, "--draws must be at least 2, and even"),
         ({"rate": float("nan")}, "--rate must be above 0, but got nan"),
         ({"add_bias": True, "repair": "none"}, "--add-bias"),
         ({"rate": 0.1}, "--rate is of --estimator rloo or paper, but got --estimator exchange"),
