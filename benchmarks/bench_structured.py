@@ -8,7 +8,8 @@ outcome to results.csv.
 magnitude_sp, wanda_sp          the same share of every layer
 taylor2, flap, random, block_influence   all layers against each other
 start                           what the policy gradient begins with: its own start, chosen from at once
-rloo                            the policy gradient as `slim` does it by default
+exchange                        the search as `slim` does it by default, which takes more forward passes for a step
+rloo                            the policy gradient by antithetic pairs
 rloo on the loss, paper         either estimator on the log-loss, at the same number of forward passes (rloo beside: one
                                 more for each window, once, while the dense model's predictions fit into 1 GiB)
 uniform                         rloo with as many heads and channels in every layer

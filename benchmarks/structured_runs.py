@@ -26,6 +26,7 @@ Settings = Mapping[str, Any]  # options of bench_structured.py, plain values
 
 # method -> estimator and objective
 SEARCHES: dict[str, tuple[str, str]] = {
+    "exchange": ("exchange", "kl"),
     "rloo": ("rloo", "kl"),
     "rloo on the loss": ("rloo", "loss"),
     "paper": ("paper", "loss"),
@@ -53,6 +54,7 @@ def make_request(settings: Settings, model: str, sparsity: float, seed: int) -> 
         windows=1,  # of validation, which nobody reads here
         add_bias=settings["repair"] != "none" and not settings["no_bias"],
         shuffle=True,
+        estimator="rloo",
         seed=seed,
         **{name: settings[name] for name in names},
     )

@@ -116,7 +116,7 @@ COMMANDS: dict[str, Command] = {
         timed=True,
     ),
     "slim": Command(
-        "Removes channels, heads and layers for good, chosen by a policy gradient that needs forward passes only.",
+        "Removes channels, heads, layers or blocks for good, by a search that needs forward passes only.",
         SlimRequest,
         lazy("gpmetric.structured.slim:run_slim"),
         lazy("gpmetric.terminal.tables:print_slim"),

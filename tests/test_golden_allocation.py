@@ -65,7 +65,7 @@ def test_a_structured_search_goes_on(ledger: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(slim_checkpoint.subprocess, "run", run_here)
     content = ledger.read_bytes()
     options: dict[str, Any] = {"output": tmp_path / "small", "ledger": ledger, "repair": "none", "start": "wanda_sp"}
-    options |= SIZE
+    options |= SIZE | {"estimator": "rloo"}
     found = slim(None, sparsity=0.3, steps=30, **options)
     assert ledger.read_bytes() == content
     expected = read("slim.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,7 +111,8 @@ def test_allocate_keeps_its_minutes(tiny_llama: Path, tiny_text: Path, tmp_path:
 
 
 def test_a_search_of_what_stays_leaves_time_to_write() -> None:
-    """By hand: 5 shares of 64 windows and 4 times 10 of validation, 0.1 s each, and 20 s to open, times 1.3: 72.8 s."""
+    """By hand, times 1.3: 20 s to open, 5 times 10 windows of validation of 0.1 s each, 32.5 s; a policy is judged at 5
+    shares of 64 windows, too: 74.1 s."""
     units: Any = SimpleNamespace(
         session=SimpleNamespace(
             windows={"search": SimpleNamespace(tokens=range(100)), "validation": SimpleNamespace(tokens=range(10))}
@@ -118,5 +120,7 @@ def test_a_search_of_what_stays_leaves_time_to_write() -> None:
     )
     request = SlimRequest(minutes=10.0)
     assert _search_minutes(SlimRequest(), units, Deadline(None, 0.0), 20, 0.1) is None
-    assert _search_minutes(request, units, deadline(500), 20, 0.1) == pytest.approx((500 - 72.8) / 60)
-    assert _search_minutes(request, units, deadline(100), 20, 0.1) == pytest.approx(50 / 60)
+    assert _search_minutes(request, units, deadline(500), 20, 0.1) == pytest.approx((500 - 32.5) / 60)
+    policy = replace(request, estimator="rloo")
+    assert _search_minutes(policy, units, deadline(500), 20, 0.1) == pytest.approx((500 - 74.1) / 60)
+    assert _search_minutes(policy, units, deadline(100), 20, 0.1) == pytest.approx(50 / 60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -27,9 +28,10 @@ from gpmetric.session.evaluate import evaluate
 from gpmetric.slim_models import SLIM_FILE, SLIM_MODELS
 from gpmetric.structured import reload, slim_checkpoint
 from gpmetric.structured.draw_objective import DrawObjective
+from gpmetric.structured.export import Slimmed
 from gpmetric.structured.repair import DAMPINGS
 from gpmetric.structured.request import SlimRequest
-from gpmetric.structured.slim import open_units, prepare, slim
+from gpmetric.structured.slim import SearchStart, open_units, prepare, slim
 
 SMALL: dict[str, Any] = {
     "samples": 4, "search_windows": 8, "windows": 4, "sequence_length": 32, "steps": 6, "batch": 2, "device": "cpu",
@@ -173,6 +175,67 @@ def test_whole_layers_go(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> N
     assert len(gpmetric.load(tmp_path / "small", device="cpu").model.layers) == len(left)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+@pytest.mark.usefixtures("here")
+def test_whole_blocks_leave_a_stock_model_of_fewer(
+    kind: str, save_model: Callable[..., Path], tiny_text: Path, tmp_path: Path
+) -> None:
+    """What transformers opens computes, without and with a cache, what the dense model does without those blocks."""
+    config: dict[str, Any] = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
+    }  # fmt: skip
+    layers = ["full_attention", "sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    if kind == "qwen2":
+        config |= {"layer_types": layers, "use_sliding_window": True, "sliding_window": 4}
+    if kind == "gpt2":
+        config = {"n_embd": 16, "n_layer": 5, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}
+    model, output = save_model(kind, **config), tmp_path / "small"
+    found = run(model, tiny_text, output, sparsity=0.4, granularity="block", steps=2)
+    assert (found["format"], found["repair"], found["damping"]) == ("uniform", "none", None)
+    assert found["sparsity"] == pytest.approx(0.4)
+    stays = [index for index, one in enumerate(found["widths"]) if one["heads"]]
+    assert len(stays) == 3
+    assert all(not any(one.values()) for index, one in enumerate(found["widths"]) if index not in stays)
+    opened, cut = stock(output), stock(model)
+    assert opened.config.num_hidden_layers == 3
+    if kind == "qwen2":
+        assert opened.config.layer_types == [layers[index] for index in stays]
+    body = cut.transformer if kind == "gpt2" else cut.model
+    name = "h" if kind == "gpt2" else "layers"
+    setattr(body, name, torch.nn.ModuleList(getattr(body, name)[index] for index in stays))
+    cut.config.num_hidden_layers = 3
+    if kind == "qwen2":
+        cut.config.layer_types = [layers[index] for index in stays]
+    tokens = torch.arange(20)[None] + 3
+    with torch.no_grad():
+        assert torch.equal(opened(tokens).logits, cut(tokens, use_cache=False).logits)
+    steps = tokens
+    for _ in range(6):
+        steps = torch.cat([steps, opened(steps, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(opened.generate(tokens, max_new_tokens=6, min_new_tokens=6, do_sample=False), steps)
+    assert found["perplexity"] == pytest.approx(found["perplexity_before_writing"], rel=1e-5)
+    checked = verify(output, device="cpu")
+    assert checked["ok"], checked["problems"]
+    assert checked["perplexity"] == pytest.approx(found["perplexity"], rel=1e-5)
+
+
+@pytest.mark.usefixtures("here")
+def test_what_is_left_of_blocks_is_slimmed_again(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    run(tiny_llama, tiny_text, tmp_path / "fewer", sparsity=0.34, granularity="block", steps=2)
+    found = run(tmp_path / "fewer", tiny_text, tmp_path / "narrower", sparsity=0.4)
+    assert [one["heads"] for one in found["widths"]].count(0) == 0
+    assert len(found["widths"]) == 2
+
+
+def test_blocks_that_depend_on_their_number_are_not_renumbered(
+    save_model: Callable[..., Path], tiny_text: Path, tmp_path: Path
+) -> None:
+    model = save_model("gpt2", n_embd=16, n_layer=3, n_head=2, n_positions=64, scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(InputError, match=r"\(scale_attn_by_inverse_layer_idx\), .* accepted is hetero or padded"):
+        run(model, tiny_text, tmp_path / "small", sparsity=0.4, granularity="block")
+
+
 @pytest.mark.parametrize("kind", ["untied", "bfloat16", "attention biases"])
 @pytest.mark.usefixtures("here")
 def test_models_of_other_makes(kind: str, save_model: Callable[..., Path], tiny_text: Path, tmp_path: Path) -> None:
@@ -303,15 +366,20 @@ def test_what_is_not_what_was_found_is_not_delivered(
     [
         ({"sparsity": 1.0}, "--sparsity must be above 0 and below 1, but got 1.0"),
         ({"granularity": "channels"}, "--granularity"),
-        ({"granularity": "layer", "format": "uniform"}, "so none can go as a whole"),
+        ({"granularity": "layer", "format": "uniform"}, "none can go as a whole"),
         ({"format": "onnx"}, "--format"),
         ({"start": "wandasp"}, "wandasp"),
-        ({"draws": 3}, "--draws must be at least 2, and even"),
+        ({"draws": 3, "estimator": "rloo"}, "--draws must be at least 2, and even"),
         ({"rate": float("nan")}, "--rate must be above 0, but got nan"),
         ({"add_bias": True, "repair": "none"}, "--add-bias"),
+        ({"rate": 0.1}, "--rate is of --estimator rloo or paper, but got --estimator exchange"),
         ({"steps": 0}, "--steps must be at least 1, but got 0"),
         ({"resume": True}, "--ledger FILE"),
         ({"granularity": "layer", "sparsity": 0.05}, "cannot be met by --granularity layer"),
+        ({"granularity": "block", "sparsity": 0.3}, "cannot be met by --granularity block in --format uniform"),
+        ({"granularity": "block,head"}, "--granularity block,head: whole blocks go alone"),
+        ({"granularity": "block", "add_bias": True}, "--granularity block repairs nothing"),
+        ({"granularity": "block", "budget": "kind"}, "--granularity block: --budget kind gives all layers the same"),
         ({"granularity": "head", "format": "uniform", "sparsity": 0.05}, "cannot be met by --granularity head"),
         ({"format": "uniform", "cost": "macs"}, "--budget and --cost do not apply"),
         ({"granularity": "layer", "budget": "block"}, "--budget block gives all layers the same share"),
@@ -376,3 +444,27 @@ def test_auto_begins_from_its_best_start(tiny_llama: Path, tiny_text: Path, tmp_
     assert found["starts"] == pytest.approx(figures, rel=1e-6)
     assert found["begun"] == min(figures, key=lambda name: figures[name])
     assert found["damping"] in DAMPINGS
+
+
+@pytest.mark.parametrize("better", [False, True])
+@pytest.mark.usefixtures("here")
+def test_what_is_worse_than_its_start_on_validation_is_not_delivered(
+    better: bool, tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search that found another model, whose loss on validation is told to be 0.1 above or below its start's."""
+    losses = [2.0, 2.1 - 0.2 * better]
+    kept: list[torch.Tensor] = []
+    told = [pytest.approx(math.exp(one)) for one in losses]
+
+    def search(request: SlimRequest, begun: SearchStart, *_: Any) -> tuple[Slimmed, dict[str, Any]]:
+        start = begun.chosen(begun.start).kept
+        kept.extend([start, start.roll(1)])
+        return begun.slimmed(kept[1]), {"share": 0.5, "steps": 6, "tokens": 0, "seconds": 0.0}
+
+    monkeypatch.setattr("gpmetric.structured.slim.search", search)
+    monkeypatch.setattr("gpmetric.structured.slim._held_out", lambda *_: losses.pop(0))
+    found = run(tiny_llama, tiny_text, tmp_path / "small", sparsity=0.4, start="wanda_sp")
+    channels = [int(one[2:46].sum()) for one in kept]  # behind two key/value groups
+    assert found["widths"][0]["channels"] == channels[better]
+    assert found["share"] == 0.5 * better
+    assert [found["initial"], found["found"]] == told

@@ -23,6 +23,7 @@ from gpmetric.models import Model
 from gpmetric.session.session import Session
 from gpmetric.structured.cost_budgets import accepted_heads, macs, pools_of, uniform_counts, uniform_pools
 from gpmetric.structured.draw_objective import DrawObjective
+from gpmetric.structured.exchange import Exchange, ExchangeSearch, exchanged, is_better
 from gpmetric.structured.groups import Groups, find_groups
 from gpmetric.structured.policy import Policy, draw, entropy, initial
 from gpmetric.structured.repair import Repairer
@@ -411,13 +412,19 @@ def test_a_loss_is_weighed_against_its_cost(model: Model, groups: Groups, tokens
 
 
 def test_the_best_start_is_what_was_measured_best() -> None:
-    starts = [Start(name, torch.full((2,), value), {}) for name, value in (("a", 0.3), ("b", 0.1), ("c", 0.1))]
+    figures = {"a": 0.3, "b": 0.1, "c": 0.1}
+    starts = [Start(name, torch.zeros(2), torch.full((2,), value), {}) for name, value in figures.items()]
     best = best_start(starts, lambda one: float(one[0]))
     assert (best.name, float(best.probabilities[0])) == ("b", pytest.approx(0.1))
-    assert best.compared == pytest.approx({"a": 0.3, "b": 0.1, "c": 0.1})
+    assert best.compared == pytest.approx(figures)
     assert best_start(starts[:1], lambda one: math.nan) is starts[0]
-    assert "block_influence" not in started_from("auto", layers=False)
-    assert {"taylor2", "wanda_sp", "block_influence"} < set(started_from("auto", layers=True))
+
+    def tried(*granularity: str) -> set[str]:
+        return set(started_from(SlimRequest(granularity=granularity)))
+
+    assert "block_influence" not in tried("channel", "head")
+    assert {"taylor2", "wanda_sp", "block_influence"} < tried("channel", "layer")
+    assert tried("block") == {"taylor2", "block_influence"}  # the others give all blocks the same
 
 
 def test_repairs_against_least_squares(model: Model, groups: Groups, tokens: Tensor) -> None:
@@ -586,6 +593,105 @@ def test_a_policy_finds_what_does_no_harm() -> None:
         draws = draw(policy.probabilities, 2, 0, step, antithetic=True)
         policy.update(draws, [float((1 - one)[1::2].sum()) for one in draws], 0.02)
     assert policy.probabilities[1::2].mean() > policy.probabilities[::2].mean() + 0.3
+
+
+def test_an_exchange_by_hand() -> None:
+    """Costs 3 and 3 against 1 each: the cheap ones that are worth least go for a dear one, if there is room."""
+    cost = torch.tensor([3.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    worth = torch.tensor([0.1, 0.2, 0.5, 0.3, 0.4, 0.9, 0.8])
+    dear, cheap = torch.arange(2), torch.arange(2, 7)
+    kept = torch.tensor([True, False, True, True, True, False, True])
+
+    def after(count: int, room: float, giver: Tensor = cheap, taker: Tensor = dear) -> list[int]:
+        found: list[int] = (
+            exchanged(kept, cost, Exchange(giver, taker, count, worth, worth), room).nonzero()[:, 0].tolist()
+        )
+        return found
+
+    assert after(2, 1.0) == [0, 1, 2, 6]
+    assert after(3, 0.0) == [0, 1, 6]
+    assert after(2, 0.0) == [0, 2, 4, 5, 6]  # no room for the dear one: the cheap ones worth most
+    assert after(1, 0.0, giver=dear, taker=cheap) == [2, 3, 4, 5, 6]
+    assert after(1, 0.0, taker=cheap) == [0, 2, 4, 5, 6]
+
+
+def test_a_gain_is_two_standard_errors() -> None:
+    assert is_better([-1.0, -1.0, -1.0])
+    assert not is_better([-3.0, 1.0, -1.0, 1.0])  # mean -0.5, standard error 0.96
+    assert not is_better([0.0, 0.0])
+    assert not is_better([0.0])
+    assert is_better([-0.1])
+
+
+def made_exchanges(
+    model: Model, groups: Groups, tokens: Tensor, steps: int, path: Path | None = None, **chosen: bool
+) -> ExchangeSearch:
+    """From random units at 0.4, so that there is something to gain."""
+    space = find_space(groups, () if chosen.get("blocks") else groups.kinds, **{"layers": False} | chosen)
+    pools = pools_of(groups, space, 0.4, groups.cost)
+    worth = torch.randn(len(space.cost), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    kept = torch.zeros(len(space.cost), dtype=torch.bool)
+    kept[space.atom] = top_units(worth, space, pools)
+    repairer = Repairer(groups, unit_session(model, groups, tokens).features, "bias")
+    measure, schedule = DrawObjective(model, tokens, "kl", 2, 1), Schedule(steps, None, 2, 0.0, 1)
+    log = SearchLog(path, {}, resume=path is not None)
+    return ExchangeSearch(groups, space, pools, worth, kept, Shrinker(model, groups), repairer, measure, schedule, log)
+
+
+@pytest.mark.parametrize("chosen", [{}, {"layers": True}, {"blocks": True}])
+def test_exchanges_lower_the_divergence_at_the_same_cost(
+    model: Model, groups: Groups, tokens: Tensor, chosen: dict[str, bool]
+) -> None:
+    """Measured anew on all windows, which are what its steps compared models on."""
+    search = made_exchanges(model, groups, tokens, 40, **chosen)
+    space, before = search.space, search.kept.clone()
+
+    def divergence(kept: Tensor) -> float:
+        units, total = space.kept(kept), 0.0
+        for piece in range(len(search.objective)):
+            search.objective.turn(piece)
+            with search.shrinker.keeping(units, search.repairer.repairs(units)):
+                total += search.objective()
+        return total / len(search.objective)
+
+    after = search.run().probabilities.bool()
+    assert float(space.cost[after].sum()) <= float(space.cost[before].sum()) + 1e-6
+    if not chosen.get("blocks"):
+        assert not torch.equal(before, after)
+        assert divergence(after) < divergence(before)
+    else:
+        assert int(after.sum()) == int(before.sum()) == 2
+        assert divergence(after) <= divergence(before)
+    assert search.log.reports[-1]["loss"] == pytest.approx(divergence(after), rel=0.2)
+
+
+def test_repairs_of_what_moved_are_those_of_the_whole(model: Model, groups: Groups, tokens: Tensor) -> None:
+    repairer = Repairer(groups, unit_session(model, groups, tokens, products=True).features, "least-squares")
+    before, after = drawn(groups, 1), drawn(groups, 1)
+    places = groups.split(torch.arange(groups.units))
+    after[places[1]] = ~after[places[1]]
+    after[places[2]] = True
+    after[places[3]] = False
+    expected, found = repairer.repairs(after), repairer.moved(repairer.repairs(before), before, after)
+    assert found.keys() == expected.keys()
+    for index, one in expected.items():
+        for mine, other in ((found[index].weight, one.weight), (found[index].bias, one.bias)):
+            assert (mine is None and other is None) or torch.equal(mine, other)  # type: ignore[arg-type]
+
+
+def test_a_search_of_exchanges_goes_on(model: Model, groups: Groups, tokens: Tensor, tmp_path: Path) -> None:
+    """Ended after 7 steps: it goes on to the same units, what stays being measured again."""
+    path = tmp_path / "a.jsonl"
+    first = made_exchanges(model, groups, tokens, 7, path)
+    with first.log:
+        first.run()
+    again = made_exchanges(model, groups, tokens, 30, path)
+    assert again.state.step == 7
+    with again.log:
+        found = again.run()
+    whole = made_exchanges(model, groups, tokens, 30).run()
+    assert torch.equal(found.probabilities, whole.probabilities)
+    assert found.step == whole.step == 30
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from typer.testing import CliRunner
 
 import gpmetric
@@ -24,6 +23,7 @@ from gpmetric.structured import reload, slim_checkpoint
 from gpmetric.structured.groups import find_groups
 from gpmetric.structured.request import FORMATS, UNIT_KINDS, UNIT_RULES, UnitKind, UnitRule
 from gpmetric.structured.scores import UnitSession
+from gpmetric.structured.search_log import State
 from gpmetric.structured.slim import open_units, prepare
 from gpmetric.terminal.figures import recipe_name
 from gpmetric.tuning.request import TuneRequest
@@ -93,8 +93,11 @@ def test_published_rules_are_placed_as_published() -> None:
 
 def test_shapes_are_all_that_slim_has() -> None:
     found = {(one.granularity, one.budget, one.format) for one in shapes(BEST, ("uniform", "hetero"))}
-    kinds = {tuple(one for one, sign in zip(UNIT_KINDS, signs, strict=True) if sign) for signs in
+    several = [name for name in UNIT_KINDS if name != "block"]  # which goes alone
+    kinds = {tuple(one for one, sign in zip(several, signs, strict=True) if sign) for signs in
              [(1, 1, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)]}  # fmt: skip
+    assert (("block",), "global", "uniform") in found
+    found = {one for one in found if one[0] != ("block",)}
     assert {kind for kind, budget, form in found if (budget, form) == ("global", "hetero")} == kinds
     without_layers = {kind for kind in kinds if "layer" not in kind}
     assert {kind for kind, budget, _ in found if budget == "block"} == without_layers
@@ -103,9 +106,9 @@ def test_shapes_are_all_that_slim_has() -> None:
 
 
 def test_what_a_recipe_is_without_each_part() -> None:
-    searched = replace(BEST, add_bias=True, steps=40, share=0.25)
+    searched = replace(BEST, add_bias=True, steps=40)
     parts = {name.partition(" ")[0]: one for name, one in left_out(searched) if "granularity" not in name}
-    begun = replace(searched, steps=0, share=0.0)
+    begun = replace(searched, steps=0)
     assert parts == {
         "search": begun,
         "repair": replace(searched, repair="none", add_bias=False, damping=None),
@@ -120,8 +123,8 @@ def test_what_a_recipe_is_without_each_part() -> None:
 
 def test_recipes_in_a_few_words() -> None:
     assert recipe_name(BEST.document()) == "taylor2 (channel,head; repair least-squares 0.1)"
-    searched = UnitRecipe("flap", ("head",), "uniform", "kind", "bias", add_bias=True, steps=40, share=0.25)
-    told = "flap (head; budget kind; uniform; repair bias with biases; 0.25 of 40 steps)"
+    searched = UnitRecipe("flap", ("head",), "uniform", "kind", "bias", add_bias=True, steps=40)
+    told = "flap (head; budget kind; uniform; repair bias with biases; 40 steps)"
     assert recipe_name(searched.document()) == told
 
 
@@ -278,15 +281,14 @@ def test_a_search_that_ends_worse_than_its_start_is_left(
     """Of the demo model: what should stay goes, and the other way round."""
 
     def turned(self: UnitTrials, recipe: UnitRecipe, *_: Any) -> int:
-        start: Tensor = self._begun(recipe).start
-        self._way = start, 1 - start
+        self._ended = State(7, 1 - self._begun(recipe).atoms.double(), None, 0.0, 0)
         return 7
 
     monkeypatch.setattr(UnitTrials, "search", turned)
     found = gpmetric.tune(None, output=tmp_path / "a", target="0.3", format="uniform", **QUICK)
     searched = [one for one in found["trials"] if one["recipe"]["steps"] and one["share"] == 1]
-    assert {one["recipe"]["share"] for one in searched} == {0.125, 0.25, 0.5, 1.0}
-    assert max(one["excess"] for one in searched) > found["excess"]
+    assert [one["recipe"]["steps"] for one in searched] == [7]
+    assert searched[0]["excess"] > found["excess"]
     assert found["recipe"]["steps"] == 0
     assert found["recipe"]["format"] == "uniform"
 

@@ -60,9 +60,20 @@ class Slimmed:
         return [dict(widths) | flags for widths, flags in zip(counts, biased, strict=True)]
 
 
-def check_format(model: Model, kind: str, *, biases: bool) -> None:
-    """Raises InputError for a format, a key of FORMATS, that cannot hold biases of outputs that have none."""
+def check_format(model: Model, kind: str, *, biases: bool, blocks: bool = False) -> None:
+    """Raises InputError for a format, a key of FORMATS, that cannot hold what is asked for.
+
+    Args:
+        biases: of outputs that have none.
+        blocks: whether they go as a whole.
+    """
     config = model.module.config
+    if FORMATS[kind].equal and blocks and _numbered(config):
+        others = " or ".join(name for name, row in FORMATS.items() if not row.equal)
+        raise InputError(
+            f"--granularity block: {model.name!r} scales attention by the number of its block "
+            f"(scale_attn_by_inverse_layer_idx), which --format {kind} would change; accepted is {others}"
+        )
     if FORMATS[kind].stock and biases and not hasattr(config, "mlp_bias") and config.model_type != "gpt2":
         others = " or ".join(name for name, row in FORMATS.items() if not row.stock)
         raise InputError(
@@ -138,31 +149,20 @@ def make_hetero(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> Made:
     """A model of `slim_models`, blocks of which nothing is left left out."""
     kind, made = SLIM_MODELS[model.module.config.model_type]
     widths = slimmed.widths()
-    numbered = getattr(model.module.config, "scale_attn_by_inverse_layer_idx", False)
-    stays = [index for index, width in enumerate(widths) if numbered or any(width.values())]
-    config = kind(**_settings(model))
+    stays = [index for index, width in enumerate(widths) if _numbered(model.module.config) or any(width.values())]
+    config = kind(**_settings(model) | _numbers(model, stays))
     config.widths = [widths[index] for index in stays]
-    config.num_hidden_layers = len(stays)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[index] for index in stays]
     config.auto_map = {"AutoConfig": f"{_REMOTE}.{kind.__name__}", "AutoModelForCausalLM": f"{_REMOTE}.{made.__name__}"}
-    prefix = _prefix(model)
     with shrinker.keeping(slimmed.kept, slimmed.repairs):
-        state = {}
-        for name, value in _state(model).items():
-            if name.startswith(prefix):
-                index, _, rest = name.removeprefix(prefix).partition(".")
-                if int(index) not in stays:
-                    continue
-                name = f"{prefix}{stays.index(int(index))}.{rest}"
-            state[name] = value
+        state = _renumbered(model, _state(model), stays)
     return config, state, made
 
 
 def make_uniform(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> Made:
-    """A stock model of smaller shapes, of units that are as many in every block."""
-    widths = slimmed.widths()
-    settings, dense = _settings(model), model.module.config
+    """A stock model of smaller shapes, of units that are as many in every block, or of fewer blocks."""
+    stays = [index for index, width in enumerate(slimmed.widths()) if any(width.values())]
+    widths = [slimmed.widths()[index] for index in stays]
+    settings, dense = _settings(model) | _numbers(model, stays), model.module.config
     if dense.model_type == "gpt2":
         settings["n_inner"] = widths[0]["channels"]
     else:
@@ -174,7 +174,7 @@ def make_uniform(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> Made:
             "intermediate_size": widths[0]["channels"],
         }
     with shrinker.keeping(slimmed.kept, slimmed.repairs):
-        state = _state(model)
+        state = _renumbered(model, _state(model), stays)
     return _stock(model, settings, state, widths)
 
 
@@ -239,6 +239,33 @@ def _state(model: Model) -> dict[str, Tensor]:
     """The model as it is, in the dtypes of its files."""
     dtypes, others = stored_dtypes(model)
     return {name: one.detach().cpu().to(dtypes.get(name, others)) for name, one in model.module.state_dict().items()}
+
+
+def _numbered(config: Any) -> bool:
+    """Whether a block depends on its number."""
+    return bool(getattr(config, "scale_attn_by_inverse_layer_idx", False))
+
+
+def _numbers(model: Model, stays: Sequence[int]) -> dict[str, Any]:
+    """Settings that are told block by block, of the blocks that stay."""
+    config = model.module.config
+    found: dict[str, Any] = {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(stays)}
+    if getattr(config, "layer_types", None):
+        found["layer_types"] = [config.layer_types[index] for index in stays]
+    return found
+
+
+def _renumbered(model: Model, state: Mapping[str, Tensor], stays: Sequence[int]) -> dict[str, Tensor]:
+    """A state without the blocks that do not stay."""
+    prefix, found = _prefix(model), {}
+    for name, value in state.items():
+        if name.startswith(prefix):
+            index, _, rest = name.removeprefix(prefix).partition(".")
+            if int(index) not in stays:
+                continue
+            name = f"{prefix}{stays.index(int(index))}.{rest}"
+        found[name] = value
+    return found
 
 
 def _prefix(model: Model) -> str:

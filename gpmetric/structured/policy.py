@@ -1,6 +1,7 @@
 """Bernoulli probabilities of what stays, moved by a policy gradient from the losses of drawn models alone.
 
-Source: Gao et al. 2025 (Bypass Back-propagation), section 3; `paper` is the estimator of their code.
+Source: Gao et al. 2025 (Bypass Back-propagation), section 3; `paper` is the estimator of their code. What a search does
+by default is in `exchange`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 
 import torch
@@ -57,17 +57,32 @@ class Repairer:
         Raises:
             SolverError: the features' moments are not finite.
         """
-        found = {}
-        for index, (one, mine) in enumerate(zip(self._groups.sublayers, self._groups.split(kept), strict=True)):
-            if mine.all() or self._kind == "none":
-                continue
-            stays, gone = one.columns[mine].flatten(), one.columns[~mine].flatten()
-            weight, mean = self._weights[index], self._features[index].mean
-            if self._kind == "least-squares" and len(stays):
-                found[index] = self._fitted(index, stays)
-            elif self._may[index]:
-                found[index] = Repair(bias=self._biased(index, weight[:, gone].double() @ mean[gone]))
+        found = {index: self._repair(index, mine) for index, mine in enumerate(self._groups.split(kept))}
+        return {index: repair for index, repair in found.items() if repair is not None}
+
+    def moved(self, repairs: Mapping[int, Repair], before: Tensor, kept: Tensor) -> dict[int, Repair]:
+        """Repairs of units [units] that stay, where `repairs` are those of others: only what differs is computed."""
+        found = dict(repairs)
+        pairs = zip(self._groups.split(before), self._groups.split(kept), strict=True)
+        for index, (old, mine) in enumerate(pairs):
+            if not torch.equal(old, mine):
+                found.pop(index, None)
+                if (repair := self._repair(index, mine)) is not None:
+                    found[index] = repair
         return found
+
+    def _repair(self, index: int, mine: Tensor) -> Repair | None:
+        """Of one sublayer and its units that stay, None where there is nothing to mend or no way to."""
+        if mine.all() or self._kind == "none":
+            return None
+        columns = self._groups.sublayers[index].columns
+        stays, gone = columns[mine].flatten(), columns[~mine].flatten()
+        weight, mean = self._weights[index], self._features[index].mean
+        if self._kind == "least-squares" and len(stays):
+            return self._fitted(index, stays)
+        if self._may[index]:
+            return Repair(bias=self._biased(index, weight[:, gone].double() @ mean[gone]))
+        return None
 
     def _biased(self, index: int, constant: Tensor) -> Tensor:
         bias = self._biases[index]

@@ -45,17 +45,18 @@ UNIT_KINDS: dict[str, UnitKind] = {
     "channel": UnitKind("channels of an MLP", "mlp"),
     "head": UnitKind("attention heads, with their key/value group", "attention"),
     "layer": UnitKind("whole attentions, whole MLPs and whole blocks", None),
+    "block": UnitKind("whole blocks and nothing else", None),
 }
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """A way from the losses of drawn models to a step of their probabilities; the arithmetic is in `policy`."""
+    """What is made of the losses of models: an exchange of units, or a step of their probabilities (in `policy`)."""
 
     meaning: str  # what a loss is compared with
-    rate: float  # of the first step
     sharpness: float  # of the probabilities to begin with
-    pairs: bool  # whether draws come in antithetic pairs
+    rate: float | None = None  # of the first step of probabilities; None where units are exchanged
+    pairs: bool = False  # whether draws come in antithetic pairs
 
 
 # Rates: excess on validation at 0.3, 1,500 steps of one window, gpt2-05m and llama-05m: rloo 0.076 and 0.197 at 0.02,
@@ -64,8 +65,9 @@ class Estimator:
 # to the one that would be delivered: llama-4m at 0.5, 800 steps of rloo, excess on validation 0.292 from 3, 0.298 from
 # 1 as published, 0.301 of the start.
 ESTIMATORS: dict[str, Estimator] = {
-    "rloo": Estimator("the two of an antithetic pair against each other", rate=0.02, sharpness=3.0, pairs=True),
-    "paper": Estimator("against a moving average, as published", rate=0.01, sharpness=1.0, pairs=False),
+    "exchange": Estimator("units exchanged, against what stays until then, on the same windows", sharpness=3.0),
+    "rloo": Estimator("drawn, the two of an antithetic pair against each other", 3.0, rate=0.02, pairs=True),
+    "paper": Estimator("drawn, against a moving average, as published", 1.0, rate=0.01),
 }
 
 
@@ -158,10 +160,13 @@ UNIT_RULES: dict[str, UnitRule] = {
 STARTS = ("auto", "constant", *UNIT_RULES)  # or a metric of weights
 
 
+def _meanings(table: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name}: {getattr(row, 'meaning', row)}" for name, row in table.items())
+
+
 def _told(table: Mapping[str, Any]) -> Option:
     """The option of a table, whose help says what each choice means."""
-    told = (f"{name}: {getattr(row, 'meaning', row)}" for name, row in table.items())
-    return Option(f"{'; '.join(told)}.", choices=table)
+    return Option(f"{_meanings(table)}.", choices=table)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +185,12 @@ class SlimRequest(SearchInputs):
         "channel",
         "head",
     )
-    format: Annotated[str, _told(FORMATS)] = "hetero"
+    format: Annotated[
+        str | None, Option(f"{_meanings(FORMATS)}; where blocks go as a whole uniform, else hetero.", choices=FORMATS)
+    ] = None
     budget: Annotated[str, _told(BUDGETS)] = "global"
     cost: Annotated[str, Option("What the budget counts: {choices}.", choices=COSTS)] = "parameters"
-    estimator: Annotated[str, _told(ESTIMATORS)] = "rloo"
+    estimator: Annotated[str, _told(ESTIMATORS)] = "exchange"
     objective: Annotated[str, Option("What drawn models are compared by: {choices}.", choices=OBJECTIVES)] = "kl"
     start: Annotated[
         str,
@@ -197,8 +204,8 @@ class SlimRequest(SearchInputs):
         bool, Option("Give a bias to outputs that have none, for the repair.", names=("--add-bias/--no-add-bias",))
     ] = False
     steps: Annotated[int | None, Option("Steps of the search at most; 6 minutes if no limit.", least=1)] = None
-    draws: Annotated[int, Option("Models drawn per step.")] = 2
-    batch: Annotated[int, Option("Windows that the draws of a step are measured on.", least=1)] = 1
+    draws: Annotated[int, Option("Models drawn per step of a policy.")] = 2
+    batch: Annotated[int, Option("Windows that models are measured on together.", least=1)] = 1
     rate: Annotated[float | None, Option("Of the first step; the estimator's own by default.", above=0)] = None
     search_windows: Annotated[int, Option("Windows of the search text.", least=1)] = 256
     force: Annotated[bool, FORCE] = False
@@ -211,27 +218,35 @@ class SlimRequest(SearchInputs):
         super().check()
         if self.start not in STARTS:
             resolve_metric(self.start)
+        if self.rate is not None and ESTIMATORS[self.estimator].rate is None:
+            accepted = " or ".join(name for name, row in ESTIMATORS.items() if row.rate is not None)
+            raise InputError(f"--rate is of --estimator {accepted}, but got --estimator {self.estimator}")
         if self.draws < 2 or (ESTIMATORS[self.estimator].pairs and self.draws % 2):
             raise InputError(f"--draws must be at least 2, and even for rloo's pairs, but got {self.draws}")
         self._check_together()
 
     def _check_together(self) -> None:
         """Refuses options that exclude each other."""
-        equal, form = FORMATS[self.format].equal, f"--format {self.format}"
+        equal, form = FORMATS[self.form].equal, f"--format {self.form}"
         sublayers = [UNIT_KINDS[name].sublayer for name in self.granularity]
         twice = next((one for one in sublayers if sublayers.count(one) > 1), None)
         if twice:
             named = ",".join(name for name in self.granularity if UNIT_KINDS[name].sublayer == twice)
             raise InputError(f"--granularity {named}: an {twice} is cut into units of one kind; name one of them")
-        if None in sublayers and (equal or self.budget != "global"):
-            other = form if equal else f"--budget {self.budget}"
-            raise InputError(f"--granularity layer: {other} gives all layers the same share, so none can go as a whole")
+        if self.blocks and len(self.granularity) > 1:
+            named = ",".join(self.granularity)
+            raise InputError(f"--granularity {named}: whole blocks go alone; slim what is left once more for the rest")
+        same = equal and not self.blocks
+        if None in sublayers and (same or self.budget != "global"):
+            named, other = ",".join(self.granularity), form if same else f"--budget {self.budget}"
+            raise InputError(f"--granularity {named}: {other} gives all layers the same share; none can go as a whole")
         if equal and (self.budget, self.cost) != ("global", "parameters"):
             raise InputError(f"{form} counts parameters, the same in every layer: --budget and --cost do not apply")
         if (self.budget, self.cost) == ("block", "macs"):
             raise InputError("--budget block counts parameters: --cost macs does not apply")
-        if self.add_bias and self.repair == "none":
-            raise InputError("--add-bias gives --repair a place, and --repair is none")
+        if self.add_bias and self.mended == "none":
+            told = "--granularity block repairs nothing" if self.blocks else "--repair is none"
+            raise InputError(f"--add-bias gives --repair a place, and {told}")
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -241,4 +256,19 @@ class SlimRequest(SearchInputs):
     @property
     def layers(self) -> bool:
         """Whether sublayers and blocks can go as a whole."""
-        return len(self.kinds) < len(self.granularity)
+        return "layer" in self.granularity
+
+    @property
+    def blocks(self) -> bool:
+        """Whether blocks go as a whole, and nothing else."""
+        return "block" in self.granularity
+
+    @property
+    def form(self) -> str:
+        """The format that is written, a key of FORMATS."""
+        return self.format or ("uniform" if self.blocks else "hetero")
+
+    @property
+    def mended(self) -> str:
+        """The repair of what stays, a key of REPAIRS; a whole block leaves no output that lost some of its inputs."""
+        return "none" if self.blocks else self.repair

@@ -96,8 +96,8 @@ class UnitSession:
     def keeps_mean(self, index: int) -> bool:
         """Whether the repair that was asked for can put back the mean of what a sublayer loses."""
         request, output = self.request, self.groups.sublayers[index].output
-        return request.repair != "none" and (
-            request.repair == "least-squares" or request.add_bias or output.bias is not None
+        return request.mended != "none" and (
+            request.mended == "least-squares" or request.add_bias or output.bias is not None
         )
 
     @torch.no_grad()

@@ -1,14 +1,16 @@
-"""The search for what stays: draw, measure, update, until the steps or the minutes are over."""
+"""The search for what stays: step by step until the steps or the minutes are over, with reports on the way."""
 
 from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gpmetric.errors import GpmetricError
 from gpmetric.structured.draw_objective import DrawObjective
@@ -18,7 +20,7 @@ from gpmetric.structured.request import ESTIMATORS
 from gpmetric.structured.search_log import SearchLog, State
 from gpmetric.structured.shrink import Shrinker
 
-__all__ = ["OnReport", "PolicySearch", "Schedule"]
+__all__ = ["OnReport", "PolicySearch", "Schedule", "Search"]
 
 _REPORT = 25  # steps between two reports
 _STATE = 4  # reports between two that a search can go on from,
@@ -29,7 +31,10 @@ OnReport = Callable[[Mapping[str, Any], float], None]  # a report, and the share
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to search, by how many draws a step and how far a step goes; fields as of `SlimRequest`."""
+    """How long to search, by how many draws a step and how far a step goes; fields as of `SlimRequest`.
+
+    Draws and rate are a policy's.
+    """
 
     steps: int | None
     minutes: float | None
@@ -37,34 +42,42 @@ class Schedule:
     rate: float
     seed: int
 
+    def late(self, seconds: float) -> bool:
+        """Whether the minutes are over after so many seconds of the search."""
+        return self.minutes is not None and seconds > 60 * self.minutes
+
     def over(self, state: State) -> float:
         """How much of the search is over."""
         used = ((state.step, self.steps), (state.seconds / 60, self.minutes))
         return max((amount / limit for amount, limit in used if limit is not None), default=0.0)
 
 
-@dataclass
-class PolicySearch:
-    """Moves a policy's probabilities by the losses of drawn models; no gradient of the model is computed.
+class Search(ABC):
+    """Steps from state to state; no gradient of the model is computed.
 
-    Args:
-        policy: where to begin; at the end it holds what was found.
-        repairer: mends the outputs of drawn models as those of the written one will be.
+    Attributes:
+        repairer: mends the outputs of models that are measured as those of the written one will be.
         log: of which the search goes on if it holds a state.
     """
 
-    policy: Policy
     shrinker: Shrinker
     repairer: Repairer
     objective: DrawObjective
     schedule: Schedule
     log: SearchLog
 
-    def __post_init__(self) -> None:
-        self.state = self._saved = self.log.state or State(0, self.policy.probabilities)
-        self.policy.probabilities, self.policy.average = self.state.probabilities, self.state.average
+    def _begin(self, probabilities: Tensor) -> None:
+        self.state = self._saved = self.log.state or State(0, probabilities)
         self._losses: list[float] = []  # since the last report
         self._finite = self.state.step > 0
+
+    @abstractmethod
+    def _step(self, done: float, start: float) -> None:
+        """Moves the state by a step that began `start`; `done` is the share of the search before it."""
+
+    @abstractmethod
+    def _told(self) -> dict[str, Any]:
+        """What a report tells of the state."""
 
     def run(self, on_report: OnReport = lambda *told: None) -> State:
         """Searches to the end; told of each report.
@@ -90,9 +103,45 @@ class PolicySearch:
             raise
         return self.state
 
+    def _report(self, *, saves: bool) -> dict[str, Any]:
+        """Adds a report to the log; its `loss` is the mean objective that steps told since the last one."""
+        self._saved = self.state if saves else self._saved
+        loss = sum(self._losses) / len(self._losses) if self._losses else math.nan
+        line = {
+            "step": self.state.step,
+            "objective": self.objective.objective,
+            "loss": loss if math.isfinite(loss) else None,
+            **self._told(),
+            "seconds": round(self.state.seconds, 3),
+            "tokens": self.state.tokens,
+        }
+        self.log.add(line, self.state if saves else None)
+        self._losses = []
+        return line
+
+
+@dataclass
+class PolicySearch(Search):
+    """Moves a policy's probabilities by the losses of drawn models.
+
+    Args:
+        policy: where to begin; at the end it holds what was found.
+    """
+
+    policy: Policy
+    shrinker: Shrinker
+    repairer: Repairer
+    objective: DrawObjective
+    schedule: Schedule
+    log: SearchLog
+
+    def __post_init__(self) -> None:
+        self._begin(self.policy.probabilities)
+        self.policy.probabilities, self.policy.average = self.state.probabilities, self.state.average
+
     @torch.no_grad()
     def _step(self, done: float, start: float) -> None:
-        """Draws, measures and updates once; `done` is the share of the search before it."""
+        """Draws, measures and updates once; a report's loss is that of the models drawn."""
         policy, schedule, step = self.policy, self.schedule, self.state.step
         self.objective.turn(step)
         antithetic = ESTIMATORS[policy.estimator].pairs
@@ -108,20 +157,7 @@ class PolicySearch:
         tokens = self.state.tokens + len(drawn) * self.objective.tokens
         self.state = State(step + 1, policy.probabilities, policy.average, time.monotonic() - start, tokens)
 
-    def _report(self, *, saves: bool) -> dict[str, Any]:
-        """Adds a report to the log; its `loss` is the mean objective of the models drawn since the last one."""
-        self._saved = self.state if saves else self._saved
+    def _told(self) -> dict[str, Any]:
         space, probabilities = self.policy.space, self.state.probabilities
-        loss = sum(self._losses) / len(self._losses) if self._losses else math.nan
-        line = {
-            "step": self.state.step,
-            "objective": self.objective.objective,
-            "loss": loss if math.isfinite(loss) else None,
-            "entropy": entropy(probabilities),
-            "kept": float((space.cost * space.stays(probabilities)).sum() / space.cost.sum()),
-            "seconds": round(self.state.seconds, 3),
-            "tokens": self.state.tokens,
-        }
-        self.log.add(line, self.state if saves else None)
-        self._losses = []
-        return line
+        kept = float((space.cost * space.stays(probabilities)).sum() / space.cost.sum())
+        return {"entropy": entropy(probabilities), "kept": kept}

@@ -1,4 +1,4 @@
-"""`gpmetric slim`: channels, heads and layers removed, chosen by a policy gradient, and a smaller model written."""
+"""`gpmetric slim`: channels, heads and layers removed, chosen by measured exchanges, and a smaller model written."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gpmetric.errors import GpmetricError, InputError
@@ -23,6 +24,7 @@ from gpmetric.session.session import Listener, Session, open_session
 from gpmetric.session.work import Work
 from gpmetric.structured.cost_budgets import accepted_heads, macs, pools_of, uniform_counts, uniform_pools
 from gpmetric.structured.draw_objective import REFERENCE_BYTES, DrawObjective
+from gpmetric.structured.exchange import PIECES, ExchangeSearch
 from gpmetric.structured.export import Slimmed, check_format, stored_dtypes
 from gpmetric.structured.groups import find_groups
 from gpmetric.structured.policy import Policy
@@ -60,7 +62,7 @@ class SlimListener(Listener):
 
 @dataclass(frozen=True)
 class SearchStart:
-    """What a search begins with: what a policy has probabilities for, their budgets, and the first ones [entries]."""
+    """What a search begins with: what there are probabilities for, their budgets, and the first ones [entries]."""
 
     units: UnitSession
     shrinker: Shrinker
@@ -68,6 +70,7 @@ class SearchStart:
     space: UnitSpace
     pools: Sequence[Pool]
     start: Tensor
+    worth: Tensor  # of each atom, [atoms], standardised
     name: str = ""  # of the rule that it begins from
     compared: Mapping[str, float] = field(default_factory=dict)  # objective of each start that was measured
 
@@ -89,6 +92,18 @@ class SearchStart:
     def moved(self, found: Tensor, share: float) -> Slimmed:
         """What stays a share of the way from the start to other probabilities [entries]."""
         return self.chosen(project(self.start + share * (found - self.start), self.space, self.pools))
+
+    @property
+    def atoms(self) -> Tensor:
+        """Atoms [atoms], bool, that stay at the start."""
+        kept, free = self.chosen(self.start).kept, self.space.atom >= 0
+        found = torch.zeros(len(self.space.cost), dtype=torch.bool)
+        found[self.space.atom[free]] = kept[free]
+        return found
+
+    def ended(self, state: State) -> Slimmed:
+        """What a search of exchanges ended with."""
+        return self.slimmed(self.space.kept(state.probabilities))
 
     def best(self, found: Tensor, objective: DrawObjective) -> tuple[Slimmed, float, int]:
         """What a search delivers, the share of the way from its start to what it found, and the tokens that it took.
@@ -122,7 +137,8 @@ def slim_work(session: Session) -> Work:
     assert isinstance(request, SlimRequest)
     search, validated = windows["search"].tokens, windows["validation"].tokens.numel()
     steps, groups = request.steps or STEPS, find_groups(model, request.kinds)
-    length, names = session.tokens.shape[1], started_from(request.start, request.layers)
+    length, names = session.tokens.shape[1], started_from(request)
+    models = PIECES if ESTIMATORS[request.estimator].rate is None else 2  # of a step; those given up early take less
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
     return Work(
         length=length,
@@ -130,10 +146,10 @@ def slim_work(session: Session) -> Work:
         texts=validated,
         differentiated=needs_gradients(read_by(request.start)) or "taylor2" in names,
         one_graph="taylor2" in names,
-        fixed=score_bytes(request.start, groups, products=request.repair == "least-squares"),
+        fixed=score_bytes(request.start, groups, products=request.mended == "least-squares"),
         copied=True,  # the rows and columns of a drawn model
         kept=min(REFERENCE_BYTES, reference_bytes(request.objective, model, search)),
-        forward=2 * session.tokens.numel() + 2 * steps * search.shape[1] + 4 * validated,
+        forward=2 * session.tokens.numel() + models * steps * search.shape[1] + 5 * validated,
         resident=True,
         after=4 * (parameters + 3 * COMPARED * length * model.vocabulary),  # compared in fp32 with what was written
     )
@@ -180,25 +196,35 @@ def run_slim(
         timed = replace(request, minutes=_search_minutes(request, units, deadline, opened, window))
         best, cost = search(timed, begun, log, told)
     start = begun.chosen(begun.start)
-    with begun.shrinker.keeping(start.kept, start.repairs):
-        initial_loss = text_loss(model, validation.tokens, told.progress)
+    initial = _held_out(begun, start, told)
+    found = _held_out(begun, best, told) if cost["share"] else initial
+    if not found < initial:  # on other text than it was chosen by
+        best, cost = start, cost | {"share": 0.0}
     shrinker, name, compared, damping = begun.shrinker, begun.name, begun.compared, begun.repairer.damping
     del begun, start  # the moments of features, before the model is compared in float32 with what is written
     units.__dict__.pop("features", None)
     made = describe_slim(request, units) | {"sparsity": units.groups.removed(best.kept) / units.groups.parameters}
     with replacing(output, request.force) as partial:
-        manifest = write_slimmed(model, shrinker, best, request.format, partial, validation, made)
+        manifest = write_slimmed(model, shrinker, best, request.form, partial, validation, made)
     return {key: value for key, value in manifest.items() if key not in ("files", "tensors")} | {
         "output": str(output),
         "parameters_before": before,
         "dense": perplexity(dense),
-        "initial": perplexity(initial_loss),
+        "initial": perplexity(initial),
+        "found": perplexity(found),
         "begun": name,
         "starts": dict(compared),
-        "damping": damping if request.repair == "least-squares" else None,
+        "damping": damping if request.mended == "least-squares" else None,
         **cost,
         "progress": log.reports,
     }
+
+
+def _held_out(begun: SearchStart, slimmed: Slimmed, told: SlimListener) -> float:
+    """Mean loss of a model on the validation text."""
+    session = begun.units.session
+    with begun.shrinker.keeping(slimmed.kept, slimmed.repairs):
+        return text_loss(session.model, session.windows["validation"].tokens, told.progress)
 
 
 slim = as_function("slim", SlimRequest, run_slim, "model")
@@ -212,9 +238,9 @@ def open_units(request: SlimRequest, listener: Listener | None = None) -> UnitSe
     """
     session = open_session(request, work=slim_work, listener=listener)
     groups = find_groups(session.model, request.kinds)
-    check_format(session.model, request.format, biases=request.add_bias)
+    check_format(session.model, request.form, biases=request.add_bias, blocks=request.blocks)
     stored_dtypes(session.model)
-    return UnitSession(session, groups, request.repair == "least-squares")
+    return UnitSession(session, groups, request.mended == "least-squares")
 
 
 def prepare(request: SlimRequest, units: UnitSession) -> SearchStart:
@@ -224,7 +250,7 @@ def prepare(request: SlimRequest, units: UnitSession) -> SearchStart:
         InputError: start cannot be used, or the sparsity is out of reach.
     """
     begun = begin(request, units)
-    names = started_from(request.start, request.layers)
+    names = started_from(request)
     starts = [make_start(name, units, begun.space, begun.pools, request.estimator) for name in names]
     return _compared(request, begun, starts)
 
@@ -242,24 +268,25 @@ def begin(request: SlimRequest, units: UnitSession, repairer: Repairer | None = 
     """
     model, groups = units.model, units.groups
     cost = groups.cost if request.cost == "parameters" else macs(groups, units.session.tokens.shape[1])
-    space = find_space(groups, request.kinds, layers=request.layers, cost=cost)
-    if FORMATS[request.format].equal or request.budget == "block":
+    space = find_space(groups, request.kinds, layers=request.layers, blocks=request.blocks, cost=cost)
+    if (FORMATS[request.form].equal and not request.blocks) or request.budget == "block":
         heads = list(range(groups.sublayers[0].units + 1))
-        accepted = accepted_heads(groups, model.module.config) if FORMATS[request.format].equal else heads
+        accepted = accepted_heads(groups, model.module.config) if FORMATS[request.form].equal else heads
         pools = uniform_pools(groups, space, uniform_counts(groups, request.sparsity, request.kinds, accepted))
     else:
         pools = pools_of(groups, space, request.sparsity, cost, by_kind=request.budget == "kind")
-    name = started_from(request.start, request.layers)[0]
-    start = make_start(name, units, space, pools, request.estimator).probabilities
-    kept = top_units(space.stays(start), space, pools)
+    name = started_from(request)[0]
+    start = make_start(name, units, space, pools, request.estimator)
+    kept = top_units(space.stays(start.probabilities), space, pools)
     removed = float(cost[~kept].sum() / cost.sum())
     if removed < request.sparsity / 2:
         raise InputError(
             f"--sparsity {request.sparsity:g} cannot be met by --granularity {','.join(request.granularity)} in "
-            f"--format {request.format}: the nearest below it removes {removed:.4f}"
+            f"--format {request.form}: the nearest below it removes {removed:.4f}"
         )
-    repairer = repairer or Repairer(groups, units.features, request.repair, add_bias=request.add_bias)
-    return SearchStart(units, Shrinker(model, groups), repairer, space, pools, start, name)
+    repairer = repairer or Repairer(groups, units.features, request.mended, add_bias=request.add_bias)
+    shrinker, probabilities = Shrinker(model, groups), start.probabilities
+    return SearchStart(units, shrinker, repairer, space, pools, probabilities, start.worth, name)
 
 
 def _compared(request: SlimRequest, begun: SearchStart, starts: Sequence[Start]) -> SearchStart:
@@ -267,11 +294,11 @@ def _compared(request: SlimRequest, begun: SearchStart, starts: Sequence[Start])
     units = begun.units
     windows = units.session.windows["search"].tokens
     objective = DrawObjective(units.model, windows, request.objective, request.batch, request.seed)
-    if request.repair == "least-squares":  # in the middle, to compare starts by
+    if request.mended == "least-squares":  # in the middle, to compare starts by
         begun = replace(begun, repairer=begun.repairer.damped(DAMPINGS[-2]))
     best = best_start(starts, lambda one: begun.judged(begun.chosen(one), objective, _COMPARED)[0])
-    begun = replace(begun, start=best.probabilities, name=best.name, compared=best.compared)
-    if request.repair != "least-squares":
+    begun = replace(begun, start=best.probabilities, worth=best.worth, name=best.name, compared=best.compared)
+    if request.mended != "least-squares":
         return begun
     damped = [replace(begun, repairer=begun.repairer.damped(damping)) for damping in DAMPINGS]
     return min(damped, key=lambda one: one.judged(one.chosen(one.start), objective, _COMPARED)[0])
@@ -282,6 +309,9 @@ def search(
 ) -> tuple[Slimmed, dict[str, Any]]:
     """What a search delivers, the share of the way from its start, and the steps, tokens and seconds that it took."""
     state, objective = explore(request, begun, log, listener)
+    if ESTIMATORS[request.estimator].rate is None:
+        best, share = begun.ended(state), float(not torch.equal(state.probabilities, begun.atoms.double()))
+        return best, {"share": share, "steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
     started = time.monotonic()
     best, share, tokens = begun.best(state.probabilities, objective)
     seconds = state.seconds + time.monotonic() - started
@@ -297,12 +327,16 @@ def explore(
         GpmetricError: no drawn model has a finite loss.
     """
     minutes = _MINUTES if request.steps is None and request.minutes is None else request.minutes
-    rate = ESTIMATORS[request.estimator].rate if request.rate is None else request.rate
-    schedule = Schedule(request.steps, minutes, request.draws, rate, request.seed)
-    policy = Policy(begun.space, begun.pools, begun.start, request.estimator)
+    rate = request.rate or ESTIMATORS[request.estimator].rate
+    schedule = Schedule(request.steps, minutes, request.draws, rate or 0.0, request.seed)
     told = listener or SlimListener()
     windows = begun.units.session.windows["search"].tokens
     objective = DrawObjective(begun.units.model, windows, request.objective, request.batch, request.seed)
+    if rate is None:
+        first = (begun.units.groups, begun.space, begun.pools, begun.worth, begun.atoms)
+        parts = (begun.shrinker, begun.repairer, objective, schedule, log)
+        return ExchangeSearch(*first, *parts).run(told.report), objective
+    policy = Policy(begun.space, begun.pools, begun.start, request.estimator)
     return PolicySearch(policy, begun.shrinker, begun.repairer, objective, schedule, log).run(told.report), objective
 
 
@@ -317,8 +351,9 @@ def _search_minutes(
     """
     if request.minutes is None:
         return None
-    judged = (1 + len(SHARES)) * min(_JUDGED * request.batch, len(units.session.windows["search"].tokens))
-    after = _CAUTION * (opened + window * (judged + 4 * len(units.session.windows["validation"].tokens)))
+    judged = min(_JUDGED * request.batch, len(units.session.windows["search"].tokens))
+    judged *= (1 + len(SHARES)) * (ESTIMATORS[request.estimator].rate is not None)
+    after = _CAUTION * (opened + window * (judged + 5 * len(units.session.windows["validation"].tokens)))
     left = deadline.left
     return max(left - after, min(deadline.seconds, left) / 2) / 60
 
@@ -329,7 +364,7 @@ def identify(request: SlimRequest, units: UnitSession) -> dict[str, Any]:
     found = {name: getattr(request, name) for name in (*names, "rate", "seed")}
     return found | {
         "granularity": sorted(request.granularity),
-        "equal": FORMATS[request.format].equal,
+        "equal": FORMATS[request.form].equal,
         "model": units.model.digest,
         "dtype": units.model.dtype,
         "device": units.model.device.type,
@@ -340,12 +375,14 @@ def identify(request: SlimRequest, units: UnitSession) -> dict[str, Any]:
 
 def describe_slim(request: SlimRequest, units: UnitSession) -> dict[str, Any]:
     """What the manifest says of how a model was made."""
-    names = ("format", "budget", "cost", "estimator", "objective", "start", "repair", "add_bias")
+    names = ("budget", "cost", "estimator", "objective", "start", "add_bias")
     windows = units.session.windows
     described = {name: value for name, value in units.session.describe().items() if name != "device"}
     described |= {name: getattr(request, name) for name in names}
     return described | {
         "digest": units.model.digest,
+        "format": request.form,
+        "repair": request.mended,
         "granularity": list(request.granularity),
         "asked": request.sparsity,
         "update": "none",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gpmetric.structured.policy import initial
-from gpmetric.structured.request import UNIT_RULES
+from gpmetric.structured.request import UNIT_RULES, SlimRequest
 from gpmetric.structured.scores import UnitSession, standardised, unit_scores
 from gpmetric.structured.unit_space import Pool, UnitSpace
 
@@ -20,18 +20,22 @@ _OPEN = 0.9  # probability that a gate begins with
 
 @dataclass(frozen=True)
 class Start:
-    """Probabilities [entries] to begin with."""
+    """What a rule says of each atom, and the probabilities to begin with."""
 
     name: str  # `constant`, a key of UNIT_RULES, or a metric of weights
-    probabilities: Tensor
+    worth: Tensor  # [atoms], standardised
+    probabilities: Tensor  # [entries]
     compared: Mapping[str, float]  # objective of each start that was measured, by name
 
 
-def started_from(name: str, layers: bool) -> tuple[str, ...]:
-    """Names of the starts that a name stands for: of `auto`, rules that tell units apart, and blocks where those go."""
-    if name != "auto":
-        return (name,)
-    return tuple(name for name, rule in UNIT_RULES.items() if rule.tried and (layers or not rule.blocks))
+def started_from(request: SlimRequest) -> tuple[str, ...]:
+    """Names of the starts that a request stands for: of `auto`, all rules that tell apart what may go."""
+    if request.start != "auto":
+        return (request.start,)
+    whole = request.layers or request.blocks
+    tried = {name: rule for name, rule in UNIT_RULES.items() if rule.tried}
+    # a rule that is standardised in a sublayer says nothing of whole ones
+    return tuple(name for name, rule in tried.items() if (whole if rule.blocks else request.kinds or rule.loss))
 
 
 def make_start(name: str, units: UnitSession, space: UnitSpace, pools: Sequence[Pool], estimator: str) -> Start:
@@ -40,7 +44,8 @@ def make_start(name: str, units: UnitSession, space: UnitSpace, pools: Sequence[
     Raises:
         ExpressionError, GpmetricError: see `unit_scores`.
     """
-    return Start(name, initial(space, pools, _worth(name, units, space), _OPEN, estimator), {})
+    worth = _worth(name, units, space)
+    return Start(name, worth, initial(space, pools, worth, _OPEN, estimator), {})
 
 
 def best_start(starts: Sequence[Start], measure: Callable[[Tensor], float]) -> Start:
@@ -54,7 +59,7 @@ def best_start(starts: Sequence[Start], measure: Callable[[Tensor], float]) -> S
         return starts[0]
     figures = {one.name: measure(one.probabilities) for one in starts}
     best = min(starts, key=lambda one: figures[one.name])
-    return Start(best.name, best.probabilities, figures)
+    return replace(best, compared=figures)
 
 
 def _worth(name: str, units: UnitSession, space: UnitSpace) -> Tensor:

@@ -23,8 +23,8 @@ _STEPS = 60  # bisections: to the last bit of fp64
 class UnitSpace:
     """What a policy has a probability for: atoms, and gates that close a whole sublayer or block.
 
-    An atom is a unit, or a whole sublayer where its units are not told apart. It stays if it and its gates are drawn.
-    Probabilities and draws are vectors [entries]: atoms first, then gates.
+    An atom is a unit, or a whole sublayer or block where its units are not told apart. It stays if it and its gates are
+    drawn. Probabilities and draws are vectors [entries]: atoms first, then gates.
     """
 
     atom: Tensor  # index of each unit's atom, [units]; -1 where the unit always stays
@@ -62,15 +62,23 @@ class Pool:
     kept: float  # the sum of their costs that stays
 
 
-def find_space(groups: Groups, kinds: Sequence[str], *, layers: bool, cost: Tensor | None = None) -> UnitSpace:
+def find_space(
+    groups: Groups, kinds: Sequence[str], *, layers: bool, blocks: bool = False, cost: Tensor | None = None
+) -> UnitSpace:
     """The space of a model.
 
     Args:
         kinds: of the units that are told apart.
         layers: whether sublayers and blocks can go as a whole.
+        blocks: whether blocks go as a whole, each an atom, and nothing else.
         cost: of each unit, [units]; its parameters by default.
     """
     cost = groups.cost if cost is None else cost
+    if blocks:
+        atom = torch.tensor([one.block for one in groups.sublayers])[groups.sublayer_of]
+        count = len(groups.by_block)
+        sums = torch.zeros(count, dtype=torch.float64).index_add_(0, atom, cost)
+        return UnitSpace(atom, sums, torch.full((2, count), count), count)
     atom = torch.full((groups.units,), -1)
     sublayer_of: list[int] = []
     for index, (one, places) in enumerate(zip(groups.sublayers, groups.split(torch.arange(groups.units)), strict=True)):

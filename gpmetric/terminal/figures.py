@@ -48,7 +48,7 @@ def _units_name(recipe: Mapping[str, Any]) -> str:
     shape += [recipe["format"]] * (recipe["format"] != "hetero")
     damping = "" if recipe["damping"] is None else f" {recipe['damping']:g}"
     repair = f"repair {recipe['repair']}{damping}{' with biases' * recipe['add_bias']}"
-    search = [f"{recipe['share']:g} of {recipe['steps']} steps"] * bool(recipe["steps"])
+    search = [f"{recipe['steps']} steps"] * bool(recipe["steps"])
     return f"{recipe['start']} ({'; '.join([*shape, repair, *search])})"
 
 

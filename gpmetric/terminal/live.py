@@ -139,7 +139,7 @@ class PruneReport(_Bars, PruneListener):
 
 
 class SlimReport(_Bars, SlimListener):
-    """A line now and then: objective of the drawn models, entropy of the policy, budget."""
+    """A line now and then: objective, entropy of the policy or exchanges that were kept, budget."""
 
     _next = 0.0
 
@@ -148,7 +148,8 @@ class SlimReport(_Bars, SlimListener):
         if report["seconds"] >= self._next or share >= 1:
             self._next = report["seconds"] + _SLIM_SECONDS
             loss = f"{_SEARCHED.get(report['objective'], report['objective'])} {number(report['loss']):.4f}"
-            kept = f"entropy {report['entropy']:.3f} bits, {report['kept']:.4f} of the units' cost stays"
+            found = f"entropy {report['entropy']:.3f} bits" if "entropy" in report else f"{report['changes']} kept"
+            kept = f"{found}, {report['kept']:.4f} of the units' cost stays"
             line = f"step {report['step']} ({share:.0%}): {loss}, {kept}"
             self._console.print(Text(line), soft_wrap=True)
 

@@ -269,6 +269,8 @@ def print_slim(console: Console, result: Mapping[str, Any], request: Request) ->
         console.print(Text(told), soft_wrap=True)
     if not result["share"]:
         told = "the search found nothing better than its start, which was kept: search longer (--minutes)"
+        if result["found"] != result["initial"]:
+            told = f"what the search found has {number(result['found']):.3f} on validation, so its start was kept"
         console.print(Text(told), soft_wrap=True)
     share = f"{result['sparsity']:.4f} of the parameters inside the blocks removed ({result['asked']:g} asked for)"
     console.print(Text(f"{result['output']}: {before:,} -> {after:,} parameters, {share}; verified"), soft_wrap=True)

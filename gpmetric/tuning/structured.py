@@ -16,7 +16,7 @@ from gpmetric.structured.export import check_format, stored_dtypes
 from gpmetric.structured.groups import find_groups
 from gpmetric.structured.scores import UnitSession
 from gpmetric.structured.shrink import Shrinker
-from gpmetric.structured.slim import SHARES, STEPS, describe_slim, slim_work
+from gpmetric.structured.slim import STEPS, describe_slim, slim_work
 from gpmetric.structured.slim_checkpoint import write_slimmed
 from gpmetric.tuning.request import TuneRequest
 from gpmetric.tuning.steps import Steps, TuneListener
@@ -97,10 +97,10 @@ class UnitChoice(Steps[UnitRecipe]):
         session = self.trials.session
         texts = sum(len(one.tokens) for one in session.evaluated) / len(session.windows["validation"].tokens)
         each = self.trials.expected(self.best.recipe, 1.0)
-        return _CAUTION * (self.opened + each * (len(SHARES) + _TABLE * (1 + texts) + _WRITING))
+        return _CAUTION * (self.opened + each * (1 + _TABLE * (1 + texts) + _WRITING))
 
     def _search(self, end: float) -> None:
-        """What slim's search finds from the best recipe, the whole way and parts of it; the start is kept if better.
+        """What slim's search finds from the best recipe; the start is kept if better.
 
         A search that the ledger has begun goes on, and one that is over there is as it was.
         """
@@ -120,7 +120,7 @@ class UnitChoice(Steps[UnitRecipe]):
         steps = self.trials.search(recipe, self.told, steps, minutes, self.request.units_ledger)
         if "steps" not in known:
             self.trials.keep("units", begun | {"steps": steps})
-        self.take(self.measure([replace(recipe, steps=steps, share=share) for share in SHARES]))
+        self.take(self.measure([replace(recipe, steps=steps)]))
 
     def _minutes(self, recipe: UnitRecipe, end: float) -> float | None:
         """Of a search that must be over by `end`; 0 where it is not worth while, None without a limit."""

@@ -19,6 +19,7 @@ __all__ = [
 
 _SIMPLE = "wanda_sp"  # the start that others are held against
 _FIT = "least-squares"
+_BLOCK = "block"  # the kind of units that goes alone
 _DAMPING = DAMPINGS[-2]  # what `slim` compares starts with
 # repair, and biases where there are none, that a published rule comes with; the others have none
 _REPAIRED = {"flap": ("bias", True), "taylor2": (_FIT, False)}
@@ -31,7 +32,6 @@ class UnitRecipe:
     Attributes:
         damping: of the fit, where the repair is one.
         steps: of the search that the units come from; 0 is the start.
-        share: of the way from the start to what the search found.
     """
 
     start: str
@@ -42,7 +42,6 @@ class UnitRecipe:
     add_bias: bool = False
     damping: float | None = None
     steps: int = 0
-    share: float = 0.0
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
@@ -57,7 +56,7 @@ class UnitRecipe:
     @property
     def begun(self) -> UnitRecipe:
         """The recipe without the search."""
-        return replace(self, steps=0, share=0.0)
+        return replace(self, steps=0)
 
     def repaired(self, repair: str, *, add_bias: bool = False) -> UnitRecipe:
         """The recipe with another repair, in the middle of its dampings."""
@@ -86,7 +85,7 @@ def published(form: str) -> list[UnitRecipe]:
     """
     equal = FORMATS[form].equal
     found = []
-    for name in started_from("auto", layers=not equal):
+    for name in _rules(layers=not equal):
         rule = UNIT_RULES[name]
         budget = "block" if rule.placing == "uniform" and not equal else "global"
         repair, add_bias = _REPAIRED.get(name, ("none", False))
@@ -109,14 +108,14 @@ def starts_and_repairs(form: str, *, biased: bool, may: bool) -> list[UnitRecipe
     return [
         UnitRecipe(name, kinds, form).repaired(repair, add_bias=add_bias)
         for repair, add_bias in repairs
-        for name in started_from("auto", layers=False)
+        for name in _rules(layers=False)
     ]
 
 
 def shapes(best: UnitRecipe, forms: Sequence[str]) -> list[UnitRecipe]:
     """A recipe with everything that may be removed as one, under every budget, in every format.
 
-    Where whole layers can go, from rules of blocks, too.
+    Where whole layers can go, from rules of blocks, too; whole blocks alone from these and whatever tells blocks apart.
     """
     found = []
     several = product(*([*((name,) for name in names), ()] for names in _kinds().values()))
@@ -129,10 +128,17 @@ def shapes(best: UnitRecipe, forms: Sequence[str]) -> list[UnitRecipe]:
             continue
         if budget == "kind" and len(inner) == 1:  # as good as global
             continue
-        rules = [name for name in started_from("auto", layers=True) if layers and UNIT_RULES[name].blocks]
+        rules = [name for name in _rules(layers=True) if layers and UNIT_RULES[name].blocks]
         changed = replace(best, granularity=kinds, format=form, budget=budget)
         found += [replace(changed, start=start) for start in (best.start, *rules)]
+    whole = replace(best, granularity=(_BLOCK,), format=forms[0], budget="global").repaired("none")
+    found += [replace(whole, start=start) for start in started_from(SlimRequest(granularity=(_BLOCK,)))]
     return list(dict.fromkeys(found))
+
+
+def _rules(*, layers: bool) -> tuple[str, ...]:
+    """Names of all rules that tell units apart, and whole layers if they may go."""
+    return started_from(SlimRequest(granularity=every_kind(layers=layers)))
 
 
 def dampings(best: UnitRecipe) -> list[UnitRecipe]:
@@ -160,8 +166,10 @@ def left_out(best: UnitRecipe) -> Iterator[tuple[str, UnitRecipe]]:
 
 
 def _kinds() -> dict[str | None, list[str]]:
-    """Kinds of units by the sublayer that they are parts of; None for whole layers."""
+    """Kinds of units that may go together, by the sublayer that they are parts of; None for whole layers."""
     found: dict[str | None, list[str]] = {}
     for name, kind in UNIT_KINDS.items():
+        if name == _BLOCK:
+            continue
         found.setdefault(kind.sublayer, []).append(name)
     return found

@@ -15,7 +15,7 @@ from gpmetric.session.evaluate import text_loss
 from gpmetric.structured.export import Slimmed, check_format
 from gpmetric.structured.repair import Repairer
 from gpmetric.structured.scores import UnitSession
-from gpmetric.structured.search_log import SearchLog
+from gpmetric.structured.search_log import SearchLog, State
 from gpmetric.structured.shrink import Shrinker
 from gpmetric.structured.slim import SearchStart, SlimListener, begin, explore, identify
 from gpmetric.tuning.request import TuneRequest
@@ -39,7 +39,7 @@ class UnitTrials(TrialLog[UnitRecipe]):
         self._request, self._units = request, units
         self._repairer: tuple[Any, Repairer] | None = None  # the last one, and what it is of
         self._shares: dict[float, Tensor] = {}
-        self._way: tuple[Tensor, Tensor] | None = None  # probabilities [entries] that the search began from, and found
+        self._ended: State | None = None  # of the search
         super().__init__(units.session, *arguments, **keywords)
 
     def dense(self, share: float = 1.0) -> float:
@@ -54,9 +54,8 @@ class UnitTrials(TrialLog[UnitRecipe]):
         """
         begun = self._begun(recipe)
         if recipe.steps:
-            assert self._way is not None
-            start, found = self._way
-            slimmed = replace(begun, start=start).moved(found, recipe.share)
+            assert self._ended is not None
+            slimmed = begun.ended(self._ended)
         else:
             slimmed = begun.chosen(begun.start)
         groups, asked = slimmed.groups, float(self._request.target)
@@ -68,7 +67,7 @@ class UnitTrials(TrialLog[UnitRecipe]):
     def search(
         self, recipe: UnitRecipe, told: SlimListener, steps: int | None, minutes: float | None, path: Path | None
     ) -> int:
-        """Steps of a search that begins from a recipe, after which recipes may have a share of it.
+        """Steps of a search that begins from a recipe, after which recipes may end with what it found.
 
         Args:
             recipe: without a search.
@@ -84,7 +83,7 @@ class UnitTrials(TrialLog[UnitRecipe]):
         settings = identify(request, begun.units) | {"damping": recipe.damping}
         with SearchLog(path, settings, resume=True) as log:
             state, _ = explore(request, begun, log, told)
-        self._way = begun.start, state.probabilities
+        self._ended = state
         return state.step
 
     def forget(self) -> None:
@@ -95,8 +94,8 @@ class UnitTrials(TrialLog[UnitRecipe]):
     def _begun(self, recipe: UnitRecipe) -> SearchStart:
         request = slim_request(self._request, recipe)
         units = self._units.asked(request)
-        check_format(units.model, request.format, biases=request.add_bias)
-        place = units.groups.kinds, request.repair, request.add_bias
+        check_format(units.model, request.form, biases=request.add_bias)
+        place = units.groups.kinds, request.mended, request.add_bias
         known = self._repairer[1] if self._repairer is not None and self._repairer[0] == place else None
         begun = begin(request, units, known)
         self._repairer = place, begun.repairer
