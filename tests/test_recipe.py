@@ -135,6 +135,14 @@ def test_what_determines_the_weights_is_in_it(tiny_llama: Path, tiny_text: Path,
     assert not (tmp_path / "c").exists()
 
 
+def test_a_perplexity_on_the_text_of_the_calibration_is_said_to_be_that(tmp_path: Path) -> None:
+    words = ["prune", "--samples", "2", "--windows", "2", "--sequence-length", "32", "--device", "cpu", "-o"]
+    same = CliRunner().invoke(app, [*words, str(tmp_path / "a")])
+    other = CliRunner().invoke(app, [*words, str(tmp_path / "b"), "--text", "demo:test"])
+    assert "on demo:calibration, the text of the calibration (--text); verified" in same.output
+    assert "on demo:test; verified" in other.output
+
+
 @pytest.mark.parametrize(("metric", "update", "target", "group"), [
     ("sparsegpt", "obs-blockwise", "0.5", "block"),
     ("layer:abs(W)*X", "none", "row:0.5", "row"),

@@ -69,7 +69,6 @@ class Choice:
     Attributes:
         cuts: what was left out for want of time.
         evolved: what a search of formulas came to; None where there was none.
-        best: of those measured on all windows.
         table: once the best is known: what stands beside it.
     """
 
@@ -79,7 +78,6 @@ class Choice:
     deadline: Deadline
     cuts: list[str] = field(default_factory=list)
     evolved: dict[str, Any] | None = None
-    best: Trial | None = None
     table: dict[str, Trial] = field(default_factory=dict)
 
     def run(self) -> Trial:
@@ -94,11 +92,11 @@ class Choice:
         self.told.step("published recipes")
         published = methods(plain, ())
         solver = self._measure([one for one in published if (one.update, one.fit) == SOLVER][:1], SHARES[0])
-        self._take(self._measure(rivals(plain)))
+        compared = [trial.recipe for trial in self._measure(rivals(plain))]
         for one in rivals(plain):
-            if not any(trial.recipe == one for trial in self.trials.found):
+            if one not in compared:
                 self._cut(f"{one.metric}, which the choice was not compared with")
-        if self.best is None:
+        if self.trials.best is None:
             minutes = f"--minutes {self.request.minutes or 0:g} were over before a recipe was measured"
             raise GpmetricError(f"{minutes}: allow more, or take fewer --samples or --windows")
         each = self.trials.expected(solver[0].recipe, 1.0) if solver else math.inf
@@ -107,19 +105,20 @@ class Choice:
         ends = {step: begun + share * (end - begun) for step, share in _ENDS.items()}
         tried = methods(plain, self.request.metric)
         until = min(ends["formulas"], ends["methods"] - _RUNGS * each * (len(tried) + _EVOLVED))
-        formulas: list[str] = []
         with self._lasting("evolving formulas"):
-            formulas = self._evolved(each, until)
+            self._evolve(each, until)
+        formulas = self.evolved["formulas"] if self.evolved else ()
         self._halve("metrics and updates", methods(plain, [*self.request.metric, *formulas]), ends["methods"])
         if parse_target(self.request.target).group:  # patterns are the same everywhere, but channels can change places
-            self._try("channels in another order", replace(self.best.recipe, permute=True), ends["allocations"])
+            moved = replace(self.trials.best.recipe, permute=True)
+            self._try("channels in another order", moved, ends["allocations"])
         else:
             with self._lasting("allocations"):
                 self._allocate(each, ends["allocations"])
-        self._try("rounds over whole blocks", with_rounds(self.best.recipe), end)
+        self._try("rounds over whole blocks", with_rounds(self.trials.best.recipe), end)
         while self._compare(plain):  # a part that does harm is left out, and the others are looked at again
             self.told.step("without a part that does harm")
-        return self.best
+        return self.trials.best
 
     def describe(self, best: Trial) -> dict[str, Any]:
         """The JSON document, but for what pruning adds."""
@@ -141,47 +140,52 @@ class Choice:
             "texts": [one.describe() for one in session.evaluated],
         }
 
-    def _evolved(self, each: float, until: float) -> list[str]:
-        """Formulas that are evolved for the solver, if there is time for enough candidates of so many seconds."""
+    def _evolve(self, each: float, until: float) -> None:
+        """Evolves formulas for the solver, if there is time for enough candidates of so many seconds.
+
+        A search that a file keeps is gone on with where time had cut it.
+        """
         if not self.request.evolve:
-            return []
+            return
         if (known := self.trials.searched.get("formulas")) is not None:
             self.evolved = dict(known)
-            return list(map(str, known["formulas"]))
+            if not known["cut"]:
+                return
         affordable = (until - self.deadline.now()) / max(each, 1e-9)
         if affordable < _FEWEST:
             self._cut(f"evolving formulas, of which {max(0, int(affordable))} could be tried")
-            return []
+            return
         self.told.step("formulas")
         request, clock = _search_request(self.request), TaskClock(self.deadline.now, until, until)
-        found, paid = evolve(request, self.trials.session, _EVOLVED, clock, self.trials.progress, self.told.generation)
-        self.evolved = {"evaluations": paid, "formulas": found}
+        found, paid, cut = evolve(
+            request, self.trials.session, _EVOLVED, clock, self.trials.progress, self.told.generation
+        )
+        self.evolved = {"evaluations": paid, "formulas": found, "cut": cut}
         self.trials.keep("formulas", self.evolved)
-        return found
 
     @contextmanager
     def _lasting(self, what: str) -> Iterator[None]:
         """A step that there may be no time or no memory for; what is known before it is not lost."""
+        self.trials.forget()
         try:
             yield
         except (TimeOverError, OutOfMemoryError) as error:
             self._cut(f"{what}: {error}")
 
     def _halve(self, what: str, recipes: Sequence[Recipe], until: float) -> None:
-        """What is left of successive halving may be the best."""
+        """Successive halving, after which what is left may be the best."""
         self.told.step(what)
         before = len(self.trials.found)
         found = halve(self.trials, recipes, until)
         self._tell(before)
         if not found:
             self._cut(f"{what}: none could be measured on all windows")
-        self._take(found)
 
     def _allocate(self, each: float, until: float) -> None:
-        """Allocations by rules, then a search in use that begins at the best of them."""
-        assert self.best is not None
+        """Allocations by rules, then a search in use that begins at the best of them on the search text."""
+        assert self.trials.best is not None
         self.told.step("allocations")
-        session, recipe = self.trials.session, self.best.recipe
+        session, recipe = self.trials.session, self.trials.best.recipe
         target = parse_target(recipe.target)
         settled = resolve_target(target, session.metric(recipe.metric), recipe.update)
         # named, so that what replaces the metric or the update keeps to the group that the allocation has
@@ -189,21 +193,18 @@ class Choice:
         directions = directions_of(session, settled.granularity or "row", target.sparsity, self.trials.progress)
         pairs = mixtures(directions, recipe)
         self._halve("allocations by rule", [recipe for _, recipe in pairs], until - _CLIMBED * each)
-        here = next((shares for shares, one in pairs if one == self.best.recipe), Shares())
-        known = self.trials.searched.get("allocation", {})
-        if known.get("recipe") != key_of(recipe):
-            if (until - self.deadline.now()) / max(each, 1e-9) < _CLIMBED:
-                self._cut("searching an allocation")
-                return
-            self.told.step("a search of allocations")
-            windows = {"calibration": session.windows["calibration"], "validation": session.windows["search"]}
-            searching = Trials(replace(session, windows=windows), self.deadline, self.trials.progress)
-            here = climb(searching, directions, recipe, here, _CLIMBING, until - each)
-            self.trials.keep("allocation", {"recipe": key_of(recipe), "shares": here})
-        else:
-            here = Shares({str(name): float(share) for name, share in known["shares"].items()})
+        searching = self.trials.on_search_text()
+        if not searching.begun and (until - self.deadline.now()) / max(each, 1e-9) < _CLIMBED:
+            self._cut("searching an allocation")
+            return
+        self.told.step("a search of allocations")
+        self.trials.forget()
+        starts = [Shares(), *(shares for shares, _ in pairs)]
+        here, whole = climb(searching, directions, recipe, starts, _CLIMBING, until - each)
+        if not whole:
+            self._cut("the rest of the search of allocations")
         if here:
-            self._take(self._measure([replace(recipe, allocation=directions.allocation(here))]))
+            self._measure([replace(recipe, allocation=directions.allocation(here))])
 
     def _try(self, what: str, recipe: Recipe, until: float) -> None:
         """One recipe on all windows, if there is time to measure it and then to prune by it."""
@@ -213,24 +214,23 @@ class Choice:
         found = found and self._measure([recipe], 1.0, min(until, last))
         if not found:
             self._cut(what)
-        self._take(found)
 
     def _compare(self, plain: Recipe) -> bool:
         """The table: the best, without each of its parts, and the rivals; whether one of them is better."""
-        assert self.best is not None
+        best = self.trials.best
+        assert best is not None
         self.told.step("what each part is worth")
-        rows = {"recipe": self.best.recipe, **{one.metric: one for one in rivals(plain)}}
-        rows |= {f"without {part}": recipe for part, recipe in without(self.best.recipe)}
+        rows = {"recipe": best.recipe, **{one.metric: one for one in rivals(plain)}}
+        rows |= {f"without {part}": recipe for part, recipe in without(best.recipe)}
         texts = [one.tokens for one in self.trials.session.evaluated]
-        until = self.deadline.end - _PRUNING * self.trials.expected(self.best.recipe, 1.0)
-        self.table, before = {"recipe": self.best}, self.best.recipe
+        until = self.deadline.end - _PRUNING * self.trials.expected(best.recipe, 1.0)
+        self.table = {"recipe": best}
         for name, recipe in rows.items():
             if found := self._measure([recipe], 1.0, until, texts):
                 self.table[name] = found[0]
             else:
                 self._cut(f"what each part is worth: {name}")
-        self._take(list(self.table.values()))
-        return self.best.recipe != before
+        return key_of((self.trials.best or best).recipe) != key_of(best.recipe)
 
     def _measure(
         self, recipes: Sequence[Recipe], share: float = 1.0, until: float | None = None, texts: Sequence[Tensor] = ()
@@ -239,11 +239,6 @@ class Choice:
         found = self.trials.measure(recipes, share, self.deadline.end if until is None else until, texts)
         self._tell(before)
         return found
-
-    def _take(self, found: Sequence[Trial]) -> None:
-        """The best of those measured on all windows."""
-        known = [*found, *([self.best] if self.best else [])]
-        self.best = min((one for one in known if math.isfinite(one.loss)), key=lambda one: one.loss, default=None)
 
     def _tell(self, first: int) -> None:
         for trial in self.trials.found[first:]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,11 @@ from gpmetric.data import Windows
 from gpmetric.errors import OutOfMemoryError, TimeOverError
 from gpmetric.files import finite
 from gpmetric.journal import Journal
+from gpmetric.metrics import resolve_metric
 from gpmetric.operands import needs_gradients
 from gpmetric.pruning.protocol import Measured, Protocol, Rule
 from gpmetric.pruning.recipe import Recipe
-from gpmetric.pruning.updaters import UPDATERS, fit_of, needed_statistics
+from gpmetric.pruning.updaters import UPDATERS, fit_of, needed_statistics, resolve_target
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.memory import retried
@@ -56,8 +57,18 @@ class Trial:
 
 
 def key_of(recipe: Recipe) -> str:
-    """The same text for the same recipe."""
-    return json.dumps(recipe.document(), sort_keys=True)
+    """The same text for recipes that prune alike: a metric's group counts only where nothing else settles it."""
+    metric = resolve_metric(recipe.metric, recipe.samples, recipe.sequence_length or 1)
+    asked, allocation = parse_target(recipe.target), recipe.allocation
+    asked = asked if allocation is None else asked.within(allocation.granularity)
+    settled = resolve_target(asked, metric, recipe.update)
+    alike = {
+        "metric": str(metric.expression),
+        "target": [settled.granularity, settled.sparsity, settled.keep, settled.group],
+        "update": metric.update or recipe.update,
+        "fit": fit_of(metric, recipe.update, recipe.fit),
+    }
+    return json.dumps(recipe.document() | alike, sort_keys=True)
 
 
 def rule_of(session: Session, recipe: Recipe) -> Rule:
@@ -84,8 +95,10 @@ class Trials(Journal):
         deadline: of the command.
         progress: told of calibrating.
         path, settings, resume: as of `Journal`.
+        keep_best: called with every recipe that is better on all windows than those before it.
 
     Attributes:
+        best: of those measured on all windows.
         found: every trial so far, in the order measured.
         searched: what searches came to, by what was searched.
     """
@@ -99,16 +112,20 @@ class Trials(Journal):
         settings: Mapping[str, Any] = {},
         *,
         resume: bool = False,
+        keep_best: Callable[[Recipe], object] = lambda recipe: None,
     ) -> None:
         self.session, self.deadline, self.progress = session, deadline, progress
+        self.best: Trial | None = None
+        self._keep_best = keep_best
         self.found: list[Trial] = []
         self.searched: dict[str, Any] = {}
         self._known: dict[tuple[str, float, int], Trial] = {}  # by recipe, share and how many other texts
         self._kept: dict[tuple[str, float, int], dict[str, Any]] = {}
+        self._kept_of_search: dict[tuple[str, float, int], dict[str, Any]] = {}
         self._dense: dict[int, float] = {}
         self._seconds: dict[tuple[str, str], dict[float, float]] = {}
         self._parts: dict[float, _Part] = {}
-        super().__init__(path, "tune", {"format": 1} | dict(settings), resume=resume)
+        super().__init__(path, "tune", {"format": 2} | dict(settings), resume=resume)
 
     def take(self, record: dict[str, Any]) -> bool:
         """A trial of the file, by the recipe's text, or what a search came to."""
@@ -118,8 +135,23 @@ class Trials(Journal):
         losses = [math.inf if loss is None else float(loss) for loss in record["losses"]]
         kept = {"loss": losses[0], "seconds": float(record["seconds"]), "error": record["error"]}
         place = str(record["recipe"]), float(record["share"]), len(losses) - 1
-        self._kept[place] = kept | {"others": tuple(losses[1:])}
+        of = self._kept_of_search if record.get("split") == "search" else self._kept
+        of[place] = kept | {"others": tuple(losses[1:])}
         return True
+
+    def on_search_text(self) -> Trials:
+        """Trials on the search text in place of validation's, in the same file."""
+        return _OnSearchText(self)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there are trials that need not be measured: found here, or in the file."""
+        return bool(self.found or self._kept)
+
+    def forget(self) -> None:
+        """Lets go of what is held to measure with, which is made again when it is needed."""
+        for part in self._parts.values():
+            part.session.forget_calls()
 
     def measure(
         self, recipes: Sequence[Recipe], share: float, until: float = math.inf, texts: Sequence[Tensor] = ()
@@ -148,8 +180,8 @@ class Trials(Journal):
                 losses = finite([trial.loss, *trial.others])
                 told = {"recipe": key_of(trial.recipe), "share": share, "losses": losses}
                 self.write(told | {"seconds": trial.seconds, "error": trial.error})
-        found = (self._known.get((key, share, len(texts))) for key in asked)
-        return [trial for trial in found if trial is not None]
+        found = ((recipe, self._known.get((key, share, len(texts)))) for key, recipe in asked.items())
+        return [replace(trial, recipe=recipe) for recipe, trial in found if trial is not None]
 
     def keep(self, what: str, found: Any) -> None:
         """Keeps what a search came to, as JSON."""
@@ -196,6 +228,9 @@ class Trials(Journal):
     def _note(self, trial: Trial) -> None:
         self.found.append(trial)
         self._known[key_of(trial.recipe), trial.share, len(trial.others)] = trial
+        if trial.share == 1 and trial.loss < (math.inf if self.best is None else self.best.loss):
+            self.best = trial
+            self._keep_best(trial.recipe)
         if trial.error is None:
             self._seconds.setdefault(self._kind(trial.recipe), {})[trial.share] = trial.seconds
 
@@ -228,6 +263,10 @@ class Trials(Journal):
         return retried(self.session.model, lambda: part.protocol.measure(rules, texts), part.session.forget_calls)
 
     def _part(self, share: float) -> _Part:
+        """The session on a share of the windows; what the others read is let go of, as it may fill the device."""
+        for other, part in self._parts.items():
+            if other != share:
+                part.session.forget_calls()
         if share not in self._parts:
             windows = {name: _first(one, share) for name, one in self.session.windows.items()}
             session = self.session if share == 1 else replace(self.session, windows=windows)
@@ -237,6 +276,19 @@ class Trials(Journal):
                 session, Protocol(session, one_shot=False, progress=self.progress), tokens, dense
             )
         return self._parts[share]
+
+
+class _OnSearchText(Trials):
+    """Trials on the search text, which those on validation keep in their file."""
+
+    def __init__(self, above: Trials) -> None:
+        windows = {name: above.session.windows[name] for name in ("calibration", "search")}
+        windows["validation"] = windows.pop("search")
+        super().__init__(replace(above.session, windows=windows), above.deadline, above.progress)
+        self._kept, self._above = above._kept_of_search, above
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._above.write({**record, "split": "search"})
 
 
 def _first(windows: Windows, share: float) -> Windows:
