@@ -262,6 +262,8 @@ def test_the_whole_command(tiny_llama: Path, tiny_text: Path, tmp_path: Path) ->
     searched = [line for line in kept_lines if '"split": "search"' in line]
     assert len(kept_lines) == len(set(kept_lines)) == 1 + len(measured) + len(searched)
     assert (found["recipe"], found["excess"]) == (again["recipe"], again["excess"])
+    least = min(map(json.loads, searched), key=lambda record: record["losses"][0])
+    assert least["recipe"] in [record["recipe"] for record in map(json.loads, kept_lines[1:]) if "split" not in record]
     assert not list(tmp_path.glob("*.recipe.toml"))
     middle = kept_lines.index(searched[len(searched) // 2])  # killed in the search of allocations
     (cut := tmp_path / "cut.jsonl").write_text("".join(f"{line}\n" for line in kept_lines[:middle]))
