@@ -72,20 +72,23 @@ def named(*names: str) -> list[Recipe]:
 
 
 def test_halving_keeps_the_better_half() -> None:
-    losses = {"a": (4, 9, 9), "b": (1, 3, 9), "c": (2, 2, 5), "d": (3, 9, 9), "e": (math.inf, 9, 9)}
+    losses = {
+        "wanda": (4, 9, 9), "ria": (1, 3, 9), "magnitude": (2, 2, 5), "gblm_l1": (3, 9, 9), "gblm_l2": (math.inf, 9, 9),
+    }  # fmt: skip
     trials = Scripted(losses)
-    found = halve(trials, named(*"abcde"), math.inf)
-    assert [one.recipe.metric for one in found] == ["c", "b"]
-    assert trials.asked == [(name, 0.25) for name in "abcde"] + [
-        (name, 0.5) for name in "bcd"
-    ] + [("c", 1.0), ("b", 1.0)]  # fmt: skip
+    found = halve(trials, named(*losses), math.inf)
+    assert [one.recipe.metric for one in found] == ["magnitude", "ria"]
+    assert trials.asked == [(name, 0.25) for name in losses] + [
+        (name, 0.5) for name in ("ria", "magnitude", "gblm_l1")
+    ] + [("magnitude", 1.0), ("ria", 1.0)]  # fmt: skip
 
 
 def test_halving_ends_in_time() -> None:
-    trials = Scripted({"a": (1, 1, 1), "b": (2, 2, 2)})
-    assert halve(trials, named("a", "b"), 1.0) == []
-    assert trials.asked == [("a", 0.25), ("b", 0.25)]
-    assert [one.loss for one in halve(Scripted({"a": (1, 1, 1)}), named("a", "a"), 1.0)] == [1]
+    trials = Scripted({"wanda": (1, 1, 1), "ria": (2, 2, 2)})
+    assert halve(trials, named("wanda", "ria"), 1.0) == []
+    assert trials.asked == [("wanda", 0.25), ("ria", 0.25)]
+    alike = Scripted({"wanda": (1, 1, 1), "abs(W)*X": (1, 1, 1)})
+    assert [one.loss for one in halve(alike, named("wanda", "abs(W)*X"), 1.0)] == [1]
 
 
 def test_methods_are_distinct() -> None:
