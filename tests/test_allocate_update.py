@@ -11,19 +11,21 @@ import numpy as np
 import pytest
 import torch
 
+from gpmetric.allocation import allocate as allocate_module
 from gpmetric.allocation import in_use
 from gpmetric.allocation.allocate import allocate
-from gpmetric.allocation.allocators import Problem
+from gpmetric.allocation.allocators import Problem, dlp, one_threshold, owl, uniform
 from gpmetric.allocation.candidate_losses import candidate_losses
 from gpmetric.allocation.candidate_objective import CandidateObjective
 from gpmetric.allocation.evaluation_log import EvaluationLog
 from gpmetric.allocation.exact_budget import allocated, exact_allocation
 from gpmetric.allocation.level_weights import SolvedModel, database_bytes, solved_levels
 from gpmetric.allocation.levels import level_table, within_reach
+from gpmetric.allocation.pareto_pick import at_sparsity, rules_beside
 from gpmetric.allocation.prepare import CalibratedModel, calibrate
 from gpmetric.allocation.request import AllocateRequest
 from gpmetric.calibration.collect import collect
-from gpmetric.errors import InputError
+from gpmetric.errors import InputError, TimeOverError
 from gpmetric.evaluation.perplexity import mean_loss
 from gpmetric.loading import load_model
 from gpmetric.metrics import resolve_metric
@@ -211,15 +213,49 @@ def found(tiny_llama: Path, texts: dict[str, str], tmp_path_factory: pytest.Temp
 
 
 def test_the_best_in_use_is_written(found: dict[str, Any]) -> None:
-    """On validation text it is never worse than the uniform mask, used alike."""
+    """On validation text it is never worse than the uniform mask or a rule that measures nothing, used alike."""
     picked = found["picked"]
-    named = {"nsga2", "0.75 of it", "0.5 of it", "uniform", "global"}
+    named = {"nsga2", "0.75 of it", "0.5 of it", "uniform", "owl", "dlp", "global"}
     assert named <= picked["in_use"].keys()
     assert len(picked["in_use"]) <= len(named) + 1
     losses = {name: point["loss"] for name, point in picked["in_use"].items()}
     assert losses[picked["written"]] == min(losses.values())
     assert (found["update"], found["fit"]) == ("admm", "dense")
     assert found["baselines"].keys() >= {"uniform", "owl", "dlp", "global"}
+
+
+@pytest.mark.parametrize("allocator", ["nsga2", "evopress"])
+def test_what_is_picked_is_not_worse_than_a_rule_on_the_search_text(
+    allocator: str, tiny_llama: Path, tiny_text: Path
+) -> None:
+    """However little the search found; a rule that is asked for by name stays."""
+    calibrated = prepared(tiny_llama, tiny_text, allocator=allocator, sparsity=0.6, **ADMM)
+    table, tokens = calibrated.table, calibrated.session.windows["search"].tokens
+    objective = CandidateObjective(calibrated.pruned, tokens, "loss")
+    told: Any = lambda *told: None  # noqa: E731
+    problem = Problem(table, calibrated.blocks, calibrated.evidence, EvaluationLog(table, objective), told, solves=True)
+    rivals = rules_beside(calibrated.request, problem, 0.6)
+    rules = [one_threshold(problem, 0.6), dlp(problem, 0.6), owl(problem, 0.6), uniform(problem, 0.6)]
+    assert set(rivals) == set(rules)
+    losses = dict(zip(rules, candidate_losses(calibrated.pruned, rules, tokens), strict=True))
+    best, poor = (which(losses, key=losses.__getitem__) for which in (min, max))
+    assert at_sparsity(problem, [poor], 0.6)[1] == poor
+    assert at_sparsity(problem, [poor], 0.6, rivals)[1] == best
+    assert not rules_beside(replace(calibrated.request, allocator="owl"), problem, 0.6)
+    assert not rules_beside(replace(calibrated.request, update="none", fit="own", metric="wanda"), problem, 0.6)
+
+
+def test_a_front_is_not_lost_where_time_ends_in_use(
+    tiny_llama: Path, texts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def over(*_: Any) -> Any:
+        raise TimeOverError("--minutes 1 are too few")
+
+    monkeypatch.setattr(allocate_module, "settled", over)
+    options = {"metric": "wanda", "update": "obs", "sparsity": 0.6, **texts, **SMALL}
+    document = allocate(str(tiny_llama), output=tmp_path / "a.json", **options)
+    assert document["cut"] == ["what was picked, in use: --minutes 1 are too few"]
+    assert read_allocation(tmp_path / "a.json").document() == document["allocation"]
 
 
 def test_prune_gives_the_figure_that_allocate_told(

@@ -16,6 +16,7 @@ from gpmetric.pruning.output_folder import files_of
 from gpmetric.pruning.prune import prune
 from gpmetric.pruning.recipe import Recipe, read_recipe, write_recipe
 from gpmetric.pruning.verify import verify
+from gpmetric.session.splits import open_text, read_windows
 from gpmetric.targets import Target
 
 QUICK = {"samples": 4, "sequence_length": 32}
@@ -26,8 +27,9 @@ def test_written_and_read_again(tmp_path: Path) -> None:
     odd = 'model."layers".0 = \\ ä\u2028'
     targets = {odd: layer_target("layer", (8, 16), 50), "plain": layer_target("layer", (8, 16), 0)}
     recipe = Recipe(
-        "layer:W*W*F", "0.6", "admm", "dense", 64, 256, True, 7, r"^model\.", None, Allocation("layer", targets)
-    )
+        "layer:W*W*F", "0.6", "admm", "dense", 64, 256, True, 7, r"^model\.", None, Allocation("layer", targets),
+        False, "bfloat16", "bfloat16", True, "0123",
+    )  # fmt: skip
     write_recipe(recipe, tmp_path / "recipe.toml")
     again = read_recipe(tmp_path / "recipe.toml")
     assert again == recipe
@@ -47,6 +49,8 @@ def test_written_and_read_again(tmp_path: Path) -> None:
         (WHOLE.replace('"0.5"', '"1.5"'), "1.5"),
         (WHOLE.replace('"0.5"', "0.5"), "target is 0.5"),
         (WHOLE + "samples = 0\n", "samples is 0"),
+        (WHOLE + 'dtype = "float64"\n', "accepted: float32, bfloat16, float16"),
+        (WHOLE + 'statistics_dtype = "float16"\n', "accepted: float32, bfloat16"),
         (WHOLE + "seed = true\n", "seed is True"),
         (WHOLE + '[allocation]\nversion = 1\ngranularity = "rows"\n', "allocation: granularity is 'rows'"),
         ("version = ", "is no recipe"),
@@ -70,6 +74,9 @@ def test_refused_beside_options(tmp_path: Path) -> None:
         ({"target": "2:4"}, "--target 2:4"),
         ({"sequence_length": 64}, "--sequence-length 64"),
         ({"allocation": file}, "--allocation"),
+        ({"dtype": "bfloat16"}, "--dtype bfloat16"),
+        ({"statistics_dtype": "bfloat16"}, "--statistics-dtype bfloat16"),
+        ({"one_shot": True}, "--one-shot True"),
         ({"recipe": tmp_path / "other.toml"}, "other.toml"),
     ):
         with pytest.raises(InputError, match=told):
@@ -105,6 +112,35 @@ def test_prunes_as_its_options_do(tmp_path: Path) -> None:
     written = [(tmp_path / name / "model.safetensors").read_bytes() for name in "cd"]
     assert written[0] == written[1]
     assert "recipe.toml" not in files_of(tmp_path / "d")
+
+
+def test_what_determines_the_weights_is_in_it(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    """Dtypes and protocol as the options have them; and no other calibration windows than those that it names."""
+    windows = read_windows(load_model(str(tiny_llama)), open_text(str(tiny_text)), 32, 4)
+    recipe = Recipe(
+        "layer:W*W*F", "0.5", dtype="bfloat16", statistics_dtype="bfloat16", one_shot=True,
+        calibration_digest=windows.tokens_digest, **QUICK,
+    )  # fmt: skip
+    write_recipe(recipe, file := tmp_path / "mine.toml")
+    options = {"calibration": str(tiny_text), "windows": 4, "device": "cpu"}
+    made = prune(str(tiny_llama), recipe=file, output=tmp_path / "a", **options)
+    assert (made["dtype"], made["statistics_dtype"], made["protocol"]) == ("bfloat16", "bfloat16", "one-shot")
+    said = {"metric": "layer:W*W*F", "dtype": "bfloat16", "statistics_dtype": "bfloat16", "one_shot": True, **QUICK}
+    prune(str(tiny_llama), output=tmp_path / "b", **options, **said)
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert written[0] == written[1]
+    (other := tmp_path / "other.txt").write_text(tiny_text.read_text()[1:])
+    with pytest.raises(InputError, match=f"{windows.tokens_digest[:12]}: take the text"):
+        prune(str(tiny_llama), recipe=file, output=tmp_path / "c", **options | {"calibration": str(other)})
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_perplexity_on_the_text_of_the_calibration_is_said_to_be_that(tmp_path: Path) -> None:
+    words = ["prune", "--samples", "2", "--windows", "2", "--sequence-length", "32", "--device", "cpu", "-o"]
+    same = CliRunner().invoke(app, [*words, str(tmp_path / "a")])
+    other = CliRunner().invoke(app, [*words, str(tmp_path / "b"), "--text", "demo:test"])
+    assert "on demo:calibration, the text of the calibration (--text); verified" in same.output
+    assert "on demo:test; verified" in other.output
 
 
 @pytest.mark.parametrize(("metric", "update", "target", "group"), [

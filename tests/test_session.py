@@ -75,6 +75,18 @@ def test_open_text(tiny_text: Path) -> None:
         open_text("demo:tset")
 
 
+def test_a_part_of_a_text(tmp_path: Path) -> None:
+    """By the name that results call it by, unless there is a file of that name."""
+    lines = [f"line {number}\n" for number in range(10, 40)]
+    (whole := tmp_path / "c.txt").write_text("".join(lines))
+    found = open_text(f"{whole}#validation")
+    assert found == Text(f"{whole}#validation", "".join(lines[21:]))  # behind the line that two thirds end in
+    with pytest.raises(DataError, match=r"c\.txt#test' does not exist"):
+        open_text(f"{whole}#test")
+    (tmp_path / "c.txt#validation").write_text("another")
+    assert open_text(f"{whole}#validation").content == "another"
+
+
 def test_read_windows_draws_with_the_seed(llama: Model, tiny_text: Path) -> None:
     text = read_text(str(tiny_text))
     expected = cut_windows(text, llama.tokenizer, 16, 5, vocabulary=300, shuffle_seed=3)

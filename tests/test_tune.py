@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,21 +17,27 @@ from typer.testing import CliRunner
 
 import gpmetric
 from gpmetric.allocation.by_rule import directions_of
+from gpmetric.blockwise.replay import BlockCalls
 from gpmetric.cli import app
 from gpmetric.data import Windows
-from gpmetric.errors import GpmetricError, InputError
+from gpmetric.errors import GpmetricError, InputError, TimeOverError
+from gpmetric.evolution.evolve import evolve
+from gpmetric.evolution.request import DiscoverRequest
+from gpmetric.evolution.task_clock import TaskClock
 from gpmetric.loading import load_model
+from gpmetric.metrics import resolve_metric
 from gpmetric.models import Model
+from gpmetric.pruning import unfinished
 from gpmetric.pruning.allocation import Allocation, layer_target
 from gpmetric.pruning.recipe import Recipe, read_recipe
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.splits import open_text, read_windows
+from gpmetric.tuning import choice
 from gpmetric.tuning.allocations import climb
 from gpmetric.tuning.halving import halve
 from gpmetric.tuning.parts import methods, rivals, with_rounds, without
 from gpmetric.tuning.steps import TuneListener
-from gpmetric.tuning.trial_log import key_of
-from gpmetric.tuning.trials import Trial, Trials
+from gpmetric.tuning.trials import Trial, Trials, key_of
 from tests.pruning_helpers import session_of, windows_of
 
 QUICK = {"samples": 8, "windows": 8, "search_windows": 8, "sequence_length": 32, "device": "cpu"}
@@ -65,24 +73,28 @@ def named(*names: str) -> list[Recipe]:
 
 
 def test_halving_keeps_the_better_half() -> None:
-    losses = {"a": (4, 9, 9), "b": (1, 3, 9), "c": (2, 2, 5), "d": (3, 9, 9), "e": (math.inf, 9, 9)}
+    losses = {
+        "wanda": (4, 9, 9), "ria": (1, 3, 9), "magnitude": (2, 2, 5), "gblm_l1": (3, 9, 9), "gblm_l2": (math.inf, 9, 9),
+    }  # fmt: skip
     trials = Scripted(losses)
-    found = halve(trials, named(*"abcde"), math.inf)
-    assert [one.recipe.metric for one in found] == ["c", "b"]
-    assert trials.asked == [(name, 0.25) for name in "abcde"] + [
-        (name, 0.5) for name in "bcd"
-    ] + [("c", 1.0), ("b", 1.0)]  # fmt: skip
+    found = halve(trials, named(*losses), math.inf)
+    assert [one.recipe.metric for one in found] == ["magnitude", "ria"]
+    assert trials.asked == [(name, 0.25) for name in losses] + [
+        (name, 0.5) for name in ("ria", "magnitude", "gblm_l1")
+    ] + [("magnitude", 1.0), ("ria", 1.0)]  # fmt: skip
 
 
 def test_halving_ends_in_time() -> None:
     """A third of it for each rung: of 3 s, four of six are tried on a quarter, two on a half; one has 1 s."""
-    trials = Scripted({"a": (1, 1, 1), "b": (2, 2, 2)})
-    assert halve(trials, named("a", "b"), 1.0) == []
-    assert trials.asked == [("a", 0.25)]
-    trials = Scripted({name: (place, place, place) for place, name in enumerate("abcdef")})
-    assert [one.recipe.metric for one in halve(trials, named(*"abcdef"), 3.0)] == ["a"]
-    assert trials.asked == [(name, 0.25) for name in "abcd"] + [("a", 0.5), ("b", 0.5), ("a", 1.0)]
-    assert [one.loss for one in halve(Scripted({"a": (1, 1, 1)}), named("a", "a"), 1.0)] == [1]
+    trials = Scripted({"wanda": (1, 1, 1), "ria": (2, 2, 2)})
+    assert halve(trials, named("wanda", "ria"), 1.0) == []
+    assert trials.asked == [("wanda", 0.25)]
+    six = ("wanda", "ria", "magnitude", "gblm_l1", "gblm_l2", "sparsegpt")
+    trials = Scripted({name: (place, place, place) for place, name in enumerate(six)})
+    assert [one.recipe.metric for one in halve(trials, named(*six), 3.0)] == ["wanda"]
+    assert trials.asked == [(name, 0.25) for name in six[:4]] + [("wanda", 0.5), ("ria", 0.5), ("wanda", 1.0)]
+    alike = Scripted({"wanda": (1, 1, 1), "abs(W)*X": (1, 1, 1)})
+    assert [one.loss for one in halve(alike, named("wanda", "abs(W)*X"), 1.0)] == [1]
 
 
 def test_methods_are_distinct() -> None:
@@ -90,9 +102,40 @@ def test_methods_are_distinct() -> None:
     assert len({key_of(one) for one in found}) == len(found)
     kinds = [(one.metric, one.update, one.fit) for one in found]
     assert kinds.count(("alps", "admm", "dense")) == 1
-    assert not any(metric.startswith(("catalogue", "layer:abs(W)*X")) for metric, _, _ in kinds)
+    assert not any(metric.startswith("catalogue") for metric, _, _ in kinds)
     assert ("W*W*F", "admm", "dense") in kinds
     assert [(one.metric, one.update) for one in rivals(PLAIN)] == [("wanda", "none"), ("sparsegpt", "obs-blockwise")]
+
+
+@pytest.mark.parametrize(("target", "update", "alike"), [
+    ("0.6", "admm", False), ("0.6", "obs-blockwise", True), ("layer:0.6", "admm", True), ("2:4", "none", True),
+])  # fmt: skip
+def test_a_group_that_nothing_asks_for_makes_no_other_recipe(target: str, update: str, alike: bool) -> None:
+    """Target or updater settle it: tried once, and told as what each was asked for as."""
+    recipe = replace(PLAIN, target=target, update=update)
+    pair = [replace(recipe, metric=metric) for metric in ("W*W*X", "layer:W*W*X")]
+    assert (key_of(pair[0]) == key_of(pair[1])) == alike
+    model = load_model(None, device="cpu")
+    session = session_of(model, windows := demo_windows(model))
+    session.windows = {"calibration": windows, "validation": windows}
+    trials = Trials(session, Deadline.starting(None), lambda *told: None)
+    found = [trial for one in pair for trial in trials.measure([one], 0.25)]
+    assert [trial.recipe for trial in found] == pair
+    assert len(trials.found) == (1 if alike else 2)
+    assert (found[0].loss == found[1].loss) == alike
+
+
+def test_what_settles_the_group() -> None:
+    """An allocation does; the sparsity, the fit where weights change, and the rest are as they are."""
+    targets = {"a": layer_target("layer", (4, 8), 3)}
+    allocated = replace(PLAIN, update="admm", allocation=Allocation("layer", targets))
+    assert key_of(allocated) == key_of(replace(allocated, metric="layer:abs(W)*X"))
+    assert key_of(PLAIN) == key_of(replace(PLAIN, metric="abs(W)*X", target="row:0.5", fit="dense"))
+    different: list[dict[str, Any]] = [{"target": "0.6"}, {"target": "layer:0.5"}, {"update": "obs"}, {"seed": 1}]
+    assert len({key_of(one) for one in (PLAIN, *(replace(PLAIN, **other) for other in different))}) == 5
+    pattern = replace(PLAIN, target="2:4", metric="layer:abs(W)*X", update="obs")
+    assert not any(name.startswith("metric") for name, _ in without(pattern))
+    assert key_of(replace(pattern, target="4:8")) != key_of(pattern)
 
 
 def test_without_each_part() -> None:
@@ -180,8 +223,11 @@ class Bowl(Scripted):
 
 def test_climbing_finds_the_least() -> None:
     directions: Any = SimpleNamespace(moves={"a": 0, "b": 0}, allocation=dict)
-    assert climb(Bowl(), directions, PLAIN, {}, 0.5, math.inf) == {"a": 1.25, "b": -0.5}
-    assert climb(Bowl(), directions, PLAIN, {"a": 1.0}, 0.5, 1.0) == {"a": 1.0}
+    assert climb(Bowl(), directions, PLAIN, [{}], 0.5, math.inf) == ({"a": 1.25, "b": -0.5}, True)
+    assert climb(Bowl(), directions, PLAIN, [{"a": 1.0}], 0.5, 1.0) == ({"a": 1.0}, False)
+    starts = [{}, {"a": -1.0}, {"a": 1.5}, {"b": -1.0}]  # of which the third is best
+    assert climb(Bowl(), directions, PLAIN, starts, 0.5, 4.0) == ({"a": 1.5}, False)
+    assert climb(Bowl(), directions, PLAIN, starts, 0.5, 2.0) == ({}, False)
 
 
 class Watching(TuneListener):
@@ -201,6 +247,10 @@ class Watching(TuneListener):
             raise KeyboardInterrupt
 
 
+def untimed(line: str) -> dict[str, Any]:
+    return {key: value for key, value in json.loads(line).items() if key != "seconds"}
+
+
 def test_the_whole_command(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
     model, text = str(tiny_llama), str(tiny_text)
     ledger, options = tmp_path / "tune.jsonl", {**QUICK, "calibration": text, "target": "0.6"}
@@ -208,18 +258,37 @@ def test_the_whole_command(tiny_llama: Path, tiny_text: Path, tmp_path: Path) ->
     with pytest.raises(KeyboardInterrupt):
         gpmetric.tune(model, output=tmp_path / "a", ledger=ledger, listener=Watching(6), **options)
     lines = ledger.read_text().splitlines()
+    kept = read_recipe(tmp_path / "a.recipe.toml")
+    assert kept.metric in ("wanda", "sparsegpt")  # which were measured on all windows by then
     told = Watching()
     found = gpmetric.tune(model, output=tmp_path / "a", ledger=ledger, resume=True, listener=told, **options)
     whole = Watching()
     again = gpmetric.tune(model, output=tmp_path / "b", listener=whole, **options)
     measured = [(one.recipe.metric, one.share) for one in whole.trials]
     assert [(one.recipe.metric, one.share) for one in told.trials] == measured
-    kept = ledger.read_text().splitlines()
-    assert kept[: len(lines)] == lines
-    assert len(kept) == len(set(kept)) == len(measured) + 2  # its settings, and what the search of allocations came to
+    kept_lines = ledger.read_text().splitlines()
+    assert kept_lines[: len(lines)] == lines
+    searched = [line for line in kept_lines if '"split": "search"' in line]
+    assert len(kept_lines) == len(set(kept_lines)) == 1 + len(measured) + len(searched)
     assert (found["recipe"], found["excess"]) == (again["recipe"], again["excess"])
+    least = min(map(json.loads, searched), key=lambda record: record["losses"][0])
+    assert least["recipe"] in [record["recipe"] for record in map(json.loads, kept_lines[1:]) if "split" not in record]
+    assert not list(tmp_path.glob("*.recipe.toml"))
+    middle = kept_lines.index(searched[len(searched) // 2])  # killed in the search of allocations
+    (cut := tmp_path / "cut.jsonl").write_text("".join(f"{line}\n" for line in kept_lines[:middle]))
+    third = gpmetric.tune(model, output=tmp_path / "a", ledger=cut, resume=True, force=True, **options)
+    assert third["recipe"] == found["recipe"]
+    gone_on = cut.read_text().splitlines()
+    assert gone_on[:middle] == kept_lines[:middle]
+    assert [untimed(line) for line in gone_on] == [untimed(line) for line in kept_lines]
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
+
+    text_of = found["pruned"]["text"]
+    assert text_of["text"] == f"{text}#validation"
+    assert found["splits"]["validation"] == text_of
+    reached = math.log(found["pruned"]["perplexity"] / found["dense"]["validation"])
+    assert reached == pytest.approx(found["excess"], abs=2e-3)  # the file holds 16 bits
 
     table = {row["what"]: row for row in found["table"]}
     assert found["excess"] == table["recipe"]["excess"] <= min(table[name]["excess"] for name in ("wanda", "sparsegpt"))
@@ -243,12 +312,117 @@ def test_formulas_are_evolved(
     found = gpmetric.tune(str(tiny_llama), output=tmp_path / "a", **options)
     assert found["evolved"]["evaluations"] == 4
     assert 1 <= len(found["evolved"]["formulas"]) <= 5
-    tried = {trial["recipe"]["metric"] for trial in found["trials"]}
-    assert set(found["evolved"]["formulas"]) <= tried
+    tried = {resolve_metric(trial["recipe"]["metric"]).expression for trial in found["trials"]}
+    assert {resolve_metric(formula).expression for formula in found["evolved"]["formulas"]} <= tried
     told = Watching()
     again = gpmetric.tune(str(tiny_llama), output=tmp_path / "b", resume=True, listener=told, **options)
     assert again["evolved"] == found["evolved"]
     assert "formulas" not in told.steps
+
+
+def test_a_search_of_formulas_that_time_cut_is_gone_on_with(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --resume, until it is whole; what it found before is not lost where there is no time to go on."""
+    options = {**QUICK, "calibration": str(tiny_text), "target": "2:4", "ledger": tmp_path / "tune.jsonl"}
+    answers, asked = [(["W*W*F"], 7, True), (["abs(W)*F"], 9, False)], list[bool]()
+
+    def evolved(request: Any, *_: Any) -> Any:
+        asked.append(request.resume)
+        return answers[len(asked) - 1]
+
+    monkeypatch.setattr(choice, "evolve", evolved)
+    first = gpmetric.tune(str(tiny_llama), output=tmp_path / "a", **options)
+    assert first["evolved"] == {"evaluations": 7, "formulas": ["W*W*F"], "cut": True}
+    monkeypatch.setattr(choice, "_FEWEST", math.inf)
+    without_time = gpmetric.tune(str(tiny_llama), output=tmp_path / "b", resume=True, minutes=60, **options)
+    assert without_time["evolved"] == first["evolved"]
+    assert without_time["recipe"] == first["recipe"]
+    monkeypatch.setattr(choice, "_FEWEST", 24)
+    second = gpmetric.tune(str(tiny_llama), output=tmp_path / "c", resume=True, **options)
+    assert second["evolved"] == {"evaluations": 9, "formulas": ["abs(W)*F"], "cut": False}
+    assert gpmetric.tune(str(tiny_llama), output=tmp_path / "d", resume=True, **options)["evolved"] == second["evolved"]
+    assert asked == [False, True]
+
+
+def test_whether_time_cut_a_search_of_formulas() -> None:
+    request = DiscoverRequest(**QUICK, target=("0.5",), evaluations=3, population=4)
+    session = session_of(model := load_model(None, device="cpu"), windows := demo_windows(model))
+    session.windows = {"calibration": windows, "search": Windows(windows.text, windows.tokens.clone())}
+    told: Any = lambda *told: None  # noqa: E731
+    assert evolve(request, session, 2, TaskClock(), told, told)[1:] == (3, False)
+    over = TaskClock(lambda: 0.0, 0.0, 0.0)
+    assert evolve(request, session, 2, over, told, told)[1:] == (0, True)
+
+
+def test_one_share_of_the_windows_is_on_the_device_at_a_time() -> None:
+    """What the first block reads of it, which is as large as the calibration."""
+    session = session_of(model := load_model(None, device="cpu"), windows := demo_windows(model))
+    session.windows = {"calibration": windows, "validation": windows, "search": windows}
+    trials = Trials(session, Deadline.starting(None), lambda *told: None)
+
+    def held() -> list[int]:
+        """Windows of every set of calls."""
+        gc.collect()
+        calls = [one for one in gc.get_objects() if type(one) is BlockCalls]
+        return [sum(map(len, one.batches)) for one in calls if one.model is model]
+
+    for share, count in ((0.25, 2), (1.0, 8), (0.5, 4)):
+        trials.measure([PLAIN], share)
+        assert held() == [count]
+    trials.forget()
+    assert held() == []
+    again = Trials(session, Deadline.starting(None), lambda *told: None)
+    assert again.measure([PLAIN], 0.5)[0].loss == trials.measure([PLAIN], 0.5)[0].loss
+
+
+def test_a_failure_behind_the_choice_leaves_the_recipe(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The dense model on the text that is read once, for instance."""
+    options = {**QUICK, "calibration": str(tiny_text), "target": "2:4", "evolve": False}
+    (text := tmp_path / "text.txt").write_text(tiny_text.read_text()[::-1])
+
+    def over(self: Trials, tokens: Any) -> float:
+        raise TimeOverError("--minutes 1 are too few")
+
+    told = Watching()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trials, "dense_on", over)
+        with pytest.raises(TimeOverError, match="too few"):
+            gpmetric.tune(str(tiny_llama), output=tmp_path / "a", text=str(text), listener=told, **options)
+    best = min((trial for trial in told.trials if trial.share == 1), key=lambda trial: trial.loss)
+    assert key_of(read_recipe(tmp_path / "a.recipe.toml")) == key_of(best.recipe)
+    (line,) = (record.message for record in caplog.records if "the best recipe so far" in record.message)
+    words = shlex.split(line.partition(": ")[2])
+    done = CliRunner().invoke(app, words[1:])
+    assert done.exit_code == 0, done.output
+    whole = gpmetric.tune(str(tiny_llama), output=tmp_path / "b", text=str(text), **options)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+    assert whole["pruned"]["text"]["text"] == str(text)
+
+
+def test_a_checkpoint_that_tune_began_is_gone_on_with(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the command that is told."""
+    monkeypatch.setattr(unfinished, "_SECONDS", 0)
+    monkeypatch.setattr(unfinished, "_SHARE", 0)
+
+    class Stopping(Watching):
+        def progress(self, what: str, done: int, total: int) -> None:
+            if (what, done) == ("blocks", 3):
+                raise KeyboardInterrupt
+
+    options = {**QUICK, "calibration": str(tiny_text), "target": "2:4", "evolve": False}
+    with pytest.raises(KeyboardInterrupt):
+        gpmetric.tune(str(tiny_llama), output=tmp_path / "a", listener=Stopping(), **options)
+    (line,) = (record.message for record in caplog.records if "the best recipe so far" in record.message)
+    done = CliRunner().invoke(app, shlex.split(line.partition(": ")[2])[1:])
+    assert done.exit_code == 0, done.output
+    assert "going on at block 2 of 3" in done.output
+    assert (tmp_path / "a" / "recipe.toml").read_text() == (tmp_path / "a.recipe.toml").read_text()
 
 
 def test_expected_seconds() -> None:

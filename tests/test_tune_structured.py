@@ -28,7 +28,7 @@ from gpmetric.structured.slim import open_units, prepare
 from gpmetric.terminal.figures import recipe_name
 from gpmetric.tuning.request import TuneRequest
 from gpmetric.tuning.steps import TuneListener
-from gpmetric.tuning.trial_log import Measurement, key_of
+from gpmetric.tuning.trial_log import Measurement
 from gpmetric.tuning.unit_recipes import (
     UnitRecipe,
     dampings,
@@ -72,10 +72,10 @@ def test_every_recipe_can_be_asked_for_once(form: str) -> None:
         shapes(replace(BEST, format=form), (form,)),
         dampings(BEST),
     ):
-        assert len({key_of(one) for one in recipes}) == len(recipes) > 1
+        assert len({UnitTrials.key(one) for one in recipes}) == len(recipes) > 1
         for one in recipes:
             slim_request(request, one).check()
-            assert UnitRecipe.of(json.loads(key_of(one))) == one
+            assert UnitRecipe.of(json.loads(UnitTrials.key(one))) == one
 
 
 def test_published_rules_are_placed_as_published() -> None:

@@ -28,6 +28,7 @@ from gpmetric.pruning import unfinished as folders
 from gpmetric.pruning.output_folder import MANIFEST
 from gpmetric.pruning.protocol import Walk
 from gpmetric.pruning.prune import PruneListener, prune
+from gpmetric.pruning.recipe import Recipe, write_recipe
 from gpmetric.pruning.requests import PruneRequest
 from gpmetric.pruning.unfinished import Record, unfinished
 from gpmetric.pruning.verify import verify
@@ -340,6 +341,38 @@ def test_another_setting_is_another_checkpoint(
     prune(str(tiny_llama), listener=told, force=True, **given)
     assert told.places == [(1, 3)]
     assert contents(place / "out") == whole
+
+
+def test_other_names_of_the_same_content_are_the_same_checkpoint(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the recipe, the text and the model; another recipe is another checkpoint."""
+    monkeypatch.setattr(folders, "_SECONDS", 0)
+    monkeypatch.setattr(folders, "_SHARE", 0)
+
+    class Stopping(Told):
+        def progress(self, what: str, done: int, total: int) -> None:
+            if (what, done) == ("blocks", 3):
+                raise KeyboardInterrupt
+
+    recipe = Recipe("wanda", "0.5", samples=4, sequence_length=32)
+    write_recipe(recipe, tmp_path / "a.toml")
+    options = {"output": tmp_path / "out", "windows": 4, "device": "cpu"}
+    with pytest.raises(KeyboardInterrupt):
+        prune(str(tiny_llama), calibration=str(tiny_text), recipe=tmp_path / "a.toml", listener=Stopping(), **options)
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    shutil.copy(tiny_text, tmp_path / "text.txt")
+    write_recipe(replace(recipe, seed=1), tmp_path / "c.toml")
+    other = {"calibration": str(tmp_path / "text.txt"), "listener": Stopping()}
+    with pytest.raises(KeyboardInterrupt):
+        prune(str(tmp_path / "model"), recipe=tmp_path / "c.toml", **options | other)
+    assert other["listener"].places == []
+    write_recipe(recipe, tmp_path / "b.toml")
+    made = prune(
+        str(tmp_path / "model"), recipe=tmp_path / "b.toml", **options | other | {"listener": (told := Told())}
+    )
+    assert told.places == [(2, 3)]
+    assert made["recipe"]["file"] == "b.toml"
 
 
 def test_one_process_at_a_time(stopped: Path, place: Path, quickly: Callable[..., dict[str, Any]]) -> None:

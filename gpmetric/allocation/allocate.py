@@ -19,7 +19,7 @@ from gpmetric.allocation.plot import draw_front, write_csv
 from gpmetric.allocation.prepare import CalibratedModel, calibrate
 from gpmetric.allocation.request import ALLOCATORS, AllocateRequest
 from gpmetric.allocation.time_plan import TimePlan
-from gpmetric.errors import GpmetricError, InputError
+from gpmetric.errors import GpmetricError, InputError, TimeOverError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.files import write_json
 from gpmetric.options import as_function
@@ -135,10 +135,12 @@ def _result(
         error = str(failure)
     baselines = _baselines(request, problem, scorer, plan)
     if allocation is not None and picked is not None and request.changes:
-        if plan.affords(plan.calibration):
+        try:
+            if not plan.affords(plan.calibration):
+                raise TimeOverError("no time was left")
             allocation, picked = settled(calibrated, problem, scorer, (allocation, picked), baselines)
-        else:
-            plan.cut.append("what was picked, in use")
+        except TimeOverError as over:
+            plan.cut.append(f"what was picked, in use: {over}")
     return {
         "front": [point for point, _ in front],
         "knee": knee([point for point, _ in front]),

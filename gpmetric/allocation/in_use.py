@@ -39,9 +39,9 @@ def settled(
 ) -> tuple[Allocation, Point]:
     """What is written, and its point: the best in use.
 
-    Of what was picked, what lies on the way from uniform to it, the uniform mask, one threshold for all, which needs no
-    search, and the rule that is best beside the front; but a rule that was asked for by name stays. The point has the
-    figures of all as `in_use`, and `written` says whose it is.
+    Of what was picked, what lies on the way from uniform to it, the rules that measure no candidate, and the best of
+    the others beside the front; but a rule that was asked for by name stays. The point has the figures of all as
+    `in_use`, and `written` says whose it is.
     """
     request, (allocation, point) = calibrated.request, picked
     sparsity = point["sparsity"] if request.sparsity is None else request.sparsity
@@ -49,7 +49,7 @@ def settled(
     plans = {request.allocator: allocation}
     if not asked and problem.table.nested:
         plans |= {f"{way:g} of it": _part(calibrated, problem, allocation, way, sparsity) for way in WAYS}
-    always = [name for name in ("uniform", "global") if name in problem.rules]
+    always = [name for name, row in problem.rules.items() if row.measures == "nothing"]
     names = list(dict.fromkeys([*[request.allocator] * asked, *always]))
     others = {name: points for name, points in baselines.items() if name not in (*names, request.allocator)}
     if others:

@@ -13,14 +13,14 @@ from gpmetric.allocation.candidate_losses import candidate_losses
 from gpmetric.allocation.exact_budget import allocated, exact_allocation, slack
 from gpmetric.allocation.levels import Levels
 from gpmetric.allocation.prepare import CalibratedModel
-from gpmetric.allocation.request import AllocateRequest
+from gpmetric.allocation.request import ALLOCATORS, AllocateRequest
 from gpmetric.allocation.variation import repair
 from gpmetric.errors import GpmetricError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.pareto import pareto_front
 from gpmetric.pruning.allocation import Allocation
 
-__all__ = ["NEAREST", "Point", "Scored", "Scorer", "at_sparsity", "held_out_front", "knee", "pick"]
+__all__ = ["NEAREST", "Point", "Scored", "Scorer", "at_sparsity", "held_out_front", "knee", "pick", "rules_beside"]
 
 Point = dict[str, Any]
 Scored = tuple[Point, Levels]
@@ -125,7 +125,8 @@ def pick(
         GpmetricError: no allocation has that sparsity, or none of the front keeps the loss within the ratio.
     """
     if request.sparsity is not None:
-        allocation, levels = at_sparsity(problem, near(request.sparsity), request.sparsity)
+        rivals = rules_beside(request, problem, request.sparsity)
+        allocation, levels = at_sparsity(problem, near(request.sparsity), request.sparsity, rivals)
         return allocation, scorer.point_of(allocation, levels)
     if request.max_loss_ratio is None:
         index = knee([point for point, _ in front])
@@ -164,17 +165,31 @@ def _as_it_is(problem: Problem, one: Scored) -> tuple[Allocation, Point]:
     return problem.table.allocation(one[1]), one[0]
 
 
-def at_sparsity(problem: Problem, found: Sequence[Levels], sparsity: float) -> tuple[Allocation, Levels]:
+def rules_beside(request: AllocateRequest, problem: Problem, sparsity: float) -> list[Levels]:
+    """What a search with an update must not be worse than: the rules that measure no candidate.
+
+    It begins with them, but on few windows, where one that is good on all may be lost.
+    """
+    if not request.solves or ALLOCATORS[request.allocator].rule is not None:
+        return []
+    free = [row.rule for row in problem.rules.values() if row.measures == "nothing"]
+    return [rule(problem, sparsity) for rule in free if rule is not None]
+
+
+def at_sparsity(
+    problem: Problem, found: Sequence[Levels], sparsity: float, rivals: Sequence[Levels] = ()
+) -> tuple[Allocation, Levels]:
     """The allocation at the budget of a sparsity that is best on the search text, and the levels nearest to it.
 
     Args:
         found: what a search found; its members next to the sparsity are brought there and measured.
+        rivals: others at that budget, which are measured, too.
 
     Raises:
         GpmetricError: no levels have that budget, to within a weight per comparison group of one matrix.
     """
     budget = problem.budget(sparsity)
-    allocation, levels = _brought(problem, found, budget)
+    allocation, levels = _brought(problem, found, budget, rivals)
     removed = allocated(problem.table, allocation)
     if abs(removed - budget) > slack(problem.table):
         reached = removed / problem.table.entries
@@ -182,11 +197,13 @@ def at_sparsity(problem: Problem, found: Sequence[Levels], sparsity: float) -> t
     return allocation, levels
 
 
-def _brought(problem: Problem, found: Sequence[Levels], budget: int) -> tuple[Allocation, Levels]:
-    """The best on the search text of the few candidates nearest to a budget, all brought there."""
+def _brought(
+    problem: Problem, found: Sequence[Levels], budget: int, rivals: Sequence[Levels] = ()
+) -> tuple[Allocation, Levels]:
+    """The best on the search text of the few candidates nearest to a budget, all brought there, and of rivals."""
     log, table = problem.log, problem.table
     near = sorted(found, key=lambda levels: (abs(table.removes(levels) - budget), levels))[:NEAREST]
     repaired = dict.fromkeys(repair(table, levels, budget, random.Random(0)) for levels in near)
-    measured = log.measure_all(list(repaired), log.batches)
+    measured = log.measure_all(list(dict.fromkeys([*repaired, *rivals])), log.batches)
     best = min(measured, key=lambda one: one.value(log.batches))
     return exact_allocation(table, best.levels, budget), best.levels

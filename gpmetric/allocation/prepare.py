@@ -37,7 +37,7 @@ __all__ = ["CalibratedModel", "allocate_work", "calibrate", "levels_of"]
 
 _EVALUATIONS = 800  # of a search whose length is told in minutes or tokens
 _VALIDATED = 60  # candidates on validation, baselines among them
-_IN_USE = 6  # allocations that are measured with the update in use
+_IN_USE = 8  # allocations that are measured with the update in use
 
 
 @dataclass(frozen=True)

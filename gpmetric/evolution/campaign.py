@@ -59,7 +59,7 @@ class Campaign:
             LedgerError: the ledger holds other draws than this campaign makes.
         """
         self._restore()
-        while self._wants_more() and self._generation():
+        while self.wants_more() and self._generation():
             self.on_generation(self._number - 1, self)
         if not self.executor.clock.limited and not self.ledger.evaluations("done"):
             raise GpmetricError("no formula could be evaluated; the ledger holds the reasons")
@@ -72,7 +72,8 @@ class Campaign:
         """The Pareto front over everything evaluated, the best by merit first."""
         return pareto_individuals(self.individuals())
 
-    def _wants_more(self) -> bool:
+    def wants_more(self) -> bool:
+        """Whether it would go on: neither is its budget spent, nor is nothing new to be expected."""
         config = self.config
         generations_spent = config.generations is not None and self._number >= config.generations
         return not (self._barren >= _PATIENCE or generations_spent or self._affordable() == 0)

@@ -32,8 +32,10 @@ def evolve(
     clock: TaskClock,
     progress: Progress,
     told: Callable[[int, Sequence[Individual], int], None],
-) -> tuple[list[str], int]:
-    """The first metrics of the front that differ in more than constants, the best first, and evaluations paid for.
+) -> tuple[list[str], int, bool]:
+    """The first metrics of the front that differ in more than constants, evaluations paid for, whether time cut it.
+
+    The best is the first. What time has cut goes on with the request's ledger, if `resume` says so.
 
     Args:
         request: what formulas are made of, and what they are measured by; its ledger keeps the search if it has one.
@@ -61,4 +63,5 @@ def evolve(
         campaign = Campaign(make_config(request, sessions, labels), ledger, executor, on_generation=tell)
         campaign.run()
         finalists, _ = choose_finalists(campaign.front(), count)
-        return [metric.name for metric in finalists], ledger.counts()["paid"]
+        cut = clock.limited and campaign.wants_more()
+        return [metric.name for metric in finalists], ledger.counts()["paid"], cut

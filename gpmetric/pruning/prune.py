@@ -11,7 +11,7 @@ from typing import Any
 
 from gpmetric.data import Windows
 from gpmetric.digests import weight_stamps
-from gpmetric.errors import GpmetricError, TimeOverError
+from gpmetric.errors import GpmetricError, InputError, TimeOverError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.options import as_function
 from gpmetric.pruning.allocation import Allocation, check_allocation, mean_sparsity, read_allocation
@@ -81,6 +81,8 @@ def run_prune(
     needed = [Path(str(name)) for name in inputs if name is not None]
     check_folder(folder, request.force or is_begun(folder), needed)
     session = open_session(request, work=prune_work, listener=told)
+    if recipe is not None:
+        _check_calibration(recipe, request, session)
     rule = _rule(session, request, allocation)
     targets = {layer.name: rule.target(layer.name) for layer in session.model.layers}
     protocol = Protocol(session, one_shot=request.one_shot, progress=deadline.watching(told.progress))
@@ -254,6 +256,21 @@ def _rule(session: Session, request: PruneRequest, allocation: Allocation | None
     return rule
 
 
+def _check_calibration(recipe: Recipe, request: PruneRequest, session: Session) -> None:
+    """Refuses other calibration windows than a recipe names.
+
+    Raises:
+        InputError: naming both.
+    """
+    windows = session.windows["calibration"]
+    if recipe.calibration_digest not in (None, windows.tokens_digest):
+        raise InputError(
+            f"--calibration {windows.text.name!r} gives windows of digest {windows.tokens_digest[:12]}, but --recipe "
+            f"{str(request.recipe)!r} was chosen on {recipe.calibration_digest:.12}: take the text, tokenizer and "
+            "number of windows that it was chosen on, or leave calibration_digest out of it"
+        )
+
+
 def _in_its_groups(allocation: Allocation, rule: Rule) -> Allocation:
     """An allocation in the comparison groups that the rule's updater chooses in, where it has its own."""
     own = rule.updater.granularity
@@ -263,18 +280,23 @@ def _in_its_groups(allocation: Allocation, rule: Rule) -> Allocation:
 
 
 def _identity(session: Session, made: Mapping[str, Any], targets: Mapping[str, Target]) -> dict[str, Any]:
-    """All that determines the files that are written."""
+    """All that determines the files that are written, but for the names of what is read: its content does."""
     folder, texts = session.model.folder, {"calibration": session.windows["calibration"], "text": session.evaluated[0]}
     assert folder is not None  # load_model knows it
     return {
-        **made,
+        **{name: _unnamed(value) for name, value in made.items() if name != "model"},
         "statistics_dtype": session.inputs.statistics_dtype,
         "device": str(session.model.device),
         "layers": {name: [target.text, target.granularity] for name, target in targets.items()},
         "tokens": {name: hashlib.sha256(one.tokens.numpy().tobytes()).hexdigest() for name, one in texts.items()},
-        "files": [stamp[:3] for stamp in weight_stamps(folder)],
-        "text": texts["text"].describe(),
+        "files": [[Path(path).name, *found[:2]] for path, *found in weight_stamps(folder)],
+        "text": _unnamed(texts["text"].describe()),
     }
+
+
+def _unnamed(told: Any) -> Any:
+    """What the manifest says of something that is read, without its name."""
+    return {key: one for key, one in told.items() if key not in ("file", "text")} if isinstance(told, dict) else told
 
 
 def _named(file: str | Path | None, digest: str | None) -> dict[str, Any]:

@@ -8,8 +8,9 @@
     samples = 128
     sequence_length = 2048
 
-An allocation may stand behind it, as a table of what an allocation file holds. What is read at the time of pruning is
-left out: the model, the texts, the device, and the dtypes of weights and statistics.
+An allocation may stand behind it, as a table of what an allocation file holds. With the model and the calibration text
+it determines the weights; the digest of the text's windows may be in it, too, and then others are refused. The device
+is left out, whose arithmetic may differ in the last bits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,7 @@ from gpmetric.files import write_text
 from gpmetric.metrics import resolve_metric
 from gpmetric.pruning.allocation import Allocation, allocation_of
 from gpmetric.pruning.updaters import FITS, UPDATERS
+from gpmetric.session.inputs import DTYPES, STATISTICS_DTYPES
 from gpmetric.targets import parse_target
 
 __all__ = ["Recipe", "read_recipe", "write_recipe"]
@@ -38,10 +40,11 @@ _HEAD = "# How a model is pruned: `gpmetric prune MODEL --recipe FILE -o DIR`\n"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is pruned; the fields are options of `gpmetric prune`, but for the allocation.
+    """How a model is pruned; the fields are options of `gpmetric prune`, but for the allocation and the digest.
 
     Attributes:
         allocation: what each layer is pruned to; None prunes all to the target.
+        calibration_digest: `tokens_digest` of the calibration windows; None takes any.
         text: of the file that it was read from.
     """
 
@@ -57,12 +60,16 @@ class Recipe:
     exclude: str | None = None
     allocation: Allocation | None = None
     permute: bool = False
+    dtype: str | None = None
+    statistics_dtype: str = "float32"
+    one_shot: bool = False
+    calibration_digest: str | None = None
     text: str | None = field(default=None, compare=False)
 
     @property
     def options(self) -> dict[str, Any]:
         """The options of `gpmetric prune` that it stands for."""
-        names = (one.name for one in fields(self) if one.name not in ("allocation", "text"))
+        names = (one.name for one in fields(self) if one.name not in ("allocation", "calibration_digest", "text"))
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -72,7 +79,8 @@ class Recipe:
 
     def document(self) -> dict[str, Any]:
         """What a file holds; options that are None are left out."""
-        told = {"version": 1} | {name: value for name, value in self.options.items() if value is not None}
+        said = self.options | {"calibration_digest": self.calibration_digest}
+        told = {"version": 1} | {name: value for name, value in said.items() if value is not None}
         return told | ({} if self.allocation is None else {"allocation": self.allocation.document()})
 
 
@@ -91,6 +99,10 @@ class _File(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     include: str | None = None
     exclude: str | None = None
+    dtype: str | None = None
+    statistics_dtype: str = "float32"
+    one_shot: bool = False
+    calibration_digest: str | None = None
     allocation: dict[str, Any] | None = None
 
 
@@ -115,9 +127,14 @@ def read_recipe(path: str | Path) -> Recipe:
         place = ".".join(map(str, first["loc"]))
         told = "is missing" if first["type"] == "missing" else f"is {first['input']!r:.60}: {first['msg']}"
         raise InputError(f"{where}: {place:.200} {told}") from error
-    for name, table in (("update", UPDATERS), ("fit", FITS)):
+    tables: dict[str, Collection[str | None]] = {
+        "update": UPDATERS, "fit": FITS, "dtype": (None, *DTYPES), "statistics_dtype": STATISTICS_DTYPES,
+    }  # fmt: skip
+    for name, table in tables.items():
         if getattr(said, name) not in table:
-            raise InputError(f"{where}: {name} is {getattr(said, name)!r:.60}; accepted: {', '.join(table)}")
+            raise InputError(
+                f"{where}: {name} is {getattr(said, name)!r:.60}; accepted: {', '.join(filter(None, table))}"
+            )
     try:
         resolve_metric(said.metric)
         parse_target(said.target)

@@ -12,7 +12,6 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 from torch import Tensor
 
 from gpmetric.blockwise.couplings import in_order
-from gpmetric.data import split_text
 from gpmetric.errors import DataError, GpmetricError, InputError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.loading import check_path, load_model, pick_device
@@ -28,7 +27,7 @@ from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.plan import Plan, make_plan
 from gpmetric.session.session import Listener, Progress
-from gpmetric.session.splits import PARTS, open_text, read_windows
+from gpmetric.session.splits import open_text, read_windows
 from gpmetric.session.work import Work
 from gpmetric.targets import Target, parse_target
 from gpmetric.tensor_file import TensorFile
@@ -363,11 +362,10 @@ def _only_masked(manifest: _Manifest, layer: _Layer) -> bool:
 def _windows(model: Model, manifest: _Manifest) -> Tensor | None:
     """[n, length], those of the manifest; None where there is no such text here."""
     said = manifest.text
-    source, _, split = said.text.rpartition("#")  # a text that was cut, if it is not a file's name
     try:
         if said.text.startswith("hf:"):
             return None
-        text = split_text(open_text(source), PARTS)[split] if split in PARTS and source else open_text(said.text)
+        text = open_text(said.text)
     except DataError:
         return None
     if text is None or text.digest != said.sha256:

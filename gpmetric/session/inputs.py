@@ -13,7 +13,7 @@ from gpmetric.options import Option, Request
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEVICES", "DTYPES", "Inputs", "Limits", "Texts", "parse_size"]
+__all__ = ["DEVICES", "DTYPES", "STATISTICS_DTYPES", "Inputs", "Limits", "Texts", "parse_size"]
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")

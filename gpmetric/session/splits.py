@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -53,9 +54,14 @@ def open_sources(inputs: Inputs) -> Sources:
 def open_text(source: str) -> Text:
     """A text file, a table, a Hub dataset, or a split of the demo's text.
 
+    `c.txt#validation` is what `c.txt` cut into three has under that name, unless there is a file of such a name.
+
     Raises:
         DataError: it cannot be read, or there is no such split.
     """
+    whole, _, part = source.rpartition("#")
+    if whole and part in PARTS and not os.path.exists(source):
+        return split_text(open_text(whole), PARTS)[part]
     if not source.startswith("demo:"):
         return read_text(source)
     split = source.removeprefix("demo:")

@@ -351,6 +351,8 @@ def print_prune(console: Console, result: Mapping[str, Any], request: Request) -
     if "permuted" in result:
         sparsity += f", inputs of {result['permuted']['layers']} of {result['permuted']['of']} N:M layers permuted"
     figures = f"perplexity {result['perplexity']:.4f}, dense {result['dense']:.4f}, on {result['text']['text']}"
+    if result["text"]["sha256"] == result["calibration"]["sha256"]:
+        figures += ", the text of the calibration (--text)"
     console.print(Text(f"{result['output']}: {sparsity}; {figures}; verified"), soft_wrap=True)
 
 

@@ -28,16 +28,21 @@ def mixtures(directions: Directions, recipe: Recipe) -> list[tuple[Shares, Recip
     return [(one, replace(recipe, allocation=directions.allocation(one))) for one in shares]
 
 
-def climb(trials: Trials, directions: Directions, recipe: Recipe, here: Shares, share: float, until: float) -> Shares:
+def climb(
+    trials: Trials, directions: Directions, recipe: Recipe, starts: Sequence[Shares], share: float, until: float
+) -> tuple[Shares, bool]:
     """How far to go in each direction, by a pattern search: a step is kept where it is better.
 
     Args:
         trials: whose validation windows are those to search on.
         directions: tried in their order, on and back, by smaller and smaller steps.
         recipe: whose allocation is searched.
-        here: where to begin.
+        starts: the best of which it begins at; at least one.
         share: of the windows.
         until: when to be done, by the deadline's clock.
+
+    Returns:
+        The best of all that were measured, and whether time left the search whole.
 
     Source: Hooke and Jeeves 1961, exploratory moves alone.
     """
@@ -47,17 +52,23 @@ def climb(trials: Trials, directions: Directions, recipe: Recipe, here: Shares, 
         found: Sequence[Trial] = trials.measure([moved], share, until)
         return found[0].loss if found else math.nan
 
-    least = loss(here)
+    here, least = starts[0], math.inf
+    for start in starts:
+        reached = loss(start)
+        if math.isnan(reached):  # time is over
+            return here, False
+        if reached < least:
+            here, least = start, reached
     for stride in _STRIDES:
         for name in directions.moves:
             for moved in _steps(here, name, stride):
                 reached = loss(moved)
-                if math.isnan(reached):  # time is over
-                    return here
+                if math.isnan(reached):
+                    return here, False
                 if reached < least:
                     here, least = moved, reached
                     break
-    return here
+    return here, True
 
 
 def _steps(here: Shares, name: str, stride: float) -> Iterator[Shares]:

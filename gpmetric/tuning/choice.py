@@ -22,7 +22,7 @@ from gpmetric.tuning.allocations import Shares, climb, mixtures
 from gpmetric.tuning.parts import SOLVER, first_recipe, methods, rivals, with_rounds, without
 from gpmetric.tuning.request import TuneRequest
 from gpmetric.tuning.steps import Steps
-from gpmetric.tuning.trial_log import SHARES, key_of
+from gpmetric.tuning.trial_log import SHARES
 from gpmetric.tuning.trials import Trial, Trials
 
 __all__ = ["Choice", "search_work"]
@@ -47,6 +47,7 @@ class Choice(Steps[Recipe]):
         evolved: what a search of formulas came to; None where there was none.
     """
 
+    trials: Trials
     evolved: dict[str, Any] | None = None
 
     def run(self) -> Trial:
@@ -61,9 +62,9 @@ class Choice(Steps[Recipe]):
         self.told.step("published recipes")
         published = methods(plain, ())
         solver = self.measure([one for one in published if (one.update, one.fit) == SOLVER][:1], SHARES[0])
-        self.take(self.measure(rivals(plain)))
+        compared = [trial.recipe for trial in self.measure(rivals(plain))]
         for one in rivals(plain):
-            if not any(trial.recipe == one for trial in self.trials.found):
+            if one not in compared:
                 self.cut(f"{one.metric}, which the choice was not compared with")
         if self.best is None:
             raise self.nothing()
@@ -73,9 +74,9 @@ class Choice(Steps[Recipe]):
         ends = {step: begun + share * (end - begun) for step, share in _ENDS.items()}
         tried = methods(plain, self.request.metric)
         until = min(ends["formulas"], ends["methods"] - _RUNGS * each * (len(tried) + _EVOLVED))
-        formulas: list[str] = []
         with self.lasting("evolving formulas"):
-            formulas = self._evolved(each, until)
+            self._evolve(each, until)
+        formulas = self.evolved["formulas"] if self.evolved else ()
         self.halve("metrics and updates", methods(plain, [*self.request.metric, *formulas]), ends["methods"])
         if parse_target(self.request.target).group:  # patterns are the same everywhere, but channels can change places
             self._try("channels in another order", replace(self.best.recipe, permute=True), ends["allocations"])
@@ -90,26 +91,32 @@ class Choice(Steps[Recipe]):
     def describe(self, best: Trial) -> dict[str, Any]:
         return super().describe(best) | {"evolved": self.evolved}
 
-    def _evolved(self, each: float, until: float) -> list[str]:
-        """Formulas that are evolved for the solver, if there is time for enough candidates of so many seconds."""
+    def _evolve(self, each: float, until: float) -> None:
+        """Evolves formulas for the solver, if there is time for enough candidates of so many seconds.
+
+        A search that a file keeps is gone on with where time had cut it.
+        """
         if not self.request.evolves:
-            return []
+            return
         if (known := self.trials.searched.get("formulas")) is not None:
             self.evolved = dict(known)
-            return list(map(str, known["formulas"]))
+            if not known["cut"]:
+                return
         affordable = (until - self.deadline.now()) / max(each, 1e-9)
         if affordable < _FEWEST:
             self.cut(f"evolving formulas, of which {max(0, int(affordable))} could be tried")
-            return []
+            return
         self.told.step("formulas")
+        self.trials.forget()
         request, clock = _search_request(self.request), TaskClock(self.deadline.now, until, until)
-        found, paid = evolve(request, self.trials.session, _EVOLVED, clock, self.trials.progress, self.told.generation)
-        self.evolved = {"evaluations": paid, "formulas": found}
+        found, paid, cut = evolve(
+            request, self.trials.session, _EVOLVED, clock, self.trials.progress, self.told.generation
+        )
+        self.evolved = {"evaluations": paid, "formulas": found, "cut": cut}
         self.trials.keep("formulas", self.evolved)
-        return found
 
     def _allocate(self, each: float, until: float) -> None:
-        """Allocations by rules, then a search in use that begins at the best of them."""
+        """Allocations by rules, then a search in use that begins at the best of them on the search text."""
         assert self.best is not None
         self.told.step("allocations")
         session, recipe = self.trials.session, self.best.recipe
@@ -120,21 +127,18 @@ class Choice(Steps[Recipe]):
         directions = directions_of(session, settled.granularity or "row", target.sparsity, self.trials.progress)
         pairs = mixtures(directions, recipe)
         self.halve("allocations by rule", [recipe for _, recipe in pairs], until - _CLIMBED * each)
-        here = next((shares for shares, one in pairs if one == self.best.recipe), Shares())
-        known = self.trials.searched.get("allocation", {})
-        if known.get("recipe") != key_of(recipe):
-            if (until - self.deadline.now()) / max(each, 1e-9) < _CLIMBED:
-                self.cut("searching an allocation")
-                return
-            self.told.step("a search of allocations")
-            windows = {"calibration": session.windows["calibration"], "validation": session.windows["search"]}
-            searching = Trials(replace(session, windows=windows), self.deadline, self.trials.progress)
-            here = climb(searching, directions, recipe, here, _CLIMBING, until - each)
-            self.trials.keep("allocation", {"recipe": key_of(recipe), "shares": here})
-        else:
-            here = Shares({str(name): float(share) for name, share in known["shares"].items()})
+        searching = self.trials.on_search_text()
+        if not searching.begun and (until - self.deadline.now()) / max(each, 1e-9) < _CLIMBED:
+            self.cut("searching an allocation")
+            return
+        self.told.step("a search of allocations")
+        self.trials.forget()
+        starts = [Shares(), *(shares for shares, _ in pairs)]
+        here, whole = climb(searching, directions, recipe, starts, _CLIMBING, until - each)
+        if not whole:
+            self.cut("the rest of the search of allocations")
         if here:
-            self.take(self.measure([replace(recipe, allocation=directions.allocation(here))]))
+            self.measure([replace(recipe, allocation=directions.allocation(here))])
 
     def _try(self, what: str, recipe: Recipe, until: float) -> None:
         """One recipe on all windows, if there is time to measure it and then to prune by it."""
@@ -144,7 +148,6 @@ class Choice(Steps[Recipe]):
         found = found and self.measure([recipe], 1.0, min(until, last))
         if not found:
             self.cut(what)
-        self.take(found)
 
     def _compare(self, plain: Recipe) -> bool:
         """The table: the best, without each of its parts, and the rivals; whether one of them is better."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gpmetric.tuning.trial_log import SHARES, Asked, Measurement, TrialLog, key_of
+from gpmetric.tuning.trial_log import SHARES, Asked, Measurement, TrialLog
 
 __all__ = ["halve"]
 
@@ -23,7 +23,7 @@ def halve(trials: TrialLog[Asked], recipes: Sequence[Asked], until: float, kept:
         until: when to be done, by the deadline's clock.
         kept: that are measured on all windows at least, if there is time.
     """
-    alive = list({key_of(recipe): recipe for recipe in recipes}.values())
+    alive = list({trials.key(recipe): recipe for recipe in recipes}.values())
     ranked: list[Measurement[Asked]] = []
     begun = trials.deadline.now()
     for rung, share in enumerate(SHARES, start=1):

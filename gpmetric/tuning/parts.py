@@ -11,6 +11,7 @@ from gpmetric.pruning.recipe import Recipe
 from gpmetric.pruning.updaters import UPDATERS, fit_of
 from gpmetric.session.session import Session
 from gpmetric.tuning.request import TuneRequest
+from gpmetric.tuning.trials import key_of
 
 __all__ = ["SOLVER", "first_recipe", "methods", "rivals", "spelled_out", "with_rounds", "without"]
 
@@ -23,7 +24,8 @@ def first_recipe(request: TuneRequest, session: Session) -> Recipe:
     samples, length = session.tokens.shape
     return Recipe(
         "wanda", request.target, samples=samples, sequence_length=length, shuffle=request.shuffle, seed=request.seed,
-        include=request.include, exclude=request.exclude,
+        include=request.include, exclude=request.exclude, dtype=session.model.dtype,
+        statistics_dtype=request.statistics_dtype, calibration_digest=session.windows["calibration"].tokens_digest,
     )  # fmt: skip
 
 
@@ -44,10 +46,9 @@ def methods(plain: Recipe, names: Sequence[str]) -> list[Recipe]:
     ]
     found = [replace(plain, metric=entry.formula, update=entry.update, fit=entry.fit) for entry in CATALOGUE.values()]
     named = [spelled_out(replace(plain, metric=name, update=update, fit=fit)) for name in names]
-    alike: dict[tuple[str, ...], Recipe] = {}
+    alike: dict[str, Recipe] = {}
     for one in (*published, *found, *named):
-        metric = resolve_metric(one.metric)
-        alike.setdefault((str(metric.expression), metric.granularity, one.update, one.fit), one)
+        alike.setdefault(key_of(one), one)
     return list(alike.values())
 
 
@@ -70,9 +71,9 @@ def without(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     """By part, the recipe without it; a part that it does not have is left out."""
     recipe = spelled_out(recipe)
     base, _, rounds = ("none", "", "block") if recipe.update == "block" else recipe.update.partition("+")
-    mine, published = resolve_metric(recipe.metric), resolve_metric(_PUBLISHED[base])
-    if (mine.expression, mine.granularity) != (published.expression, published.granularity):
-        yield f"metric ({published.name} in its place)", replace(recipe, metric=_formula(published))
+    published = resolve_metric(_PUBLISHED[base])
+    if key_of(other := replace(recipe, metric=_formula(published))) != key_of(recipe):
+        yield f"metric ({published.name} in its place)", other
     if recipe.allocation is not None:
         yield "allocation (all alike)", replace(recipe, allocation=None)
     if recipe.permute:

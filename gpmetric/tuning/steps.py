@@ -17,7 +17,7 @@ from gpmetric.session.deadline import Deadline
 from gpmetric.structured.slim import SlimListener
 from gpmetric.tuning.halving import halve
 from gpmetric.tuning.request import TuneRequest
-from gpmetric.tuning.trial_log import Asked, Measurement, TrialLog, key_of
+from gpmetric.tuning.trial_log import Asked, Measurement, TrialLog
 
 __all__ = ["Steps", "TuneListener"]
 
@@ -44,7 +44,6 @@ class Steps(Generic[Asked]):
 
     Attributes:
         cuts: what was left out for want of time.
-        best: of those measured on all windows.
         table: once the best is known: what stands beside it.
     """
 
@@ -53,8 +52,12 @@ class Steps(Generic[Asked]):
     told: TuneListener
     deadline: Deadline
     cuts: list[str] = field(default_factory=list)
-    best: Measurement[Asked] | None = None
     table: dict[str, Measurement[Asked]] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Measurement[Asked] | None:
+        """Of those measured on all windows."""
+        return self.trials.best
 
     def describe(self, best: Measurement[Asked]) -> dict[str, Any]:
         """The JSON document, but for what pruning adds."""
@@ -92,17 +95,16 @@ class Steps(Generic[Asked]):
             self.cut(f"{what}: {error}")
 
     def halve(self, what: str, recipes: Sequence[Asked], until: float) -> None:
-        """What is left of successive halving may be the best."""
+        """Successive halving, after which what is left may be the best."""
         self.told.step(what)
         before = len(self.trials.found)
         found = halve(self.trials, recipes, until)
         self._tell(before)
-        known = {key_of(trial.recipe) for trial in self.trials.found}
+        known = {self.trials.key(trial.recipe) for trial in self.trials.found}
         if not found:
             self.cut(f"{what}: none could be measured on all windows")
-        elif missing := [one for one in recipes if key_of(one) not in known]:
+        elif missing := [one for one in recipes if self.trials.key(one) not in known]:
             self.cut(f"{what}: {len(missing)} of {len(recipes)} were not measured")
-        self.take(found)
 
     def compare(self, rows: Mapping[str, Asked], until: float) -> bool:
         """The table, of recipes by what they are, on the texts that are read once, too; whether there is a better best.
@@ -111,17 +113,17 @@ class Steps(Generic[Asked]):
             rows: beside the best.
             until: when to be done, by the deadline's clock.
         """
-        assert self.best is not None
+        best = self.best
+        assert best is not None
         self.told.step("what each part is worth")
         texts = [one.tokens for one in self.trials.session.evaluated]
-        self.table, before = {"recipe": self.best}, self.best.recipe
-        for name, recipe in {"recipe": before, **rows}.items():
+        self.table = {"recipe": best}
+        for name, recipe in {"recipe": best.recipe, **rows}.items():
             if found := self.measure([recipe], 1.0, until, texts):
                 self.table[name] = found[0]
             else:
                 self.cut(f"what each part is worth: {name}")
-        self.take(list(self.table.values()))
-        return self.best.recipe != before
+        return self.trials.key((self.best or best).recipe) != self.trials.key(best.recipe)
 
     def measure(
         self, recipes: Sequence[Asked], share: float = 1.0, until: float | None = None, texts: Sequence[Tensor] = ()
@@ -131,11 +133,6 @@ class Steps(Generic[Asked]):
         found = self.trials.measure(recipes, share, self.deadline.end if until is None else until, texts)
         self._tell(before)
         return found
-
-    def take(self, found: Sequence[Measurement[Asked]]) -> None:
-        """The best of those measured on all windows; of equals, the one that was there before."""
-        known = [*([self.best] if self.best else []), *found]
-        self.best = min((one for one in known if math.isfinite(one.loss)), key=lambda one: one.loss, default=None)
 
     def cut(self, what: str) -> None:
         """Says what is left out, once."""

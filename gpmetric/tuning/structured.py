@@ -70,7 +70,7 @@ class UnitChoice(Steps[UnitRecipe]):
         self.told.dense({"validation": math.exp(self.trials.dense())})
         self.told.step("published recipes")
         rivals = published(form)
-        self.take(self.measure(rivals))
+        self.measure(rivals)
         for one in rivals:
             if not any(trial.recipe == one for trial in self.trials.found):
                 self.cut(f"{one.start}, which the choice was not compared with")
@@ -120,7 +120,7 @@ class UnitChoice(Steps[UnitRecipe]):
         steps = self.trials.search(recipe, self.told, steps, minutes, self.request.units_ledger)
         if "steps" not in known:
             self.trials.keep("units", begun | {"steps": steps})
-        self.take(self.measure([replace(recipe, steps=steps)]))
+        self.measure([replace(recipe, steps=steps)])
 
     def _minutes(self, recipe: UnitRecipe, end: float) -> float | None:
         """Of a search that must be over by `end`; 0 where it is not worth while, None without a limit."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -20,7 +20,7 @@ from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.session import Progress, Session
 
-__all__ = ["SHARES", "Asked", "Measurement", "Recorded", "TrialLog", "key_of"]
+__all__ = ["SHARES", "Asked", "Measurement", "Recorded", "TrialLog"]
 
 SHARES = (0.25, 0.5, 1.0)  # of the windows, rung by rung
 _SCALE = 0.75  # power of the share that seconds are thought to go with: part of the work does not depend on it
@@ -55,11 +55,6 @@ class Measurement(Generic[Asked]):
     others: tuple[float, ...] = ()
 
 
-def key_of(recipe: Recorded) -> str:
-    """The same text for the same recipe."""
-    return json.dumps(recipe.document(), sort_keys=True)
-
-
 class TrialLog(Journal, Generic[Asked]):
     """Measures recipes.
 
@@ -68,8 +63,10 @@ class TrialLog(Journal, Generic[Asked]):
         deadline: of the command.
         progress: told of what takes long.
         path, settings, resume: as of `Journal`.
+        keep_best: called with every recipe that is better on all windows than those before it.
 
     Attributes:
+        best: of those measured on all windows.
         found: every trial so far, in the order measured.
         searched: what searches came to, by what was searched.
     """
@@ -83,15 +80,19 @@ class TrialLog(Journal, Generic[Asked]):
         settings: Mapping[str, Any] = {},
         *,
         resume: bool = False,
+        keep_best: Callable[[Asked], object] = lambda recipe: None,
     ) -> None:
         self.session, self.deadline, self.progress = session, deadline, progress
+        self.best: Measurement[Asked] | None = None
+        self._keep_best = keep_best
         self.found: list[Measurement[Asked]] = []
         self.searched: dict[str, Any] = {}
         self._known: dict[tuple[str, float, int], Measurement[Asked]] = {}  # by recipe, share and how many other texts
         self._kept: dict[tuple[str, float, int], dict[str, Any]] = {}
+        self._kept_of_search: dict[tuple[str, float, int], dict[str, Any]] = {}
         self._dense: dict[int, float] = {}
         self._seconds: dict[Any, dict[float, float]] = {}
-        super().__init__(path, "tune", {"format": 1} | dict(settings), resume=resume)
+        super().__init__(path, "tune", {"format": 2} | dict(settings), resume=resume)
 
     def take(self, record: dict[str, Any]) -> bool:
         """A trial of the file, by the recipe's text, or what a search came to."""
@@ -101,8 +102,19 @@ class TrialLog(Journal, Generic[Asked]):
         losses = [math.inf if loss is None else float(loss) for loss in record["losses"]]
         kept = {"loss": losses[0], "seconds": float(record["seconds"]), "error": record["error"]}
         place = str(record["recipe"]), float(record["share"]), len(losses) - 1
-        self._kept[place] = kept | {"others": tuple(losses[1:])}
+        of = self._kept_of_search if record.get("split") == "search" else self._kept
+        of[place] = kept | {"others": tuple(losses[1:])}
         return True
+
+    @staticmethod
+    def key(recipe: Asked) -> str:
+        """The same text for the same recipe."""
+        return json.dumps(recipe.document(), sort_keys=True)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there are trials that need not be measured: found here, or in the file."""
+        return bool(self.found or self._kept)
 
     def measure(
         self, recipes: Sequence[Asked], share: float, until: float = math.inf, texts: Sequence[Tensor] = ()
@@ -115,7 +127,7 @@ class TrialLog(Journal, Generic[Asked]):
             until: infinite for all.
             texts: other windows [windows, length] to be measured on.
         """
-        asked = {key_of(recipe): recipe for recipe in recipes}
+        asked = {self.key(recipe): recipe for recipe in recipes}
         for key, recipe in asked.items():
             if (kept := self._kept.pop((key, share, len(texts)), None)) is not None:
                 self._note(Measurement(recipe, share, **kept))
@@ -129,10 +141,10 @@ class TrialLog(Journal, Generic[Asked]):
             for trial in self._measured(group, share, texts):
                 self._note(trial)
                 losses = finite([trial.loss, *trial.others])
-                told = {"recipe": key_of(trial.recipe), "share": share, "losses": losses}
+                told = {"recipe": self.key(trial.recipe), "share": share, "losses": losses}
                 self.write(told | {"seconds": trial.seconds, "error": trial.error})
-        found = (self._known.get((key, share, len(texts))) for key in asked)
-        return [trial for trial in found if trial is not None]
+        found = ((recipe, self._known.get((key, share, len(texts)))) for key, recipe in asked.items())
+        return [replace(trial, recipe=recipe) for recipe, trial in found if trial is not None]
 
     def keep(self, what: str, found: Any) -> None:
         """Keeps what a search came to, as JSON."""
@@ -182,7 +194,10 @@ class TrialLog(Journal, Generic[Asked]):
 
     def _note(self, trial: Measurement[Asked]) -> None:
         self.found.append(trial)
-        self._known[key_of(trial.recipe), trial.share, len(trial.others)] = trial
+        self._known[self.key(trial.recipe), trial.share, len(trial.others)] = trial
+        if trial.share == 1 and trial.loss < (math.inf if self.best is None else self.best.loss):
+            self.best = trial
+            self._keep_best(trial.recipe)
         if trial.error is None:
             self._seconds.setdefault(self._kind(trial.recipe), {})[trial.share] = trial.seconds
 

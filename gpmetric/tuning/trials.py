@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,21 +13,37 @@ from torch import Tensor
 
 from gpmetric.data import Windows
 from gpmetric.errors import OutOfMemoryError, TimeOverError
+from gpmetric.metrics import resolve_metric
 from gpmetric.operands import needs_gradients
 from gpmetric.pruning.protocol import Measured, Protocol, Rule
 from gpmetric.pruning.recipe import Recipe
-from gpmetric.pruning.updaters import UPDATERS, fit_of, needed_statistics
+from gpmetric.pruning.updaters import UPDATERS, fit_of, needed_statistics, resolve_target
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.memory import retried
 from gpmetric.session.session import Session
 from gpmetric.targets import parse_target
 from gpmetric.tuning.trial_log import Measurement, TrialLog
 
-__all__ = ["Trial", "Trials", "rule_of"]
+__all__ = ["Trial", "Trials", "key_of", "rule_of"]
 
 _UNKNOWN = 8.0  # times the slowest kind known, what rounds over blocks are thought to take before they were measured
 
 Trial = Measurement[Recipe]
+
+
+def key_of(recipe: Recipe) -> str:
+    """The same text for recipes that prune alike: a metric's group counts only where nothing else settles it."""
+    metric = resolve_metric(recipe.metric, recipe.samples, recipe.sequence_length or 1)
+    asked, allocation = parse_target(recipe.target), recipe.allocation
+    asked = asked if allocation is None else asked.within(allocation.granularity)
+    settled = resolve_target(asked, metric, recipe.update)
+    alike = {
+        "metric": str(metric.expression),
+        "target": [settled.granularity, settled.sparsity, settled.keep, settled.group],
+        "update": metric.update or recipe.update,
+        "fit": fit_of(metric, recipe.update, recipe.fit),
+    }
+    return json.dumps(recipe.document() | alike, sort_keys=True)
 
 
 def rule_of(session: Session, recipe: Recipe) -> Rule:
@@ -51,6 +68,19 @@ class Trials(TrialLog[Recipe]):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         self._parts: dict[float, _Part] = {}
         super().__init__(*arguments, **keywords)
+
+    @staticmethod
+    def key(recipe: Recipe) -> str:
+        return key_of(recipe)
+
+    def on_search_text(self) -> Trials:
+        """Trials on the search text in place of validation's, in the same file."""
+        return _OnSearchText(self)
+
+    def forget(self) -> None:
+        """Lets go of what is held to measure with, which is made again when it is needed."""
+        for part in self._parts.values():
+            part.session.forget_calls()
 
     def dense(self, share: float = 1.0) -> float:
         """Loss of the dense model on a share of the validation windows, nats per token."""
@@ -92,6 +122,10 @@ class Trials(TrialLog[Recipe]):
         return retried(self.session.model, lambda: part.protocol.measure(rules, texts), part.session.forget_calls)
 
     def _part(self, share: float) -> _Part:
+        """The session on a share of the windows; what the others read is let go of, as it may fill the device."""
+        for other, part in self._parts.items():
+            if other != share:
+                part.session.forget_calls()
         if share not in self._parts:
             windows = {name: _first(one, share) for name, one in self.session.windows.items()}
             session = self.session if share == 1 else replace(self.session, windows=windows)
@@ -101,6 +135,19 @@ class Trials(TrialLog[Recipe]):
                 session, Protocol(session, one_shot=False, progress=self.progress), tokens, dense
             )
         return self._parts[share]
+
+
+class _OnSearchText(Trials):
+    """Trials on the search text, which those on validation keep in their file."""
+
+    def __init__(self, above: Trials) -> None:
+        windows = {name: above.session.windows[name] for name in ("calibration", "search")}
+        windows["validation"] = windows.pop("search")
+        super().__init__(replace(above.session, windows=windows), above.deadline, above.progress)
+        self._kept, self._above = above._kept_of_search, above
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._above.write({**record, "split": "search"})
 
 
 def _first(windows: Windows, share: float) -> Windows:

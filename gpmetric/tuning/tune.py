@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import gc
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from gpmetric.errors import GpmetricError
 from gpmetric.files import finite
-from gpmetric.options import as_function
+from gpmetric.options import as_function, command_line
 from gpmetric.pruning.output_folder import check_folder
 from gpmetric.pruning.protocol import Protocol, check_targets
 from gpmetric.pruning.prune import run_prune
@@ -31,6 +32,8 @@ from gpmetric.tuning.trials import Trials
 
 __all__ = ["run_tune", "tune", "tune_work"]
 
+_LOG = logging.getLogger(__name__)
+
 
 def run_tune(
     request: TuneRequest, listener: TuneListener | None = None, started: float | None = None
@@ -40,7 +43,8 @@ def run_tune(
     Everything is decided on the validation text, by successive halving; formulas and allocations are searched on the
     search text. Wanda and SparseGPT at uniform sparsity are among the recipes, so that what is chosen is not worse than
     they are on validation, unless there was no time to measure them, which is said. Stopped, the same command with
-    `--ledger` and `--resume` measures no recipe again on validation; a search of an allocation begins anew.
+    `--ledger` and `--resume` measures nothing again, and goes on with searches that time had cut. The best recipe so
+    far is in a file beside the output until the checkpoint has it.
     With `structured`, units are chosen in the same way: published rules are among the recipes, and slim's search, which
     begins from the best of them, goes on where it was stopped.
 
@@ -56,8 +60,7 @@ def run_tune(
 
     Raises:
         InputError: for anything that cannot be used, before the model runs.
-        GpmetricError: time was over before one recipe was measured, or before the checkpoint was written: the recipe
-            is then beside the output.
+        GpmetricError: time was over before one recipe was measured, or before the checkpoint was written.
     """
     told, deadline = listener or TuneListener(), Deadline.starting(request.minutes, started)
     output = request.output
@@ -66,10 +69,13 @@ def run_tune(
     check_folder(output, request.force, [Path(name) for name in read if name is not None])
     if request.structured:
         return run_structured(request, told, deadline)
-    recipe, document = _chosen(request, told, deadline)
-    gc.collect()  # models are in reference cycles: the next one would be loaded beside this one
-    told.step("pruning")
-    pruned = _pruned(request, recipe, told, deadline)
+    with _kept(request) as (pruning, keep_best):
+        document = _chosen(request, told, deadline, keep_best)
+        gc.collect()  # models are in reference cycles: the next one would be loaded beside this one
+        told.step("pruning")
+        minutes = request.minutes and max(0.01, deadline.left / 60)
+        found = run_prune(replace(pruning, minutes=minutes).completed(), told)
+    pruned = {key: found[key] for key in ("output", "sparsity", "dense", "perplexity", "seconds", "text")}
     result: dict[str, Any] = finite(document | {"pruned": pruned, "seconds": deadline.elapsed})
     return result
 
@@ -77,8 +83,41 @@ def run_tune(
 tune = as_function("tune", TuneRequest, run_tune, "model")
 
 
-def _chosen(request: TuneRequest, told: TuneListener, deadline: Deadline) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe, and what is said of it."""
+@contextmanager
+def _kept(request: TuneRequest) -> Iterator[tuple[PruneRequest, Callable[[Recipe], None]]]:
+    """What prunes by a file beside the output, and what writes a recipe there; the file is gone if the block ends well.
+
+    Where it does not end well, whatever the reason, the file stays, and how to go on with it is said.
+    """
+    assert request.output is not None
+    path = request.output.with_name(f"{request.output.name}.recipe.toml")
+    names = {one.name for one in fields(Inputs)} - {one.name for one in fields(Recipe)}
+    cut = "demo:test" if request.model is None else f"{request.calibration}#validation"
+    pruning = PruneRequest(
+        **{name: getattr(request, name) for name in names}, recipe=path, output=request.output, force=request.force,
+        text=request.text or request.validation or cut,
+    )  # fmt: skip
+    written: list[Recipe] = []
+
+    def keep_best(recipe: Recipe) -> None:
+        write_recipe(recipe, path)
+        written.append(recipe)
+
+    try:
+        yield pruning, keep_best
+    except BaseException:
+        if written:
+            _LOG.warning(
+                "the best recipe so far is in %r: %s", str(path), command_line("prune", replace(pruning, minutes=None))
+            )
+        raise
+    path.unlink(missing_ok=True)
+
+
+def _chosen(
+    request: TuneRequest, told: TuneListener, deadline: Deadline, keep_best: Callable[[Recipe], None]
+) -> dict[str, Any]:
+    """What is said of the recipe that is chosen, which was kept."""
     session = open_session(request, work=tune_work, listener=told)
     check_targets(session.model, [parse_target(request.target)])
     chosen = {name: getattr(request, name) for name in ("target", "include", "exclude", "statistics_dtype")}
@@ -87,30 +126,11 @@ def _chosen(request: TuneRequest, told: TuneListener, deadline: Deadline) -> tup
     }
     settings["texts"] = [one.tokens_digest for one in session.evaluated]
     progress = deadline.watching(told.progress)
-    with Trials(session, deadline, progress, request.ledger, settings, resume=request.resume) as trials:
+    with Trials(
+        session, deadline, progress, request.ledger, settings, resume=request.resume, keep_best=keep_best
+    ) as trials:
         choice = Choice(request, trials, told, deadline)
-        best = choice.run()
-        return best.recipe, choice.describe(best)
-
-
-def _pruned(request: TuneRequest, recipe: Recipe, told: TuneListener, deadline: Deadline) -> dict[str, Any]:
-    """What `prune` says of the checkpoint."""
-    assert request.output is not None
-    shared = {one.name: getattr(request, one.name) for one in fields(Inputs)} | {
-        "windows": request.windows, "minutes": request.minutes and max(0.01, deadline.left / 60),
-    }  # fmt: skip
-    with TemporaryDirectory(prefix="gpmetric-") as folder:
-        file = Path(folder) / "recipe.toml"
-        write_recipe(recipe, file)
-        text = request.text or request.validation or (None if request.model else "demo:test")
-        options = shared | recipe.options | {"output": request.output, "text": text, "force": request.force}
-        try:
-            found = run_prune(PruneRequest(**options, recipe=file), told)
-        except GpmetricError as error:
-            kept = request.output.with_name(f"{request.output.name}.recipe.toml")
-            write_recipe(recipe, kept)
-            raise GpmetricError(f"{error}; what was found is in {str(kept)!r}, for gpmetric prune --recipe") from error
-    return {key: found[key] for key in ("output", "sparsity", "dense", "perplexity", "seconds", "text")}
+        return choice.describe(choice.run())
 
 
 def tune_work(session: Session) -> Work:
