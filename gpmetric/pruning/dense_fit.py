@@ -12,8 +12,8 @@ __all__ = ["dense_goal"]
 
 # Damping, in that of the solvers: few tokens tell little of what the other inputs would be. Excess on ptb-valid of alps
 # at 60 % with 1, 10 and 100 times: SmolLM2-135M, 48 windows of 256, 0.751, 0.675 and 0.738 (fitted to its own outputs
-# 0.794). Mean of 0.6 and 2:4 on four small models, in SparseGPT's, with 1, 3, 10, 30 and 100 times: of 16 windows 0.583,
-# 0.578, 0.561, 0.563, 0.584, of 32 0.534, 0.532, 0.527, 0.543, 0.558, of 64 0.526, 0.529, 0.532, 0.540, 0.558 (fitted to
+# 0.794). Mean of 0.6 and 2:4 on four small models, in SparseGPT's, with 1, 3, 10, 30 and 100 times: 16 windows 0.583,
+# 0.578, 0.561, 0.563, 0.584; 32 0.534, 0.532, 0.527, 0.543, 0.558; 64 0.526, 0.529, 0.532, 0.540, 0.558 (fitted to
 # their own outputs 0.655, 0.622, 0.626): no size asks for another (benchmarks/results.csv, `calibration`).
 _DAMPING = 10
 
