@@ -322,6 +322,22 @@ def test_a_layer_that_no_token_reaches_is_refused(tiny_llama: Path, tiny_text: P
         )
 
 
+def test_an_input_that_is_changed_behind_its_layer_is_as_it_was_read(tiny_llama: Path, tiny_text: Path) -> None:
+    """By an MLP that adds to what it was given."""
+    model = load_model(str(tiny_llama), device="cpu")
+    mlp = model.blocks[0].module.mlp
+    mlp.forward = lambda states: states.mul_(0).add_(type(mlp).forward(mlp, states.clone()))
+    found = {}
+    for keep in (True, False):
+        calls = calls_of(model, tiny_text)
+        hidden = Hidden(calls, Shelf())
+        inputs = DenseInputs(calls, 0, hidden, keep=keep)
+        found[keep] = [inputs.of(0, [layer])[layer.name].clone() for layer in model.blocks[0].layers]
+        inputs.advance()
+        found[keep].append(hidden[0])
+    assert all(torch.equal(one, other) for one, other in zip(found[True], found[False], strict=True))
+
+
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("asked", [True, False])
 def test_the_dense_model_moves_on(keep: bool, asked: bool, tiny_llama: Path, tiny_text: Path) -> None:

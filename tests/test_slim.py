@@ -328,6 +328,7 @@ def test_a_slimmed_model_is_evaluated_as_any(tiny_gpt2: Path, tiny_text: Path, t
 def test_a_resumed_search_writes_the_same_model(
     tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("gpmetric.structured.search._STATE", 1)  # at each report, not only at the last
     ledger, options = tmp_path / "a.jsonl", {"steps": 55, "sparsity": 0.4}
     whole = run(tiny_llama, tiny_text, tmp_path / "whole", ledger=ledger, **options)
     content = ledger.read_bytes()

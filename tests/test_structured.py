@@ -476,8 +476,11 @@ def made_policy(model: Model, groups: Groups, tokens: Tensor) -> tuple[Policy, S
 
 
 @pytest.mark.slow
-def test_a_search_goes_on_wherever_it_was_killed(model: Model, groups: Groups, tokens: Tensor, tmp_path: Path) -> None:
+def test_a_search_goes_on_wherever_it_was_killed(
+    model: Model, groups: Groups, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same probabilities to the last bit; no gradient is computed, and the model is left as it was."""
+    monkeypatch.setattr("gpmetric.structured.search._STATE", 2)  # reports behind a state, and one without
     schedule = Schedule(55, None, draws=2, rate=0.02, seed=1)
     dense = logits(model, tokens)
 

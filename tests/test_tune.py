@@ -6,7 +6,7 @@ import gc
 import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +31,7 @@ from gpmetric.pruning import unfinished
 from gpmetric.pruning.allocation import Allocation, layer_target
 from gpmetric.pruning.recipe import Recipe, read_recipe
 from gpmetric.session.deadline import Deadline
+from gpmetric.session.plan import Plan
 from gpmetric.session.splits import open_text, read_windows
 from gpmetric.tuning import choice
 from gpmetric.tuning.allocations import climb
@@ -95,6 +96,42 @@ def test_halving_ends_in_time() -> None:
     assert trials.asked == [(name, 0.25) for name in six[:4]] + [("wanda", 0.5), ("ria", 0.5), ("wanda", 1.0)]
     alike = Scripted({"wanda": (1, 1, 1), "abs(W)*X": (1, 1, 1)})
     assert [one.loss for one in halve(alike, named("wanda", "abs(W)*X"), 1.0)] == [1]
+
+
+class Told(Trials):
+    """Trials of a real file whose losses are given by the metric's name."""
+
+    def __init__(self, path: Path, losses: dict[str, float], *, resume: bool = False) -> None:
+        self.losses, self.measured, self.written = losses, list[str](), list[str]()
+        deadline = Deadline.starting(None, None)
+        super().__init__(
+            SimpleNamespace(metric=resolve_metric, plan=Plan()), deadline, lambda *told: None, path, {},
+            resume=resume, keep_best=lambda recipe: self.written.append(recipe.metric),
+        )  # fmt: skip
+
+    def _measured(self, recipes: Sequence[Recipe], share: float, texts: Sequence[Any]) -> Iterator[Trial]:
+        for recipe in recipes:
+            self.measured.append(recipe.metric)
+            yield Trial(recipe, share, self.losses[recipe.metric], 1.0)
+
+
+def test_what_the_file_knows_to_be_best_stays_so(tmp_path: Path) -> None:
+    """Also where nobody asks for it again, as others come before it with more time; nothing worse replaces it."""
+    path, losses = tmp_path / "a.jsonl", {"wanda": 3.0, "ria": 1.0, "magnitude": 2.0, "gblm_l1": 0.5}
+    with Told(path, losses) as trials:
+        trials.measure(named("wanda", "ria"), 1.0)
+        trials.measure(named("gblm_l1"), 0.5)
+        assert trials.written == ["wanda", "ria"]
+    with Told(path, losses, resume=True) as trials:
+        trials.measure(named("wanda", "magnitude"), 1.0)
+        assert trials.measured == ["magnitude"]
+        assert trials.best is not None
+        assert (trials.best.recipe.metric, trials.written) == ("magnitude", [])
+        trials.recall()
+        assert (trials.best.recipe, trials.best.loss) == (named("ria")[0], 1.0)
+        assert trials.written == ["ria"]
+        trials.measure(named("gblm_l1"), 1.0)
+        assert trials.written == ["ria", "gblm_l1"]
 
 
 def test_methods_are_distinct() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -325,6 +325,21 @@ def test_the_ledger_of_a_search_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl.search").write_text("{}")
     with pytest.raises(InputError, match=r"x\.jsonl\.search"):
         gpmetric.tune(None, output=tmp_path / "a", ledger=tmp_path / "x.jsonl", **QUICK)
+    with pytest.raises(InputError, match=r"x\.jsonl' is not there, but its search .*x\.jsonl\.search' is"):
+        gpmetric.tune(None, output=tmp_path / "a", ledger=tmp_path / "x.jsonl", resume=True, **QUICK)
+
+
+def test_blocks_go_only_where_the_model_that_is_left_is_right(
+    tiny_text: Path, save_model: Callable[..., Path], tmp_path: Path, here: None
+) -> None:
+    """A GPT-2 that scales attention by its place among the blocks cannot lose one as a stock model."""
+    model = save_model("gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64, scale_attn_by_inverse_layer_idx=True)
+    found = gpmetric.tune(
+        str(model), output=tmp_path / "a", calibration=str(tiny_text), target="0.3", format="uniform", **QUICK
+    )
+    errors = [one["error"] for one in found["trials"] if one["recipe"]["granularity"] == ["block"]]
+    assert errors
+    assert all("scale_attn_by_inverse_layer_idx" in str(one) for one in errors)
 
 
 def test_the_command_line(

@@ -51,7 +51,10 @@ class DenseInputs:
         if number not in self._known:
             with _watching(self._calls.model.blocks[self._index].layers, whole=True) as inputs:
                 self._ends[number] = self._calls.call(self._index, number, self._hidden[number])
-            self._known[number] = inputs
+            if any(one._version != version for one, version in inputs.values()):  # changed in place after it was read
+                self._keep = False
+                return self.of(number, layers)
+            self._known[number] = {name: one for name, (one, _) in inputs.items()}
         return self._known[number]
 
     @torch.no_grad()
@@ -177,16 +180,19 @@ def _inputs(
     """What layers of a block read of a batch, by name; those that are not reached are not in it."""
     with held, _watching(layers) as inputs, suppress(_Read):
         calls.call(index, number, states)
-    return inputs
+    return {name: one for name, (one, _) in inputs.items()}
 
 
 @contextmanager
-def _watching(layers: Sequence[Layer], *, whole: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Inputs by layer, in the order of reading; a forward pass ends where the last of them has read, or is whole."""
-    inputs: dict[str, Tensor] = {}
+def _watching(layers: Sequence[Layer], *, whole: bool = False) -> Iterator[dict[str, tuple[Tensor, int]]]:
+    """First inputs by layer, in the order of reading, with how often they had been changed in place by then.
+
+    A forward pass ends where the last of the layers has read, or is whole.
+    """
+    inputs: dict[str, tuple[Tensor, int]] = {}
 
     def read(name: str, _: Module, args: tuple[Tensor, ...]) -> None:
-        inputs[name] = args[0]
+        inputs.setdefault(name, (args[0], args[0]._version))
         if not whole and len(inputs) == len(layers):
             raise _Read
 

@@ -33,7 +33,7 @@ from gpmetric.pruning.updaters import FITS, UPDATERS
 from gpmetric.session.inputs import DTYPES, STATISTICS_DTYPES
 from gpmetric.targets import parse_target
 
-__all__ = ["Recipe", "read_recipe", "write_recipe"]
+__all__ = ["Recipe", "read_recipe", "recipe_of", "write_recipe"]
 
 _HEAD = "# How a model is pruned: `gpmetric prune MODEL --recipe FILE -o DIR`\n"
 
@@ -120,6 +120,18 @@ def read_recipe(path: str | Path) -> Recipe:
         raise InputError(f"{where} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and TOMLDecodeError are ValueErrors
         raise InputError(f"{where} is no recipe: {error}") from error
+    recipe = replace(recipe_of(content, where), text=text)
+    if recipe.allocation is None:
+        return recipe
+    return replace(recipe, allocation=replace(recipe.allocation, file=str(path), digest=recipe.digest))
+
+
+def recipe_of(content: Any, where: str) -> Recipe:
+    """The recipe of a document.
+
+    Raises:
+        InputError: naming where it stands, and the key, its value and what is accepted.
+    """
     try:
         said = _File.model_validate(content, strict=True)
     except ValidationError as error:
@@ -140,11 +152,10 @@ def read_recipe(path: str | Path) -> Recipe:
         parse_target(said.target)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-    recipe = Recipe(**said.model_dump(exclude={"version", "allocation"}), text=text)
+    recipe = Recipe(**said.model_dump(exclude={"version", "allocation"}))
     if said.allocation is None:
         return recipe
-    allocation = allocation_of(said.allocation, f"{where}: allocation")
-    return replace(recipe, allocation=replace(allocation, file=str(path), digest=recipe.digest))
+    return replace(recipe, allocation=allocation_of(said.allocation, f"{where}: allocation"))
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Structured pruning: whole heads, channels and layers removed, chosen by a policy gradient without gradients."""
+"""Structured pruning: whole heads, channels and layers removed, chosen by measuring smaller models."""

@@ -176,7 +176,7 @@ class SlimRequest(SearchInputs):
     unused: ClassVar[frozenset[str]] = frozenset({"include", "exclude", "statistics_dtype"})
 
     output: Annotated[Path | None, OUTPUT] = None
-    search: Annotated[str | None, Option("Text the drawn models are measured on.", reads=True)] = None
+    search: Annotated[str | None, Option("Text that smaller models are measured on.", reads=True)] = None
     validation: Annotated[str | None, Option("Text the perplexity is reported on.", reads=True)] = None
     sparsity: Annotated[
         float, Option("Share of the parameters inside the blocks that is removed.", above=0, below=1)
@@ -191,11 +191,11 @@ class SlimRequest(SearchInputs):
     budget: Annotated[str, _told(BUDGETS)] = "global"
     cost: Annotated[str, Option("What the budget counts: {choices}.", choices=COSTS)] = "parameters"
     estimator: Annotated[str, _told(ESTIMATORS)] = "exchange"
-    objective: Annotated[str, Option("What drawn models are compared by: {choices}.", choices=OBJECTIVES)] = "kl"
+    objective: Annotated[str, Option("What models are compared by: {choices}.", choices=OBJECTIVES)] = "kl"
     start: Annotated[
         str,
         Option(
-            f"What the probabilities begin from: {', '.join(STARTS)}, a metric or a formula; auto is the rule "
+            f"What the search begins from: {', '.join(STARTS)}, a metric or a formula; auto is the rule "
             "whose model is best on the search text."
         ),
     ] = "auto"

@@ -84,6 +84,7 @@ class Choice(Steps[Recipe]):
             with self.lasting("allocations"):
                 self._allocate(each, ends["allocations"])
         self._try("rounds over whole blocks", with_rounds(self.best.recipe), end)
+        self.trials.recall()
         while self._compare(plain):  # a part that does harm is left out, and the others are looked at again
             self.told.step("without a part that does harm")
         return self.best

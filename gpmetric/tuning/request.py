@@ -63,8 +63,13 @@ class TuneRequest(SearchInputs):
         for name in self.metric:
             resolve_metric(name)
         beside = self.units_ledger if self.structured else self.formulas_ledger
-        if beside is not None and not self.resume and beside.exists():
-            raise InputError(f"--ledger: {str(beside)!r} is of a search: go on with --resume, or name another")
+        if beside is not None and self.ledger is not None and beside.exists():
+            if not self.resume:
+                raise InputError(f"--ledger: {str(beside)!r} is of a search: go on with --resume, or name another")
+            if not self.ledger.exists():
+                raise InputError(
+                    f"--ledger {str(self.ledger)!r} is not there, but its search {str(beside)!r} is: name another"
+                )
         if self.structured:
             self._check_structured()
         elif self.format is not None:

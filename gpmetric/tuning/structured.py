@@ -87,6 +87,7 @@ class UnitChoice(Steps[UnitRecipe]):
         self.halve("what goes as one, and where", shapes(self.best.recipe, forms), until)
         with self.lasting("a search for what stays"):
             self._search(end)
+        self.trials.recall()
         while self._compare(rivals):  # a part that does harm is left out, and the others are looked at again
             self.told.step("without a part that does harm")
         return self.best
@@ -111,8 +112,10 @@ class UnitChoice(Steps[UnitRecipe]):
         if "steps" in known:
             minutes, steps = None, int(known["steps"])
         if minutes == 0:
-            self.cut("a search for what stays")
-            return
+            self.cut("a search for what stays" if not known else "the rest of the search for what stays")
+            if not known:
+                return
+            minutes = 1e-9  # where it was stopped
         self.told.step("a search for what stays")
         begun = {"recipe": recipe.document()}
         if not known:
@@ -120,7 +123,8 @@ class UnitChoice(Steps[UnitRecipe]):
         steps = self.trials.search(recipe, self.told, steps, minutes, self.request.units_ledger)
         if "steps" not in known:
             self.trials.keep("units", begun | {"steps": steps})
-        self.measure([replace(recipe, steps=steps)])
+        if not self.measure([replace(recipe, steps=steps)]):
+            self.cut("what the search for what stays found")
 
     def _minutes(self, recipe: UnitRecipe, end: float) -> float | None:
         """Of a search that must be over by `end`; 0 where it is not worth while, None without a limit."""
@@ -151,6 +155,7 @@ def run_structured(request: TuneRequest, told: TuneListener, deadline: Deadline)
     windows = {name: one.tokens_digest for name, one in session.windows.items()}
     settings = {"model": session.model.digest, "dtype": session.model.dtype, "structured": True, **windows} | {
         "target": request.target, "format": request.format, "seed": request.seed,
+        "device": session.model.device.type,
         "texts": [one.tokens_digest for one in session.evaluated],
     }  # fmt: skip
     progress = deadline.watching(told.progress)

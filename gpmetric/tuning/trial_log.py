@@ -101,6 +101,7 @@ class TrialLog(Journal, Generic[Asked]):
             return True
         losses = [math.inf if loss is None else float(loss) for loss in record["losses"]]
         kept = {"loss": losses[0], "seconds": float(record["seconds"]), "error": record["error"]}
+        kept["document"] = record["document"]
         place = str(record["recipe"]), float(record["share"]), len(losses) - 1
         of = self._kept_of_search if record.get("split") == "search" else self._kept
         of[place] = kept | {"others": tuple(losses[1:])}
@@ -130,7 +131,7 @@ class TrialLog(Journal, Generic[Asked]):
         asked = {self.key(recipe): recipe for recipe in recipes}
         for key, recipe in asked.items():
             if (kept := self._kept.pop((key, share, len(texts)), None)) is not None:
-                self._note(Measurement(recipe, share, **kept))
+                self._known_again(recipe, share, kept)
         missing = [recipe for key, recipe in asked.items() if (key, share, len(texts)) not in self._known]
         size = self.together
         for first in range(0, len(missing), size):
@@ -142,9 +143,23 @@ class TrialLog(Journal, Generic[Asked]):
                 self._note(trial)
                 losses = finite([trial.loss, *trial.others])
                 told = {"recipe": self.key(trial.recipe), "share": share, "losses": losses}
+                told["document"] = trial.recipe.document()
                 self.write(told | {"seconds": trial.seconds, "error": trial.error})
         found = ((recipe, self._known.get((key, share, len(texts)))) for key, recipe in asked.items())
         return [replace(trial, recipe=recipe) for recipe, trial in found if trial is not None]
+
+    def recall(self) -> None:
+        """Trials of the file on all windows that nobody asked for again: with other time, other recipes come so far."""
+        for place in [one for one in self._kept if one[1:] == (1.0, 0)]:
+            kept = self._kept.pop(place)
+            self._known_again(self._recipe(kept["document"]), 1.0, kept)
+
+    def _known_again(self, recipe: Asked, share: float, kept: Mapping[str, Any]) -> None:
+        self._note(Measurement(recipe, share, **{name: value for name, value in kept.items() if name != "document"}))
+
+    def _recipe(self, document: Mapping[str, Any]) -> Asked:
+        """The recipe of a document."""
+        raise NotImplementedError
 
     def keep(self, what: str, found: Any) -> None:
         """Keeps what a search came to, as JSON."""
@@ -197,7 +212,8 @@ class TrialLog(Journal, Generic[Asked]):
         self._known[self.key(trial.recipe), trial.share, len(trial.others)] = trial
         if trial.share == 1 and trial.loss < (math.inf if self.best is None else self.best.loss):
             self.best = trial
-            self._keep_best(trial.recipe)
+            if all(trial.loss <= one["loss"] for place, one in self._kept.items() if place[1:] == (1.0, 0)):
+                self._keep_best(trial.recipe)  # unless the file has a better one, which is there by now
         if trial.error is None:
             self._seconds.setdefault(self._kind(trial.recipe), {})[trial.share] = trial.seconds
 

@@ -16,7 +16,7 @@ from gpmetric.errors import OutOfMemoryError, TimeOverError
 from gpmetric.metrics import resolve_metric
 from gpmetric.operands import needs_gradients
 from gpmetric.pruning.protocol import Measured, Protocol, Rule
-from gpmetric.pruning.recipe import Recipe
+from gpmetric.pruning.recipe import Recipe, recipe_of
 from gpmetric.pruning.updaters import UPDATERS, fit_of, needed_statistics, resolve_target
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.memory import retried
@@ -68,6 +68,9 @@ class Trials(TrialLog[Recipe]):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         self._parts: dict[float, _Part] = {}
         super().__init__(*arguments, **keywords)
+
+    def _recipe(self, document: Mapping[str, Any]) -> Recipe:
+        return recipe_of(document, "--ledger")
 
     @staticmethod
     def key(recipe: Recipe) -> str:

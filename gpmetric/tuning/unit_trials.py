@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,14 @@ class UnitTrials(TrialLog[UnitRecipe]):
         request = replace(begun.units.request, steps=steps, minutes=minutes)
         settings = identify(request, begun.units) | {"damping": recipe.damping}
         with SearchLog(path, settings, resume=True) as log:
+            if minutes is not None and log.state is not None:  # which a search counts from its first step
+                request = replace(request, minutes=minutes + log.state.seconds / 60)
             state, _ = explore(request, begun, log, told)
         self._ended = state
         return state.step
+
+    def _recipe(self, document: Mapping[str, Any]) -> UnitRecipe:
+        return UnitRecipe.of(document)
 
     def forget(self) -> None:
         """Lets go of the moments of features, and of what was made of them."""
@@ -94,7 +99,7 @@ class UnitTrials(TrialLog[UnitRecipe]):
     def _begun(self, recipe: UnitRecipe) -> SearchStart:
         request = slim_request(self._request, recipe)
         units = self._units.asked(request)
-        check_format(units.model, request.form, biases=request.add_bias)
+        check_format(units.model, request.form, biases=request.add_bias, blocks=request.blocks)
         place = units.groups.kinds, request.mended, request.add_bias
         known = self._repairer[1] if self._repairer is not None and self._repairer[0] == place else None
         begun = begin(request, units, known)
