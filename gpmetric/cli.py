@@ -155,7 +155,7 @@ def main() -> None:
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except _ClickException as error:
-        code = _fail(error.format_message(), 2)  # type: ignore[attr-defined]
+        code = _fail(_usage(error), 2)
     except InputError as error:
         code = _fail(str(error), 2)
     except GpmetricError as error:
@@ -169,6 +169,16 @@ def main() -> None:
     if code == 130:  # some versions of typer answer Ctrl-C themselves, without a word
         _fail("interrupted", code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with a command line; of words too many, where a model belongs."""
+    told: str = error.format_message()
+    context = getattr(error, "ctx", None)
+    options = [name for one in context.command.params for name in one.opts] if context else []
+    if "unexpected extra argument" in told and "--model" in options:
+        return f"{told}; a model is named by --model"
+    return told
 
 
 def _fail(message: str, code: int) -> int:

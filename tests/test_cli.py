@@ -334,7 +334,7 @@ def test_a_bad_formula_is_not_exported(run: Run, tmp_path: Path, formula: str) -
     [
         (["benchh"], "No such command 'benchh'"),
         (["bench", "--foo"], "No such option: --foo"),
-        (["bench", "extra"], "unexpected extra argument"),
+        (["bench", "extra"], "unexpected extra argument(s) (extra); a model is named by --model"),
         (["bench", "--samples"], "requires an argument"),
         (["bench", "--samples", "0"], "--samples"),
         (["bench", "--samples", "many"], "--samples"),
