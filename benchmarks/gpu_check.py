@@ -111,9 +111,14 @@ def main() -> None:
 
 def _steps(place: Place) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     yield "kernels choose as a stable sort", lambda: _kernels(place.device)
-    yield "demo: device and CPU agree", lambda: _agree(place.device)
-    for update, fit in _UPDATES:
-        yield f"demo: device and CPU agree, {update} {fit}", partial(_updates_agree, place.device, update, fit)
+    masks = ("wanda", "sparsegpt", "gblm_l1", "ria", "W*W*F")
+    yield "demo: device and CPU agree", partial(_agree, place.device, masks, 1e-3, samples=16, windows=16)
+    for update, fit in _UPDATES:  # a support may differ in a tie
+        options = {"samples": 4, "windows": 8, "update": update, "fit": fit}
+        yield (
+            f"demo: device and CPU agree, {update} {fit}",
+            partial(_agree, place.device, ("W*W*F",), 2e-2, **options),
+        )
     for name, run in (("discover", discover), ("allocate", allocate), ("tune", tune), ("slim", slim)):
         yield f"demo: {name}", partial(_runs, place, run)
     yield "prune wanda 2:4", lambda: _command(place, prune, metric="wanda", target="2:4", output=place.scratch / "a")
@@ -157,31 +162,15 @@ def _kernels(device: str) -> dict[str, Any]:
     return {"told": list(check_all(found, shapes, device))}
 
 
-def _agree(device: str) -> dict[str, Any]:
-    """Perplexities of the demo model by five metrics, on the device and on the CPU; the largest relative difference."""
-    options = {"metric": ("wanda", "sparsegpt", "gblm_l1", "ria", "W*W*F"), "target": ("0.5", "2:4"), "samples": 16}
-    found = [
-        [row["ppl"]["demo:test"] for row in bench(**options, windows=16, device=one, dtype="float32")["results"]]
-        for one in ("cpu", device)
-    ]
-    worst = max(abs(mine / other - 1) for mine, other in zip(*found, strict=True))
-    if worst > 1e-3:
-        raise CheckError(f"perplexities differ by {worst:.2g}")
-    return {"rows": len(found[0]), "largest_difference": worst}
-
-
-def _updates_agree(device: str, update: str, fit: str) -> dict[str, Any]:
-    """Perplexities of the demo model with an update, on the device and on the CPU; a support may differ in a tie."""
-    options = {
-        "metric": ("W*W*F",), "target": ("0.5", "2:4"), "samples": 4, "windows": 8, "dtype": "float32",
-        "update": update, "fit": fit,
-    }  # fmt: skip
+def _agree(device: str, metric: tuple[str, ...], within: float, **options: Any) -> dict[str, Any]:
+    """Perplexities of the demo model, pruned on the device and on the CPU; the largest relative difference."""
+    options |= {"metric": metric, "target": ("0.5", "2:4"), "dtype": "float32"}
     found = [bench(**options, device=one)["results"] for one in ("cpu", device)]
     if errors := [row["error"] for rows in found for row in rows if row.get("error")]:
         raise CheckError(errors[0])
     ppl = [[row["ppl"]["demo:test"] for row in rows] for rows in found]
     worst = max(abs(mine / other - 1) for mine, other in zip(*ppl, strict=True))
-    if worst > 2e-2:
+    if worst > within:
         raise CheckError(f"perplexities differ by {worst:.2g}")
     return {"rows": len(ppl[0]), "largest_difference": worst}
 
