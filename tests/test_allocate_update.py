@@ -306,7 +306,6 @@ def test_a_rule_that_is_asked_for_is_written(tiny_llama: Path, texts: dict[str, 
     options: dict[str, Any] = {"allocator": "owl", "metric": "wanda", "update": "obs", **texts, **SMALL}
     one = allocate(str(tiny_llama), sparsity=0.6, **options)
     assert one["picked"]["written"] == "owl"
-    assert {"owl", "uniform"} < one["picked"]["in_use"].keys()
     masks = allocate(str(tiny_llama), sparsity=0.6, **options | {"update": "none", "levels": None})
     shares = [doc["allocation"]["sparsity"].values() for doc in (one, masks)]
     assert list(shares[0]) == pytest.approx(list(shares[1]))
@@ -314,6 +313,36 @@ def test_a_rule_that_is_asked_for_is_written(tiny_llama: Path, texts: dict[str, 
     assert "in_use" not in masks["picked"]
     knee = allocate(str(tiny_llama), **options)
     assert knee["picked"]["written"] == "owl"
+
+
+@pytest.mark.parametrize("kind", ["own", "dense", "block", "patterns"])
+def test_a_rule_at_one_sparsity_measures_nothing_but_its_use(
+    kind: str, tiny_llama: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No level is solved and no candidate measured; the figures are those that prune finds with what is written."""
+    asked: dict[str, Any] = {
+        "own": {"allocator": "dlp", "metric": "wanda", "update": "obs"},
+        "dense": {"allocator": "global", **ADMM},
+        "block": {"allocator": "owl", "metric": "wanda", "update": "block"},
+        "patterns": {"allocator": "uniform", **ADMM, "granularity": "n:m", "exclude": "down_proj", "levels": None},
+    }[kind]
+    for name in ("solved_levels", "level_codes"):
+        monkeypatch.setattr(f"gpmetric.allocation.prepare.{name}", None)
+    monkeypatch.setattr("gpmetric.allocation.allocate.CandidateObjective", None)
+    written, sparsity = tmp_path / "a.json", 0.5
+    found = allocate(str(tiny_llama), sparsity=sparsity, output=written, **{**texts, **SMALL, **asked})
+    assert found["evaluations"] == 0
+    assert found["front"] == [found["picked"]]
+    assert found["baselines"].keys() == {asked["allocator"], "uniform"} == found["picked"]["in_use"].keys()
+    assert abs(found["picked"]["sparsity"] - sparsity) < 0.01
+    used = {name: asked[name] for name in ("metric", "update", "fit", "exclude") if name in asked}
+    pruned = prune(
+        str(tiny_llama), output=tmp_path / "m", allocation=written, calibration=texts["calibration"],
+        text=texts["validation"], samples=4, windows=4, sequence_length=32, device="cpu", **used,
+    )  # fmt: skip
+    assert pruned["perplexity"] == pytest.approx(found["picked"]["perplexity"], rel=1e-6)
+    with pytest.raises(InputError, match="--ledger keeps the candidates of a search"):
+        allocate(str(tiny_llama), sparsity=0.5, ledger=tmp_path / "l", **{**texts, **SMALL, **asked})
 
 
 def test_a_part_of_the_way_from_uniform(tiny_llama: Path, tiny_text: Path) -> None:

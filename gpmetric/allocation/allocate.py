@@ -11,7 +11,7 @@ from gpmetric.allocation.allocators import Problem, diagonal, search
 from gpmetric.allocation.candidate_objective import CandidateObjective
 from gpmetric.allocation.evaluation_log import EvaluationLog, Measured
 from gpmetric.allocation.exact_budget import uniform_budget
-from gpmetric.allocation.in_use import settled
+from gpmetric.allocation.in_use import by_rule, settled
 from gpmetric.allocation.levels import Levels
 from gpmetric.allocation.nsga2 import REFERENCE, hypervolume
 from gpmetric.allocation.pareto_pick import Point, Scorer, held_out_front, knee, pick
@@ -81,6 +81,8 @@ def _searched(request: AllocateRequest, told: AllocateListener, deadline: Deadli
     survivors = request.population * len(windows["search"].tokens) / len(windows["validation"].tokens)
     plan = TimePlan(deadline, times[1] - times[0], deadline.now() - times[1], survivors, int(request.changes))
     told.dense({windows["validation"].text.name: perplexity(scorer.dense)})
+    if request.by_rule:
+        return _described(request, calibrated, scorer) | _by_rule(calibrated, scorer)
     candidates = partial(CandidateObjective, calibrated.pruned, windows["search"].tokens, request.objective)
     objective = retried(calibrated.session.model, candidates)
     identity = calibrated.identity(request) | {"init": [profile.digest for profile in profiles]}
@@ -106,6 +108,26 @@ def _searched(request: AllocateRequest, told: AllocateListener, deadline: Deadli
     }
     paid = cost | {"seconds_by_step": steps, "after_search": after}
     return _described(request, calibrated, scorer) | paid | progress | result | {"cut": plan.cut}
+
+
+def _by_rule(calibrated: CalibratedModel, scorer: Scorer) -> dict[str, Any]:
+    """What a run has that searches nothing, under the names of one that does."""
+    allocation, point, baselines = by_rule(calibrated, scorer)
+    cost: dict[str, Any] = {"evaluations": 0, "tokens": 0, "seconds": 0.0}
+    return cost | {
+        "seconds_by_step": {},
+        "after_search": dict(cost),
+        "hypervolume": [],
+        "reference": {"objective": REFERENCE, "sparsity": 0.0},
+        "rounds": [],
+        "front": [point],
+        "knee": None,
+        "picked": point,
+        "error": None,
+        "baselines": baselines,
+        "allocation": allocation.document(),
+        "cut": [],
+    }
 
 
 def _cost(log: EvaluationLog) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from gpmetric.allocation.allocators import Problem
+from gpmetric.allocation.allocators import Ground, Problem
 from gpmetric.allocation.exact_budget import exact_allocation
 from gpmetric.allocation.pareto_pick import Point, Scorer
 from gpmetric.allocation.prepare import CalibratedModel, levels_of
@@ -22,7 +22,7 @@ from gpmetric.pruning.protocol import Protocol, Rule
 from gpmetric.session.memory import retried
 from gpmetric.targets import Target
 
-__all__ = ["WAYS", "figures_in_use", "settled"]
+__all__ = ["WAYS", "by_rule", "figures_in_use", "settled"]
 
 # Of the way from uniform to what a search found, besides all of it: few windows and the database overstate how genes
 # differ. Excess in use on 48 windows of ptb-valid, alps with fit dense at 0.6, llama-05m, at 0, 0.5, 0.75 and 1: 0.346,
@@ -61,9 +61,28 @@ def settled(
         allocation = plans[written]
         profile = [allocation.targets[problem.table.layers[members[0]]].sparsity for members in problem.table.genes]
         point = scorer.point_of(allocation, problem.table.nearest(profile))
-    metric = calibrated.metric
-    made_for = {"formula": str(metric.expression), "update": metric.update or request.update, "fit": request.fit}
-    return replace(allocation, made_for=made_for), point | {"in_use": figures, "written": written}
+    return replace(allocation, made_for=_made_for(calibrated)), point | {"in_use": figures, "written": written}
+
+
+def by_rule(calibrated: CalibratedModel, scorer: Scorer) -> tuple[Allocation, Point, dict[str, list[Point]]]:
+    """(allocation, its point, baselines): a rule's that measures no candidate, and uniform beside it, both in use.
+
+    Their points have the figures of the model as it will be; nothing else is pruned.
+    """
+    request, ground = calibrated.request, Ground(calibrated.table, calibrated.blocks, calibrated.evidence)
+    assert request.sparsity is not None
+    names = dict.fromkeys([request.allocator, "uniform"])
+    plans = {name: _of_rule(calibrated, ground, name, request.sparsity) for name in names}
+    figures = figures_in_use(calibrated, plans, scorer.dense)
+    points = {name: scorer.told(plan, figures[name]["loss"]) for name, plan in plans.items()}
+    point = points[request.allocator] | {"in_use": figures, "written": request.allocator}
+    allocation = replace(plans[request.allocator], made_for=_made_for(calibrated))
+    return allocation, point, {name: [one] for name, one in points.items()}
+
+
+def _made_for(calibrated: CalibratedModel) -> dict[str, str]:
+    request, metric = calibrated.request, calibrated.metric
+    return {"formula": str(metric.expression), "update": metric.update or request.update, "fit": request.fit}
 
 
 def figures_in_use(
@@ -92,30 +111,30 @@ def _near(points: Sequence[Point], sparsity: float) -> Point:
     return min(points, key=lambda point: abs(point["sparsity"] - sparsity))
 
 
-def _finest(calibrated: CalibratedModel, problem: Problem) -> Problem:
+def _finest(calibrated: CalibratedModel, ground: Ground) -> Ground:
     """With the finest levels, which nothing was solved at."""
     table = levels_of(calibrated.session.model, calibrated.request, calibrated.metric, finest=True)
-    return replace(problem, table=table)
+    return replace(ground, table=table)
 
 
 def _part(
     calibrated: CalibratedModel, problem: Problem, allocation: Allocation, way: float, sparsity: float
 ) -> Allocation:
     """So much of the way from uniform to an allocation, at the same budget."""
-    problem = _finest(calibrated, problem)
-    table = problem.table
+    ground = _finest(calibrated, problem)
+    table = ground.table
     shares = [allocation.targets[table.layers[members[0]]].sparsity for members in table.genes]
-    levels = problem.at_budget([sparsity + way * (share - sparsity) for share in shares], sparsity)
-    return exact_allocation(table, levels, problem.budget(sparsity))
+    levels = ground.at_budget([sparsity + way * (share - sparsity) for share in shares], sparsity)
+    return exact_allocation(table, levels, ground.budget(sparsity))
 
 
-def _of_rule(calibrated: CalibratedModel, problem: Problem, name: str, sparsity: float) -> Allocation:
+def _of_rule(calibrated: CalibratedModel, ground: Ground, name: str, sparsity: float) -> Allocation:
     """A rule's allocation, to the weight: by the finest levels, if it measures none."""
     row = ALLOCATORS[name]
     assert row.rule is not None
-    if name == "uniform" and problem.table.nested:
-        target = Target(str(sparsity), problem.table.granularity, sparsity)
-        return Allocation(target.granularity or "row", dict.fromkeys(problem.table.layers, target))
+    if name == "uniform" and ground.table.nested:
+        target = Target(str(sparsity), ground.table.granularity, sparsity)
+        return Allocation(target.granularity or "row", dict.fromkeys(ground.table.layers, target))
     if row.measures == "nothing":
-        problem = _finest(calibrated, problem)
-    return exact_allocation(problem.table, row.rule(problem, sparsity), problem.budget(sparsity))
+        ground = _finest(calibrated, ground)
+    return exact_allocation(ground.table, row.rule(ground, sparsity), ground.budget(sparsity))

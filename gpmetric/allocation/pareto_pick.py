@@ -57,7 +57,7 @@ class Scorer:
         for levels in found:
             if levels not in self._losses:
                 self._losses[levels] = next(losses)
-            yield self._told(self._calibrated.table.allocation(levels), self._losses[levels])
+            yield self.told(self._calibrated.table.allocation(levels), self._losses[levels])
 
     def point_of(self, allocation: Allocation, levels: Levels) -> Point:
         """An allocation that may lie between a candidate's levels; those that do not are scored as they are."""
@@ -65,9 +65,10 @@ class Scorer:
         if all(allocation.targets[name] == target for name, target in table.allocation(levels).targets.items()):
             return self.point(levels)
         with self._calibrated.exactly(allocation) as at_hand:
-            return self._told(allocation, mean_loss(self._calibrated.session.model, self._tokens, at_hand))
+            return self.told(allocation, mean_loss(self._calibrated.session.model, self._tokens, at_hand))
 
-    def _told(self, allocation: Allocation, loss: float) -> Point:
+    def told(self, allocation: Allocation, loss: float) -> Point:
+        """The point of an allocation whose loss is known."""
         table = self._calibrated.table
         shapes = dict(zip(table.layers, table.shapes, strict=True))
         by_layer = [allocation.targets[name].removes(shapes[name]) for name in table.layers]

@@ -112,8 +112,7 @@ def levels_of(model: Model, request: AllocateRequest, metric: Metric, *, finest:
     Raises:
         InputError: as `level_table`.
     """
-    own = updater_of(metric, request.update).granularity if request.solves else None
-    granularity = request.granularity or own or metric.granularity
+    granularity = request.granularity or updater_of(metric, request.update).granularity or metric.granularity
     table = partial(level_table, model, granularity, request.genes, request.patterns)
     if finest or not request.solves:
         return table(steps=MOST_LEVELS if finest else request.steps)
@@ -126,7 +125,8 @@ def allocate_work(session: Session) -> Work:
     assert isinstance(request, AllocateRequest)
     metric, search = session.metric(request.metric), windows["search"].tokens
     gradients = needs_gradients(_needed(request, metric))
-    spent, validated = request.budget.evaluations or _EVALUATIONS, windows["validation"].tokens.numel()
+    validated, asked = windows["validation"].tokens.numel(), request.budget.evaluations or _EVALUATIONS
+    spent, scored, used = (0, 1, 2) if request.by_rule else (asked, _VALIDATED, _IN_USE)
     work = Work(
         block=_needed(request, metric),
         length=session.tokens.shape[1],
@@ -135,16 +135,16 @@ def allocate_work(session: Session) -> Work:
         rules=request.population,
         copied=True,
         differentiated=ALLOCATORS[request.allocator].search is not None,
-        kept=output_bytes(model, search),
-        fixed=reference_bytes(request.objective, model, search),
-        per_weight=1,
-        forward=session.tokens.numel() + spent * search.numel() + _VALIDATED * validated,
+        kept=0 if request.by_rule else output_bytes(model, search),
+        fixed=0 if request.by_rule else reference_bytes(request.objective, model, search),
+        per_weight=int(not request.by_rule),
+        forward=session.tokens.numel() + spent * search.numel() + scored * validated,
         backward=session.tokens.numel() if gradients else 0,
     )
     if not request.changes:
         return work
     protocol = Protocol(session, one_shot=False)
-    use = protocol.work([metric], request.update, fit=request.fit, rules=_IN_USE, texts=validated)
+    use = protocol.work([metric], request.update, fit=request.fit, rules=used, texts=validated)
     work = replace(
         work,
         dense=use.dense,
@@ -175,7 +175,8 @@ def calibrate(request: AllocateRequest, progress: Progress, listener: Listener |
     """
     session = open_session(request, work=allocate_work, listener=listener)
     model = session.model
-    check_memory(model, session.windows["search"].tokens, request.objective)
+    if not request.by_rule:
+        check_memory(model, session.windows["search"].tokens, request.objective)
     metric = session.metric(request.metric)
     table = levels_of(model, request, metric)
     _ = model.digest  # taken while dense
@@ -187,6 +188,8 @@ def calibrate(request: AllocateRequest, progress: Progress, listener: Listener |
         norms[layer.name] = statistics["X"]
         if "F" in statistics.values:
             saliency[layer.name] = saliency_counts(layer.weight, statistics["F"])
+        if request.by_rule:
+            continue  # only the evidence is needed
         try:
             put(shelf, table, layer, metric, statistics, request.update)
         except (MaskError, SolverError) as error:
@@ -202,6 +205,8 @@ def calibrate(request: AllocateRequest, progress: Progress, listener: Listener |
 
 def _needed(request: AllocateRequest, metric: Metric) -> frozenset[str]:
     """Statistics of the dense model that a request is calibrated with: without an update, those of scores alone."""
+    if request.by_rule:
+        return request.evidence | {"X"}
     names = needed_statistics([metric], request.update) if request.solves else frozenset(metric.operands)
     return names | request.evidence | {"X"}
 

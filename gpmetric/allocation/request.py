@@ -177,6 +177,10 @@ class AllocateRequest(SearchInputs):
             raise InputError(f"--lowest {self.lowest} must be below --highest {self.highest}")
         if self.sparsity is not None and self.max_loss_ratio is not None:
             raise InputError("--sparsity and --max-loss-ratio both pick an allocation; give one of them")
+        if self.by_rule and self.ledger is not None:
+            raise InputError(
+                f"--ledger keeps the candidates of a search, and --allocator {self.allocator} measures none"
+            )
         if self.init and not ALLOCATORS[self.allocator].begins:
             names = (name for name, row in ALLOCATORS.items() if row.begins)
             raise InputError(f"--init needs --allocator {' or '.join(names)}")
@@ -205,9 +209,15 @@ class AllocateRequest(SearchInputs):
         return UPDATERS[self.update].changes
 
     @property
+    def by_rule(self) -> bool:
+        """Whether all that is asked for is one rule's allocation, which no candidate is measured for, and its use."""
+        row = ALLOCATORS[self.allocator]
+        return self.changes and self.sparsity is not None and row.rule is not None and row.measures == "nothing"
+
+    @property
     def solves(self) -> bool:
         """Whether kept weights of candidates are updated."""
-        return UPDATERS[self.update].solves
+        return UPDATERS[self.update].solves and not self.by_rule
 
     @property
     def steps(self) -> int:

@@ -221,6 +221,8 @@ def print_allocation(console: Console, result: Mapping[str, Any], request: Reque
         told = ", ".join(f"{name} {number(point['excess']):.4f}" for name, point in picked["in_use"].items())
         used = f"--update {result['update']} --fit {result['fit']}"
         console.print(Text(f"in use ({used}): excess {told}; written: {picked['written']}"), soft_wrap=True)
+    if not result["evaluations"]:  # nothing was searched
+        return
     first, last = result["front"][0], result["front"][-1]
     span = f"{first['excess']:.4f} at {first['sparsity']:.3f} to {last['excess']:.4f} at {last['sparsity']:.3f}"
     cost = f"{result['evaluations']} evaluations, {result['tokens']:,} tokens, {result['seconds']:.0f} s"
