@@ -322,7 +322,7 @@ def medium(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Pat
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 @pytest.mark.parametrize(
     ("command", "metric", "bound"),
-    [("bench", "abs(W)*G", None), ("bench", "wanda", 720), ("prune", "wanda", None), ("prune", "abs(W)*G", 780)],
+    [("bench", "abs(W)*G", None), ("prune", "wanda", 720)],
 )
 def test_a_process_takes_what_was_told(
     medium: Path, tiny_text: Path, tmp_path: Path, command: str, metric: str, bound: int | None

@@ -344,6 +344,7 @@ def test_formulas_are_evolved(
     tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gpmetric.tuning.choice._EVALUATIONS", 4)
+    monkeypatch.setattr("gpmetric.evolution.workplace._cores", lambda: 1)  # no process has to import torch
     ledger = tmp_path / "tune.jsonl"
     options = {**QUICK, "calibration": str(tiny_text), "target": "2:4", "ledger": ledger}
     found = gpmetric.tune(str(tiny_llama), output=tmp_path / "a", **options)
