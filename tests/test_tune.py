@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import gpmetric
@@ -37,6 +38,7 @@ from gpmetric.tuning import choice
 from gpmetric.tuning.allocations import climb
 from gpmetric.tuning.halving import halve
 from gpmetric.tuning.parts import methods, rivals, with_rounds, without
+from gpmetric.tuning.request import TuneRequest
 from gpmetric.tuning.steps import TuneListener
 from gpmetric.tuning.trials import Trial, Trials, key_of
 from tests.pruning_helpers import session_of, windows_of
@@ -53,6 +55,9 @@ class Scripted(Trials):
         self.deadline: Any = SimpleNamespace(now=lambda: self.clock)
         self.losses, self.asked = losses, list[tuple[str, float]]()
         self.found: list[Trial] = []
+
+    def expected(self, recipe: Recipe, share: float) -> float:
+        return share
 
     def measure(self, recipes: Any, share: float, until: float = math.inf, texts: Any = ()) -> list[Trial]:
         found = []
@@ -83,6 +88,19 @@ def test_halving_keeps_the_better_half() -> None:
     assert trials.asked == [(name, 0.25) for name in losses] + [
         (name, 0.5) for name in ("ria", "magnitude", "gblm_l1")
     ] + [("magnitude", 1.0), ("ria", 1.0)]  # fmt: skip
+
+
+class Solving(Scripted):
+    """Trials that take as long on a few windows as on all."""
+
+    def expected(self, recipe: Recipe, share: float) -> float:
+        return 1.0
+
+
+def test_where_few_windows_save_nothing_there_are_no_rungs() -> None:
+    trials = Solving({name: (0, 0, place) for place, name in enumerate(("wanda", "ria", "magnitude"))})
+    assert [one.loss for one in halve(trials, named("magnitude", "wanda", "ria"), 2.0)] == [0, 2]
+    assert trials.asked == [("magnitude", 1.0), ("wanda", 1.0)]
 
 
 def test_halving_ends_in_time() -> None:
@@ -292,11 +310,14 @@ def test_the_whole_command(tiny_llama: Path, tiny_text: Path, tmp_path: Path) ->
     model, text = str(tiny_llama), str(tiny_text)
     ledger, options = tmp_path / "tune.jsonl", {**QUICK, "calibration": text, "target": "0.6"}
     options |= {"evolve": False, "metric": ["W*W*F"]}
+    stopped = Watching(6)
     with pytest.raises(KeyboardInterrupt):
-        gpmetric.tune(model, output=tmp_path / "a", ledger=ledger, listener=Watching(6), **options)
+        gpmetric.tune(model, output=tmp_path / "a", ledger=ledger, listener=stopped, **options)
     lines = ledger.read_text().splitlines()
-    kept = read_recipe(tmp_path / "a.recipe.toml")
-    assert kept.metric in ("wanda", "sparsegpt")  # which were measured on all windows by then
+    measured_whole = [one for one in stopped.trials if one.share == 1]
+    assert {one.recipe.metric for one in measured_whole} >= {"wanda", "sparsegpt", "alps"}
+    least_of_all = min(measured_whole, key=lambda one: one.loss)
+    assert read_recipe(tmp_path / "a.recipe.toml").document() == least_of_all.recipe.document()
     told = Watching()
     found = gpmetric.tune(model, output=tmp_path / "a", ledger=ledger, resume=True, listener=told, **options)
     whole = Watching()
@@ -472,9 +493,80 @@ def test_expected_seconds() -> None:
     trials._note(Trial(PLAIN, 1.0, 5.0, 3.0))
     trials._note(Trial(admm, 0.25, 5.0, 10.0))
     assert (trials.expected(PLAIN, 1.0), trials.expected(admm, 0.25)) == (3.0, 10.0)
-    assert trials.expected(admm, 1.0) == pytest.approx(10 * 4**0.75)
+    assert trials.expected(admm, 1.0) == 10 + 0.75 * 3  # but for passes over the windows it takes as long
+    dense = replace(admm, fit="dense")
+    trials._note(Trial(dense, 1.0, 5.0, 11.0))
+    assert trials.expected(dense, 0.25) == (11 - 3 * 3) + 0.25 * 3 * 3
+    trials._note(Trial(dense, 1.0, 5.0, 6.0))  # no more than passes
+    assert trials.expected(dense, 0.5) == 3
     assert trials.expected(replace(PLAIN, update="obs"), 1.0) == trials.expected(admm, 1.0)
-    assert trials.expected(replace(admm, update="admm+block"), 1.0) == pytest.approx(8 * trials.expected(admm, 1.0))
+    assert trials.expected(replace(admm, update="admm+block"), 1.0) == pytest.approx(3 * trials.expected(admm, 1.0))
+
+
+class Costly(Trials):
+    """Trials of a model whose solver takes nearly all of the time, by a clock of their own; losses are made up."""
+
+    def __init__(self, minutes: float, solver: float) -> None:
+        self.clock, self.solver = 0.0, solver
+        windows = SimpleNamespace(tokens_digest="")
+        session: Any = SimpleNamespace(
+            metric=resolve_metric, plan=Plan(), tokens=torch.zeros(8, 32), model=SimpleNamespace(dtype="float32"),
+            windows={"calibration": windows}, evaluated=[],
+        )  # fmt: skip
+        super().__init__(session, Deadline(minutes, 0.0, lambda: self.clock), lambda *told: None)
+
+    def seconds(self, recipe: Recipe, share: float) -> float:
+        update, fit = self._kind(recipe)
+        passes, solved = (3 if fit == "dense" else 1), update.partition("+")[0]
+        fixed = {"none": 0, "obs-blockwise": 0.2, "admm": 1}[solved] + 2 * update.endswith("+block")
+        return self.solver * (fixed + 0.1 * passes * share)
+
+    def _measured(self, recipes: Sequence[Recipe], share: float, texts: Sequence[Any]) -> Iterator[Trial]:
+        for recipe in recipes:
+            seconds = self.seconds(recipe, share)
+            self.clock += seconds
+            update = self._kind(recipe)[0]
+            gains = {"none": 0.0, "obs-blockwise": 0.5, "admm": 1.0, "admm+block": 1.2}[update]
+            gains += 0.1 * (recipe.allocation is not None) + 0.2 * (recipe.fit == "dense")
+            yield Trial(recipe, share, 3.0 - gains, seconds, others=(0.0,) * len(texts))
+
+    def dense(self, share: float = 1.0) -> float:
+        return 1.0
+
+    def on_search_text(self) -> Any:
+        return SimpleNamespace(begun=False)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "solver", "parts"),
+    [
+        (8, 170, set()),
+        (12, 170, {"solver"}),
+        (20, 170, {"solver", "allocation"}),
+        (40, 170, {"solver", "allocation", "rounds"}),
+        (60, 170, {"solver", "allocation", "rounds"}),
+        (60, 400, {"solver", "allocation"}),
+    ],
+)
+def test_where_trials_are_few_what_is_worth_most_comes_first(
+    minutes: float, solver: float, parts: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The strongest method whole, an allocation, rounds; and there is always time left to prune by the best."""
+    targets = {"a": layer_target("layer", (4, 8), 3)}
+    directions = SimpleNamespace(moves={"global": 0, "owl": 0}, allocation=lambda shares: Allocation("layer", targets))
+    monkeypatch.setattr(choice, "directions_of", lambda *told: directions)
+    trials = Costly(minutes, solver)
+    request = TuneRequest(output=tmp_path / "a", target="layer:0.6", minutes=minutes)
+    found = choice.Choice(request, trials, TuneListener(), trials.deadline)
+    best = found.run()
+    tried = {(trials._kind(one.recipe)[0], one.recipe.allocation is not None) for one in trials.found if one.share == 1}
+    reached = {"solver"} if ("admm", False) in tried else set()
+    reached |= {"allocation"} if ("admm", True) in tried else set()
+    reached |= {"rounds"} if ("admm+block", True) in tried else set()
+    assert reached == parts
+    assert trials.clock + trials.seconds(best.recipe, 1.0) <= trials.deadline.end
+    assert any("evolving formulas" in cut for cut in found.cuts)
+    assert best.loss == min(one.loss for one in trials.found if one.share == 1)
 
 
 def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:

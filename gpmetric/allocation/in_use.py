@@ -91,7 +91,7 @@ def figures_in_use(
     """By name, loss, perplexity and excess over the dense loss of each allocation on validation, pruned in use."""
     session, request, metric = calibrated.session, calibrated.request, calibrated.metric
     calibrated.pruned.dense()
-    protocol = Protocol(session, one_shot=False, progress=calibrated.progress)
+    protocol = Protocol(session, one_shot=False, progress=calibrated.progress, passed=calibrated.progress)
     protocol.prepare([metric], request.update)
     rules = [Rule(metric, plan, request.update, request.fit) for plan in plans.values()]
     tokens, together = [session.windows["validation"].tokens], session.plan.together

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from gpmetric.blockwise.replay import BlockCalls
 from gpmetric.blockwise.shelf import Shelf
 
-__all__ = ["Hidden"]
+__all__ = ["Hidden", "States"]
 
 _NAMES = count()
 
@@ -64,3 +64,20 @@ class Hidden:
         """Goes on with what iterating gave before, on any device."""
         for number, one in enumerate(states):
             self[number] = one
+
+
+class States(Mapping[str, Tensor]):
+    """Hidden states by place and batch, as they are when they are asked for."""
+
+    def __init__(self, places: Mapping[str, Hidden]) -> None:
+        self._places = places
+
+    def __getitem__(self, name: str) -> Tensor:
+        place, _, number = name.rpartition("/")
+        return self._places[place][int(number)]
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{place}/{number}" for place, hidden in self._places.items() for number in range(len(hidden)))
+
+    def __len__(self) -> int:
+        return sum(map(len, self._places.values()))

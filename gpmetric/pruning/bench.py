@@ -203,7 +203,9 @@ def _bench_model(
     session = open_session(request, name, sources, work=bench_work, listener=told)
     targets = [parse_target(text) for text in dict.fromkeys(request.target)]
     check_targets(session.model, targets)
-    protocol = Protocol(session, one_shot=request.one_shot, progress=deadline.watching(told.progress))
+    protocol = Protocol(
+        session, one_shot=request.one_shot, progress=deadline.watching(told.progress), passed=told.progress
+    )
     metrics = [session.metric(text) for text in request.metrics]
     dense = {
         part.text.name: perplexity(text_loss(session.model, part.tokens, protocol.progress))

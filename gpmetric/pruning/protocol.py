@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gpmetric.blockwise.couplings import Coupling, Move, find_couplings
-from gpmetric.blockwise.hidden import Hidden
+from gpmetric.blockwise.hidden import Hidden, States
 from gpmetric.blockwise.replay import record_calls
 from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.collect import collect_block
@@ -62,12 +62,20 @@ class Protocol:
         session: its model is dense, and stays so.
         one_shot: dense statistics everywhere, instead of block after pruned block.
         progress: told of the calibration.
+        passed: told of the blocks that a walk is through with.
     """
 
-    def __init__(self, session: Session, *, one_shot: bool, progress: Progress = lambda *told: None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        *,
+        one_shot: bool,
+        progress: Progress = lambda *told: None,
+        passed: Progress = lambda *told: None,
+    ) -> None:
         self.session = session
         self.one_shot = one_shot
-        self.progress = progress
+        self.progress, self.passed = progress, passed
 
     def shared(self, metrics: Sequence[Metric], update: str) -> frozenset[str]:
         """Names of the dense model's statistics that these metrics share."""
@@ -140,23 +148,6 @@ class _Branch:
             one.close()
 
 
-class _States(Mapping[str, Tensor]):
-    """Hidden states by place and batch, as they are when they are asked for."""
-
-    def __init__(self, places: Mapping[str, Hidden]) -> None:
-        self._places = places
-
-    def __getitem__(self, name: str) -> Tensor:
-        place, _, number = name.rpartition("/")
-        return self._places[place][int(number)]
-
-    def __iter__(self) -> Iterator[str]:
-        return (f"{place}/{number}" for place, hidden in self._places.items() for number in range(len(hidden)))
-
-    def __len__(self) -> int:
-        return sum(map(len, self._places.values()))
-
-
 @dataclass
 class Walk:
     """Pruned models on their way through the blocks of one, which stays as it is; see `Protocol.walk`.
@@ -193,6 +184,7 @@ class Walk:
     def __iter__(self) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
         for index in range(self._next, len(self._model.blocks)):
             yield index, self._step(index)  # nothing of it is kept here
+            self.protocol.passed("pruning", index + 1, len(self._model.blocks))
 
     @torch.no_grad()
     def _step(self, index: int) -> list[dict[str, Tensor]]:
@@ -216,7 +208,7 @@ class Walk:
 
     def state(self) -> Mapping[str, Tensor]:
         """All that is needed to go on behind the last block: hidden states by rule, text and batch."""
-        return _States(dict(self._hidden()))
+        return States(dict(self._hidden()))
 
     def restore(self, block: int, state: Mapping[str, Tensor]) -> None:
         """Goes on before a block with what `state` gave there, each of which is asked for once."""

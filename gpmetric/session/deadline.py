@@ -60,6 +60,13 @@ class Deadline:
         """Seconds until `end`."""
         return self.end - self.now()
 
+    def until(self, end: float) -> Deadline:
+        """That of a part of the work, from now until `end`, by `now`; infinite is no limit but that there is."""
+        if math.isinf(end):
+            return self
+        began = self.now()
+        return Deadline(max(0.0, end - began) / 60, began, self.now)
+
     @property
     def refusal(self) -> str:
         """Why something was not measured."""

@@ -34,9 +34,11 @@ _ENDS = {"formulas": 0.5, "methods": 0.65, "allocations": 0.9}  # of the time fo
 _CLIMBED = 12  # candidates that a search of allocations is worth while for
 _CLIMBING = 0.5  # of the windows that it measures on
 _RUNGS = 0.75  # of what measuring on all windows takes, that a recipe takes in successive halving
-_PRUNING = 2.0  # times what the solver takes on all windows, to prune and verify
-_TABLE = 5.0  # and for the table of parts, at most a share of the time
-_TABLE_SHARE = 0.2
+_PRUNING = 1.5  # times what the solver takes on all windows, to prune and verify
+_TABLE = 5.0  # and for the table of parts, at most a share of the time, and nothing if that is less than two of them
+_TABLE_SHARE = 0.15
+_SOLVING = 4.0  # times what the slowest published rival takes, that the strongest method is thought to take
+_BEGINNING = 1 / 3  # of the time that is left, that it may take; otherwise it is measured on a few windows
 
 
 @dataclass
@@ -60,18 +62,16 @@ class Choice(Steps[Recipe]):
         plain = first_recipe(self.request, session)
         self.told.dense({"validation": math.exp(self.trials.dense())})
         self.told.step("published recipes")
-        published = methods(plain, ())
-        solver = self.measure([one for one in published if (one.update, one.fit) == SOLVER][:1], SHARES[0])
         compared = [trial.recipe for trial in self.measure(rivals(plain))]
         for one in rivals(plain):
             if one not in compared:
                 self.cut(f"{one.metric}, which the choice was not compared with")
         if self.best is None:
             raise self.nothing()
-        each = self.trials.expected(solver[0].recipe, 1.0) if solver else math.inf
+        each = self._begin(methods(plain, ())[0])
         table = min(_TABLE * each, _TABLE_SHARE * self.deadline.seconds)
-        begun, end = self.deadline.now(), self.deadline.end - table - _PRUNING * each
-        ends = {step: begun + share * (end - begun) for step, share in _ENDS.items()}
+        begun, end = self.deadline.now(), self.deadline.end - (table >= 2 * each) * table - _PRUNING * each
+        ends = self._ends(begun, end, each)
         tried = methods(plain, self.request.metric)
         until = min(ends["formulas"], ends["methods"] - _RUNGS * each * (len(tried) + _EVOLVED))
         with self.lasting("evolving formulas"):
@@ -83,11 +83,30 @@ class Choice(Steps[Recipe]):
         else:
             with self.lasting("allocations"):
                 self._allocate(each, ends["allocations"])
-        self._try("rounds over whole blocks", with_rounds(self.best.recipe), end)
+        self._try("rounds over whole blocks", with_rounds(self.best.recipe))
         self.trials.recall()
         while self._compare(plain):  # a part that does harm is left out, and the others are looked at again
             self.told.step("without a part that does harm")
         return self.best
+
+    def _begin(self, strongest: Recipe) -> float:
+        """Measures the strongest known method, on a few windows if all may take too long; seconds on all of them."""
+        longest = max(trial.seconds for trial in self.trials.found)
+        whole = _SOLVING * longest <= _BEGINNING * self.deadline.left
+        found = self.measure([strongest], 1.0 if whole else SHARES[0])
+        return self.trials.expected(strongest, 1.0) if found else math.inf
+
+    def _ends(self, begun: float, end: float, each: float) -> dict[str, float]:
+        """When steps must have ended: with a share of the time, or before, so that an allocation and rounds still fit.
+
+        These two are worth more than another metric; rounds take their time when the model is pruned, too.
+        """
+        assert self.best is not None
+        rounds = (1 + _PRUNING) * self.trials.expected(with_rounds(self.best.recipe), 1.0) - _PRUNING * each
+        rounds = rounds if begun + rounds <= end else 0.0
+        allocation = each if begun + rounds + each <= end else 0.0
+        latest = {"allocations": end - rounds, "methods": end - rounds - allocation}
+        return {step: min(begun + share * (end - begun), latest.get(step, end)) for step, share in _ENDS.items()}
 
     def describe(self, best: Trial) -> dict[str, Any]:
         return super().describe(best) | {"evolved": self.evolved}
@@ -103,9 +122,9 @@ class Choice(Steps[Recipe]):
             self.evolved = dict(known)
             if not known["cut"]:
                 return
-        affordable = (until - self.deadline.now()) / max(each, 1e-9)
+        affordable = max(0.0, until - self.deadline.now()) / max(each, 1e-9)
         if affordable < _FEWEST:
-            self.cut(f"evolving formulas, of which {max(0, int(affordable))} could be tried")
+            self.cut(f"evolving formulas, of which {int(affordable)} could be tried")
             return
         self.told.step("formulas")
         self.trials.forget()
@@ -127,7 +146,9 @@ class Choice(Steps[Recipe]):
         recipe = replace(recipe, target=f"{settled.granularity}:{target.sparsity!r}")
         directions = directions_of(session, settled.granularity or "row", target.sparsity, self.trials.progress)
         pairs = mixtures(directions, recipe)
-        self.halve("allocations by rule", [recipe for _, recipe in pairs], until - _CLIMBED * each)
+        left = (until - self.deadline.now()) / max(each, 1e-9)
+        climbing = _CLIMBED * each if left >= _CLIMBED + _RUNGS * len(pairs) else 0.0
+        self.halve("allocations by rule", [recipe for _, recipe in pairs], until - climbing)
         searching = self.trials.on_search_text()
         if not searching.begun and (until - self.deadline.now()) / max(each, 1e-9) < _CLIMBED:
             self.cut("searching an allocation")
@@ -141,13 +162,11 @@ class Choice(Steps[Recipe]):
         if here:
             self.measure([replace(recipe, allocation=directions.allocation(here))])
 
-    def _try(self, what: str, recipe: Recipe, until: float) -> None:
+    def _try(self, what: str, recipe: Recipe, until: float = math.inf) -> None:
         """One recipe on all windows, if there is time to measure it and then to prune by it."""
         self.told.step(what)
-        found = self.measure([recipe], SHARES[0], until)
         last = self.deadline.end - _PRUNING * self.trials.expected(recipe, 1.0)
-        found = found and self.measure([recipe], 1.0, min(until, last))
-        if not found:
+        if not self.measure([recipe], 1.0, min(until, last)):
             self.cut(what)
 
     def _compare(self, plain: Recipe) -> bool:

@@ -11,11 +11,14 @@ from gpmetric.tuning.trial_log import SHARES, Asked, Measurement, TrialLog
 
 __all__ = ["halve"]
 
+_CHEAP = 0.5  # of what a recipe takes on all windows, that it may take on a few; with more, rungs save nothing
+
 
 def halve(trials: TrialLog[Asked], recipes: Sequence[Asked], until: float, kept: int = 1) -> list[Measurement[Asked]]:
     """Trials on all windows of those that came so far, the best first; none where time was over before.
 
-    Rungs take about as long as each other, so each has its share of the time: some come to the last one.
+    Rungs take about as long as each other, so each has its share of the time: some come to the last one. Where a recipe
+    takes nearly as long on a few windows as on all, as those do whose solver takes most of it, there are no rungs.
 
     Args:
         trials: measures.
@@ -27,9 +30,14 @@ def halve(trials: TrialLog[Asked], recipes: Sequence[Asked], until: float, kept:
     ranked: list[Measurement[Asked]] = []
     begun = trials.deadline.now()
     for rung, share in enumerate(SHARES, start=1):
-        if share < 1 and len(alive) <= kept:
+        if share < 1 and (len(alive) <= kept or not _is_cheap(trials, alive[0], share)):
             continue
         end = until if share == 1 else begun + (until - begun) * rung / len(SHARES)
         ranked = sorted(trials.measure(alive, share, end), key=lambda trial: trial.loss)
         alive = [trial.recipe for trial in ranked[: max(kept, -(-len(ranked) // 2))]]
     return ranked
+
+
+def _is_cheap(trials: TrialLog[Asked], recipe: Asked, share: float) -> bool:
+    """Whether a share of the windows saves enough, as far as it is known of recipes of this kind."""
+    return trials.expected(recipe, share) <= _CHEAP * trials.expected(recipe, 1.0)

@@ -35,19 +35,19 @@ def rivals(plain: Recipe) -> list[Recipe]:
 
 
 def methods(plain: Recipe, names: Sequence[str]) -> list[Recipe]:
-    """Metrics with the update and fit that each is for: published ones, those of the catalogue, and others by name.
+    """Metrics with the update and fit that each is for: the strongest published one, the catalogue, names, the others.
 
     One that stands there twice under other names is taken once.
     """
     update, fit = SOLVER
     published = [
         replace(plain, metric=name, update=str(BASELINES[name].update), fit=one)
-        for name, one in (("sparsegpt", "dense"), ("alps", "own"), ("alps", "dense"))
+        for name, one in (("alps", "dense"), ("alps", "own"), ("sparsegpt", "dense"))
     ]
     found = [replace(plain, metric=entry.formula, update=entry.update, fit=entry.fit) for entry in CATALOGUE.values()]
     named = [spelled_out(replace(plain, metric=name, update=update, fit=fit)) for name in names]
     alike: dict[str, Recipe] = {}
-    for one in (*published, *found, *named):
+    for one in (published[0], *found, *named, *published[1:]):
         alike.setdefault(key_of(one), one)
     return list(alike.values())
 

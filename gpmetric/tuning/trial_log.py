@@ -23,7 +23,7 @@ from gpmetric.session.session import Progress, Session
 __all__ = ["SHARES", "Asked", "Measurement", "Recorded", "TrialLog"]
 
 SHARES = (0.25, 0.5, 1.0)  # of the windows, rung by rung
-_SCALE = 0.75  # power of the share that seconds are thought to go with: part of the work does not depend on it
+_SCALE = 0.75  # power of the share that seconds are thought to go with, where it is not known which part of them does
 
 
 class Recorded(Protocol):
@@ -69,6 +69,7 @@ class TrialLog(Journal, Generic[Asked]):
         best: of those measured on all windows.
         found: every trial so far, in the order measured.
         searched: what searches came to, by what was searched.
+        ends: when the trials that are being measured have to be done, by the deadline's clock.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class TrialLog(Journal, Generic[Asked]):
         self._keep_best = keep_best
         self.found: list[Measurement[Asked]] = []
         self.searched: dict[str, Any] = {}
+        self.ends = math.inf
         self._known: dict[tuple[str, float, int], Measurement[Asked]] = {}  # by recipe, share and how many other texts
         self._kept: dict[tuple[str, float, int], dict[str, Any]] = {}
         self._kept_of_search: dict[tuple[str, float, int], dict[str, Any]] = {}
@@ -133,7 +135,7 @@ class TrialLog(Journal, Generic[Asked]):
             if (kept := self._kept.pop((key, share, len(texts)), None)) is not None:
                 self._known_again(recipe, share, kept)
         missing = [recipe for key, recipe in asked.items() if (key, share, len(texts)) not in self._known]
-        size = self.together
+        self.ends, size = until, self.together
         for first in range(0, len(missing), size):
             group = missing[first : first + size]
             expected = sum(self.expected(recipe, share) for recipe in group)
@@ -175,9 +177,16 @@ class TrialLog(Journal, Generic[Asked]):
 
     def _scaled(self, kind: Any, share: float) -> float:
         """Seconds of a known kind on a share of the windows, by the nearest one that was measured."""
-        known = self._seconds[kind]
+        known, windows = self._seconds[kind], self._of_windows(kind)
         nearest = min(known, key=lambda one: abs(math.log(one / share)))
-        return float(known[nearest] * (share / nearest) ** _SCALE)
+        seconds = known[nearest]
+        if windows is None:
+            return float(seconds * (share / nearest) ** _SCALE)
+        return float(max(0.0, seconds - nearest * windows) + share * min(windows, seconds / nearest))
+
+    def _of_windows(self, kind: Any) -> float | None:
+        """Seconds of a kind that go with the share of the windows, on all of them; None where it is not known."""
+        return None
 
     def dense(self, share: float = 1.0) -> float:
         """Loss of the dense model on a share of the validation windows, nats per token."""

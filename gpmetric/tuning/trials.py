@@ -20,13 +20,16 @@ from gpmetric.pruning.recipe import Recipe, recipe_of
 from gpmetric.pruning.updaters import UPDATERS, fit_of, needed_statistics, resolve_target
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.memory import retried
-from gpmetric.session.session import Session
+from gpmetric.session.session import Progress, Session
 from gpmetric.targets import parse_target
 from gpmetric.tuning.trial_log import Measurement, TrialLog
 
 __all__ = ["Trial", "Trials", "key_of", "rule_of"]
 
-_UNKNOWN = 8.0  # times the slowest kind known, what rounds over blocks are thought to take before they were measured
+_MASKED, _PASSES = ("none", "own"), 3  # passes of a fit to the dense model, in those of masks
+# Times the slowest kind known, what rounds over blocks are thought to take before any was measured: as on SmolLM2-135M;
+# 7 on a Llama of 0.5 million. They are given up as soon as it is seen that they take longer than there is.
+_UNKNOWN = 3.0
 
 Trial = Measurement[Recipe]
 
@@ -67,6 +70,7 @@ class Trials(TrialLog[Recipe]):
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         self._parts: dict[float, _Part] = {}
+        self._watching: Progress = lambda *told: None
         super().__init__(*arguments, **keywords)
 
     def _recipe(self, document: Mapping[str, Any]) -> Recipe:
@@ -100,14 +104,21 @@ class Trials(TrialLog[Recipe]):
     def _unknown(self, recipe: Recipe) -> float:
         return _UNKNOWN if UPDATERS[self._kind(recipe)[0]].fits_blocks else 1.0
 
+    def _of_windows(self, kind: tuple[str, str]) -> float | None:
+        """Masks alone are little else than passes over the windows; a fit to the dense model takes more of them."""
+        masked = self._seconds.get(_MASKED, {}).get(1.0)
+        return masked and masked * (_PASSES if kind[1] == "dense" else 1)
+
     def _measured(self, recipes: Sequence[Recipe], share: float, texts: Sequence[Tensor]) -> Iterator[Trial]:
         part = self._part(share)
         before = self.deadline.now()
+        self._watching = self.deadline.until(self.ends).watching(self.progress)
         try:
             found = self._run(recipes, part, [part.tokens, *texts])
         except OutOfMemoryError as failure:
             found = [Measured([math.inf] * (1 + len(texts)), math.nan, math.nan, failure)] * len(recipes)
-        except TimeOverError:  # of statistics that a metric needs: as if it had not been begun
+        except TimeOverError:  # as if it had not been begun
+            part.session.forget_calls()
             return
         spent = (self.deadline.now() - before) / len(recipes)
         for recipe, one in zip(recipes, found, strict=True):
@@ -120,9 +131,13 @@ class Trials(TrialLog[Recipe]):
         names = frozenset[str]().union(*(needed_statistics([rule.metric], rule.update) for rule in rules))
         gradients = [name for name in names if needs_gradients([name])]
         if gradients:
-            collect = partial(self.session.statistics, gradients, self.progress)
+            collect = partial(self.session.statistics, gradients, self._watched)
             part.session.dense = retried(self.session.model, collect, self.session.forget_calls)
         return retried(self.session.model, lambda: part.protocol.measure(rules, texts), part.session.forget_calls)
+
+    def _watched(self, what: str, done: int, total: int) -> None:
+        """Tells of a step of a measurement, which is given up where it cannot end in time."""
+        self._watching(what, done, total)
 
     def _part(self, share: float) -> _Part:
         """The session on a share of the windows; what the others read is let go of, as it may fill the device."""
@@ -135,7 +150,7 @@ class Trials(TrialLog[Recipe]):
             tokens = windows["validation"].tokens
             dense = text_loss(session.model, tokens, self.progress)
             self._parts[share] = _Part(
-                session, Protocol(session, one_shot=False, progress=self.progress), tokens, dense
+                session, Protocol(session, one_shot=False, progress=self._watched, passed=self._watched), tokens, dense
             )
         return self._parts[share]
 
