@@ -55,7 +55,7 @@ class Paint(Base):
     fast: Annotated[bool, Option("Fast or slow.", names=("--fast/--thorough",))] = False
     force: Annotated[bool, Option("Force.", names=("--force",))] = False
     output: Annotated[Path | None, Option("A folder.", names=("--output", "-o"), writes="folder")] = None
-    csv: Annotated[Path | None, Option("A file.", metavar="FILE", writes="file")] = None
+    csv: Annotated[Path | None, Option("A file.", metavar="FILE", writes="table")] = None
     plot: Annotated[Path | None, Option("A picture.", writes="picture")] = None
 
     def check(self) -> None:
