@@ -23,6 +23,7 @@ from gpmetric.blockwise.replay import check_blocks
 from gpmetric.errors import InputError, ModelError
 from gpmetric.models import Model, check_weights, find_blocks, find_parts
 from gpmetric.placement import Placement
+from gpmetric.tensor_file import weight_files
 
 __all__ = [
     "DEMO_MODEL",
@@ -118,7 +119,7 @@ def open_model(
         module.loss_type = "ForCausalLM"
     blocks = find_blocks(module, include, exclude)
     folder, dtype_there = _folder(str(path)), torch.float32 if wanted == torch.float32 else None
-    placement = Placement(find_parts(module, blocks), where, dtype_there, folder.glob("*.safetensors"))
+    placement = Placement(find_parts(module, blocks), where, dtype_there, weight_files(folder))
     return Model("demo" if name is None else str(name), module, tokenizer, blocks, folder, placement)
 
 
@@ -224,7 +225,7 @@ def _mapped(path: str, config: Any, dtype: torch.dtype | str, options: dict[str,
 def _stored_dtypes(folder: Path) -> set[torch.dtype]:
     """Floating dtypes of the tensors in a folder's files."""
     found = set()
-    for path in folder.glob("*.safetensors"):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             found |= {_FLOATS.get(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 - no mapping
     return {dtype for dtype in found if dtype is not None}

@@ -344,8 +344,13 @@ def test_a_resumed_search_writes_the_same_model(
 
 @pytest.mark.usefixtures("here")
 def test_what_is_not_what_was_found_is_not_delivered(
-    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """The search is kept, and the same command with it writes what an uninterrupted one does."""
     write = slim_checkpoint.write_model
 
     def damaged(model: Any, shrinker: Any, slimmed: Any, kind: str, folder: Path) -> None:
@@ -359,7 +364,20 @@ def test_what_is_not_what_was_found_is_not_delivered(
     with pytest.raises(GpmetricError, match="is not the one that was found: its logits are off by"):
         run(tiny_llama, tiny_text, tmp_path / "small")
     assert not (tmp_path / "small").exists()
-    assert not list(tmp_path.iterdir())
+    (kept,) = tmp_path.iterdir()
+    assert f"--ledger {kept} --resume" in caplog.text
+    monkeypatch.setattr(slim_checkpoint, "write_model", write)
+    again = run(tiny_llama, tiny_text, tmp_path / "small", ledger=kept, resume=True)
+    whole = run(tiny_llama, tiny_text, tmp_path / "whole")
+    assert (again["steps"], again["widths"]) == (6, whole["widths"])
+
+
+@pytest.mark.usefixtures("here")
+def test_nothing_but_the_checkpoint_is_left_where_all_is_well(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    run(tiny_llama, tiny_text, tmp_path / "small")
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
 @pytest.mark.parametrize(

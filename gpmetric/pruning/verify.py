@@ -18,7 +18,7 @@ from gpmetric.loading import check_path, load_model, pick_device
 from gpmetric.models import Model
 from gpmetric.options import as_function
 from gpmetric.pruning.allocation import GranularityName
-from gpmetric.pruning.checkpoint import FOREIGN_KEYS, tensors
+from gpmetric.pruning.checkpoint import FOREIGN_KEYS, is_finite, tensors
 from gpmetric.pruning.mask import by_group
 from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of
 from gpmetric.pruning.requests import VerifyRequest
@@ -247,21 +247,13 @@ def _tensor_problems(folder: Path, manifest: _Manifest) -> Iterator[str]:
     yield from (f"tensor {name} is missing" for name in manifest.tensors if name not in places)
     yield from (f"tensor {name} is not in the manifest" for name in places if name not in manifest.tensors)
     for name, file in places.items():
-        if not all(_is_finite(piece) for piece in file.pieces(name)):
+        if not all(is_finite(piece) for piece in file.pieces(name)):
             yield f"tensor {name} holds NaN or infinity"
     for layer in manifest.layers:
         if layer.tensor in places:
             yield from _layer_problems(places[layer.tensor][layer.tensor], layer)
         else:
             yield f"layer {layer.name} has no tensor"
-
-
-def _is_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite; float8 is widened for that."""
-    if not values.is_floating_point():
-        return True
-    ends = torch.stack((values.float() if values.itemsize == 1 else values).aminmax())  # NaN if any is
-    return bool(ends.isfinite().all())
 
 
 def _shape_problems(model: Model, manifest: _Manifest) -> Iterator[str]:
