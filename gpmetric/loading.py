@@ -179,9 +179,10 @@ def _load(path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
         module, info = _mapped(path, config, dtype, options)
     with _explained(f"tokenizer of model {place}"):
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    slimmed = str(module.config.model_type).startswith("slim_")
     for kind in ("missing", "mismatched", "unexpected"):
         names = sorted(map(str, info[f"{kind}_keys"]))
-        if names and kind != "unexpected":
+        if names and (kind != "unexpected" or slimmed):  # of widths that are not its own
             raise ModelError(f"model {path!r} has {len(names)} {kind} weights, first {names[0]}")
         if names:
             _LOG.warning("model %r ignores %d weights that its files hold, first %s", path, len(names), names[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -42,13 +43,21 @@ def edit_file(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
+def sign_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes a manifest with the digest that it is to have: of its JSON, sorted and without spaces, but for itself."""
+    manifest.pop("manifest_sha256", None)
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    signed = manifest | {"manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps(signed))
+
+
 def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any], sign: bool = True) -> None:
     """Changes tensors, and the manifest's digest with them unless the file is to look damaged."""
     edit_file(folder / "model.safetensors", change)
     if sign:
         manifest = json.loads((folder / MANIFEST).read_text())
         manifest["files"]["model.safetensors"] = file_digest(folder / "model.safetensors")
-        (folder / MANIFEST).write_text(json.dumps(manifest))
+        sign_manifest(folder, manifest)
 
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -153,7 +162,7 @@ def test_verify_notices_files(pruned: Path, tiny_llama: Path) -> None:
 def test_verify_measures_only_the_text_it_was_measured_on(pruned: Path, tiny_text: Path) -> None:
     manifest = json.loads((pruned / MANIFEST).read_text())
     assert manifest["text"]["text"] == str(tiny_text)
-    (pruned / MANIFEST).write_text(json.dumps(manifest | {"text": manifest["text"] | {"text": "gone.txt"}}))
+    sign_manifest(pruned, manifest | {"text": manifest["text"] | {"text": "gone.txt"}})
     found = verify(pruned)
     assert (found["ok"], found["perplexity"]) == (True, None)
     (pruned / MANIFEST).write_text(json.dumps(manifest | {"perplexity": manifest["perplexity"] * 1.01}))
@@ -441,8 +450,10 @@ def test_verify_notices_one_zero_of_an_allocated_layer(zeros: int, counted: bool
     said = manifest["layers"][0]["zeros"]
     if counted:
         manifest["layers"][0]["zeros"] += zeros - 10
-        (allocated / MANIFEST).write_text(json.dumps(manifest))
-    problems = [one for one in verify(allocated)["problems"] if "perplexity" not in one]
+        sign_manifest(allocated, manifest)
+    problems = [
+        one for one in verify(allocated)["problems"] if "perplexity" not in one and "weights are zero" not in one
+    ]
     where = "layer model.layers.0.self_attn.q_proj has"
     full = [f"{where} 1 groups with more weights than 0.3125 leaves"] if zeros < 10 else []
     count = [] if counted else [f"{where} {said + zeros - 10} zeros, the manifest says {said}"]
@@ -465,3 +476,83 @@ def test_a_checkpoint_of_the_last_version_still_verifies(
     found = verify(folder, device="cpu")
     assert (found["ok"], found["problems"], found["layers"]) == (True, [], layers)
     assert found["perplexity"] is not None
+    assert any("earlier versions wrote no digest" in one for one in found["unchecked"])
+    assert (folder == "pruned") == any("does not list" in one for one in found["unchecked"])
+
+
+def test_a_manifest_has_a_digest_of_itself(pruned: Path, tiny_llama: Path) -> None:
+    """Recomputed here; one that is lost is told, of what says things that only this version wrote."""
+    manifest = json.loads((pruned / MANIFEST).read_text())
+    before = (pruned / MANIFEST).read_text()
+    sign_manifest(pruned, dict(manifest))
+    assert json.loads((pruned / MANIFEST).read_text()) == manifest
+    found = verify(pruned)
+    assert (found["ok"], found["sparsity"]) == (True, 0.5)
+    assert found["unchecked"] == ["tensors that were not pruned, and kept weights: --against MODEL compares them"]
+    assert verify(pruned, against=str(tiny_llama), device="cpu")["unchecked"] == []
+    (pruned / MANIFEST).write_text(before.replace('"metric": "wanda"', '"metric": "ria"'))
+    assert f"{MANIFEST} is not as it was written: its sha256 differs" in verify(pruned)["problems"]
+    del manifest["manifest_sha256"]
+    (pruned / MANIFEST).write_text(json.dumps(manifest))
+    assert f"{MANIFEST} has lost its digest of itself" in verify(pruned)["problems"]
+
+
+def leave_out(manifest: dict[str, Any]) -> None:
+    """A dense layer would go unnoticed."""
+    del manifest["layers"][3]
+
+
+def relax(manifest: dict[str, Any]) -> None:
+    manifest["layers"][3]["target"] = "0.1"
+
+
+def exchange(manifest: dict[str, Any]) -> None:
+    """Two layers of one shape, each under the other's tensor."""
+    first, second = manifest["layers"][0], manifest["layers"][7]
+    first["tensor"], second["tensor"] = second["tensor"], first["tensor"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (leave_out, r"layer model\.layers\.0\.self_attn\.o_proj of the model is not in the manifest"),
+        (relax, r"layer model\.layers\.0\.self_attn\.o_proj has the target 0\.1, the manifest says 2:4"),
+        (
+            exchange,
+            r"self_attn\.q_proj is stored as .*layers\.0.*, the manifest says .*layers\.1",
+        ),
+        (lambda one: one.update(sparsity=0.6), r"0\.500000 of the layers' weights are zero, the manifest says 0\.6"),
+        (
+            lambda one: one["layers"].append(one["layers"][0] | {"name": "model.layers.9.x"}),
+            r"layer model\.layers\.9\.x of the manifest is none of the model's",
+        ),
+    ],
+)
+def test_what_a_manifest_says_is_not_believed(
+    change: Callable[[dict[str, Any]], Any], problem: str, pruned: Path
+) -> None:
+    """Signed anew: the model and its tensors say otherwise."""
+    manifest = json.loads((pruned / MANIFEST).read_text())
+    change(manifest)
+    sign_manifest(pruned, manifest)
+    found = verify(pruned)
+    assert any(re.search(problem, one) for one in found["problems"]), found["problems"]
+    assert found["sparsity"] == 0.5
+
+
+def test_layers_that_were_left_out_on_purpose_are_no_problem(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    prune(str(tiny_llama), output=tmp_path / "out", calibration=str(tiny_text), exclude="mlp", **QUICK)
+    assert verify(tmp_path / "out")["problems"] == []
+
+
+def test_links_and_stray_folders_are_seen(pruned: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "code.py").write_text("")
+    (pruned / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (pruned / "empty").mkdir()
+    problems = verify(pruned)["problems"]
+    assert problems == [
+        "linked was not written with the others", "empty is a folder that was not written with the others"
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="holds 'linked', which gpmetric did not write"):
+        check_folder(pruned, force=True)

@@ -314,6 +314,20 @@ def test_a_slimmed_model_is_pruned_and_verified_as_any(tiny_llama: Path, tiny_te
 
 
 @pytest.mark.usefixtures("here")
+def test_a_config_that_leaves_weights_out_is_refused(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    """`channels: 0`, by which an MLP that is in the file would not be used."""
+    run(tiny_llama, tiny_text, tmp_path / "small", sparsity=0.4)
+    path = tmp_path / "small" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["widths"][0]["channels"] = 0
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(InputError, match=r"has \d+ unexpected weights, first model\.layers\.0\."):
+        gpmetric.load(tmp_path / "small", device="cpu")
+    problems = " ".join(verify(tmp_path / "small", device="cpu")["problems"])
+    assert "unexpected weights" in problems
+
+
+@pytest.mark.usefixtures("here")
 def test_a_slimmed_model_is_evaluated_as_any(tiny_gpt2: Path, tiny_text: Path, tmp_path: Path) -> None:
     found = run(tiny_gpt2, tiny_text, tmp_path / "small", sparsity=0.4)
     told = evaluate(str(tmp_path / "small"), text=[str(tiny_text)], sequence_length=32, windows=4, device="cpu")

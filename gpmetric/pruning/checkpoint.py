@@ -23,9 +23,10 @@ from transformers.pytorch_utils import Conv1D
 from gpmetric import slim_models
 from gpmetric.blockwise.couplings import Move, in_order
 from gpmetric.errors import GpmetricError, ModelError
-from gpmetric.files import finite, write_text
+from gpmetric.files import write_text
 from gpmetric.models import Layer, Model
-from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of, unwritable
+from gpmetric.pruning.manifest import write_manifest
+from gpmetric.pruning.output_folder import MANIFEST, files_of, unwritable
 from gpmetric.targets import Target
 from gpmetric.tensor_file import TensorFile, weight_files, write_tensors
 
@@ -191,9 +192,7 @@ class CheckpointWriter:
         for name, text in {**others, "README.md": _card(self._model, manifest)}.items():
             write_text(self._folder / name, text)
         manifest["tensors"] = sorted(self._places)
-        manifest["files"] = {name: file_digest(self._folder / name) for name in files_of(self._folder)}
-        write_text(self._folder / MANIFEST, json.dumps(finite(manifest), indent=1, allow_nan=False) + "\n")
-        return manifest
+        return write_manifest(self._folder, manifest)
 
     def _write(self, name: str, value: Tensor) -> None:
         """Puts other numbers in the place of a tensor of the copies, which have the same places."""

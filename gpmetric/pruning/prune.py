@@ -325,6 +325,8 @@ def _made(
         "update": rule.metric.update or rule.update,
         "fit": rule.metric.fit or rule.fit,
         "protocol": "one-shot" if request.one_shot else "sequential",
+        "include": request.include,
+        "exclude": request.exclude,
         "calibration": session.windows["calibration"].describe(),
     }
     made |= {"permute": True} if rule.permute else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -17,10 +16,11 @@ from torch import Tensor
 from gpmetric.data import Windows
 from gpmetric.errors import GpmetricError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
-from gpmetric.files import finite, write_text
+from gpmetric.files import write_text
 from gpmetric.models import Model
 from gpmetric.pruning.checkpoint import printable, tensors
-from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of
+from gpmetric.pruning.manifest import write_manifest
+from gpmetric.pruning.output_folder import MANIFEST, files_of
 from gpmetric.structured.export import Slimmed, in_float32, write_model
 from gpmetric.structured.request import FORMATS
 from gpmetric.structured.shrink import Shrinker
@@ -81,9 +81,7 @@ def write_slimmed(
         opening=FORMATS[form].opening,
     )
     write_text(folder / "README.md", card)
-    manifest["files"] = {name: file_digest(folder / name) for name in files_of(folder)}
-    write_text(folder / MANIFEST, json.dumps(finite(manifest), indent=1, allow_nan=False) + "\n")
-    return manifest
+    return write_manifest(folder, manifest)
 
 
 def _manifest(slimmed: Slimmed, folder: Path, made: Json, reloaded: Mapping[str, Tensor]) -> dict[str, Any]:
