@@ -545,6 +545,41 @@ def test_layers_that_were_left_out_on_purpose_are_no_problem(tiny_llama: Path, t
     assert verify(tmp_path / "out")["problems"] == []
 
 
+def test_code_and_licence_are_taken_over_and_the_card_tells(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    """`auto_map` with its files, or not at all; that of another repository names no file here."""
+    source, text = tmp_path / "source", tmp_path / "a|b.txt"
+    shutil.copytree(tiny_llama, source)
+    shutil.copyfile(tiny_text, text)
+    for name in ("config.json", "tokenizer_config.json"):
+        config = json.loads((source / name).read_text())
+        config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own", "AutoTokenizer": ["a/b--own.Own", None]}
+        (source / name).write_text(json.dumps(config))
+    for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md", "licensed_words.csv"):
+        (source / name).write_text("terms")
+    (source / "README.md").write_text("---\nlicense: other\nlicense_name: own\ntags: [a]\n---\nlicense: not this\n")
+    options = QUICK | {"calibration": str(text), "force": True}
+    result = prune(str(source), output=tmp_path / "out", **options)
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "auto_map" not in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"LICENSE", "NOTICE.txt", "USE_POLICY.md"}
+    assert not (tmp_path / "out" / "licensed_words.csv").exists()
+    card = (tmp_path / "out" / "README.md").read_text()
+    head, _, body = card.removeprefix("---\n").partition("\n---\n")
+    assert {"license: other", "license_name: own", "library_name: transformers"} <= set(head.splitlines())
+    assert "not this" not in card
+    assert "Base model: `source`." in body
+    assert f"| dense | {result['dense']:.4g} |\n| this model | {result['perplexity']:.4g} |" in body
+    assert str(tmp_path) not in card
+    for name in ("modeling_own.py", "used_by_it.py"):
+        (source / name).write_text("raise RuntimeError\n")
+    prune(str(source), output=tmp_path / "out", **options)
+    assert {path.name for path in (tmp_path / "out").glob("*.py")} == {"modeling_own.py", "used_by_it.py"}
+    assert verify(tmp_path / "out", device="cpu")["problems"] == []
+    (tmp_path / "out" / "modeling_own.py").unlink()
+    told = "a configuration names code in modeling_own.py, which is missing"
+    assert told in verify(tmp_path / "out", device="cpu")["problems"]
+
+
 def test_links_and_stray_folders_are_seen(pruned: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "code.py").write_text("")

@@ -27,25 +27,24 @@ from gpmetric.files import write_text
 from gpmetric.models import Layer, Model
 from gpmetric.pruning.manifest import write_manifest
 from gpmetric.pruning.output_folder import MANIFEST, files_of, unwritable
+from gpmetric.pruning.taken_over import copy_code, copy_licence, front_matter, measured, printable
 from gpmetric.targets import Target
 from gpmetric.tensor_file import TensorFile, weight_files, write_tensors
 
-__all__ = ["FOREIGN_KEYS", "CheckpointWriter", "is_finite", "printable", "stored_layers", "tensors", "write_masks"]
+__all__ = ["FOREIGN_KEYS", "CheckpointWriter", "is_finite", "stored_layers", "tensors", "write_masks"]
 
 FOREIGN_KEYS = ("quantization_config", "sparsity_config", "compression_config")  # of a config.json
 # What is taken over from the dense checkpoint beside its tensors: configurations, tokenizer, chat templates.
 _KEPT = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "additional_chat_templates/*.jinja")
 
-_CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [sparsity, pruning, gpmetric]
-{base}---
+_CARD = """{head}
 
 # {name}, pruned
 
 `{formula}` at `{target}`{allocated}: {sparsity:.4f} of the weights of {layers} linear layers are zero.
 Made by gpmetric {version}; `{manifest}` says how, and `gpmetric verify` reads it all again.
+
+{table}
 """
 
 
@@ -246,12 +245,14 @@ def _copy_others(model: Model, source: Path, folder: Path, told: dict[str, Any])
             copy = folder / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
-    if model.module.config.model_type.startswith("slim_"):
-        shutil.copyfile(slim_models.__file__, folder / slim_models.SLIM_FILE)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config = {key: value for key, value in config.items() if key not in FOREIGN_KEYS}
     config["gpmetric"] = told
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    copy_licence(source, folder)
+    copy_code(source, folder)
+    if model.module.config.model_type.startswith("slim_"):
+        shutil.copyfile(slim_models.__file__, folder / slim_models.SLIM_FILE)
 
 
 def _is_read(index: Path, source: Path) -> bool:
@@ -264,10 +265,10 @@ def _is_read(index: Path, source: Path) -> bool:
 
 def _card(model: Model, manifest: dict[str, Any]) -> str:
     """The model card."""
-    base = f"base_model: {json.dumps(model.name)}\n" if "/" in model.name and not Path(model.name).exists() else ""
     allocation = manifest.get("allocation")
     return _CARD.format(
-        base=base, name=printable(Path(model.name).name), formula=printable(manifest["formula"]),
+        head=front_matter(model, ("sparsity", "pruning", "gpmetric")), table=measured(model, manifest),
+        name=printable(Path(model.name).name), formula=printable(manifest["formula"]),
         target=printable(manifest["target"]), sparsity=manifest["sparsity"], layers=len(manifest["layers"]),
         allocated=f", allocated layer by layer by `{printable(allocation['file'])}`" if allocation else "",
         version=manifest["versions"]["gpmetric"], manifest=MANIFEST,
@@ -324,8 +325,3 @@ def is_finite(values: Tensor) -> bool:
         return True
     ends = torch.stack((values.float() if values.itemsize == 1 else values).aminmax())  # NaN if any is
     return bool(ends.isfinite().all())
-
-
-def printable(text: str) -> str:
-    """Without what would end a line or a code span of the card."""
-    return "".join(letter for letter in text if letter.isprintable() and letter != "`")

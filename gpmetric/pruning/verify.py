@@ -22,6 +22,7 @@ from gpmetric.pruning.manifest import LayerRecord, Manifest, read_manifest
 from gpmetric.pruning.mask import by_group
 from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of
 from gpmetric.pruning.requests import VerifyRequest
+from gpmetric.pruning.taken_over import lacking_code
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.plan import Plan, make_plan
@@ -211,6 +212,7 @@ def _tensor_problems(folder: Path, manifest: Manifest, zeros: dict[str, int]) ->
     """Tensors that are missing or not finite, and layers that are not what they should be; counts their zeros."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     yield from (f"config.json has a {key}" for key in FOREIGN_KEYS if key in config)
+    yield from (f"a configuration names code in {name}, which is missing" for name in lacking_code(folder))
     places = tensors(folder)
     yield from (f"tensor {name} is missing" for name in manifest.tensors if name not in places)
     yield from (f"tensor {name} is not in the manifest" for name in places if name not in manifest.tensors)

@@ -204,13 +204,13 @@ def run_slim(
         shrinker, name, compared, damping = begun.shrinker, begun.name, begun.compared, begun.repairer.damping
         del begun, start  # the moments of features, before the model is compared in float32 with what is written
         units.__dict__.pop("features", None)
-        made = describe_slim(request, units) | {"sparsity": units.groups.removed(best.kept) / units.groups.parameters}
+        made = describe_slim(request, units) | {"dense": perplexity(dense)}
+        made |= {"sparsity": units.groups.removed(best.kept) / units.groups.parameters}
         with replacing(output, request.force) as partial:
             manifest = write_slimmed(model, shrinker, best, request.form, partial, validation, made)
     return {key: value for key, value in manifest.items() if key not in ("files", "tensors")} | {
         "output": str(output),
         "parameters_before": before,
-        "dense": perplexity(dense),
         "initial": perplexity(initial),
         "found": perplexity(found),
         "begun": name,
