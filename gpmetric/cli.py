@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import logging
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from gpmetric.commands import COMMANDS, Command
 from gpmetric.config import load_config
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.files import STDOUT, write_json
+from gpmetric.interrupts import check_stop, watch_signals
 from gpmetric.lazy import lazy
 from gpmetric.options import FORCE_FILES, Described, check_request, described, make_request
 from gpmetric.provenance import gpmetric_version
@@ -132,6 +132,7 @@ def _run(command: Command, options: Mapping[str, Any], json: Path | None, config
     try:
         with command.listener(told) if command.listener else nullcontext() as listener:
             document = command.run(request, *([listener] if command.listener else []), **keywords)
+            check_stop()
     except KeyboardInterrupt:
         ledger = getattr(request, "ledger", None) if hasattr(request, "resume") else None
         if ledger is not None:
@@ -163,7 +164,7 @@ app.add_typer(_planned, name="plan")
 def main() -> None:
     """Runs the command line; exit status 0 done, 1 the work failed, 2 bad input or usage, 130 interrupted."""
     logging.basicConfig(format="gpmetric: %(message)s", level=logging.WARNING, stream=sys.stderr)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's time limit stops as cleanly as Ctrl-C
+    watch_signals()
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except _ClickException as error:
@@ -177,6 +178,7 @@ def main() -> None:
             raise
         code = _fail(str(out_of_memory(error)), 1)
     except (KeyboardInterrupt, typer.Abort):
+        watch_signals()  # this one is answered
         code = 130
     if code == 130:  # some versions of typer answer Ctrl-C themselves, without a word
         _fail("interrupted", code)

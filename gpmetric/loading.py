@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import textwrap
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -38,6 +39,7 @@ __all__ = [
 
 _LOG = logging.getLogger(__name__)
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
+_LOADING = threading.RLock()
 _HUB_SECONDS = 10  # to answer at all
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -141,6 +143,8 @@ def load(name: str | Path, *, device: str = "auto", dtype: str | None = None) ->
 
 def check_path(path: str | Path) -> None:
     """A directory is checked here, since transformers would answer a wrong one with a page about the Hub."""
+    if not isinstance(path, str | Path):
+        raise ModelError(f"a model is a directory or a name of the Hub, but got {path!r:.60}")
     folder = Path(path)
     if _is_directory(folder):
         if not (folder / "config.json").is_file():
@@ -267,16 +271,21 @@ def _is_reachable(path: str) -> bool:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the bars and warnings of transformers, which would stand among ours; what is wrong is told by us."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+    """Without the bars and warnings of transformers, which would stand among ours; what is wrong is told by us.
+
+    One thread at a time is inside: the settings are the process's, and so is what transformers changes while it loads
+    (transformers issue 41782: of two threads that load, one is told of missing weights).
+    """
+    with _LOADING:
+        level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(level)
+            if bars:
+                transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -10,10 +10,11 @@ import inspect
 import math
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
@@ -104,6 +105,14 @@ class Request:
     """Base of all requests."""
 
     unused: ClassVar[frozenset[str]] = frozenset()  # inherited fields that a command has no use for
+
+    def __post_init__(self) -> None:
+        """Makes tuples of what is given as one for a field of several, `target="0.5"`: texts would be taken apart."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, tuple) and not isinstance(value, tuple):
+                described_field = next(one for one in described(type(self)) if one.name == field.name)
+                object.__setattr__(self, field.name, _converted(described_field, value))
 
     def check(self) -> None:
         """Refuses what is wrong whatever the model.
@@ -239,7 +248,8 @@ def _converted(field: Described, value: Any) -> Any:
         return None
     if field.several:
         texts = value.split(",") if field.option.listed and isinstance(value, str) else value
-        items = texts if isinstance(texts, list | tuple) else [texts]
+        several = isinstance(texts, Iterable) and not isinstance(texts, str | Path | Mapping)
+        items = (sorted(texts, key=str) if isinstance(texts, Set) else list(texts)) if several else [texts]
         return tuple(dict.fromkeys(_single(field, item).strip() if field.option.listed else _single(field, item)
                                    for item in items))  # fmt: skip
     return _single(field, value)
@@ -248,6 +258,8 @@ def _converted(field: Described, value: Any) -> Any:
 def _single(field: Described, value: Any) -> Any:
     """One value in the type of a field; texts are made of numbers and paths, and paths of texts."""
     kind = str if field.several else field.kind
+    if isinstance(value, Real) and not isinstance(value, bool):  # also of numpy
+        value = int(value) if isinstance(value, Integral) else float(str(value))
     accepted = {str: (str, Path, int, float), Path: (str, Path), int: (int,), float: (int, float), bool: (bool,)}[kind]
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         wanted = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "True or False"}[kind]
