@@ -38,10 +38,10 @@ def check_outputs(written: Mapping[str, tuple[Path, str]], read: Mapping[str, Pa
             continue
         if path == STDOUT and (kind in OURS or kind == "ledger"):
             raise InputError(f"{option} -: only --json goes to standard output")
-        if "\0" in str(path):
-            raise InputError(f"{where} holds a null character")
         if kind in OURS or kind == "ledger":
             check_output(option, path)
+        if "\0" in str(path):
+            raise InputError(f"{where} holds a null character")
         _check_apart(where, path, read)
         other = seen.setdefault(_identity(path), option)
         if other != option:

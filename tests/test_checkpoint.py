@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from gpmetric.pruning.bench import bench
 from gpmetric.pruning.output_folder import MANIFEST, check_folder, file_digest
 from gpmetric.pruning.prune import prune
 from gpmetric.pruning.verify import verify
+from tests.pruning_helpers import sign_manifest
 
 QUICK = {"samples": 4, "windows": 4, "sequence_length": 32, "device": "cpu"}
 
@@ -41,14 +41,6 @@ def edit_file(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     weights = load_file(path)
     change(weights)
     save_file(weights, path, metadata={"format": "pt"})
-
-
-def sign_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Writes a manifest with the digest that it is to have: of its JSON, sorted and without spaces, but for itself."""
-    manifest.pop("manifest_sha256", None)
-    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
-    signed = manifest | {"manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}
-    (folder / MANIFEST).write_text(json.dumps(signed))
 
 
 def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any], sign: bool = True) -> None:
