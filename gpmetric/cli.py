@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import logging
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -25,8 +24,9 @@ from gpmetric.commands import COMMANDS, Command
 from gpmetric.config import load_config
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.files import STDOUT, write_json
+from gpmetric.interrupts import check_stop, watch_signals
 from gpmetric.lazy import lazy
-from gpmetric.options import Described, check_request, described, make_request
+from gpmetric.options import FORCE_FILES, Described, check_request, described, make_request
 from gpmetric.provenance import gpmetric_version
 
 __all__ = ["app", "main", "resume_command"]
@@ -52,6 +52,7 @@ _PLANNED: dict[str, Any] = {
 
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # typer carries its own copy of click, or does not
 _JSON = typer.Option("--json", metavar="FILE", help="Write the full result as JSON; - for standard output.")
+_FORCE = typer.Option("--force", help=FORCE_FILES.help)
 _CONFIG = typer.Option(
     "--config", metavar="FILE.toml", is_eager=True, callback=load_config, help="Option values by long name."
 )
@@ -75,12 +76,19 @@ def _root(
 def _add(place: typer.Typer, name: str, command: Command) -> None:
     """Makes a command's function, whose parameters are the options of its request, known to typer."""
 
-    def call(json: Path | None, config: Path | None, **options: Any) -> None:
-        _run(command, options, json)
+    fields = described(command.request)
+    own = any(field.name == "force" for field in fields)
 
-    shared = [("json", Path | None, _JSON), ("config", Path | None, _CONFIG)]
-    parameters = [_parameter(field) for field in described(command.request)]
-    parameters += [_keyword(field, Annotated[kind, option], None) for field, kind, option in shared]
+    def call(json: Path | None, config: Path | None, **options: Any) -> None:
+        _run(command, options, json, config, force=own or options.pop("force"))
+
+    shared: list[tuple[str, Any, Any, Any]] = [
+        ("json", Path | None, _JSON, None),
+        ("config", Path | None, _CONFIG, None),
+    ]
+    shared += [] if own else [("force", bool, _FORCE, False)]
+    parameters = [_parameter(field) for field in fields]
+    parameters += [_keyword(field, Annotated[kind, option], default) for field, kind, option, default in shared]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     place.command(name, help=command.help)(call)
@@ -106,27 +114,32 @@ def _parameter(field: Described) -> inspect.Parameter:
     return _keyword(field.name, Annotated[kind, place], inspect.Parameter.empty if default is MISSING else default)
 
 
-def _run(command: Command, options: Mapping[str, Any], json: Path | None) -> None:
+def _run(command: Command, options: Mapping[str, Any], json: Path | None, config: Path | None, *, force: bool) -> None:
     """Checks, runs, writes the result, shows it.
+
+    Args:
+        force: whether files that gpmetric did not write are replaced, of a request that does not say it itself.
 
     Raises:
         GpmetricError: the work failed; whatever there is of it has been written and shown.
     """
     started = time.monotonic()
     request = make_request(command.request, dict(options)).completed()
-    check_request(request, json)
+    check_request(request, json, config=config, force=force)
     keywords = {"started": started} if command.timed else {}
     tables = Console(stderr=json == STDOUT)  # standard output is the JSON's own then
     told = tables if command.live else Console(stderr=True)
     try:
         with command.listener(told) if command.listener else nullcontext() as listener:
             document = command.run(request, *([listener] if command.listener else []), **keywords)
+            check_stop()
     except KeyboardInterrupt:
         ledger = getattr(request, "ledger", None) if hasattr(request, "resume") else None
         if ledger is not None:
             print(f"stopped; go on with: {resume_command(ledger)}", file=sys.stderr)
         raise
-    write_json(json, document)
+    marked = document if "versions" in document else {"gpmetric": gpmetric_version()} | document  # ours, to `outputs`
+    write_json(json, marked)
     command.write(document, request)
     command.show(tables, document, request)
     if failure := command.failure(document):
@@ -151,7 +164,7 @@ app.add_typer(_planned, name="plan")
 def main() -> None:
     """Runs the command line; exit status 0 done, 1 the work failed, 2 bad input or usage, 130 interrupted."""
     logging.basicConfig(format="gpmetric: %(message)s", level=logging.WARNING, stream=sys.stderr)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's time limit stops as cleanly as Ctrl-C
+    watch_signals()
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except _ClickException as error:
@@ -165,6 +178,7 @@ def main() -> None:
             raise
         code = _fail(str(out_of_memory(error)), 1)
     except (KeyboardInterrupt, typer.Abort):
+        watch_signals()  # this one is answered
         code = 130
     if code == 130:  # some versions of typer answer Ctrl-C themselves, without a word
         _fail("interrupted", code)

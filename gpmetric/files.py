@@ -18,7 +18,8 @@ from platformdirs import user_cache_path
 from gpmetric.errors import GpmetricError, InputError
 
 __all__ = [
-    "STDOUT", "cache_folder", "check_output", "check_picture", "finite", "scratch_folder", "write_json", "write_text",
+    "STDOUT", "cache_folder", "check_output", "check_picture", "finite", "scratch_folder", "write_json",
+    "write_picture", "write_text",
 ]  # fmt: skip
 
 STDOUT = Path("-")  # what --json writes to standard output for
@@ -111,6 +112,17 @@ def write_text(path: Path, content: str, check: Callable[[Path], None] | None = 
     finally:
         with suppress(OSError, ValueError):
             partial.unlink(missing_ok=True)
+
+
+def write_picture(path: Path, figure: Any, dpi: int = 150) -> None:
+    """Writes a figure of matplotlib in the format of the path's suffix, .png or .pdf, as made by gpmetric.
+
+    Raises:
+        GpmetricError: the file cannot be written.
+    """
+    made = {"Creator" if path.suffix.lower() == ".pdf" else "Software": "gpmetric"}
+    # write_text moves the file into its place once `check` is through; here the check fills it
+    write_text(path, "", lambda partial: figure.savefig(partial, dpi=dpi, metadata=made))
 
 
 def write_json(path: Path | None, result: Mapping[str, Any]) -> None:

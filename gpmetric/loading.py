@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import textwrap
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -23,6 +24,7 @@ from gpmetric.blockwise.replay import check_blocks
 from gpmetric.errors import InputError, ModelError
 from gpmetric.models import Model, check_weights, find_blocks, find_parts
 from gpmetric.placement import Placement
+from gpmetric.tensor_file import weight_files
 
 __all__ = [
     "DEMO_MODEL",
@@ -37,6 +39,7 @@ __all__ = [
 
 _LOG = logging.getLogger(__name__)
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
+_LOADING = threading.RLock()
 _HUB_SECONDS = 10  # to answer at all
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -118,7 +121,7 @@ def open_model(
         module.loss_type = "ForCausalLM"
     blocks = find_blocks(module, include, exclude)
     folder, dtype_there = _folder(str(path)), torch.float32 if wanted == torch.float32 else None
-    placement = Placement(find_parts(module, blocks), where, dtype_there, folder.glob("*.safetensors"))
+    placement = Placement(find_parts(module, blocks), where, dtype_there, weight_files(folder))
     return Model("demo" if name is None else str(name), module, tokenizer, blocks, folder, placement)
 
 
@@ -140,6 +143,8 @@ def load(name: str | Path, *, device: str = "auto", dtype: str | None = None) ->
 
 def check_path(path: str | Path) -> None:
     """A directory is checked here, since transformers would answer a wrong one with a page about the Hub."""
+    if not isinstance(path, str | Path):
+        raise ModelError(f"a model is a directory or a name of the Hub, but got {path!r:.60}")
     folder = Path(path)
     if _is_directory(folder):
         if not (folder / "config.json").is_file():
@@ -178,9 +183,10 @@ def _load(path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
         module, info = _mapped(path, config, dtype, options)
     with _explained(f"tokenizer of model {place}"):
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    slimmed = str(module.config.model_type).startswith("slim_")
     for kind in ("missing", "mismatched", "unexpected"):
         names = sorted(map(str, info[f"{kind}_keys"]))
-        if names and kind != "unexpected":
+        if names and (kind != "unexpected" or slimmed):  # of widths that are not its own
             raise ModelError(f"model {path!r} has {len(names)} {kind} weights, first {names[0]}")
         if names:
             _LOG.warning("model %r ignores %d weights that its files hold, first %s", path, len(names), names[0])
@@ -224,7 +230,7 @@ def _mapped(path: str, config: Any, dtype: torch.dtype | str, options: dict[str,
 def _stored_dtypes(folder: Path) -> set[torch.dtype]:
     """Floating dtypes of the tensors in a folder's files."""
     found = set()
-    for path in folder.glob("*.safetensors"):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             found |= {_FLOATS.get(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 - no mapping
     return {dtype for dtype in found if dtype is not None}
@@ -265,16 +271,21 @@ def _is_reachable(path: str) -> bool:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the bars and warnings of transformers, which would stand among ours; what is wrong is told by us."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+    """Without the bars and warnings of transformers, which would stand among ours; what is wrong is told by us.
+
+    One thread at a time is inside: the settings are the process's, and so is what transformers changes while it loads
+    (transformers issue 41782: of two threads that load, one is told of missing weights).
+    """
+    with _LOADING:
+        level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(level)
+            if bars:
+                transformers_logging.enable_progress_bar()
 
 
 @contextmanager

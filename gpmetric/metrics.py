@@ -138,6 +138,9 @@ def resolve_metric(text: str, sequences: int = 1, length: int = 1) -> Metric:
     Raises:
         ExpressionError: no such comparison group, or neither a known name nor a valid formula.
     """
+    if not isinstance(text, str):
+        raise ExpressionError(f"a metric is a name or a formula, but got {text!r:.60}")
+    text = text.strip()
     group, colon, rule = text.rpartition(":")
     if group.rpartition(":")[2] == PREFIX:
         return _from_catalogue(text, group.rpartition(":")[0], rule)

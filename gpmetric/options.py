@@ -10,18 +10,21 @@ import inspect
 import math
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from gpmetric.errors import InputError, one_of
-from gpmetric.files import STDOUT, check_output, check_picture
+from gpmetric.files import check_picture
+from gpmetric.outputs import check_outputs
 
 __all__ = [
+    "FORCE_FILES",
     "Described",
     "Option",
     "Request",
@@ -47,7 +50,7 @@ class Option:
         least: the smallest number accepted.
         above, below: bounds that a number may not reach.
         reads: whether the value names something that is read, and must not be written.
-        writes: what the command writes there: a "file", a "picture" or a "folder".
+        writes: what the command writes there, as `outputs.check_outputs` has it.
     """
 
     help: str
@@ -60,7 +63,10 @@ class Option:
     above: float | None = None
     below: float | None = None
     reads: bool = False
-    writes: Literal["file", "picture", "folder"] | None = None
+    writes: str | None = None
+
+
+FORCE_FILES = Option("Replace files that gpmetric did not write; never one that is read.", names=("--force",))
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,14 @@ class Request:
 
     unused: ClassVar[frozenset[str]] = frozenset()  # inherited fields that a command has no use for
 
+    def __post_init__(self) -> None:
+        """Makes tuples of what is given as one for a field of several, `target="0.5"`: texts would be taken apart."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, tuple) and not isinstance(value, tuple):
+                described_field = next(one for one in described(type(self)) if one.name == field.name)
+                object.__setattr__(self, field.name, _converted(described_field, value))
+
     def check(self) -> None:
         """Refuses what is wrong whatever the model.
 
@@ -111,6 +125,11 @@ class Request:
             for one in value if isinstance(value, tuple) else (value,):
                 if one is not None:
                     _check(field, one)
+
+    @property
+    def beside(self) -> dict[str, tuple[Path, str]]:
+        """What is written that no option names: by its name, where, and what, as of `check_outputs`."""
+        return {}
 
     def completed(self) -> Self:
         """The request with what is filled in when it runs, the name of a new file for instance."""
@@ -131,47 +150,39 @@ def _check(field: Described, value: Any) -> None:
         raise InputError(f"{field.spelled} must be {' and '.join(bounds)}, but got {value}")
 
 
-def check_request(request: Request, json: Path | None = None) -> None:
-    """Refuses a request that is wrong whatever the model, or whose results could not be written at the end.
+def check_request(
+    request: Request, json: Path | None = None, *, config: Path | None = None, force: bool = False
+) -> None:
+    """Refuses a request that is wrong whatever the model, or whose results could not be written, or not there.
 
     Args:
         request: what is asked for.
         json: where the command line writes the result.
+        config: what the command line reads options from.
+        force: whether files that gpmetric did not write are replaced, of a request that does not say it itself.
 
     Raises:
         InputError: naming option, value and what is accepted, or what is in the way.
     """
     request.check()
-    fields = described(type(request))
-    written: dict[str, Path | None] = {"--json": json}
-    for field in fields:
-        if field.option.writes in ("file", "picture"):
-            written[field.spelled] = getattr(request, field.name)
-            if written[field.spelled] == STDOUT:
-                raise InputError(f"{field.spelled} -: only --json goes to standard output")
-    for option, path in written.items():
-        check_output(option, path)
-    folders = {field.spelled: getattr(request, field.name) for field in fields if field.option.writes == "folder"}
-    read = {place for field in fields if field.option.reads for place in _places(getattr(request, field.name))}
-    seen: dict[Path, str] = {}
-    for option, path in (written | folders).items():
-        if path is None or path == STDOUT:
-            continue
-        if "\0" in str(path):
-            raise InputError(f"{option} {str(path)!r} holds a null character")
-        if option in written and path.resolve() in read:
-            raise InputError(f"{option} {str(path)!r} is also read")
-        other = seen.setdefault(path.resolve(), option)
-        if other != option:
-            raise InputError(f"{other} and {option} are the same file {str(path)!r}")
+    written = {} if json is None else {"--json": (json, "json")}
+    read = {} if config is None else {str(config): config}
+    for field in described(type(request)):
+        value = getattr(request, field.name)
+        if field.option.writes is not None and value is not None:
+            written[field.spelled] = (value, field.option.writes)
+        if field.option.reads:
+            read |= dict(_places(value))
+    check_outputs(written | request.beside, read, force=getattr(request, "force", force))
 
 
-def _places(value: Any) -> Iterator[Path]:
-    """Where what a field names is, if it is a file or folder here."""
+def _places(value: Any) -> Iterator[tuple[str, Path]]:
+    """What a field names, and where it is, if it is a file or folder here; a part of a text, `c.txt#search`, too."""
     for one in value if isinstance(value, tuple) else (value,):
-        with suppress(OSError, ValueError):  # a formula that no file could be called
-            if one is not None and Path(str(one)).exists():
-                yield Path(str(one)).resolve()
+        for name in () if one is None else (str(one), str(one).rpartition("#")[0]):
+            with suppress(OSError, ValueError):  # a formula that no file could be called
+                if name and Path(name).exists():
+                    yield name, Path(name)
 
 
 def described(request: type[Request]) -> tuple[Described, ...]:
@@ -237,7 +248,8 @@ def _converted(field: Described, value: Any) -> Any:
         return None
     if field.several:
         texts = value.split(",") if field.option.listed and isinstance(value, str) else value
-        items = texts if isinstance(texts, list | tuple) else [texts]
+        several = isinstance(texts, Iterable) and not isinstance(texts, str | Path | Mapping)
+        items = (sorted(texts, key=str) if isinstance(texts, Set) else list(texts)) if several else [texts]
         return tuple(dict.fromkeys(_single(field, item).strip() if field.option.listed else _single(field, item)
                                    for item in items))  # fmt: skip
     return _single(field, value)
@@ -246,6 +258,8 @@ def _converted(field: Described, value: Any) -> Any:
 def _single(field: Described, value: Any) -> Any:
     """One value in the type of a field; texts are made of numbers and paths, and paths of texts."""
     kind = str if field.several else field.kind
+    if isinstance(value, Real) and not isinstance(value, bool):  # also of numpy
+        value = int(value) if isinstance(value, Integral) else float(str(value))
     accepted = {str: (str, Path, int, float), Path: (str, Path), int: (int,), float: (int, float), bool: (bool,)}[kind]
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         wanted = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "True or False"}[kind]

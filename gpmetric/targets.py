@@ -103,12 +103,13 @@ class Target:
         return self if self.granularity else self.within(granularity)
 
 
-def parse_target(text: str) -> Target:
-    """Reads a target.
+def parse_target(text: str | float) -> Target:
+    """Reads a target; a number is a sparsity.
 
     Raises:
         InputError: naming the text and what is accepted.
     """
+    text = str(text)
     pattern = re.fullmatch(r"\s*(\d{1,4}):(\d{1,4})\s*", text, re.ASCII)
     if pattern:
         keep, group = int(pattern[1]), int(pattern[2])

@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from gpmetric.errors import GpmetricError
 
-__all__ = ["Place", "TensorFile", "create_file", "dtype_name", "write_tensors"]
+__all__ = ["Place", "TensorFile", "create_file", "dtype_name", "weight_files", "write_tensors"]
 
+_INDEX = ".safetensors.index.json"
 _LONGEST = 100_000_000  # bytes of a header, as safetensors has it
 _PIECE = 2**24  # bytes of a tensor read at once where it is not needed as a whole
 _DTYPES = {
@@ -110,6 +112,37 @@ class TensorFile(Mapping[str, Tensor]):
             if not (count := file.readinto(free)):  # type: ignore[attr-defined]  # of a file without a buffer
                 raise GpmetricError(f"{str(self.path)!r} ends before its tensors do")
             free = free[count:]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads the tensors of a checkpoint from, by its rule.
+
+    The file or index that the config names; else one file, where it is there; else those of the index. What else lies
+    in the folder, an index beside one file for instance, is not read.
+
+    Raises:
+        OSError: no such file.
+        GpmetricError: an index that cannot be read, or names a file elsewhere.
+    """
+    name = "model.safetensors"
+    with suppress(OSError, ValueError):
+        name = (
+            dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))).get("transformers_weights") or name
+        )
+    index = name if name.endswith(_INDEX) else f"{name.removesuffix('.safetensors')}{_INDEX}"
+    if name != index and ((folder / name).is_file() or not (folder / index).is_file()):
+        return [_within(folder, name)]
+    try:
+        named = set(map(str, json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise GpmetricError(f"{str(folder / index)!r} is no index of weights: {error!s:.120}") from error
+    return [_within(folder, one) for one in sorted(named)]
+
+
+def _within(folder: Path, name: str) -> Path:
+    if Path(name).name != name:
+        raise GpmetricError(f"{str(folder)!r} names weights in {name!r}, which is not in the folder")
+    return folder / name
 
 
 def dtype_name(dtype: torch.dtype) -> str:

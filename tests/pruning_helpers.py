@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from gpmetric.calibration.accumulators import DAMPING, LayerStatistics
 from gpmetric.data import Windows
 from gpmetric.metrics import Metric
 from gpmetric.models import Model
+from gpmetric.pruning.output_folder import MANIFEST
 from gpmetric.pruning.updaters import prune_weights
 from gpmetric.session.inputs import Inputs
 from gpmetric.session.session import Session
@@ -73,3 +76,11 @@ def windows_of(model: Model, text: Path, length: int = 32, count: int | None = 1
 def session_of(model: Model, calibration: Windows, **inputs: Any) -> Session:
     """A session of a model that is loaded, which is evaluated on what it is calibrated on."""
     return Session(Inputs(**inputs), model, {"calibration": calibration}, [calibration])
+
+
+def sign_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes a manifest with the digest that it is to have: of its JSON, sorted and without spaces, but for itself."""
+    manifest.pop("manifest_sha256", None)
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    signed = manifest | {"manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps(signed))

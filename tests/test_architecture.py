@@ -26,9 +26,9 @@ LAYERS = [
     {"codegen", "loading", "metrics", "options"},
     {"blockwise"},
     {"expression", "data", "models", "demo", "provenance", "journal", "targets"},
-    {"digests"},
+    {"digests", "outputs"},
     {"files", "tensor_file"},
-    {"operands", "errors", "pareto", "lazy", "kernels", "slim_models", "placement", "catalogue"},
+    {"operands", "errors", "pareto", "lazy", "interrupts", "kernels", "slim_models", "placement", "catalogue"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 

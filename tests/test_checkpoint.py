@@ -23,6 +23,7 @@ from gpmetric.pruning.bench import bench
 from gpmetric.pruning.output_folder import MANIFEST, check_folder, file_digest
 from gpmetric.pruning.prune import prune
 from gpmetric.pruning.verify import verify
+from tests.pruning_helpers import sign_manifest
 
 QUICK = {"samples": 4, "windows": 4, "sequence_length": 32, "device": "cpu"}
 
@@ -35,15 +36,20 @@ def pruned(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> Path:
     return folder
 
 
+def edit_file(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Changes tensors of a file."""
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
 def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any], sign: bool = True) -> None:
     """Changes tensors, and the manifest's digest with them unless the file is to look damaged."""
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_file(folder / "model.safetensors", change)
     if sign:
         manifest = json.loads((folder / MANIFEST).read_text())
         manifest["files"]["model.safetensors"] = file_digest(folder / "model.safetensors")
-        (folder / MANIFEST).write_text(json.dumps(manifest))
+        sign_manifest(folder, manifest)
 
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -148,7 +154,7 @@ def test_verify_notices_files(pruned: Path, tiny_llama: Path) -> None:
 def test_verify_measures_only_the_text_it_was_measured_on(pruned: Path, tiny_text: Path) -> None:
     manifest = json.loads((pruned / MANIFEST).read_text())
     assert manifest["text"]["text"] == str(tiny_text)
-    (pruned / MANIFEST).write_text(json.dumps(manifest | {"text": manifest["text"] | {"text": "gone.txt"}}))
+    sign_manifest(pruned, manifest | {"text": manifest["text"] | {"text": "gone.txt"}})
     found = verify(pruned)
     assert (found["ok"], found["perplexity"]) == (True, None)
     (pruned / MANIFEST).write_text(json.dumps(manifest | {"perplexity": manifest["perplexity"] * 1.01}))
@@ -230,6 +236,43 @@ def test_a_sharded_checkpoint(tiny_llama: Path, tiny_text: Path, tmp_path: Path)
     assert verify(tmp_path / "out", against=str(tiny_llama), device="cpu")["problems"] == []
     shards[0].unlink()
     assert f"{shards[0].name} is missing" in verify(tmp_path / "out")["problems"]
+
+
+def test_what_is_read_is_what_is_written_whatever_index_lies_beside(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    """An index of shards that are gone, beside a whole file, which is what transformers reads."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny_llama, source)
+    index = {"metadata": {}, "weight_map": {QUERY: "model-00001-of-00002.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    prune(str(source), output=tmp_path / "out", calibration=str(tiny_text), **QUICK)
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    assert verify(tmp_path / "out", against=str(source), device="cpu")["problems"] == []
+
+
+def test_an_index_of_one_file_is_kept(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    source, name = tmp_path / "source", "model-00001-of-00001.safetensors"
+    shutil.copytree(tiny_llama, source)
+    (source / "model.safetensors").rename(source / name)
+    names = list(load_file(source / name))
+    (source / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, name)})
+    )
+    prune(str(source), output=tmp_path / "out", calibration=str(tiny_text), **QUICK)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers
+
+
+def test_a_tensor_of_no_use_that_is_not_finite_is_refused_before_the_work(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_llama, source)
+    edit_file(source / "model.safetensors", lambda weights: weights.update({"extra": torch.full((3,), torch.nan)}))
+    monkeypatch.setattr(module.Protocol, "prepare", None)
+    with pytest.raises(InputError, match=r"tensor extra of '.*' holds NaN or infinity; the model does not use it"):
+        prune(str(source), output=tmp_path / "out", calibration=str(tiny_text), **QUICK)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
 def test_force_spares_what_is_not_ours(tiny_llama: Path, tiny_text: Path, pruned: Path, tmp_path: Path) -> None:
@@ -364,7 +407,7 @@ def test_what_is_checked_is_what_is_loaded(pruned: Path, tmp_path: Path) -> None
     (pruned / "model.safetensors.index.json").write_text(json.dumps(index))
     problems = verify(pruned)["problems"]
     assert "model.safetensors.index.json was not written with the others" in problems
-    assert any("which is not in the folder" in one for one in problems)
+    assert not any("cannot be read" in one for one in problems)  # the whole file beside it is what is read
     (pruned / "model.safetensors.index.json").unlink()
     (pruned / "model.safetensors").unlink()
     (pruned / "model.safetensors").symlink_to(tmp_path / "outer.safetensors")
@@ -399,8 +442,10 @@ def test_verify_notices_one_zero_of_an_allocated_layer(zeros: int, counted: bool
     said = manifest["layers"][0]["zeros"]
     if counted:
         manifest["layers"][0]["zeros"] += zeros - 10
-        (allocated / MANIFEST).write_text(json.dumps(manifest))
-    problems = [one for one in verify(allocated)["problems"] if "perplexity" not in one]
+        sign_manifest(allocated, manifest)
+    problems = [
+        one for one in verify(allocated)["problems"] if "perplexity" not in one and "weights are zero" not in one
+    ]
     where = "layer model.layers.0.self_attn.q_proj has"
     full = [f"{where} 1 groups with more weights than 0.3125 leaves"] if zeros < 10 else []
     count = [] if counted else [f"{where} {said + zeros - 10} zeros, the manifest says {said}"]
@@ -423,3 +468,118 @@ def test_a_checkpoint_of_the_last_version_still_verifies(
     found = verify(folder, device="cpu")
     assert (found["ok"], found["problems"], found["layers"]) == (True, [], layers)
     assert found["perplexity"] is not None
+    assert any("earlier versions wrote no digest" in one for one in found["unchecked"])
+    assert (folder == "pruned") == any("does not list" in one for one in found["unchecked"])
+
+
+def test_a_manifest_has_a_digest_of_itself(pruned: Path, tiny_llama: Path) -> None:
+    """Recomputed here; one that is lost is told, of what says things that only this version wrote."""
+    manifest = json.loads((pruned / MANIFEST).read_text())
+    before = (pruned / MANIFEST).read_text()
+    sign_manifest(pruned, dict(manifest))
+    assert json.loads((pruned / MANIFEST).read_text()) == manifest
+    found = verify(pruned)
+    assert (found["ok"], found["sparsity"]) == (True, 0.5)
+    assert found["unchecked"] == ["tensors that were not pruned, and kept weights: --against MODEL compares them"]
+    assert verify(pruned, against=str(tiny_llama), device="cpu")["unchecked"] == []
+    (pruned / MANIFEST).write_text(before.replace('"metric": "wanda"', '"metric": "ria"'))
+    assert f"{MANIFEST} is not as it was written: its sha256 differs" in verify(pruned)["problems"]
+    del manifest["manifest_sha256"]
+    (pruned / MANIFEST).write_text(json.dumps(manifest))
+    assert f"{MANIFEST} has lost its digest of itself" in verify(pruned)["problems"]
+
+
+def leave_out(manifest: dict[str, Any]) -> None:
+    """A dense layer would go unnoticed."""
+    del manifest["layers"][3]
+
+
+def relax(manifest: dict[str, Any]) -> None:
+    manifest["layers"][3]["target"] = "0.1"
+
+
+def exchange(manifest: dict[str, Any]) -> None:
+    """Two layers of one shape, each under the other's tensor."""
+    first, second = manifest["layers"][0], manifest["layers"][7]
+    first["tensor"], second["tensor"] = second["tensor"], first["tensor"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (leave_out, r"layer model\.layers\.0\.self_attn\.o_proj of the model is not in the manifest"),
+        (relax, r"layer model\.layers\.0\.self_attn\.o_proj has the target 0\.1, the manifest says 2:4"),
+        (
+            exchange,
+            r"self_attn\.q_proj is stored as .*layers\.0.*, the manifest says .*layers\.1",
+        ),
+        (lambda one: one.update(sparsity=0.6), r"0\.500000 of the layers' weights are zero, the manifest says 0\.6"),
+        (
+            lambda one: one["layers"].append(one["layers"][0] | {"name": "model.layers.9.x"}),
+            r"layer model\.layers\.9\.x of the manifest is none of the model's",
+        ),
+    ],
+)
+def test_what_a_manifest_says_is_not_believed(
+    change: Callable[[dict[str, Any]], Any], problem: str, pruned: Path
+) -> None:
+    """Signed anew: the model and its tensors say otherwise."""
+    manifest = json.loads((pruned / MANIFEST).read_text())
+    change(manifest)
+    sign_manifest(pruned, manifest)
+    found = verify(pruned)
+    assert any(re.search(problem, one) for one in found["problems"]), found["problems"]
+    assert found["sparsity"] == 0.5
+
+
+def test_layers_that_were_left_out_on_purpose_are_no_problem(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    prune(str(tiny_llama), output=tmp_path / "out", calibration=str(tiny_text), exclude="mlp", **QUICK)
+    assert verify(tmp_path / "out")["problems"] == []
+
+
+def test_code_and_licence_are_taken_over_and_the_card_tells(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    """`auto_map` with its files, or not at all; that of another repository names no file here."""
+    source, text = tmp_path / "source", tmp_path / "a|b.txt"
+    shutil.copytree(tiny_llama, source)
+    shutil.copyfile(tiny_text, text)
+    for name in ("config.json", "tokenizer_config.json"):
+        config = json.loads((source / name).read_text())
+        config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own", "AutoTokenizer": ["a/b--own.Own", None]}
+        (source / name).write_text(json.dumps(config))
+    for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md", "licensed_words.csv"):
+        (source / name).write_text("terms")
+    (source / "README.md").write_text("---\nlicense: other\nlicense_name: own\ntags: [a]\n---\nlicense: not this\n")
+    options = QUICK | {"calibration": str(text), "force": True}
+    result = prune(str(source), output=tmp_path / "out", **options)
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "auto_map" not in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"LICENSE", "NOTICE.txt", "USE_POLICY.md"}
+    assert not (tmp_path / "out" / "licensed_words.csv").exists()
+    card = (tmp_path / "out" / "README.md").read_text()
+    head, _, body = card.removeprefix("---\n").partition("\n---\n")
+    assert {"license: other", "license_name: own", "library_name: transformers"} <= set(head.splitlines())
+    assert "not this" not in card
+    assert "Base model: `source`." in body
+    assert f"| dense | {result['dense']:.4g} |\n| this model | {result['perplexity']:.4g} |" in body
+    assert str(tmp_path) not in card
+    for name in ("modeling_own.py", "used_by_it.py"):
+        (source / name).write_text("raise RuntimeError\n")
+    prune(str(source), output=tmp_path / "out", **options)
+    assert {path.name for path in (tmp_path / "out").glob("*.py")} == {"modeling_own.py", "used_by_it.py"}
+    assert verify(tmp_path / "out", device="cpu")["problems"] == []
+    (tmp_path / "out" / "modeling_own.py").unlink()
+    told = "a configuration names code in modeling_own.py, which is missing"
+    assert told in verify(tmp_path / "out", device="cpu")["problems"]
+
+
+def test_links_and_stray_folders_are_seen(pruned: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "code.py").write_text("")
+    (pruned / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (pruned / "empty").mkdir()
+    problems = verify(pruned)["problems"]
+    assert problems == [
+        "linked was not written with the others", "empty is a folder that was not written with the others"
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="holds 'linked', which gpmetric did not write"):
+        check_folder(pruned, force=True)

@@ -64,7 +64,7 @@ Run = Callable[..., Outcome]
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
     """`gpmetric ARGUMENTS` in this process."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.setenv("COLUMNS", "250")  # tables unfolded
 
     def call(*arguments: str | Path) -> Outcome:
@@ -75,7 +75,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Outcome(caught.value.code, *capsys.readouterr())
 
     yield call
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -584,9 +585,9 @@ def test_a_metric_that_fails_is_status_1_and_costs_the_others_nothing(
     assert all(value > 1 for value in wanda["ppl"].values())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_is_130(run: Run, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
-    monkeypatch.setattr(cli, "check_request", lambda *arguments: os.kill(os.getpid(), number))
+    monkeypatch.setattr(cli, "check_request", lambda *_, **__: os.kill(os.getpid(), number))
     outcome = run("bench")
     assert outcome.code == 130
     assert outcome.error == "interrupted"

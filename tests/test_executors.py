@@ -193,3 +193,19 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
+
+
+def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
+    """Workers start from the caller's process, and not by its script [PySR issue 909]."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from functools import partial\n"
+        "from operator import mul\n"
+        "from gpmetric.evolution.executors import LocalProcesses\n"
+        "print('begun')\n"
+        "with LocalProcesses(partial, (mul, 3), workers=2) as executor:\n"
+        "    print([one.value for one in executor.map_ordered([1, 2, 3])])\n"
+        "import __main__; print(__main__.__file__ == __file__)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.splitlines() == ["begun", "[3, 6, 9]", "True"], done.stderr

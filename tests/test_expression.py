@@ -348,6 +348,20 @@ def test_structure_and_minimal_print(text: str, tokens: tuple[str | float, ...])
         ("W--2", "W-(-2)"),
         ("--W", "-(-W)"),
         ("((((W))))", "W"),
+        # as pasted
+        ("W\r\n", "W"),
+        ("|W|*||X||_2", "abs(W)*X"),
+        ("|W| * ‖X‖", "abs(W)*X"),
+        (r"\left|W\right| \cdot X", "abs(W)*X"),
+        (r"$\lvert \mathbf{W} \rvert \cdot \lVert X \rVert_{2}$", "abs(W)*X"),
+        (r"\frac{|W|}{D} \times \sqrt{X}", "abs(W)/D*sqrt(X)"),
+        (r"W^{2} \odot H", "W**2*H"),
+        ("torch.abs(W)*X", "abs(W)*X"),
+        ("np.sqrt(np.abs(W))", "sqrt(abs(W))"),
+        ("W²·X", "W**2*X"),
+        ("|W|*√X", "abs(W)*sqrt(X)"),
+        ("W*√(X+G)", "W*sqrt(X+G)"),
+        ("|W|−|G*W|", "abs(W)-abs(G*W)"),
     ],
 )
 def test_other_spellings(text: str, same: str) -> None:
@@ -423,7 +437,7 @@ BAD = [
     ("\u202eW", "unexpected character '\\u202e' at column 1"),
     ("\ufeffW", "unexpected character '\\ufeff' at column 1"),
     ("W\0", "unexpected character '\\x00' at column 2"),
-    ("W\r\n", "unexpected character '\\r' at column 2"),
+    ("W\r\nX", "unexpected character '\\r' at column 2"),
     ("W*\ud800", "unexpected character '\\ud800' at column 3"),
     # 19: balance and junk
     ("(W", "'(' is never closed, opened at column 1"),
@@ -435,6 +449,11 @@ BAD = [
     ("W+", "the formula ends where a value is expected, at column 3"),
     ("max(W,(X,G))", "a comma outside the arguments of a function at column 9"),
     ("W^2", "a power is written **"),
+    ("|W*|G||", "a size is written abs(W), a norm rownorm(W) or colnorm(W)"),
+    ("||W||_2*X", "a norm rownorm(W) or colnorm(W)"),
+    (r"\sum W", "of LaTeX, "),
+    ("W*norm(X)", "did you mean rownorm?"),
+    ("W*square(X)", "did you mean sqr?"),
     # 22: markup
     ("[/red]", "unexpected character '['"),
     ("<script>", "unexpected character '<'"),

@@ -19,6 +19,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
 
 from gpmetric.errors import InputError, ModelError
 from gpmetric.loading import load_model, pick_device
@@ -428,3 +429,25 @@ def test_a_model_that_the_hub_does_not_have(online: Callable[[str], None], empty
 def test_offline_mode_asks_nobody() -> None:
     assert constants.HF_HUB_OFFLINE
     refused("no-such-org/no-such-model", r"\(no directory here\) cannot be loaded: ")
+
+
+def test_two_threads_load_at_once(tiny_llama: Path, tiny_gpt2: Path) -> None:
+    """Both whole, and transformers' logging is what it was [transformers issue 41782]."""
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    found: dict[str, Any] = {}
+
+    def load(path: Path) -> None:
+        try:
+            found[path.name] = load_model(str(path), device="cpu").digest
+        except Exception as error:
+            found[path.name] = error
+
+    alone = {path.name: load_model(str(path), device="cpu").digest for path in (tiny_llama, tiny_gpt2)}
+    for _ in range(4):
+        threads = [threading.Thread(target=load, args=(path,)) for path in (tiny_llama, tiny_gpt2, tiny_llama)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == alone
+    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before

@@ -13,11 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
 import pytest
+import torch
 import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+import gpmetric
 from gpmetric import cli
 from gpmetric.allocation.request import AllocateRequest
 from gpmetric.commands import COMMANDS, Command
@@ -26,6 +29,7 @@ from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.options import Option, Request, as_function, check_request, command_line, described, make_request
 from gpmetric.pruning.requests import BenchRequest, PruneRequest, VerifyRequest
 from gpmetric.session.requests import EvaluateRequest
+from gpmetric.targets import parse_target
 
 SHADES = {"light": "a meaning", "dark": "another"}
 
@@ -55,7 +59,7 @@ class Paint(Base):
     fast: Annotated[bool, Option("Fast or slow.", names=("--fast/--thorough",))] = False
     force: Annotated[bool, Option("Force.", names=("--force",))] = False
     output: Annotated[Path | None, Option("A folder.", names=("--output", "-o"), writes="folder")] = None
-    csv: Annotated[Path | None, Option("A file.", metavar="FILE", writes="file")] = None
+    csv: Annotated[Path | None, Option("A file.", metavar="FILE", writes="table")] = None
     plot: Annotated[Path | None, Option("A picture.", writes="picture")] = None
 
     def check(self) -> None:
@@ -424,3 +428,41 @@ def test_a_command_line_asks_for_the_same_again() -> None:
     )
     assert command_line("evaluate", EvaluateRequest(model="dir", text=("t",))) == "gpmetric evaluate dir --text t"
     assert command_line("bench", BenchRequest(one_shot=True)) == "gpmetric bench --one-shot"
+
+
+def test_numbers_of_numpy_sets_and_generators_are_taken() -> None:
+    asked = make_request(BenchRequest, {"samples": np.int64(3), "minutes": np.float32(0.5), "target": np.float32(0.5)})
+    assert (asked.samples, asked.minutes, asked.target) == (3, 0.5, ("0.5",))
+    assert type(asked.samples) is int
+    assert make_request(BenchRequest, {"target": (text for text in ("0.5", "2:4"))}).target == ("0.5", "2:4")
+    assert make_request(DiscoverRequest, {"operands": {"X", "W"}}).operands == ("W", "X")
+    for wrong in ({"samples": 4.0}, {"samples": np.float64(4)}, {"target": {"0.5": 1}}, {"shuffle": 1}):
+        with pytest.raises(InputError, match=rf"^--{next(iter(wrong))} must be "):
+            make_request(BenchRequest, wrong)
+
+
+def test_a_request_that_is_made_by_hand_converts_too() -> None:
+    """A text would be taken apart letter by letter, a number could not be."""
+    assert BenchRequest(target=0.5, metric="wanda", text="t.txt") == BenchRequest(  # type: ignore[arg-type]
+        target=("0.5",), metric=("wanda",), text=("t.txt",)
+    )
+    assert DiscoverRequest(operands="W,X").operands == ("W", "X")  # type: ignore[arg-type]
+    assert replace(BenchRequest(), metric=["wanda"]).metric == ("wanda",)  # type: ignore[arg-type]
+
+
+def test_the_library_reads_what_the_command_line_does() -> None:
+    """Or says what it takes; a number is a sparsity."""
+    score = torch.arange(16.0).reshape(2, 8)
+    half = torch.arange(8).repeat(2, 1) >= 4
+    for target in (0.5, "0.5", "row:0.5", parse_target("0.5"), parse_target(0.5)):
+        assert torch.equal(gpmetric.select_mask(score, target), half)
+    with pytest.raises(InputError, match=r"--target '1\.5' is not a target"):
+        gpmetric.select_mask(score, 1.5)
+    with pytest.raises(InputError, match=r"--target 'None' is not a target"):
+        gpmetric.parse_target(None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"a metric is a name or a formula, but got 0\.5"):
+        gpmetric.Metric.parse(0.5)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="a model is a directory or a name of the Hub, but got 3"):
+        gpmetric.load_model(3)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="unknown option 'minuts': did you mean 'minutes'"):
+        gpmetric.discover(minuts=5)

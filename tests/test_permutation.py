@@ -27,6 +27,7 @@ from gpmetric.pruning.permutation import best_order, kept_score
 from gpmetric.pruning.prune import PruneListener, prune
 from gpmetric.pruning.verify import verify
 from gpmetric.targets import parse_target
+from tests.pruning_helpers import sign_manifest
 
 QUICK: dict[str, Any] = {"samples": 4, "windows": 4, "sequence_length": 32, "device": "cpu", "target": "2:4"}
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -308,7 +309,7 @@ def test_verify_notices_one_number(
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     manifest = json.loads((copy / MANIFEST).read_text())
     manifest["files"]["model.safetensors"] = file_digest(copy / "model.safetensors")
-    (copy / MANIFEST).write_text(json.dumps(manifest))
+    sign_manifest(copy, manifest)
     (found,) = verify(copy, against=str(folder("llama-biases")), device="cpu")["problems"]
     assert found.startswith(problem)
 

@@ -314,6 +314,20 @@ def test_a_slimmed_model_is_pruned_and_verified_as_any(tiny_llama: Path, tiny_te
 
 
 @pytest.mark.usefixtures("here")
+def test_a_config_that_leaves_weights_out_is_refused(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    """`channels: 0`, by which an MLP that is in the file would not be used."""
+    run(tiny_llama, tiny_text, tmp_path / "small", sparsity=0.4)
+    path = tmp_path / "small" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["widths"][0]["channels"] = 0
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(InputError, match=r"has \d+ unexpected weights, first model\.layers\.0\."):
+        gpmetric.load(tmp_path / "small", device="cpu")
+    problems = " ".join(verify(tmp_path / "small", device="cpu")["problems"])
+    assert "unexpected weights" in problems
+
+
+@pytest.mark.usefixtures("here")
 def test_a_slimmed_model_is_evaluated_as_any(tiny_gpt2: Path, tiny_text: Path, tmp_path: Path) -> None:
     found = run(tiny_gpt2, tiny_text, tmp_path / "small", sparsity=0.4)
     told = evaluate(str(tmp_path / "small"), text=[str(tiny_text)], sequence_length=32, windows=4, device="cpu")
@@ -344,8 +358,13 @@ def test_a_resumed_search_writes_the_same_model(
 
 @pytest.mark.usefixtures("here")
 def test_what_is_not_what_was_found_is_not_delivered(
-    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """The search is kept, and the same command with it writes what an uninterrupted one does."""
     write = slim_checkpoint.write_model
 
     def damaged(model: Any, shrinker: Any, slimmed: Any, kind: str, folder: Path) -> None:
@@ -359,7 +378,20 @@ def test_what_is_not_what_was_found_is_not_delivered(
     with pytest.raises(GpmetricError, match="is not the one that was found: its logits are off by"):
         run(tiny_llama, tiny_text, tmp_path / "small")
     assert not (tmp_path / "small").exists()
-    assert not list(tmp_path.iterdir())
+    (kept,) = tmp_path.iterdir()
+    assert f"--ledger {kept} --resume" in caplog.text
+    monkeypatch.setattr(slim_checkpoint, "write_model", write)
+    again = run(tiny_llama, tiny_text, tmp_path / "small", ledger=kept, resume=True)
+    whole = run(tiny_llama, tiny_text, tmp_path / "whole")
+    assert (again["steps"], again["widths"]) == (6, whole["widths"])
+
+
+@pytest.mark.usefixtures("here")
+def test_nothing_but_the_checkpoint_is_left_where_all_is_well(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    run(tiny_llama, tiny_text, tmp_path / "small")
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from gpmetric import tensor_file
 from gpmetric.errors import GpmetricError
-from gpmetric.tensor_file import TensorFile, write_tensors
+from gpmetric.tensor_file import TensorFile, weight_files, write_tensors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.uint8]
 
@@ -122,3 +123,34 @@ def test_a_file_cut_short_meanwhile_is_told(path: Path) -> None:
     last = max(file.places, key=lambda name: file.places[name].end)
     with pytest.raises(GpmetricError, match="ends before its tensors do"):
         file[last]
+
+
+@pytest.mark.parametrize(
+    ("files", "told", "read"),
+    [
+        (["model.safetensors", "consolidated.safetensors"], {}, ["model.safetensors"]),
+        (["model.safetensors", "a.safetensors", "model.safetensors.index.json"], {}, ["model.safetensors"]),
+        (["a.safetensors", "b.safetensors", "model.safetensors.index.json"], {}, ["a.safetensors"]),
+        (["model.safetensors", "b.safetensors"], {"transformers_weights": "b.safetensors"}, ["b.safetensors"]),
+        ([], {}, ["model.safetensors"]),
+    ],
+)
+def test_the_files_that_are_read_are_those_of_transformers(
+    files: list[str], told: dict[str, str], read: list[str], tmp_path: Path
+) -> None:
+    """Also as its own function resolves them, where there are any."""
+    for name in files:
+        (tmp_path / name).write_text(json.dumps({"metadata": {}, "weight_map": {"x": "a.safetensors"}}))
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    assert [path.name for path in weight_files(tmp_path)] == read
+    if files:
+        named = told.get("transformers_weights")
+        found, _ = _get_resolved_checkpoint_files(str(tmp_path), None, None, True, {}, False, named)
+        assert [Path(one).name for one in found] == read
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"weight_map": []}', '{"weight_map": {"x": "../a.safetensors"}}'])
+def test_an_index_that_is_none_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(GpmetricError, match=r"is no index of weights|which is not in the folder"):
+        weight_files(tmp_path)

@@ -19,7 +19,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from gpmetric.files import check_picture, finite, write_text
+from gpmetric.files import check_picture, finite, write_picture, write_text
 
 __all__ = ["draw_front", "write_csv"]
 
@@ -89,8 +89,7 @@ def draw_front(document: Mapping[str, Any], path: Path) -> None:
     title = _title(document)
     size = 14 * min(1.0, _TITLE / len(title))
     figure.suptitle(title, fontsize=size, fontweight="bold", parse_math=False)
-    # write_text moves the file into its place once `check` is through; here the check fills it
-    write_text(path, "", lambda partial: figure.savefig(partial, dpi=_DPI))
+    write_picture(path, figure, _DPI)
 
 
 def _title(document: Mapping[str, Any]) -> str:

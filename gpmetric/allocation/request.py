@@ -12,7 +12,7 @@ from gpmetric.errors import InputError
 from gpmetric.evaluation.objectives import OBJECTIVES
 from gpmetric.lazy import lazy
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
-from gpmetric.options import Option
+from gpmetric.options import FORCE_FILES, Option
 from gpmetric.pruning.updaters import FITS, UPDATERS, updater_of
 from gpmetric.session.search_inputs import SearchInputs
 from gpmetric.targets import GRANULARITIES, Target, parse_target
@@ -114,10 +114,15 @@ class AllocateRequest(SearchInputs):
 
     unused: ClassVar[frozenset[str]] = frozenset({"statistics_dtype"})  # none are kept
 
-    model: Annotated[str | None, Option("Hugging Face directory or name; the demo model if none.")] = None
+    model: Annotated[str | None, Option("Hugging Face directory or name; the demo model if none.", reads=True)] = None
     output: Annotated[
         Path | None,
-        Option("Allocation to write, for prune --allocation.", metavar="FILE", names=("--output", "-o"), writes="file"),
+        Option(
+            "Allocation to write, for prune --allocation.",
+            metavar="FILE",
+            names=("--output", "-o"),
+            writes="allocation",
+        ),
     ] = None
     search: Annotated[str | None, Option("Text every candidate is measured on.", reads=True)] = None
     validation: Annotated[str | None, Option("Text the front is reported on.", reads=True)] = None
@@ -160,10 +165,11 @@ class AllocateRequest(SearchInputs):
     tokens: Annotated[int | None, Option("Tokens of the search at most.", least=1)] = None
     ledger: Annotated[
         Path | None,
-        Option("JSON Lines file that keeps everything measured.", "FILE", ("--ledger", "--archive"), writes="file"),
+        Option("JSON Lines file that keeps everything measured.", "FILE", ("--ledger", "--archive"), writes="ledger"),
     ] = None
-    csv: Annotated[Path | None, Option("Front and baselines as a table.", metavar="FILE", writes="file")] = None
+    csv: Annotated[Path | None, Option("Front and baselines as a table.", metavar="FILE", writes="table")] = None
     plot: Annotated[Path | None, Option("Front and heat map: .png or .pdf.", metavar="FILE", writes="picture")] = None
+    force: Annotated[bool, FORCE_FILES] = False
 
     def check(self) -> None:
         metric = resolve_metric(self.metric)

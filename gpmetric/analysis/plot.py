@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gpmetric.files import check_picture, write_text
+from gpmetric.files import check_picture, write_picture
 
 __all__ = ["draw_page"]
 
@@ -42,8 +42,7 @@ def draw_page(document: Mapping[str, Any], path: Path) -> None:
     name = Path(document["ledger"]).name
     title = f"{name}: {document['formulas']} formulas measured, {document['evaluations']} evaluations paid for"
     figure.suptitle(title, fontsize=12, fontweight="bold", parse_math=False)
-    # write_text moves the file into its place once `check` is through; here the check fills it
-    write_text(path, "", lambda partial: figure.savefig(partial, dpi=150))
+    write_picture(path, figure)
 
 
 def _symbols(axes: Axes, document: Mapping[str, Any]) -> None:

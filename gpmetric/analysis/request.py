@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from gpmetric.options import Option, Request
+from gpmetric.options import FORCE_FILES, Option, Request
 
 __all__ = ["AnalyseRequest"]
 
@@ -22,5 +22,6 @@ class AnalyseRequest(Request):
         Path | None,
         Option("Page of plots to write: .png or .pdf.", metavar="FILE", names=("--output", "-o"), writes="picture"),
     ] = None
+    force: Annotated[bool, FORCE_FILES] = False
     seed: Annotated[int, Option("Seed of everything random.", least=0, below=2**63)] = 0
     device: Annotated[str, Option("Not used; every command takes one.", choices=("auto", "cpu", "cuda"))] = "auto"

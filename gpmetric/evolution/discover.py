@@ -68,8 +68,6 @@ def run_campaign(
 ) -> dict[str, Any]:
     """Runs a campaign to its end: `gpmetric.discover("DIR", text="t.txt", minutes=30, ledger="campaign.sqlite")`.
 
-    A script that calls it with more than one worker needs `if __name__ == "__main__":`, since workers import it.
-
     Args:
         request: one that has been checked.
         started: when `minutes` began, by `now`; they begin now by default.

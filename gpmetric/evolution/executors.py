@@ -9,6 +9,7 @@ import heapq
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -20,6 +21,7 @@ from functools import cached_property
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from types import ModuleType
 from typing import Any
 
 from gpmetric import errors
@@ -30,6 +32,8 @@ __all__ = ["Executor", "LocalProcesses", "Outcome", "Serial"]
 
 LOOK_AHEAD = 64  # candidates per worker that may be finished before a slow one in front of them
 PARTING_SECONDS = 2.0  # what a worker that was asked to end may take before it is killed
+
+_HIDING = threading.Lock()
 
 Function = Callable[[Any], Any]
 
@@ -310,10 +314,22 @@ def _start(factory: Callable[..., Function], arguments: tuple[Any, ...]) -> _Wor
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, factory, arguments), daemon=True)
-    with _interrupts_held():
+    with _interrupts_held(), _main_hidden():
         process.start()
     theirs.close()  # so that the end of the worker is the end of the pipe
     return _Worker(process, ours)
+
+
+@contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Keep a process that starts inside from running the caller's script once more, which may have no main guard."""
+    with _HIDING:  # of another thread that starts one, which would take the empty module for the caller's
+        own = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = own
 
 
 @contextmanager

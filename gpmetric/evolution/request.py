@@ -77,13 +77,15 @@ class DiscoverRequest(Inputs):
     max_nodes: Annotated[int, Option("Size of a formula at most.", least=3)] = 30
     ledger: Annotated[
         Path | None,
-        Option("The campaign's SQLite file; campaign-DATE.sqlite by default.", metavar="FILE", writes="file"),
+        Option("The campaign's SQLite file; campaign-DATE.sqlite by default.", metavar="FILE", writes="ledger"),
     ] = None
     resume: Annotated[bool, Option("Go on with the ledger if it is there.", names=("--resume",))] = False
     workers: Annotated[
         int | None, Option("Worker processes; one per core for small models on a CPU by default.", least=1)
     ] = None
-    cache: Annotated[Path | None, Option("Statistics cache; ~/.cache/gpmetric by default.", metavar="DIR")] = None
+    cache: Annotated[
+        Path | None, Option("Statistics cache; ~/.cache/gpmetric by default.", metavar="DIR", writes="cache")
+    ] = None
     search_windows: Annotated[
         int,
         Option("Windows of the search text: an eighth for every candidate, half and all for the better ones.", least=1),

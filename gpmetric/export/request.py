@@ -8,7 +8,7 @@ from typing import Annotated
 
 from gpmetric.errors import InputError
 from gpmetric.export import FORMATS
-from gpmetric.options import Option, Request
+from gpmetric.options import FORCE_FILES, Option, Request
 
 __all__ = ["ExportRequest"]
 
@@ -22,8 +22,9 @@ class ExportRequest(Request):
     ]
     format: Annotated[str, Option("{choices}.", choices=FORMATS)] = "python"
     output: Annotated[
-        Path | None, Option("File to write.", metavar="FILE", names=("--output", "-o"), writes="file")
+        Path | None, Option("File to write.", metavar="FILE", names=("--output", "-o"), writes="formula")
     ] = None
+    force: Annotated[bool, FORCE_FILES] = False
     seed: Annotated[int, Option("Not used; every command takes one.", least=0, below=2**63)] = 0
     device: Annotated[str, Option("Not used; every command takes one.", choices=("auto", "cpu", "cuda"))] = "auto"
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NoReturn
 
 from gpmetric.errors import ExpressionError
+from gpmetric.expression.pasted import plain_spelling
 from gpmetric.expression.primitives import PRIMITIVES, Primitive
 from gpmetric.expression.tree import MAX_CONSTANT, Expression, Token, arity, subtree_end
 from gpmetric.operands import OPERANDS
@@ -25,6 +26,14 @@ MAX_DEPTH = 64
 _MAX_DIGITS = 40  # a float needs 17; refuses 5000-digit literals before any conversion
 _SHOWN = 60  # characters of the formula that a message quotes
 
+_SPELLED = {
+    "^": "; a power is written **",
+    "|": "; a size is written abs(W), a norm rownorm(W) or colnorm(W)",
+    "\\": "; of LaTeX, \\left| \\right| \\cdot \\sqrt{} and \\frac{}{} are read",
+    "\u221a": "; a root is written sqrt(W)",
+}
+_MEANT = {"norm": "rownorm", "sum": "rowsum", "square": "sqr", "minmax": "mms", "zscore": "zsn"}
+
 _WORDS = (
     r"(?P<space>[ \t]+)|(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)"
     r"|(?P<name>[A-Za-z_][A-Za-z_0-9]*)"
@@ -35,11 +44,14 @@ def parse(text: str) -> Expression:
     """The expression a formula denotes, its structure kept as written.
 
     Args:
-        text: infix over the operands and primitives, at most 64 kB, 512 nodes and depth 64; must use W.
+        text: infix over the operands and primitives, at most 64 kB, 512 nodes and depth 64; must use W. Other spellings
+            are taken where `plain_spelling` knows them; columns are then those of ours.
 
     Raises:
         ExpressionError: with one line that names the offending thing and its column, counted from 1.
     """
+    _check_text(text)
+    text = plain_spelling(text)
     lexemes = _tokenize(text)
     tokens, columns = _Parser(text, lexemes).run()
     expression = Expression(tuple(tokens))
@@ -64,7 +76,8 @@ class _Lexeme:
     column: int
 
 
-def _tokenize(text: str) -> list[_Lexeme]:
+def _check_text(text: str) -> None:
+    """Refuses what is no text, too long, or empty."""
     if not isinstance(text, str):
         raise ExpressionError(f"a formula must be text, but got {type(text).__name__}")
     if len(text) > MAX_BYTES:
@@ -73,6 +86,9 @@ def _tokenize(text: str) -> list[_Lexeme]:
         )
     if not text.strip():
         raise ExpressionError(f"the formula is empty: {_quote(text)}")
+
+
+def _tokenize(text: str) -> list[_Lexeme]:
     signs = sorted([*_binary_operators(), "(", ")", ","], key=len, reverse=True)  # ** before *
     pattern = re.compile(f"{_WORDS}|(?P<sign>{'|'.join(map(re.escape, signs))})")
     lexemes: list[_Lexeme] = []
@@ -90,8 +106,8 @@ def _tokenize(text: str) -> list[_Lexeme]:
 
 
 def _refuse_character(text: str, position: int) -> NoReturn:
-    hint = "; a power is written **" if text[position] == "^" else ""
-    if not text[position].isascii():
+    hint = _SPELLED.get(text[position], "")
+    if not text[position].isascii() and not hint:
         hint = "; formulas are plain ASCII"
     _fail(text, position + 1, f"unexpected character {text[position]!a}", hint)
 
@@ -287,7 +303,9 @@ def _suggestion(name: str, called: bool) -> str:
     known = {known.lower(): known for known in (PRIMITIVES if called else (*OPERANDS, *PRIMITIVES))}
     cutoff = 0.5 if len(name) > 1 else 1.0  # one letter is close to no word
     close = difflib.get_close_matches(name.lower()[:_SHOWN], known, n=1, cutoff=cutoff)
-    hint = f"; did you mean {known[close[0]]}?" if close else ";"
+    meant = _MEANT.get(name.lower()) if called else None
+    meant = meant or (known[close[0]] if close else None)
+    hint = f"; did you mean {meant}?" if meant else ";"
     return f"{hint} operands: {' '.join(OPERANDS)}; functions: {' '.join(PRIMITIVES)}"
 
 

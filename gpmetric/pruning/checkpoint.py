@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +22,29 @@ from transformers.pytorch_utils import Conv1D
 
 from gpmetric import slim_models
 from gpmetric.blockwise.couplings import Move, in_order
-from gpmetric.errors import GpmetricError
-from gpmetric.files import finite, write_text
+from gpmetric.errors import GpmetricError, ModelError
+from gpmetric.files import write_text
 from gpmetric.models import Layer, Model
-from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of, unwritable
+from gpmetric.pruning.manifest import write_manifest
+from gpmetric.pruning.output_folder import MANIFEST, files_of, unwritable
+from gpmetric.pruning.taken_over import copy_code, copy_licence, front_matter, measured, printable
 from gpmetric.targets import Target
-from gpmetric.tensor_file import TensorFile, write_tensors
+from gpmetric.tensor_file import TensorFile, weight_files, write_tensors
 
-__all__ = ["FOREIGN_KEYS", "CheckpointWriter", "printable", "stored_layers", "tensors", "write_masks"]
+__all__ = ["FOREIGN_KEYS", "CheckpointWriter", "is_finite", "stored_layers", "tensors", "write_masks"]
 
 FOREIGN_KEYS = ("quantization_config", "sparsity_config", "compression_config")  # of a config.json
-_INDEX = "model.safetensors.index.json"
 # What is taken over from the dense checkpoint beside its tensors: configurations, tokenizer, chat templates.
 _KEPT = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "additional_chat_templates/*.jinja")
 
-_CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [sparsity, pruning, gpmetric]
-{base}---
+_CARD = """{head}
 
 # {name}, pruned
 
 `{formula}` at `{target}`{allocated}: {sparsity:.4f} of the weights of {layers} linear layers are zero.
 Made by gpmetric {version}; `{manifest}` says how, and `gpmetric verify` reads it all again.
+
+{table}
 """
 
 
@@ -58,7 +58,8 @@ class CheckpointWriter:
         update: whether weights that stay may have changed.
 
     Raises:
-        GpmetricError: the checkpoint stores a layer under another name, or is damaged.
+        GpmetricError: the checkpoint stores a layer under another name, is damaged, or holds a tensor, of no use to the
+            model, that is not finite.
     """
 
     def __init__(self, model: Model, folder: Path, rules: Mapping[str, Target], *, update: bool) -> None:
@@ -68,6 +69,19 @@ class CheckpointWriter:
         self._stored = stored_layers(model)
         self._places = tensors(self._source)
         self._shards = {file.path: file for file in self._places.values()}
+        self._check_unused()
+
+    def _check_unused(self) -> None:
+        """Looks at the tensors that loading did not: they are copied, and all that is written has to be finite."""
+        prefix = f"{self._model.module.base_model_prefix}."
+        known = {name for name, _ in self._model.module.named_parameters(remove_duplicate=False)}
+        known |= {name.removeprefix(prefix) for name in known}
+        for name, file in self._places.items():
+            if name not in known and not all(is_finite(piece) for piece in file.pieces(name)):
+                raise ModelError(
+                    f"tensor {name} of {self._model.name!r} holds NaN or infinity; the model does not use it, but a "
+                    "checkpoint would have it: leave it out of the model's files"
+                )
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -177,9 +191,7 @@ class CheckpointWriter:
         for name, text in {**others, "README.md": _card(self._model, manifest)}.items():
             write_text(self._folder / name, text)
         manifest["tensors"] = sorted(self._places)
-        manifest["files"] = {name: file_digest(self._folder / name) for name in files_of(self._folder)}
-        write_text(self._folder / MANIFEST, json.dumps(finite(manifest), indent=1, allow_nan=False) + "\n")
-        return manifest
+        return write_manifest(self._folder, manifest)
 
     def _write(self, name: str, value: Tensor) -> None:
         """Puts other numbers in the place of a tensor of the copies, which have the same places."""
@@ -229,24 +241,34 @@ def _same_size(path: Path, copy: Path) -> bool:
 def _copy_others(model: Model, source: Path, folder: Path, told: dict[str, Any]) -> None:
     """Takes over configurations, tokenizer and templates; `told` is what the config says of the pruning."""
     for path in (path for pattern in _KEPT for path in source.glob(pattern)):
-        if path.name != MANIFEST and not path.name.endswith(".bin.index.json"):
+        if path.name != MANIFEST and not (path.name.endswith(".index.json") and not _is_read(path, source)):
             copy = folder / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
-    if model.module.config.model_type.startswith("slim_"):
-        shutil.copyfile(slim_models.__file__, folder / slim_models.SLIM_FILE)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config = {key: value for key, value in config.items() if key not in FOREIGN_KEYS}
     config["gpmetric"] = told
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    copy_licence(source, folder)
+    copy_code(source, folder)
+    if model.module.config.model_type.startswith("slim_"):
+        shutil.copyfile(slim_models.__file__, folder / slim_models.SLIM_FILE)
+
+
+def _is_read(index: Path, source: Path) -> bool:
+    """Whether the files that an index of weights names are those that are read: none of `.bin`, none left behind."""
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return named <= {path.name for path in weight_files(source)}
+    return False
 
 
 def _card(model: Model, manifest: dict[str, Any]) -> str:
     """The model card."""
-    base = f"base_model: {json.dumps(model.name)}\n" if "/" in model.name and not Path(model.name).exists() else ""
     allocation = manifest.get("allocation")
     return _CARD.format(
-        base=base, name=printable(Path(model.name).name), formula=printable(manifest["formula"]),
+        head=front_matter(model, ("sparsity", "pruning", "gpmetric")), table=measured(model, manifest),
+        name=printable(Path(model.name).name), formula=printable(manifest["formula"]),
         target=printable(manifest["target"]), sparsity=manifest["sparsity"], layers=len(manifest["layers"]),
         allocated=f", allocated layer by layer by `{printable(allocation['file'])}`" if allocation else "",
         version=manifest["versions"]["gpmetric"], manifest=MANIFEST,
@@ -290,19 +312,16 @@ def tensors(folder: Path) -> dict[str, TensorFile]:
         OSError: a file is missing.
         GpmetricError: a file is damaged, or the index names one elsewhere.
     """
-    names = ["model.safetensors"]
-    if (folder / _INDEX).is_file():
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(map(str, index["weight_map"].values())))
     found: dict[str, TensorFile] = {}
-    for name in names:
-        if Path(name).name != name:
-            raise GpmetricError(f"{_INDEX} names {name!r}, which is not in the folder")
-        file = TensorFile(folder / name)
+    for path in weight_files(folder):
+        file = TensorFile(path)
         found |= dict.fromkeys(file.places, file)
     return found
 
 
-def printable(text: str) -> str:
-    """Without what would end a line or a code span of the card."""
-    return "".join(letter for letter in text if letter.isprintable() and letter != "`")
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; float8 is widened for that."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    ends = torch.stack((values.float() if values.itemsize == 1 else values).aminmax())  # NaN if any is
+    return bool(ends.isfinite().all())

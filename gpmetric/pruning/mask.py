@@ -17,7 +17,7 @@ from gpmetric.errors import MaskError
 from gpmetric.expression.evaluate import evaluate
 from gpmetric.metrics import Metric
 from gpmetric.pruning import fused
-from gpmetric.targets import Target
+from gpmetric.targets import Target, parse_target
 
 __all__ = ["by_group", "choose_masks", "compile_ahead", "prune_by_mask", "select_mask"]
 
@@ -78,22 +78,26 @@ def choose_masks(
     return [select_mask(score, target) for target in targets]
 
 
-def select_mask(score: Tensor, target: Target) -> Tensor:
+def select_mask(score: Tensor, target: Target | str | float) -> Tensor:
     """Mask keeping the highest scores of every comparison group.
 
     Args:
         score: [out, in], any float dtype; larger means keep.
-        target: each group removes k entries: int(group_size * sparsity), or M - N of each M consecutive inputs under
-            N:M. Of equal scores the lower column goes first (groups of several rows: row-major order).
+        target: or what `parse_target` reads, 0.5 or "2:4"; each group removes k entries: int(group_size * sparsity), or
+            M - N of each M consecutive inputs under N:M. Of equal scores the lower column goes first (groups of several
+            rows: row-major order).
 
     Returns:
         Boolean [out, in], True = kept, on the device of `score`.
 
     Raises:
         MaskError: a score is NaN or infinite, or `in` is not divisible by M.
+        InputError: no target.
 
     Source: Sun et al. 2023 (Wanda), section 3, comparison per output.
     """
+    if not isinstance(target, Target):
+        target = parse_target(target)
     if not target.fits(score.shape[1]):
         raise MaskError(f"in = {score.shape[1]} is not divisible by {target.group} (target {target.text})")
     if fused.usable(score, [target]):

@@ -92,8 +92,9 @@ def unwritable(path: Path, error: Exception) -> GpmetricError:
 
 
 def files_of(folder: Path) -> list[str]:
-    """Every file in a folder and its folders, as paths within it."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    """Every file, and every link, in a folder and its folders, as paths within it."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def file_digest(path: Path) -> str:

@@ -29,6 +29,7 @@ from gpmetric.session.memory import retried
 from gpmetric.session.session import Listener, Progress, Session, open_session
 from gpmetric.session.work import Work
 from gpmetric.targets import Target, parse_target
+from gpmetric.tensor_file import weight_files
 
 RECIPE = "recipe.toml"  # in the checkpoint that was made by one
 
@@ -239,7 +240,7 @@ def prune_work(session: Session) -> Work:
     metric = session.metric(request.metric)
     work = protocol.work([metric], request.update, fit=request.fit, texts=tokens, permute=request.permute)
     assert session.model.folder is not None
-    files = sum(path.stat().st_size for path in session.model.folder.glob("*.safetensors"))
+    files = sum(path.stat().st_size for path in weight_files(session.model.folder))
     return replace(work, resident=False, cached=True, disk=files, forward=work.forward + tokens)
 
 
@@ -324,6 +325,8 @@ def _made(
         "update": rule.metric.update or rule.update,
         "fit": rule.metric.fit or rule.fit,
         "protocol": "one-shot" if request.one_shot else "sequential",
+        "include": request.include,
+        "exclude": request.exclude,
         "calibration": session.windows["calibration"].describe(),
     }
     made |= {"permute": True} if rule.permute else {}

@@ -21,7 +21,7 @@ __all__ = [
 ]  # fmt: skip
 
 METRIC = Option(f"{', '.join(BASELINES)}, {PREFIX}:NAME, or a formula.")
-MODELS = Option("Hugging Face directory or name; may be repeated. The embedded demo model by default.")
+MODELS = Option("Hugging Face directory or name; may be repeated. The embedded demo model by default.", reads=True)
 UPDATE = Option("Kept weights: {choices}.", choices=UPDATERS)
 FIT = Option(
     "What kept weights are fitted to where they change: their layer's own outputs, or the dense model's. {choices}.",
@@ -156,7 +156,7 @@ class PruneRequest(Inputs):
     one_shot: Annotated[bool, ONE_SHOT] = False
     save_masks: Annotated[
         Path | None,
-        Option("Safetensors file of masks, True = kept, [out, in] by layer.", metavar="FILE", writes="file"),
+        Option("Safetensors file of masks, True = kept, [out, in] by layer.", metavar="FILE", writes="masks"),
     ] = None
     force: Annotated[bool, FORCE] = False
     resume: Annotated[bool, RESUME] = True
@@ -202,9 +202,11 @@ class PruneRequest(Inputs):
 class VerifyRequest(Limits):
     """Everything `gpmetric verify` can be asked for."""
 
-    folder: Annotated[str, Option("A checkpoint that `gpmetric prune` or `slim` wrote.", metavar="DIR", argument=True)]
+    folder: Annotated[
+        str, Option("A checkpoint that `gpmetric prune` or `slim` wrote.", metavar="DIR", argument=True, reads=True)
+    ]
     against: Annotated[
-        str | None, Option("The dense model: what was not pruned must be as it was there.", metavar="MODEL")
+        str | None, Option("The dense model: what was not pruned must be as it was there.", metavar="MODEL", reads=True)
     ] = None
     seed: Annotated[int, Option("Not used; every command takes one.", least=0, below=2**63)] = 0
     device: Annotated[str, Option("{choices}.", choices=DEVICES)] = "auto"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from torch import Tensor
 
 from gpmetric.blockwise.couplings import in_order
@@ -17,12 +17,12 @@ from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.loading import check_path, load_model, pick_device
 from gpmetric.models import Model
 from gpmetric.options import as_function
-from gpmetric.pruning.allocation import GranularityName
-from gpmetric.pruning.checkpoint import FOREIGN_KEYS, tensors
+from gpmetric.pruning.checkpoint import FOREIGN_KEYS, is_finite, stored_layers, tensors
+from gpmetric.pruning.manifest import LayerRecord, Manifest, read_manifest
 from gpmetric.pruning.mask import by_group
 from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of
 from gpmetric.pruning.requests import VerifyRequest
-from gpmetric.pruning.updaters import UPDATERS
+from gpmetric.pruning.taken_over import lacking_code
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.plan import Plan, make_plan
@@ -34,77 +34,8 @@ from gpmetric.tensor_file import TensorFile
 
 __all__ = ["first_problem", "run_verify", "verify", "verify_files"]
 
+_ROUNDED = 1e-9  # of a sparsity: what a text of it may lose
 _CLOSE = 1e-3  # of a perplexity: what other versions and devices may change
-
-
-def _known(name: str) -> str:
-    if name not in UPDATERS:
-        raise ValueError(f"accepted are {', '.join(UPDATERS)}")
-    return name
-
-
-_UpdateName = Annotated[str, AfterValidator(_known)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class _Layer(BaseModel):
-    name: str
-    tensor: str
-    shape: tuple[Count, Count]
-    transposed: bool
-    granularity: GranularityName
-    target: str
-    zeros: Count
-
-
-class _Text(BaseModel):
-    text: str
-    sha256: str
-    windows: Annotated[int, Field(ge=1)]
-    sequence_length: Annotated[int, Field(ge=2)]
-
-
-class _Width(BaseModel):
-    heads: Count
-    channels: Count
-    attention_bias: bool
-    mlp_bias: bool
-
-
-class _Move(BaseModel):
-    """Tensors of which an axis has another order than in the dense model."""
-
-    order: str
-    tensors: dict[str, Literal[0, 1]]
-
-
-class _Manifest(BaseModel):
-    """What is read of a manifest; the last two are those of `slim`."""
-
-    version: Literal[1]
-    kind: Literal["prune", "slim"] = "prune"
-    dtype: Literal["float32", "bfloat16", "float16"]
-    update: _UpdateName
-    perplexity: Number | None
-    sparsity: Number
-    seed: Count
-    shuffle: bool
-    text: _Text
-    layers: list[_Layer]
-    tensors: list[str]
-    files: dict[str, str]
-    moves: list[_Move] = []
-    parameters_after: Count | None = None
-    widths: list[_Width] | None = None
-
-    @model_validator(mode="after")
-    def _has_layers(self) -> Self:
-        if not self.layers and self.kind == "prune":
-            raise ValueError("layers is empty")
-        if self.kind == "slim" and (self.parameters_after is None or self.widths is None):
-            raise ValueError("parameters_after or widths is missing")
-        return self
 
 
 def run_verify(
@@ -119,8 +50,9 @@ def run_verify(
         started: time.monotonic() at which `minutes` began; now by default.
 
     Returns:
-        `ok`, `problems` (one line each), `layers`, `sparsity`, and `perplexity` of the reloaded model, None where the
-        text that it was measured on is not at hand.
+        `ok`, `problems` and what was `unchecked` (one line each), `layers`, `sparsity` of their tensors (of `slim`, as
+        the manifest says), and `perplexity` of the reloaded model, None where the text that it was measured on is not
+        at hand.
 
     Raises:
         InputError: no such folder, no manifest in it that can be read, no dense model, or no such device.
@@ -150,19 +82,22 @@ def verify_files(
     """
     path, against = Path(request.folder), request.against
     pick_device(request.device)
-    manifest = _read_manifest(path)
+    manifest, digest = read_manifest(path)
     if against is not None and manifest.kind == "slim":
         raise InputError(f"--against compares what `gpmetric prune` wrote; {str(path)!r} is of `gpmetric slim`")
     dense = None if against is None else _dense_folder(against)
-    problems: list[str] = []
+    problems = [*_contradictions(manifest, digest)]
+    zeros: dict[str, int] = {}
     found: float | None = None
     try:
         problems += _file_problems(path, manifest, digests)
-        problems += _tensor_problems(path, manifest)
+        problems += _tensor_problems(path, manifest, zeros)
         if dense is not None:
             problems += _differences(path, manifest, dense)
-        model = load_model(str(path), device=request.device, dtype=manifest.dtype, resident=False)
-        problems += _shape_problems(model, manifest)
+        chosen = {"include": manifest.include, "exclude": manifest.exclude}
+        model = load_model(str(path), device=request.device, dtype=manifest.dtype, resident=False, **chosen)
+        problems += _slim_problems(model, manifest, tensors(path))
+        problems += _list_problems(model, manifest)
         windows = _windows(model, manifest) if windows is None else windows
     except (GpmetricError, OSError, ValueError, KeyError, TypeError) as error:
         problems.append(f"the checkpoint cannot be read: {error}")
@@ -172,6 +107,10 @@ def verify_files(
         assert model.placement is not None
         model.placement.room = plan.room
         found = perplexity(text_loss(model, windows, progress))
+    entries = sum(math.prod(layer.shape) for layer in manifest.layers)
+    sparsity = sum(zeros.values()) / entries if entries and manifest.kind == "prune" else manifest.sparsity
+    if zeros and abs(sparsity - manifest.sparsity) > _ROUNDED:
+        problems.append(f"{sparsity:.6f} of the layers' weights are zero, the manifest says {manifest.sparsity:.6f}")
     said = manifest.perplexity
     if found is not None and said is not None and not abs(found - said) <= _CLOSE * said:
         problems.append(f"perplexity of the reloaded model is {found:.4f}, the manifest says {said:.4f}")
@@ -179,10 +118,11 @@ def verify_files(
         "checkpoint": str(request.folder),
         "against": against,
         "ok": not problems,
-        "problems": ["".join(letter if letter.isprintable() else "?" for letter in line) for line in problems],
+        "problems": list(map(_printable, problems)),
+        "unchecked": list(map(_printable, _unchecked(manifest, against, found))),
         "kind": manifest.kind,
         "layers": len(manifest.layers),
-        "sparsity": manifest.sparsity,
+        "sparsity": sparsity,
         "perplexity": found,
     }
 
@@ -214,21 +154,44 @@ def _dense_folder(name: str) -> Path:
     return folder
 
 
-def _read_manifest(folder: Path) -> _Manifest:
-    path = folder / MANIFEST
-    try:
-        return _Manifest.model_validate_json(path.read_text(encoding="utf-8"), strict=True)
-    except OSError as error:
-        raise InputError(f"{str(folder)!r} is no checkpoint of gpmetric: {MANIFEST}: {error.strerror}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise InputError(f"{str(path)!r} is no manifest: {place}: {first['msg']}") from error
-    except ValueError as error:
-        raise InputError(f"{str(path)!r} is no manifest: {error}") from error
+def _printable(line: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
-def _file_problems(folder: Path, manifest: _Manifest, digests: bool) -> Iterator[str]:
+def _contradictions(manifest: Manifest, digest: str) -> Iterator[str]:
+    """What a manifest says against itself."""
+    if manifest.manifest_sha256 is None and "include" in manifest.model_fields_set:  # of this version
+        yield f"{MANIFEST} has lost its digest of itself"
+    if manifest.manifest_sha256 not in (None, digest):
+        yield f"{MANIFEST} is not as it was written: its sha256 differs"
+    if manifest.kind == "prune" and manifest.allocation is None and manifest.target is not None:
+        asked = parse_target(manifest.target)
+        for layer in manifest.layers:
+            mine = parse_target(layer.target)
+            if (mine.group, mine.sparsity) != (asked.group, asked.sparsity):
+                yield f"layer {layer.name} has the target {layer.target}, the manifest says {manifest.target}"
+
+
+def _unchecked(manifest: Manifest, against: str | None, found: float | None) -> Iterator[str]:
+    """What a checkpoint's own files, or what was given besides, do not tell."""
+    if manifest.manifest_sha256 is None:
+        yield "the manifest itself: earlier versions wrote no digest of it"
+    if found is None or manifest.perplexity is None:
+        yield f"perplexity: the text {manifest.text.text!r} is not at hand, or the model cannot be read"
+    if manifest.kind == "slim":
+        yield "the share of parameters that is gone: the dense model's are not here"
+        return
+    if "include" not in manifest.model_fields_set:
+        yield "layers that the manifest does not list: earlier versions wrote no --include and --exclude"
+    if manifest.allocation is not None:
+        yield "whether the layers' targets are those of the allocation, which is not here"
+    if against is None:
+        yield "tensors that were not pruned, and kept weights: --against MODEL compares them"
+    elif manifest.update != "none":
+        yield f"kept weights of pruned layers: --update {manifest.update} changed them"
+
+
+def _file_problems(folder: Path, manifest: Manifest, digests: bool) -> Iterator[str]:
     present = set(files_of(folder))
     for name, digest in manifest.files.items():
         if name not in present:
@@ -237,37 +200,56 @@ def _file_problems(folder: Path, manifest: _Manifest, digests: bool) -> Iterator
             yield f"{name} is not as it was written: its sha256 differs"
     for name in sorted(present - manifest.files.keys() - {MANIFEST}):
         yield f"{name} was not written with the others"
+    if (folder / MANIFEST).is_symlink():
+        yield f"{MANIFEST} is a link"
+    known = {above for name in manifest.files for above in PurePosixPath(name).parents}
+    for inner in sorted(path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()):
+        if (place := PurePosixPath(inner.relative_to(folder))) not in known:
+            yield f"{place} is a folder that was not written with the others"
 
 
-def _tensor_problems(folder: Path, manifest: _Manifest) -> Iterator[str]:
-    """Tensors that are missing or not finite, and layers that are not what they should be."""
+def _tensor_problems(folder: Path, manifest: Manifest, zeros: dict[str, int]) -> Iterator[str]:
+    """Tensors that are missing or not finite, and layers that are not what they should be; counts their zeros."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     yield from (f"config.json has a {key}" for key in FOREIGN_KEYS if key in config)
+    yield from (f"a configuration names code in {name}, which is missing" for name in lacking_code(folder))
     places = tensors(folder)
     yield from (f"tensor {name} is missing" for name in manifest.tensors if name not in places)
     yield from (f"tensor {name} is not in the manifest" for name in places if name not in manifest.tensors)
     for name, file in places.items():
-        if not all(_is_finite(piece) for piece in file.pieces(name)):
+        if not all(is_finite(piece) for piece in file.pieces(name)):
             yield f"tensor {name} holds NaN or infinity"
     for layer in manifest.layers:
         if layer.tensor in places:
-            yield from _layer_problems(places[layer.tensor][layer.tensor], layer)
+            yield from _layer_problems(places[layer.tensor][layer.tensor], layer, zeros)
         else:
             yield f"layer {layer.name} has no tensor"
 
 
-def _is_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite; float8 is widened for that."""
-    if not values.is_floating_point():
-        return True
-    ends = torch.stack((values.float() if values.itemsize == 1 else values).aminmax())  # NaN if any is
-    return bool(ends.isfinite().all())
+def _list_problems(model: Model, manifest: Manifest) -> Iterator[str]:
+    """Layers of the model that the manifest should list, and does not, or says something else of."""
+    if manifest.kind != "prune":
+        return
+    listed = {layer.name: layer for layer in manifest.layers}
+    stored = stored_layers(model)
+    for layer in model.layers:
+        said = listed.pop(layer.name, None)
+        if said is None:
+            if "include" in manifest.model_fields_set:
+                yield f"layer {layer.name} of the model is not in the manifest"
+        elif said.tensor != stored[layer.name][1]:
+            yield f"layer {layer.name} is stored as {stored[layer.name][1]}, the manifest says {said.tensor}"
+        elif said.shape != (shape := tuple(layer.weight.shape)):
+            yield f"layer {layer.name} is {list(shape)} in the model, the manifest says {list(said.shape)}"
+    yield from (f"layer {name} of the manifest is none of the model's" for name in listed)
 
 
-def _shape_problems(model: Model, manifest: _Manifest) -> Iterator[str]:
-    """Numbers of parameters, and widths where a config tells them, that are not those that `slim` wrote."""
+def _slim_problems(model: Model, manifest: Manifest, places: Mapping[str, TensorFile]) -> Iterator[str]:
+    """Tensors, numbers of parameters, and widths where a config tells them, that are not those that `slim` wrote."""
     if manifest.kind != "slim":
         return
+    used = model.module.state_dict().keys()
+    yield from (f"tensor {name} is not used by the model" for name in places if name not in used)
     count = sum(parameter.numel() for parameter in model.module.parameters())
     if count != manifest.parameters_after:
         yield f"the model has {count} parameters, the manifest says {manifest.parameters_after}"
@@ -278,13 +260,13 @@ def _shape_problems(model: Model, manifest: _Manifest) -> Iterator[str]:
         yield "the layers of the model have other widths than the manifest says"
 
 
-def _layer_problems(stored: Tensor, layer: _Layer) -> Iterator[str]:
+def _layer_problems(stored: Tensor, layer: LayerRecord, counted: dict[str, int]) -> Iterator[str]:
     weight = stored.t() if layer.transposed and stored.dim() == 2 else stored
     if tuple(weight.shape) != layer.shape or not weight.numel():
         yield f"layer {layer.name} is {list(weight.shape)}, the manifest says {list(layer.shape)}"
         return
     gone = weight == 0
-    zeros = int(torch.count_nonzero(gone))
+    zeros = counted[layer.name] = int(torch.count_nonzero(gone))
     if zeros != layer.zeros:
         yield f"layer {layer.name} has {zeros} zeros, the manifest says {layer.zeros}"
     target = parse_target(layer.target)
@@ -309,7 +291,7 @@ def _too_full(gone: Tensor, target: Target) -> int:
     return found
 
 
-def _differences(folder: Path, manifest: _Manifest, dense: Path) -> Iterator[str]:
+def _differences(folder: Path, manifest: Manifest, dense: Path) -> Iterator[str]:
     """Tensors that pruning should have left alone, dtype included."""
     layers = {layer.tensor: layer for layer in manifest.layers}
     there = tensors(dense)
@@ -354,12 +336,12 @@ def _pairs(
     return [(file[name], value)]
 
 
-def _only_masked(manifest: _Manifest, layer: _Layer) -> bool:
+def _only_masked(manifest: Manifest, layer: LayerRecord) -> bool:
     """Whether the weights that a layer kept are the dense ones."""
     return manifest.update == "none" or parse_target(layer.target).sparsity == 0
 
 
-def _windows(model: Model, manifest: _Manifest) -> Tensor | None:
+def _windows(model: Model, manifest: Manifest) -> Tensor | None:
     """[n, length], those of the manifest; None where there is no such text here."""
     said = manifest.text
     try:

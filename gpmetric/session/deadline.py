@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gpmetric.errors import TimeOverError
+from gpmetric.interrupts import check_stop
 from gpmetric.session.session import Progress
 
 __all__ = ["Deadline"]
@@ -75,14 +76,21 @@ class Deadline:
     def watching(self, progress: Progress) -> Progress:
         """The same progress, which gives a step up as soon as it is seen that it cannot end in time.
 
-        It raises a TimeOverError then, which says how long the step would take.
+        It raises a TimeOverError then, which says how long the step would take, and KeyboardInterrupt where a signal
+        asked to stop.
         """
         if self.minutes is None:
-            return progress
+
+            def pass_on(what: str, done: int, total: int) -> None:
+                check_stop()
+                progress(what, done, total)
+
+            return pass_on
         first: dict[str, tuple[float, int]] = {}
         latest: dict[str, int] = {}
 
         def tell(what: str, done: int, total: int) -> None:
+            check_stop()
             progress(what, done, total)
             if done <= latest.get(what, done):  # it begins, maybe again
                 first[what] = self.now(), done

@@ -67,7 +67,7 @@ class Inputs(Limits):
 
     model: Annotated[
         str | tuple[str, ...] | None,
-        Option("Hugging Face directory or name; the embedded demo model if none.", argument=True),
+        Option("Hugging Face directory or name; the embedded demo model if none.", argument=True, reads=True),
     ] = None
     calibration: Annotated[
         str | None,

@@ -26,7 +26,7 @@ class SearchInputs(Inputs):
     search_windows: Annotated[int, Option("Windows of the search text.", least=1)] = 32
     windows: Annotated[int, Option("Windows of the validation text.", least=1)] = 64
     ledger: Annotated[
-        Path | None, Option("JSON Lines file of the search's progress.", metavar="FILE", writes="file")
+        Path | None, Option("JSON Lines file of the search's progress.", metavar="FILE", writes="ledger")
     ] = None
     resume: Annotated[bool, Option("Go on with the ledger if it is there.", names=("--resume",))] = False
 

@@ -6,7 +6,11 @@ In the file, some reports hold the state; what follows the last of these is done
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+import logging
+import secrets
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,9 @@ from torch import Tensor
 
 from gpmetric.journal import Journal
 
-__all__ = ["SearchLog", "State"]
+__all__ = ["SearchLog", "State", "kept_search"]
+
+_LOG = logging.getLogger(__name__)
 
 _FORMAT = 2
 
@@ -64,6 +70,27 @@ class SearchLog(Journal):
             return False
         self.state, self.reports = _unpacked(packed), list(self._taken)
         return True
+
+
+@contextmanager
+def kept_search(ledger: Path | None, output: Path) -> Iterator[Path]:
+    """The file of a search: the ledger, or where none is named one beside the output, gone when the block ends well.
+
+    Where it does not, whatever the reason, what the search found stays there, and how to go on with it is said.
+    """
+    path = ledger or output.with_name(f"{output.name}.search-{secrets.token_hex(4)}.jsonl")
+    try:
+        yield path
+    except BaseException:
+        if ledger is None and path.exists():
+            if b'"state"' in path.read_bytes():
+                told = f"--ledger {shlex.quote(str(path))} --resume"
+                _LOG.warning("the search is kept in %r: the same command goes on there with %s", str(path), told)
+            else:
+                path.unlink()
+        raise
+    if ledger is None:
+        path.unlink(missing_ok=True)
 
 
 def _packed(state: State) -> dict[str, Any]:

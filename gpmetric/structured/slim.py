@@ -32,7 +32,7 @@ from gpmetric.structured.repair import DAMPINGS, Repairer
 from gpmetric.structured.request import ESTIMATORS, FORMATS, SlimRequest
 from gpmetric.structured.scores import UnitSession, read_by, score_bytes
 from gpmetric.structured.search import PolicySearch, Schedule
-from gpmetric.structured.search_log import SearchLog, State
+from gpmetric.structured.search_log import SearchLog, State, kept_search
 from gpmetric.structured.shrink import Repair, Shrinker
 from gpmetric.structured.slim_checkpoint import COMPARED, write_slimmed
 from gpmetric.structured.starts import Start, best_start, make_start, started_from
@@ -192,24 +192,25 @@ def run_slim(
         raise GpmetricError(f"the dense model's loss on validation is not finite in {model.dtype} (--dtype)")
     told.dense({validation.text.name: perplexity(dense)})
     before = sum(parameter.numel() for parameter in model.module.parameters())
-    with SearchLog(request.ledger, identity, resume=request.resume) as log:
-        timed = replace(request, minutes=_search_minutes(request, units, deadline, opened, window))
-        best, cost = search(timed, begun, log, told)
-    start = begun.chosen(begun.start)
-    initial = _held_out(begun, start, told)
-    found = _held_out(begun, best, told) if cost["share"] else initial
-    if not found < initial:  # on other text than it was chosen by
-        best, cost = start, cost | {"share": 0.0}
-    shrinker, name, compared, damping = begun.shrinker, begun.name, begun.compared, begun.repairer.damping
-    del begun, start  # the moments of features, before the model is compared in float32 with what is written
-    units.__dict__.pop("features", None)
-    made = describe_slim(request, units) | {"sparsity": units.groups.removed(best.kept) / units.groups.parameters}
-    with replacing(output, request.force) as partial:
-        manifest = write_slimmed(model, shrinker, best, request.form, partial, validation, made)
+    with kept_search(request.ledger, output) as path:
+        with SearchLog(path, identity, resume=request.resume) as log:
+            timed = replace(request, minutes=_search_minutes(request, units, deadline, opened, window))
+            best, cost = search(timed, begun, log, told)
+        start = begun.chosen(begun.start)
+        initial = _held_out(begun, start, told)
+        found = _held_out(begun, best, told) if cost["share"] else initial
+        if not found < initial:  # on other text than it was chosen by
+            best, cost = start, cost | {"share": 0.0}
+        shrinker, name, compared, damping = begun.shrinker, begun.name, begun.compared, begun.repairer.damping
+        del begun, start  # the moments of features, before the model is compared in float32 with what is written
+        units.__dict__.pop("features", None)
+        made = describe_slim(request, units) | {"dense": perplexity(dense)}
+        made |= {"sparsity": units.groups.removed(best.kept) / units.groups.parameters}
+        with replacing(output, request.force) as partial:
+            manifest = write_slimmed(model, shrinker, best, request.form, partial, validation, made)
     return {key: value for key, value in manifest.items() if key not in ("files", "tensors")} | {
         "output": str(output),
         "parameters_before": before,
-        "dense": perplexity(dense),
         "initial": perplexity(initial),
         "found": perplexity(found),
         "begun": name,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -17,10 +16,12 @@ from torch import Tensor
 from gpmetric.data import Windows
 from gpmetric.errors import GpmetricError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
-from gpmetric.files import finite, write_text
+from gpmetric.files import write_text
 from gpmetric.models import Model
-from gpmetric.pruning.checkpoint import printable, tensors
-from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of
+from gpmetric.pruning.checkpoint import tensors
+from gpmetric.pruning.manifest import write_manifest
+from gpmetric.pruning.output_folder import MANIFEST, files_of
+from gpmetric.pruning.taken_over import copy_licence, front_matter, measured, printable
 from gpmetric.structured.export import Slimmed, in_float32, write_model
 from gpmetric.structured.request import FORMATS
 from gpmetric.structured.shrink import Shrinker
@@ -35,16 +36,14 @@ COMPARED = 2  # windows whose logits are compared
 # 0.054 for SmolLM2-135M, which says nothing.
 _CLOSE = 1e-4
 
-_CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [pruning, structured-pruning, gpmetric]
----
+_CARD = """{head}
 
 # {name}, slimmed
 
 {removed:.1%} of the parameters inside the blocks are gone ({before:,} parameters before, {after:,} now; `{form}`).
 Made by gpmetric {version}; `{manifest}` says how. {opening}
+
+{table}
 """
 
 
@@ -70,7 +69,11 @@ def write_slimmed(
     manifest = _manifest(slimmed, folder, made, reloaded) | {"logits_off": gap}
     with shrinker.keeping(slimmed.kept, slimmed.repairs):
         manifest["perplexity_before_writing"] = perplexity(mean_loss(model, validation.tokens))
+    assert model.folder is not None
+    copy_licence(model.folder, folder)
     card = _CARD.format(
+        head=front_matter(model, ("pruning", "structured-pruning", "gpmetric")),
+        table=measured(model, manifest),
         name=printable(Path(model.name).name),
         removed=made["sparsity"],
         before=before,
@@ -81,9 +84,7 @@ def write_slimmed(
         opening=FORMATS[form].opening,
     )
     write_text(folder / "README.md", card)
-    manifest["files"] = {name: file_digest(folder / name) for name in files_of(folder)}
-    write_text(folder / MANIFEST, json.dumps(finite(manifest), indent=1, allow_nan=False) + "\n")
-    return manifest
+    return write_manifest(folder, manifest)
 
 
 def _manifest(slimmed: Slimmed, folder: Path, made: Json, reloaded: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -368,6 +368,8 @@ def print_verify(console: Console, result: Mapping[str, Any], request: Request) 
         share = f"{result['layers']} layers zero" if result["layers"] else "the parameters inside the blocks gone"
         told = f"{result['checkpoint']}: ok, {result['sparsity']:.4f} of {share}, {measured}"
         console.print(Text(told), soft_wrap=True)
+    for line in result["unchecked"]:
+        console.print(Text(f"not checked: {line}"), soft_wrap=True)
 
 
 def print_evaluation(console: Console, result: Mapping[str, Any], request: Request) -> None:

@@ -25,7 +25,8 @@ class TuneRequest(SearchInputs):
     """Everything `gpmetric tune` can be asked for."""
 
     model: Annotated[
-        str | None, Option("Hugging Face directory or name; the embedded demo model if none.", argument=True)
+        str | None,
+        Option("Hugging Face directory or name; the embedded demo model if none.", argument=True, reads=True),
     ] = None
     output: Annotated[Path | None, OUTPUT] = None
     target: Annotated[
@@ -103,6 +104,18 @@ class TuneRequest(SearchInputs):
     def units_ledger(self) -> Path | None:
         """The file beside the ledger of the search for what stays."""
         return self.ledger and self.ledger.with_name(f"{self.ledger.name}.search")
+
+    @property
+    def recipe_beside(self) -> Path:
+        """Where the best recipe is kept until the checkpoint has it."""
+        assert self.output is not None
+        return self.output.with_name(f"{self.output.name}.recipe.toml")
+
+    @property
+    def beside(self) -> dict[str, tuple[Path, str]]:
+        found = {"--output's recipe": (self.recipe_beside, "recipe")} if self.output and self.output.name else {}
+        ledger = self.units_ledger if self.structured else self.formulas_ledger
+        return found if ledger is None else found | {"--ledger's search": (ledger, "ledger")}
 
     @property
     def texts(self) -> Texts:

@@ -187,11 +187,11 @@ def _written(request: TuneRequest, trials: UnitTrials, recipe: UnitRecipe, told:
     trials.forget()  # before the model is compared in float32 with what is written
     windows, groups = next(iter(session.evaluated), session.windows["validation"]), slimmed.groups
     sparsity = groups.removed(slimmed.kept) / groups.parameters
-    made = describe_slim(asked, UnitSession(session, groups)) | {
-        "sparsity": sparsity, "text": windows.describe(), "recipe": recipe.document(),
-    }  # fmt: skip
     before = sum(parameter.numel() for parameter in session.model.module.parameters())
     dense = trials.dense_on(windows.tokens) if session.evaluated else trials.dense()
+    made = describe_slim(asked, UnitSession(session, groups)) | {
+        "sparsity": sparsity, "text": windows.describe(), "recipe": recipe.document(), "dense": math.exp(dense),
+    }  # fmt: skip
     with replacing(request.output, request.force) as partial:
         shrinker = Shrinker(session.model, groups)
         manifest = write_slimmed(session.model, shrinker, slimmed, recipe.format, partial, windows, made)

@@ -90,7 +90,7 @@ def _kept(request: TuneRequest) -> Iterator[tuple[PruneRequest, Callable[[Recipe
     Where it does not end well, whatever the reason, the file stays, and how to go on with it is said.
     """
     assert request.output is not None
-    path = request.output.with_name(f"{request.output.name}.recipe.toml")
+    path = request.recipe_beside
     names = {one.name for one in fields(Inputs)} - {one.name for one in fields(Recipe)}
     cut = "demo:test" if request.model is None else f"{request.calibration}#validation"
     pruning = PruneRequest(
