@@ -251,8 +251,8 @@ def _settle(connection: sqlite3.Connection, settings: dict[str, Any]) -> None:
     if changed:
         connection.execute("DELETE FROM results")
         connection.execute("DELETE FROM meta")
-        pairs = [{"key": key, "value": value} for key, value in sorted(here.items())]
-        rows = [pair | {"checksum": schema.row_checksum("meta", pair)} for pair in pairs]
+        told = [{"key": key, "value": value} for key, value in sorted(here.items())]
+        rows = [pair | {"checksum": schema.row_checksum("meta", pair)} for pair in told]
         connection.executemany("INSERT INTO meta (key, value, checksum) VALUES (:key, :value, :checksum)", rows)
 
 
