@@ -21,8 +21,8 @@ from platformdirs import user_cache_path
 from gpmetric.errors import GpmetricError, InputError
 
 __all__ = [
-    "STDOUT", "cache_folder", "check_output", "check_picture", "checksum", "finite", "locked", "scratch_folder",
-    "write_json", "write_text",
+    "STDOUT", "cache_folder", "check_output", "check_picture", "checksum", "finite", "locked", "read_object",
+    "scratch_folder", "write_json", "write_text",
 ]  # fmt: skip
 
 STDOUT = Path("-")  # what --json writes to standard output for
@@ -116,6 +116,22 @@ def check_picture(option: str, path: Path) -> None:
     """
     if path.suffix.lower() not in _PICTURES:
         raise InputError(f"{option} {str(path)!r} must end in {' or '.join(_PICTURES)}")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that others wrote.
+
+    Raises:
+        OSError: it cannot be read.
+        GpmetricError: it holds something else.
+    """
+    try:
+        found = json.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise GpmetricError(f"{str(path)!r} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise GpmetricError(f"{str(path)!r} holds no JSON object")
+    return found
 
 
 def write_text(path: Path, content: str, check: Callable[[Path], None] | None = None) -> None:

@@ -28,7 +28,7 @@ LAYERS = [
     {"expression", "data", "models", "demo", "provenance", "journal", "targets"},
     {"digests"},
     {"files", "tensor_file"},
-    {"operands", "errors", "pareto", "lazy", "kernels", "slim_models", "placement", "catalogue"},
+    {"operands", "errors", "pareto", "lazy", "plain", "kernels", "slim_models", "placement", "catalogue"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 

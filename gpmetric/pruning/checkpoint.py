@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from gpmetric import slim_models
 from gpmetric.blockwise.couplings import Move, in_order
 from gpmetric.errors import GpmetricError
-from gpmetric.files import finite, write_text
+from gpmetric.files import finite, read_object, write_text
 from gpmetric.models import Layer, Model
 from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of, unwritable
 from gpmetric.targets import Target
@@ -235,7 +235,7 @@ def _copy_others(model: Model, source: Path, folder: Path, told: dict[str, Any])
             shutil.copyfile(path, copy)
     if model.module.config.model_type.startswith("slim_"):
         shutil.copyfile(slim_models.__file__, folder / slim_models.SLIM_FILE)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_object(source / "config.json")
     config = {key: value for key, value in config.items() if key not in FOREIGN_KEYS}
     config["gpmetric"] = told
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -292,8 +292,10 @@ def tensors(folder: Path) -> dict[str, TensorFile]:
     """
     names = ["model.safetensors"]
     if (folder / _INDEX).is_file():
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(map(str, index["weight_map"].values())))
+        files = read_object(folder / _INDEX).get("weight_map")
+        if not isinstance(files, dict):
+            raise GpmetricError(f"{str(folder / _INDEX)!r} has no weight_map")
+        names = sorted(set(map(str, files.values())))
     found: dict[str, TensorFile] = {}
     for name in names:
         if Path(name).name != name:

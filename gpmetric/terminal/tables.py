@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.options import Request, command_line
 from gpmetric.terminal.figures import figure, needs_of, number, recipe_name
+from gpmetric.terminal.text import Text
 
 __all__ = [
     "print_allocation",
@@ -120,10 +120,10 @@ def _print_rungs(console: Console, result: Mapping[str, Any]) -> None:
     for heading in ("step", "formulas", "seconds each", "rank correlation with the last"):
         table.add_column(heading, justify="left" if heading == "step" else "right")
     for name in layers:
-        table.add_row(name.replace("unique_", "distinct "), str(counts[name]), "", "")
+        table.add_row(name.replace("unique_", "distinct "), Text(counts[name]), "", "")
     for row in result["screening"]:
         correlation = "" if row["spearman"] is None else f"{row['spearman']:.2f}"
-        table.add_row(row["rung"], str(row["measured"]), f"{seconds.get(row['rung'], 0.0):.3f}", correlation)
+        table.add_row(Text(row["rung"]), Text(row["measured"]), f"{seconds.get(row['rung'], 0.0):.3f}", correlation)
     console.print(table)
 
 
@@ -179,7 +179,7 @@ def _print_win_loss(console: Console, rows: Sequence[Mapping[str, Any]]) -> None
     for row in rows:
         means = [(row["mean_excess"][name], best[name]) for name in models]
         figures = [Text(f"{mean:.4f}", "bold" if mean == lowest else "") for mean, lowest in means]
-        table.add_row(Text(row["metric"]), row["update"], *figures, *_standing(duels.get(row["metric"])))
+        table.add_row(Text(row["metric"]), Text(row["update"]), *figures, *_standing(duels.get(row["metric"])))
     console.print(table)
     for metric, duel in duels.items():
         if duel["lost_at"]:
