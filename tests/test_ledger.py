@@ -787,11 +787,23 @@ def test_a_ledger_of_version_3_gets_checksums_and_it_is_told(golden: Path, caplo
         Ledger.read(golden)
 
 
-def test_a_cell_of_an_earlier_version_that_is_no_json_is_told(golden: Path) -> None:
-    sql(golden, *sqlite_schema.UPGRADES[2], "PRAGMA user_version = 3", "PRAGMA ignore_check_constraints = ON")
-    sql(golden, "PRAGMA ignore_check_constraints = ON", "UPDATE generations SET rng = x'00' WHERE number = 0")
-    with pytest.raises(LedgerError), Ledger.read(golden) as ledger:
-        ledger.generations()
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("generations SET rng = x'00'", "malformed JSON|CHECK constraint failed|rng is b'.x00'"),
+        ("evaluations SET formula = x'00'", "is damaged: formula is b'.x00'$"),
+        ("evaluations SET figures = '7'", "is damaged: figures is '7', which is no object$"),
+        ("evaluations SET nodes = 'many'", "is damaged: nodes is 'many'$"),
+        ("results SET value = '7'", "is damaged: its result is no object$"),
+    ],
+)
+def test_a_cell_of_an_earlier_version_that_is_none_is_told(path: Path, change: str, told: str) -> None:
+    """Which no checksum guards: it is refused by its kind."""
+    path.write_bytes((GOLDEN / "ledger-v2-finished.sqlite").read_bytes())
+    sql(path, *sqlite_schema.UPGRADES[2], "PRAGMA user_version = 3")
+    sql(path, "PRAGMA ignore_check_constraints = ON", f"UPDATE {change}")
+    with pytest.raises(LedgerError, match=told), Ledger.read(path) as ledger:
+        assert (ledger.generations(), ledger.evaluations(), ledger.result())
 
 
 def test_a_version_that_was_never_released_is_refused(path: Path) -> None:

@@ -193,6 +193,8 @@ class Ledger(AbstractContextManager["Ledger"]):
     def result(self) -> dict[str, Any] | None:
         """The final document, with its times as `seconds`; None while the present budget is not finished."""
         rows = self._query("SELECT value, seconds FROM results WHERE name = 'result'")
+        if rows and not isinstance(rows[0]["value"], dict):
+            raise LedgerError(f"ledger {self.path} is damaged: its result is no object")
         return rows[0]["value"] | ({"seconds": rows[0]["seconds"]} if rows[0]["seconds"] else {}) if rows else None
 
     def comparable_tables(self) -> dict[str, list[dict[str, Any]]]:

@@ -40,6 +40,7 @@ _LOG = logging.getLogger(__name__)
 APPLICATION_ID = 0x67706D74  # "gpmt"
 VERSION = 4
 _ENCODED = frozenset({"population", "rng", "figures", "value", "seconds"})  # columns of JSON
+_OBJECTS = frozenset({"figures", "seconds"})  # of JSON
 VOLATILE = frozenset(
     {"seconds", "seconds_score", "seconds_loss", "duration", "host", "process", "attempt", "finished", "checksum"}
 )
@@ -70,6 +71,9 @@ _COLUMNS = {
     "owner": "id INTEGER PRIMARY KEY CHECK (id = 1), host TEXT NOT NULL, pid INTEGER NOT NULL CHECK (pid > 0), "
     "started TEXT NOT NULL, token TEXT NOT NULL, heartbeat REAL NOT NULL",
 }
+_DECLARED = re.compile(r"(?:^|, )([a-z_]+) (TEXT|INTEGER|REAL)\b")  # columns and their types
+_KINDS = {"TEXT": str, "INTEGER": int, "REAL": (int, float)}
+_ACCEPTED = {name: _KINDS[kind] for columns in _COLUMNS.values() for name, kind in _DECLARED.findall(columns)}
 _INDEX = "CREATE INDEX candidates_canonical ON candidates (canonical)"
 TABLES = tuple(name for name in _COLUMNS if name != "owner")
 
@@ -80,7 +84,7 @@ def _created(name: str) -> str:
 
 def _rebuilt(name: str) -> tuple[str, str]:
     """Statements that make a table anew, with room for checksums where it has them, from what was renamed."""
-    names = ", ".join(re.findall(r"(?:^|, )([a-z_]+) (?:TEXT|INTEGER|REAL)\b", _COLUMNS[name]))
+    names = ", ".join(column for column, _ in _DECLARED.findall(_COLUMNS[name]))
     to, of = (f"checksum, {names}", f"'', {names}") if name in TABLES else (names, names)
     return _created(name), f"INSERT INTO {name} ({to}) SELECT {of} FROM old_{name} ORDER BY rowid"
 
@@ -239,7 +243,15 @@ def to_column(name: str, value: Any) -> Any:
 
 
 def from_column(name: str, value: Any) -> Any:
+    """A cell as it was given; refused where it is not of its column's kind, as SQLite lets any cell be."""
+    if value is not None and not isinstance(value, _ACCEPTED.get(name, object)):
+        raise Refusal(f"is damaged: {name} is {value!r:.40}")
+    if name not in _ENCODED:
+        return value
     try:
-        return json.loads(value) if name in _ENCODED else value
+        found = json.loads(value)
     except (ValueError, TypeError, RecursionError) as error:
-        raise Refusal(f"is damaged: {name} holds {value!r:.40}, which is no JSON: {error}") from error
+        raise Refusal(f"is damaged: {name} is {value!r:.40}, which is no JSON: {error}") from error
+    if name in _OBJECTS and not isinstance(found, dict):
+        raise Refusal(f"is damaged: {name} is {value!r:.40}, which is no object")
+    return found
