@@ -803,7 +803,7 @@ def test_a_cell_of_an_earlier_version_that_is_none_is_told(path: Path, change: s
     sql(path, *sqlite_schema.UPGRADES[2], "PRAGMA user_version = 3")
     sql(path, "PRAGMA ignore_check_constraints = ON", f"UPDATE {change}")
     with pytest.raises(LedgerError, match=told), Ledger.read(path) as ledger:
-        assert (ledger.generations(), ledger.evaluations(), ledger.result())
+        assert [ledger.generations(), ledger.evaluations(), ledger.result()]
 
 
 def test_a_version_that_was_never_released_is_refused(path: Path) -> None:
