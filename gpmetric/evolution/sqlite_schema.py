@@ -72,7 +72,7 @@ _COLUMNS = {
     "started TEXT NOT NULL, token TEXT NOT NULL, heartbeat REAL NOT NULL",
 }
 _DECLARED = re.compile(r"(?:^|, )([a-z_]+) (TEXT|INTEGER|REAL)\b")  # columns and their types
-_KINDS = {"TEXT": str, "INTEGER": int, "REAL": (int, float)}
+_KINDS: dict[str, tuple[type, ...]] = {"TEXT": (str,), "INTEGER": (int,), "REAL": (int, float)}
 _ACCEPTED = {name: _KINDS[kind] for columns in _COLUMNS.values() for name, kind in _DECLARED.findall(columns)}
 _INDEX = "CREATE INDEX candidates_canonical ON candidates (canonical)"
 TABLES = tuple(name for name in _COLUMNS if name != "owner")
@@ -244,12 +244,12 @@ def to_column(name: str, value: Any) -> Any:
 
 def from_column(name: str, value: Any) -> Any:
     """A cell as it was given; refused where it is not of its column's kind, as SQLite lets any cell be."""
-    if value is not None and not isinstance(value, _ACCEPTED.get(name, object)):
+    if value is not None and not isinstance(value, _ACCEPTED.get(name, (object,))):
         raise Refusal(f"is damaged: {name} is {value!r:.40}")
     if name not in _ENCODED:
         return value
     try:
-        found = json.loads(value)
+        found = json.loads(str(value))
     except (ValueError, TypeError, RecursionError) as error:
         raise Refusal(f"is damaged: {name} is {value!r:.40}, which is no JSON: {error}") from error
     if name in _OBJECTS and not isinstance(found, dict):
