@@ -27,6 +27,7 @@ from gpmetric.files import STDOUT, write_json
 from gpmetric.interrupts import check_stop, watch_signals
 from gpmetric.lazy import lazy
 from gpmetric.options import FORCE_FILES, Described, check_request, described, make_request
+from gpmetric.plain import plain
 from gpmetric.provenance import gpmetric_version
 
 __all__ = ["app", "main", "resume_command"]
@@ -136,7 +137,7 @@ def _run(command: Command, options: Mapping[str, Any], json: Path | None, config
     except KeyboardInterrupt:
         ledger = getattr(request, "ledger", None) if hasattr(request, "resume") else None
         if ledger is not None:
-            print(f"stopped; go on with: {resume_command(ledger)}", file=sys.stderr)
+            print(plain(f"stopped; go on with: {resume_command(ledger)}"), file=sys.stderr)
         raise
     marked = document if "versions" in document else {"gpmetric": gpmetric_version()} | document  # ours, to `outputs`
     write_json(json, marked)
@@ -163,7 +164,9 @@ app.add_typer(_planned, name="plan")
 
 def main() -> None:
     """Runs the command line; exit status 0 done, 1 the work failed, 2 bad input or usage, 130 interrupted."""
-    logging.basicConfig(format="gpmetric: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    shown = logging.StreamHandler(sys.stderr)
+    shown.setFormatter(_OneLine("gpmetric: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[shown])
     watch_signals()
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
@@ -185,6 +188,13 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+class _OneLine(logging.Formatter):
+    """Messages as a terminal may show them."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return plain(super().formatMessage(record))
+
+
 def _usage(error: Any) -> str:
     """What is wrong with a command line; of words too many, where a model belongs."""
     told: str = error.format_message()
@@ -196,5 +206,5 @@ def _usage(error: Any) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"gpmetric: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"gpmetric: error: {plain(' '.join(message.split()))}", file=sys.stderr)
     return code

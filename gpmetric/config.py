@@ -30,7 +30,7 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{where} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise InputError(f"{where} is not TOML: {error}") from error
     known = {name: option for option in context.command.params for name in _long_names(option)}
     first = {_long_names(option)[0] for option in context.command.params}

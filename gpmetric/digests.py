@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpmetric.errors import GpmetricError
-from gpmetric.files import cache_folder, write_text
+from gpmetric.files import cache_folder, checksum, write_text
 
 __all__ = ["remembered_digest", "weight_stamps"]
 
@@ -58,15 +58,21 @@ def remembered_digest(folder: Path, settings: Any, compute: Callable[[], str]) -
         with suppress(GpmetricError, OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = dict([*entries.items(), (key, digest)][-_KEPT:])
-            write_text(path, json.dumps({"folder": str(folder.resolve()), "digests": kept}, indent=1) + "\n")
+            told = {"folder": str(folder.resolve()), "digests": kept, "checksum": _checksum(kept)}
+            write_text(path, json.dumps(told, indent=1) + "\n")
     return digest
 
 
+def _checksum(digests: dict[str, str]) -> str:
+    return checksum(json.dumps(digests, sort_keys=True).encode())
+
+
 def _read(path: Path) -> dict[str, str]:
-    """The digests of a file by key; none where it is not there, or not ours."""
+    """The digests of a file by key; none where it is not there, not ours, or not as it was written."""
     try:
-        found = dict(json.loads(path.read_text(encoding="utf-8"))["digests"])
+        told = json.loads(path.read_text(encoding="utf-8"))
+        found = dict(told["digests"])
+        whole = told["checksum"] == _checksum(found)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}
-    whole = (_DIGEST.fullmatch(str(text)) for pair in found.items() for text in pair)
-    return found if all(whole) else {}
+    return found if whole and all(_DIGEST.fullmatch(str(text)) for pair in found.items() for text in pair) else {}

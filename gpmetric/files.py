@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import json
 import math
 import os
@@ -18,13 +21,34 @@ from platformdirs import user_cache_path
 from gpmetric.errors import GpmetricError, InputError
 
 __all__ = [
-    "STDOUT", "cache_folder", "check_output", "check_picture", "finite", "scratch_folder", "write_json",
-    "write_picture", "write_text",
+    "STDOUT", "cache_folder", "check_output", "check_picture", "checksum", "finite", "locked", "read_object",
+    "scratch_folder", "write_json", "write_picture", "write_text",
 ]  # fmt: skip
 
 STDOUT = Path("-")  # what --json writes to standard output for
 
 _PICTURES = (".png", ".pdf")
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
+
+
+def checksum(content: bytes) -> str:
+    """Of a stored record, 16 hexadecimal digits; one of 2^64 damages would pass."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def locked(descriptor: int) -> bool:
+    """Whether this process alone has an open file or folder from now on, until it closes it or ends, however it ends.
+
+    It holds on one host across containers. True on file systems without locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
 
 
 def cache_folder() -> Path:
@@ -92,6 +116,22 @@ def check_picture(option: str, path: Path) -> None:
     """
     if path.suffix.lower() not in _PICTURES:
         raise InputError(f"{option} {str(path)!r} must end in {' or '.join(_PICTURES)}")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that others wrote.
+
+    Raises:
+        OSError: it cannot be read.
+        GpmetricError: it holds something else.
+    """
+    try:
+        found = json.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise GpmetricError(f"{str(path)!r} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise GpmetricError(f"{str(path)!r} holds no JSON object")
+    return found
 
 
 def write_text(path: Path, content: str, check: Callable[[Path], None] | None = None) -> None:

@@ -1,20 +1,28 @@
 """The file of a search that a killed one goes on from: JSON Lines, its settings first, then a record a line.
 
-A line that a kill cut short is dropped. A search is not gone on with under other settings than it was begun with.
+A line that a kill cut short is dropped. A search is not gone on with under other settings than it was begun with. Every
+line ends with a checksum of what stands before it, and one process at a time has the file.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
+import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from gpmetric.errors import GpmetricError, InputError
+from gpmetric.files import checksum, locked
 
 __all__ = ["Journal", "check_ledger"]
 
+_LOG = logging.getLogger(__name__)
+_SUM = re.compile(rb', "checksum": "([0-9a-f]{16})"}', re.ASCII)  # that ends a line
+_SUM_BYTES = 33
 _WINDOWS = "--sequence-length, --shuffle, --seed"
 _OPTIONS = {  # setting -> the options that it comes from, where they are called otherwise
     "calibration": f"--calibration, --samples, {_WINDOWS}",
@@ -52,8 +60,8 @@ class Journal:
         settings: with those adopted.
 
     Raises:
-        InputError: the file is there without `resume`, cannot be read, is damaged, or is another search's; it is then
-            as it was.
+        InputError: the file is there without `resume`, cannot be read, is damaged, is another search's, or is in use by
+            another process; it is then as it was.
     """
 
     def __init__(
@@ -72,15 +80,16 @@ class Journal:
         if path is None:
             return
         try:
-            content = path.read_bytes() if path.exists() else b""
-            if content and not resume:
+            if not resume and path.exists() and path.stat().st_size:
                 raise InputError(f"{self._where} exists: go on with --resume, or name another")
-            end = self._read(content)
-            self._file = path.open("r+b" if content else "wb")
-            self._file.seek(end)
-            self._file.truncate()
+            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            end = self._opened(self._file, resume)
         except OSError as error:
+            self.close()
             raise InputError(f"{self._where} cannot be used: {error.strerror or error}") from error
+        except InputError:
+            self.close()
+            raise
         if not end:
             self.write(self.settings)
 
@@ -110,26 +119,47 @@ class Journal:
         if self._file is None:
             return
         try:
-            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.write(_summed(record) + b"\n")
             self._file.flush()
         except OSError as error:
             raise GpmetricError(f"{self._where} cannot be written: {error.strerror or error}") from error
+
+    def _opened(self, file: BinaryIO, resume: bool) -> int:
+        """Locks the file, reads it and cuts it off behind the last record to go on from; that place."""
+        if not locked(file.fileno()):
+            raise InputError(f"{self._where} is in use by another process, which must end first")
+        content = file.read()
+        if content and not resume:  # another process has made it just now
+            raise InputError(f"{self._where} exists: go on with --resume, or name another")
+        end = self._read(content)
+        file.seek(end)
+        file.truncate()
+        return end
 
     def _read(self, content: bytes) -> int:
         """Takes the settings and every whole record; the place behind the last one that a search can go on from."""
         head, *lines = content.split(b"\n")[:-1] or [b""]  # what follows the last line end was cut short
         if not head:
-            if not json.dumps(self.settings).encode().startswith(content):  # not our first line, cut short
+            if not _summed(self.settings).startswith(content):  # not our first line, cut short
                 raise self._foreign()
             return 0
-        self._check_settings(head)
+        record, whole = _unsummed(head)
+        if whole is False:
+            raise self._damaged(1)
+        self._check_settings(record)
+        covered = bool(whole)
+        if not covered:
+            _LOG.warning("%s is of an earlier format: damage to lines without a checksum is not seen", self._where)
         end = place = len(head) + 1
         for number, line in enumerate(lines, start=2):
             place += len(line) + 1
+            record, whole = _unsummed(line)
+            if whole is False or (covered and not whole):
+                raise self._damaged(number)
             try:
-                end = place if self.take(dict(json.loads(line))) else end
+                end = place if self.take(dict(json.loads(record))) else end
             except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-                raise InputError(f"{self._where} is damaged at line {number}") from error
+                raise self._damaged(number) from error
         return end
 
     def _check_settings(self, line: bytes) -> None:
@@ -145,5 +175,23 @@ class Journal:
                 told = f"{name} is {there!r:.60} there, {here!r:.60} here{options}"
                 raise InputError(f"{self._where} is another search's: {told}")
 
+    def _damaged(self, line: int) -> InputError:
+        return InputError(f"{self._where} is damaged at line {line}")
+
     def _foreign(self) -> InputError:
         return InputError(f"{self._where} is no ledger of gpmetric {self._command}")
+
+
+def _summed(record: Mapping[str, Any]) -> bytes:
+    """The line of a record, with the checksum of its text."""
+    text = json.dumps(record).encode()
+    return text[:-1] + f', "checksum": "{checksum(text)}"}}'.encode()
+
+
+def _unsummed(line: bytes) -> tuple[bytes, bool | None]:
+    """The text of a record without its checksum, and whether that is right; None where it has none."""
+    found = _SUM.fullmatch(line[-_SUM_BYTES:])
+    if found is None:
+        return line, None
+    text = line[:-_SUM_BYTES] + b"}"
+    return text, found[1].decode() == checksum(text)

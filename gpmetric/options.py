@@ -264,6 +264,10 @@ def _single(field: Described, value: Any) -> Any:
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         wanted = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "True or False"}[kind]
         raise InputError(f"{field.spelled} must be {wanted}, but got {value!r:.60}")
+    if "\0" in str(value):
+        raise InputError(f"{field.spelled} {str(value)!r:.60} holds a null byte")
+    if field.name == "target":  # which results are keyed by
+        value = str(value).strip()
     return kind(value) if kind in (str, Path) else value
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gpmetric.errors import GpmetricError
 
-__all__ = ["Place", "TensorFile", "create_file", "dtype_name", "weight_files", "write_tensors"]
+__all__ = ["Place", "TensorFile", "create_file", "dtype_name", "weight_files", "write_header", "write_tensors"]
 
 _INDEX = ".safetensors.index.json"
 _LONGEST = 100_000_000  # bytes of a header, as safetensors has it
@@ -186,6 +186,19 @@ def create_file(path: Path, kinds: Kinds, metadata: Mapping[str, str]) -> Tensor
         _write_bytes(file, memoryview(text))
         file.truncate(len(text) + size)
     return TensorFile(path)
+
+
+def write_header(path: Path, kinds: Kinds, metadata: Mapping[str, str]) -> None:
+    """Puts other texts, as long as those before, into the header of a file of `create_file`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    _, text, _ = _laid_out(kinds, metadata)
+    with path.open("r+b", buffering=0) as file:
+        assert file.read(8) == text[:8], "the header would have another length"
+        file.seek(0)
+        _write_bytes(file, memoryview(text))
 
 
 def _laid_out(kinds: Kinds, metadata: Mapping[str, str]) -> tuple[list[str], bytes, int]:

@@ -28,7 +28,7 @@ LAYERS = [
     {"expression", "data", "models", "demo", "provenance", "journal", "targets"},
     {"digests", "outputs"},
     {"files", "tensor_file"},
-    {"operands", "errors", "pareto", "lazy", "interrupts", "kernels", "slim_models", "placement", "catalogue"},
+    {"operands", "errors", "pareto", "lazy", "plain", "interrupts", "kernels", "slim_models", "placement", "catalogue"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 

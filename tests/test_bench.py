@@ -66,10 +66,11 @@ def test_the_document(tiny_llama: Path, tiny_text: Path) -> None:
     assert (result["protocol"], result["sequence_length"], result["shuffle"]) == ("sequential", 32, False)
     assert result["calibration"]["windows"] == 8
     assert result["calibration"]["tokens"] == 8 * 32
+    assert result["warnings"] == []
     assert [part["windows"] for part in result["texts"]] == [6, 6]
     assert result.keys() == {
         "model", "dtype", "device", "protocol", "sequence_length", "seed", "shuffle", "calibration", "texts", "layers",
-        "statistics_dtype", "dense", "results", "versions",
+        "statistics_dtype", "dense", "warnings", "results", "versions",
     }  # fmt: skip
     assert {"gpmetric", "torch", "transformers", "python"} <= result["versions"].keys()
     assert json.loads(json.dumps(result, allow_nan=False)) == result

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
+import math
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -674,18 +678,78 @@ def no_gradients_of_one(path: Path) -> None:
     rewrite(path, lambda tensors, layer: tensors.pop(f"{layer}/G"))
 
 
+def another_number(path: Path) -> None:
+    rewrite(path, lambda tensors, layer: tensors[f"{layer}/X"].mul_(2))
+
+
+def not_finite(path: Path) -> None:
+    rewrite(path, lambda tensors, layer: tensors[f"{layer}/G"].fill_(math.nan))
+
+
+def half_precision(path: Path) -> None:
+    rewrite(path, lambda tensors, layer: tensors.update({f"{layer}/G": tensors[f"{layer}/G"].bfloat16()}))
+
+
+def another_shape(path: Path) -> None:
+    rewrite(path, lambda tensors, layer: tensors.update({f"{layer}/G": tensors[f"{layer}/G"].reshape(-1)}))
+
+
+def of_more_windows(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'sequences\\": 2', b'sequences\\": 3'))
+
+
 @pytest.mark.parametrize(
     "damage",
-    [cut_short, empty, foreign, listed, unparsed, other_operand, no_activations, no_gradients_of_one, no_layer],
-)
-def test_a_damaged_cache_file_is_written_anew(damage: Callable[[Path], None], llama: Model, tmp_path: Path) -> None:
+    [
+        cut_short, empty, foreign, listed, unparsed, other_operand, no_activations, no_gradients_of_one, no_layer,
+        another_number, not_finite, half_precision, another_shape, of_more_windows,
+    ],
+)  # fmt: skip
+def test_a_damaged_cache_file_is_written_anew(
+    damage: Callable[[Path], None], llama: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     statistics = collect(llama, make_tokens(2, 8), ALL)
     sample = sample_of(llama, statistics)
     damage(cached_statistics(tmp_path, "k", sample, backwards(statistics)))
+    assert not caplog.messages
     path = cached_statistics(tmp_path, "k", sample, backwards(statistics))
+    (told,) = caplog.messages
+    assert told.startswith(f"statistics cache {str(path)!r} is damaged, and measured again: ")
     assert cached_statistics(tmp_path, "k", sample, fail) == path
     assert_same_bits(load_statistics(path), statistics)
     assert os.listdir(tmp_path) == ["k.safetensors"]
+
+
+def test_every_flipped_bit_of_a_cache_file_is_seen(tmp_path: Path) -> None:
+    """One in each byte of a small file."""
+    sample = Sample({"a.b": (2, 3)}, frozenset("XG"), 2, 8)
+    values = {"X": torch.rand(3), "G": torch.rand(2, 3)}
+    path = cached_statistics(tmp_path, "k", sample, lambda: [{"a.b": LayerStatistics(**values)}])
+    content = path.read_bytes()
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with pytest.raises(AssertionError, match="computed again"):
+            cached_statistics(tmp_path, "k", sample, fail)
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_a_killed_command_left_is_removed(
+    statistics: Statistics, model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only where its process is dead here, and where nobody who may be elsewhere holds its lock."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    names = [f"{'a' * 64}.{number}.partial" for number in (child.pid, os.getpid(), 2**22 + 1, 2**22 + 2)]
+    for name in [*names, "another.partial"]:
+        (tmp_path / name).write_bytes(b"begun")
+    with (tmp_path / names[3]).open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        path = cached_statistics(tmp_path, "k", sample_of(model, statistics), backwards(statistics))
+    assert set(os.listdir(tmp_path)) == {path.name, names[1], names[3], "another.partial"}
+    removed = {f"removed {str(tmp_path / names[one])!r}, which a command that was killed had begun" for one in (0, 2)}
+    assert set(caplog.messages) == removed
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_the_work(llama: Model, tmp_path: Path) -> None:

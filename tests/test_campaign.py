@@ -521,7 +521,13 @@ def test_a_ledger_with_other_draws_is_a_clear_error(tmp_path: Path) -> None:
     tables = run(tmp_path / "a", generations=None, evaluations=11)
     assert tables["candidates"][-1]["generation"] == len(tables["generations"])  # drawn in one that is not finished
     with closing(sqlite3.connect(tmp_path / "a")) as connection, connection:
-        connection.execute("UPDATE candidates SET formula = 'abs(W)*X*X' WHERE id = (SELECT max(id) FROM candidates)")
+        connection.row_factory = sqlite3.Row
+        row = dict(connection.execute("SELECT * FROM candidates ORDER BY id DESC").fetchone()) | {
+            "formula": "abs(W)*X*X"
+        }
+        del row["checksum"]
+        update = "UPDATE candidates SET formula = ?, checksum = ? WHERE id = ?"
+        connection.execute(update, (row["formula"], sqlite_schema.row_checksum("candidates", row), row["id"]))
     with pytest.raises(LedgerError, match="but this campaign draws"):
         run(tmp_path / "a", generations=None, evaluations=15, resume=True)
 

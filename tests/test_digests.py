@@ -107,6 +107,18 @@ def test_a_damaged_entry_is_written_anew(content: str, folder: Path, tmp_path: P
     assert remembered_digest(folder, "a", unexpected) == "b" * 64
 
 
+def test_no_flipped_bit_of_what_is_remembered_is_taken_for_true(folder: Path, tmp_path: Path) -> None:
+    remembered_digest(folder, "a", lambda: DIGEST)
+    path = entry(tmp_path)
+    content = path.read_bytes()
+    for place in range(0, 8 * len(content), 3):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        assert remembered_digest(folder, "a", lambda: DIGEST) == DIGEST
+        path.write_bytes(content)
+
+
 def test_few_are_remembered_of_a_folder(folder: Path, tmp_path: Path) -> None:
     for number in range(12):
         remembered_digest(folder, number, lambda: DIGEST)

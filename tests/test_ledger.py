@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sqlite3
@@ -21,7 +23,7 @@ import pytest
 from gpmetric.errors import LedgerError
 from gpmetric.evolution import driver_lock, sqlite_schema
 from gpmetric.evolution.ledger import BUDGET_KEYS, Ledger
-from gpmetric.evolution.records import Candidate, Evaluation, Measurement
+from gpmetric.evolution.records import Candidate, Evaluation, HeldOutMeasurement, Measurement
 
 ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, Any] = {"model": "sha256:aa", "targets": ["0.5", "2:4"], "seed": 2, "generations": 3}
@@ -429,6 +431,54 @@ def test_an_owner_on_another_host_counts_by_its_heartbeat(path: Path, age: float
         Ledger.open(path, SETTINGS, resume=True).close()
 
 
+def test_a_driver_in_another_namespace_is_not_displaced(path: Path) -> None:
+    """Its number means another process here, or none; neither the host's name nor silence tells of its end."""
+    boot, namespace, tick = driver_lock._start_of(os.getpid()).split("/")
+    assert namespace == os.readlink("/proc/self/ns/pid")
+    own(path, pid=2**22 + 1, started=f"{boot}/pid:[7]/{tick}", host="container", heartbeat=time.time() - 9000)
+    told = r'in another container .* heard of 9000 s ago; if it has ended, free .*: sqlite3 FILE "DELETE FROM owner"$'
+    with pytest.raises(LedgerError, match=told):
+        Ledger.open(path, SETTINGS, resume=True)
+    sql(path, "DELETE FROM owner")
+    Ledger.open(path, SETTINGS, resume=True).close()
+
+
+def test_a_driver_of_this_namespace_is_known_whatever_the_host_is_called(path: Path) -> None:
+    """A host that was given another name since: the driver lives however long ago it wrote, or is dead at once."""
+    start = driver_lock._start_of(os.getpid())
+    own(path, host="elsewhere", started=start, heartbeat=0)
+    with pytest.raises(LedgerError, match=f"in use by process {os.getpid()} on host elsewhere$"):
+        Ledger.open(path, SETTINGS, resume=True)
+    sql(path, f"UPDATE owner SET started = '{start}0', heartbeat = {time.time()}")
+    Ledger.open(path, SETTINGS, resume=True).close()
+
+
+@pytest.mark.parametrize(("age", "refused"), [(5, True), (61, False)])
+def test_another_boot_under_the_same_name_counts_by_its_heartbeat(path: Path, age: float, refused: bool) -> None:
+    own(path, started="b00t/pid:[7]/1", heartbeat=time.time() - age)
+    if refused:
+        with pytest.raises(LedgerError, match=r"heard of \d+ s ago \(free 60 s after"):
+            Ledger.open(path, SETTINGS, resume=True)
+    else:
+        Ledger.open(path, SETTINGS, resume=True).close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs a namespace of its own")
+def test_a_living_driver_of_a_real_namespace_is_not_displaced(path: Path) -> None:
+    code = f"from tests.test_ledger import *; kept = Ledger.open({str(path)!r}, SETTINGS, resume=False)"
+    code += "; sql(kept.path, 'UPDATE owner SET heartbeat = 0'); print(1, flush=True); input()"
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, "-c", code]
+    driver = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert driver.stdout is not None
+    if driver.stdout.readline() != b"1\n":
+        driver.communicate()
+        pytest.skip("namespaces are not to be had here")
+    with pytest.raises(LedgerError, match=r"in use by process \d+ on host .* in another container"):
+        Ledger.open(path, SETTINGS, resume=True)
+    driver.kill()
+    driver.communicate()
+
+
 def test_a_driver_that_lost_its_ledger_stops_writing(path: Path) -> None:
     with Ledger.open(path, SETTINGS, resume=False) as ledger:
         ledger.measure([])
@@ -522,11 +572,11 @@ def no_folder(path: Path) -> None:
         (text_file, "cannot be used: file is not a database"),
         (foreign, "is a SQLite file of another program"),
         (marked_foreign, "is a SQLite file of another program"),
-        (newer, "has schema version 99, newer than 3"),
+        (newer, "has schema version 99, newer than 4"),
         (flipped_page, r"sqlite3 FILE \.recover"),
         (truncated, r"sqlite3 FILE \.recover"),
         (missing_table, "no such table: results"),
-        (broken_record, r"CHECK constraint failed in generations|Expecting ',' delimiter"),
+        (broken_record, r"CHECK constraint failed in generations|row 1 of generations does not match"),
         (directory, "it is a directory"),
         (inside_a_file, "unable to open database file .its folder must exist"),
         (no_folder, "unable to open database file .its folder must exist"),
@@ -614,7 +664,58 @@ def test_a_full_disk_loses_nothing_committed(path: Path) -> None:
         assert ledger.counts()["paid"] == 1
 
 
-# Ledgers of the last version
+# Checksums of rows
+
+
+def test_every_row_carries_the_checksum_of_its_columns(path: Path) -> None:
+    """blake2b of the table's name and the columns that are not NULL, whole numbers without a point, by hand."""
+    campaign(path)
+    with Ledger.open(path, SETTINGS, resume=True) as ledger:
+        ledger.measure([Measurement(0, 0, "reconstruction", {"figure": 0.5}, None, 2.0)])
+        ledger.hold_out(HeldOutMeasurement("W", "0.5", "test", "whole", 1.0, -0.0))
+    for table in sqlite_schema.TABLES:
+        rows = raw(path, table)
+        assert rows, table
+        for row in rows:
+            found = row.pop("checksum")
+            whole = {key: int(one) if one == 0 or one == 1 or one == 2 else one for key, one in row.items()}
+            told = {key: one for key, one in whole.items() if one is not None}
+            content = json.dumps([table, told], sort_keys=True).encode()
+            assert found == hashlib.blake2b(content, digest_size=8).hexdigest(), (table, row)
+
+
+@pytest.mark.parametrize("use", ["open", "read"])
+@pytest.mark.parametrize(
+    ("table", "change"),
+    [
+        ("meta", "value = '3' WHERE key = 'seed'"),
+        ("generations", "evaluations = evaluations + 1 WHERE number = 1"),
+        ("evaluations", """figures = replace(figures, '.', '9.') WHERE figures LIKE '%.%'"""),
+        ("evaluations", "id = 900 WHERE id = (SELECT max(id) FROM evaluations WHERE status = 'failed')"),
+        ("candidates", "position = 77 WHERE id = 2"),
+        ("candidates", "canonical = NULL WHERE id = 2"),
+        ("results", """value = replace(value, 'winner', 'winnes')"""),
+    ],
+)
+def test_a_changed_cell_is_told(path: Path, table: str, change: str, use: str) -> None:
+    campaign(path)
+    sql(path, f"UPDATE {table} SET {change}")
+    before = path.read_bytes()
+    with pytest.raises(
+        LedgerError, match=rf"is damaged: row \d+ of {table} does not match its checksum; restore a copy"
+    ):
+        Ledger.open(path, SETTINGS, resume=True) if use == "open" else Ledger.read(path)
+    assert path.read_bytes() == before
+
+
+def test_tables_that_are_not_a_ledgers_are_told(path: Path) -> None:
+    campaign(path)
+    sql(path, "PRAGMA writable_schema = ON", "UPDATE sqlite_master SET sql = replace(sql, 'screened', 'screenee')")
+    with pytest.raises(LedgerError, match="is damaged: its tables are not those of a ledger"):
+        Ledger.read(path)
+
+
+# Ledgers of earlier versions
 
 GOLDEN = ROOT / "tests" / "golden"
 
@@ -667,6 +768,42 @@ def test_a_ledger_of_version_2_is_upgraded_where_it_is_continued(golden: Path) -
     for table in sqlite_schema.TABLES:
         columns = [{column["name"] for column in raw(one, f"pragma_table_info('{table}')")} for one in (golden, new)]
         assert columns[0] == columns[1]
+
+
+def test_a_ledger_of_version_3_gets_checksums_and_it_is_told(golden: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sql(golden, *sqlite_schema.UPGRADES[2], "PRAGMA user_version = 3")
+    with caplog.at_level("WARNING"), Ledger.read(golden) as ledger:
+        settings, expected = ledger.settings, ledger.comparable_tables()
+    (told,) = caplog.messages
+    assert told == f"ledger {str(golden)!r} is of an earlier format, without checksums: damage to its rows is not seen"
+    caplog.clear()
+    Ledger.open(golden, settings, resume=True).close()
+    assert caplog.messages == [told]
+    with Ledger.read(golden) as ledger:
+        assert ledger.comparable_tables() == expected
+    assert caplog.messages == [told]  # not again
+    sql(golden, "UPDATE candidates SET ranked = 'W' WHERE id = 3")
+    with pytest.raises(LedgerError, match="row 3 of candidates does not match its checksum"):
+        Ledger.read(golden)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("generations SET rng = x'00'", "malformed JSON|CHECK constraint failed|rng is b'.x00'"),
+        ("evaluations SET formula = x'00'", "is damaged: formula is b'.x00'$"),
+        ("evaluations SET figures = '7'", "is damaged: figures is '7', which is no object$"),
+        ("evaluations SET nodes = 'many'", "is damaged: nodes is 'many'$"),
+        ("results SET value = '7'", "is damaged: its result is no object$"),
+    ],
+)
+def test_a_cell_of_an_earlier_version_that_is_none_is_told(path: Path, change: str, told: str) -> None:
+    """Which no checksum guards: it is refused by its kind."""
+    path.write_bytes((GOLDEN / "ledger-v2-finished.sqlite").read_bytes())
+    sql(path, *sqlite_schema.UPGRADES[2], "PRAGMA user_version = 3")
+    sql(path, "PRAGMA ignore_check_constraints = ON", f"UPDATE {change}")
+    with pytest.raises(LedgerError, match=told), Ledger.read(path) as ledger:
+        assert [ledger.generations(), ledger.evaluations(), ledger.result()]
 
 
 def test_a_version_that_was_never_released_is_refused(path: Path) -> None:

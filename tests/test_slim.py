@@ -501,3 +501,5 @@ def test_what_is_worse_than_its_start_on_validation_is_not_delivered(
     assert found["widths"][0]["channels"] == channels[better]
     assert found["share"] == 0.5 * better
     assert [found["initial"], found["found"]] == told
+    above = f"above its start on validation, {math.exp(2.1):.3f} from {math.exp(2):.3f}: the start was kept"
+    assert any(above in line for line in found["warnings"]) == (not better)

@@ -24,6 +24,7 @@ from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.files import write_json
 from gpmetric.options import as_function
 from gpmetric.pruning.allocation import read_allocation
+from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.memory import retried
 from gpmetric.session.session import Listener
@@ -82,7 +83,7 @@ def _searched(request: AllocateRequest, told: AllocateListener, deadline: Deadli
     plan = TimePlan(deadline, times[1] - times[0], deadline.now() - times[1], survivors, int(request.changes))
     told.dense({windows["validation"].text.name: perplexity(scorer.dense)})
     if request.by_rule:
-        return _described(request, calibrated, scorer) | _by_rule(calibrated, scorer)
+        return _warned(_described(request, calibrated, scorer) | _by_rule(calibrated, scorer), calibrated)
     candidates = partial(CandidateObjective, calibrated.pruned, windows["search"].tokens, request.objective)
     objective = retried(calibrated.session.model, candidates)
     identity = calibrated.identity(request) | {"init": [profile.digest for profile in profiles]}
@@ -107,7 +108,8 @@ def _searched(request: AllocateRequest, told: AllocateListener, deadline: Deadli
         "rounds": _rounds(generations),
     }
     paid = cost | {"seconds_by_step": steps, "after_search": after}
-    return _described(request, calibrated, scorer) | paid | progress | result | {"cut": plan.cut}
+    document = _described(request, calibrated, scorer) | paid | progress | result | {"cut": plan.cut}
+    return _warned(document, calibrated)
 
 
 def _by_rule(calibrated: CalibratedModel, scorer: Scorer) -> dict[str, Any]:
@@ -128,6 +130,21 @@ def _by_rule(calibrated: CalibratedModel, scorer: Scorer) -> dict[str, Any]:
         "allocation": allocation.document(),
         "cut": [],
     }
+
+
+def _warned(result: dict[str, Any], calibrated: CalibratedModel) -> dict[str, Any]:
+    """The document with what must be known of it: also the rules that beat what was picked."""
+    picked, warnings = result["picked"], few_tokens(calibrated.session)
+    if picked is not None:
+        near = {
+            name: min(points, key=lambda point: abs(point["sparsity"] - picked["sparsity"]))
+            for name, points in result["baselines"].items()
+        }
+        better = [name for name, point in near.items() if point["excess"] < picked["excess"]]
+        if better:
+            told = f"{', '.join(better)} beat what was picked on validation"
+            warnings.append(f"{told}: search longer (--evaluations), or use --allocator")
+    return result | {"warnings": warnings}
 
 
 def _cost(log: EvaluationLog) -> dict[str, Any]:

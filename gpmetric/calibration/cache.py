@@ -1,12 +1,17 @@
-"""The statistics cache: one safetensors file per (model, text, settings), named by the hash of their contents."""
+"""The statistics cache: one safetensors file per (model, text, settings), named by the hash of their contents.
+
+A file holds a digest of itself, which is compared before the file is used: what was damaged is measured again.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,13 +24,15 @@ from torch import Tensor
 from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.collect import Statistics
 from gpmetric.errors import GpmetricError
+from gpmetric.files import locked
 from gpmetric.models import Layer, Model
 from gpmetric.operands import OPERANDS, shape_of
-from gpmetric.tensor_file import TensorFile, create_file
+from gpmetric.tensor_file import TensorFile, create_file, write_header
 
 __all__ = ["Sample", "cache_key", "cached_statistics", "estimate_bytes", "load_statistics", "stored_dtype"]
 
-_FORMAT = 2
+_LOG = logging.getLogger(__name__)
+_FORMAT = 3
 
 
 def cache_key(model: Model, tokens: Tensor, names: Collection[str], dtype: torch.dtype | None = None) -> str:
@@ -89,7 +96,7 @@ def stored_dtype(name: str, dtype: torch.dtype | None) -> torch.dtype:
 def cached_statistics(
     folder: Path, key: str, sample: Sample, blocks: Callable[[], Iterable[Mapping[str, LayerStatistics]]]
 ) -> Path:
-    """The file of the statistics under `key`, computed and written when it is not there or not readable.
+    """The file of the statistics under `key`, computed and written when it is not there or damaged, which is told.
 
     Args:
         folder: of the cache.
@@ -101,11 +108,14 @@ def cached_statistics(
         GpmetricError: the folder cannot be written.
     """
     path = folder / f"{key}.safetensors"
+    _remove_abandoned(folder)
     try:
-        load_statistics(path, kept=False)
+        _check(path, sample)
         return path
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        pass  # absent, or damaged: it is written anew
+    except FileNotFoundError:
+        pass
+    except (OSError, GpmetricError, ValueError) as error:
+        _LOG.warning("statistics cache %r is damaged, and measured again: %s", str(path), error)
     with _explained(folder):  # before the work
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -113,22 +123,94 @@ def cached_statistics(
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         with _explained(folder):
-            file = create_file(partial, sample.kinds, {"gpmetric": json.dumps(sample.describe())})
-        for block in blocks():
+            lock = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            locked(lock)  # so that nobody who sees other process numbers takes it for abandoned
+            _fill(partial, folder, sample, blocks)
             with _explained(folder):
-                _write(file, block)
-        with _explained(folder):
-            os.replace(partial, path)
+                os.replace(partial, path)
+        finally:
+            os.close(lock)
     finally:
         partial.unlink(missing_ok=True)
     return path
 
 
-def _write(file: TensorFile, block: Mapping[str, LayerStatistics]) -> None:
-    for layer, statistics in block.items():
-        for name, value in statistics.values.items():
-            place = f"{layer}/{name}"
-            file.write(place, value.cpu().to(file.places[place].dtype))
+def _fill(
+    partial: Path, folder: Path, sample: Sample, blocks: Callable[[], Iterable[Mapping[str, LayerStatistics]]]
+) -> None:
+    """Writes what a file of the cache holds; its digest, which is known at the end, has its place from the start."""
+    with _explained(folder):
+        file = create_file(partial, sample.kinds, _metadata(sample, "0" * 64))
+    sums: dict[str, str] = {}
+    for block in blocks():
+        with _explained(folder):
+            for layer, statistics in block.items():
+                for name, value in statistics.values.items():
+                    place = f"{layer}/{name}"
+                    stored = value.cpu().to(file.places[place].dtype).contiguous()
+                    file.write(place, stored)
+                    sums[place] = _sum([stored])
+    with _explained(folder):
+        write_header(partial, sample.kinds, _metadata(sample, _digest(sample, sums)))
+
+
+def _check(path: Path, sample: Sample) -> None:
+    """Compares a file with what it is to hold and with its digest; reads all of it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError, GpmetricError or ValueError: it is damaged; what is wrong with it.
+    """
+    file = TensorFile(path)
+    if {name: (place.dtype, place.shape) for name, place in file.places.items()} != sample.kinds:
+        raise ValueError("it holds other tensors than it should")
+    sums = {name: _sum(file.pieces(name)) for name in file.places}
+    if file.metadata != _metadata(sample, _digest(sample, sums)):
+        raise ValueError("its digest is another")
+
+
+def _metadata(sample: Sample, digest: str) -> dict[str, str]:
+    return {"gpmetric": json.dumps(sample.describe()), "digest": digest}
+
+
+def _digest(sample: Sample, sums: Mapping[str, str]) -> str:
+    """Of a file whose tensors have these."""
+    return hashlib.sha256(json.dumps([sample.describe(), sums], sort_keys=True).encode()).hexdigest()
+
+
+def _sum(pieces: Iterable[Tensor]) -> str:
+    """Digest of the bytes of a tensor that comes in pieces."""
+    found = hashlib.sha256()
+    for piece in pieces:
+        found.update(piece.reshape(-1).view(torch.uint8).numpy().data)  # [bytes]
+    return found.hexdigest()
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes files that a killed process had begun: its number is nobody's, and nobody holds their lock."""
+    for path in folder.glob("*.partial"):
+        number = re.fullmatch(r".+\.([1-9][0-9]{0,9})\.partial", path.name, re.ASCII)
+        if number is None or _lives(int(number[1])):
+            continue
+        with suppress(OSError):
+            lock = os.open(path, os.O_RDONLY)
+            try:
+                if locked(lock):
+                    path.unlink()
+                    _LOG.warning("removed %r, which a command that was killed had begun", str(path))
+            finally:
+                os.close(lock)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 @contextmanager

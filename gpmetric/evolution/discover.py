@@ -30,10 +30,11 @@ from gpmetric.evolution.search_config import SearchConfig, make_config
 from gpmetric.evolution.selection import Individual
 from gpmetric.evolution.task_clock import OutOfTime
 from gpmetric.evolution.time_budget import FINALISTS, CampaignPlan, TimeBudget
-from gpmetric.evolution.verdict import confidence, decide, measure_test
+from gpmetric.evolution.verdict import confidence, decide, doubts, measure_test
 from gpmetric.evolution.workplace import collect_statistics, make_executor, open_sessions, torch_threads
 from gpmetric.files import finite
 from gpmetric.options import as_function
+from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.session import Listener, Session
 
@@ -187,9 +188,14 @@ def find(
     dense["test"] = _dense_test(held_out)
     tested = measure_test(held_out, request, verdict, (finalists, baselines), budget)
     drawing = now()
+    drawn = confidence(held_out, tested, request.calibration_draws, budget)
+    few = {name: few_tokens(session) for name, session in sessions.items()}
+    prefix = len(sessions) > 1
     document = {
         **tested.describe(),
-        "confidence": confidence(held_out, tested, request.calibration_draws, budget),
+        "warnings": [f"{name}: {told}" if prefix else told for name, found in few.items() for told in found]
+        + doubts(tested, drawn),
+        "confidence": drawn,
         "screening": describe_rungs(ledger.measurements(), config.rungs, config.objective),
         "finalists": len(finalists),
         "front": [describe_individual(one, config.objective, finalists) for one in front],

@@ -110,7 +110,7 @@ class Ledger(AbstractContextManager["Ledger"]):
             if twin is not None:
                 candidate = replace(candidate, status="duplicate", evaluation=twin.id)
             elif evaluation is not None:
-                row = {"host": socket.gethostname(), "finished": time.time()}
+                row = {"id": None, "host": socket.gethostname(), "finished": time.time()}
                 row |= {name: value for name, value in asdict(evaluation).items() if value is not None}
                 candidate = replace(candidate, evaluation=self._insert("evaluations", row))
             self._insert("candidates", {**asdict(candidate), "id": None})
@@ -188,17 +188,21 @@ class Ledger(AbstractContextManager["Ledger"]):
         # unsorted: a resumed command prints the same bytes
         texts = [json.dumps(value, allow_nan=False) for value in (document, seconds or {})]
         with self._write():
-            self._connection.execute("INSERT OR REPLACE INTO results VALUES ('result', ?, ?)", texts)
+            self._store("results", {"name": "result", "value": texts[0], "seconds": texts[1]}, "OR REPLACE")
 
     def result(self) -> dict[str, Any] | None:
         """The final document, with its times as `seconds`; None while the present budget is not finished."""
         rows = self._query("SELECT value, seconds FROM results WHERE name = 'result'")
+        if rows and not isinstance(rows[0]["value"], dict):
+            raise LedgerError(f"ledger {self.path} is damaged: its result is no object")
         return rows[0]["value"] | ({"seconds": rows[0]["seconds"]} if rows[0]["seconds"] else {}) if rows else None
 
     def comparable_tables(self) -> dict[str, list[dict[str, Any]]]:
         """Every table without its volatile columns: equal for two equal campaigns."""
         keys = {"measurements": "generation, position, rung", "judgements": "split, calibration, metric, target"}
-        tables = {name: self._query(f"SELECT * FROM {name} ORDER BY {keys.get(name, '1')}") for name in schema.TABLES}
+        tables = {
+            name: self._query(f"SELECT * FROM {name} ORDER BY {keys.get(name, 'rowid')}") for name in schema.TABLES
+        }
         for row in chain(*tables.values()):
             for column in schema.VOLATILE & row.keys():
                 del row[column]
@@ -214,8 +218,16 @@ class Ledger(AbstractContextManager["Ledger"]):
                 yield
 
     def _insert(self, table: str, row: dict[str, Any], conflict: str = "") -> int:
+        """The id of a new row, or whatever SQLite calls it."""
+        row = {name: schema.to_column(name, value) for name, value in row.items()}
+        if row.get("id", 0) is None:  # the checksum is of the id, too
+            row["id"] = self._connection.execute(f"SELECT coalesce(max(id), 0) + 1 FROM {table}").fetchone()[0]
+        return self._store(table, row, conflict)
+
+    def _store(self, table: str, row: dict[str, Any], conflict: str = "") -> int:
+        row = {**row, "checksum": schema.row_checksum(table, row)}
         statement = f"INSERT {conflict} INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
-        return self._connection.execute(statement, [schema.to_column(*item) for item in row.items()]).lastrowid or 0
+        return self._connection.execute(statement, list(row.values())).lastrowid or 0
 
     def _first(self, kind: type[Row], tail: str, *arguments: object) -> Row | None:
         return next(iter(self._select(kind, tail, *arguments)), None)
@@ -226,7 +238,7 @@ class Ledger(AbstractContextManager["Ledger"]):
     def _query(self, statement: str, *arguments: object) -> list[dict[str, Any]]:
         with explained(self.path):
             rows = map(dict, self._connection.execute(statement, arguments).fetchall())
-            return [{name: schema.from_column(name, row[name]) for name in row} for row in rows]
+            return [{name: schema.from_column(name, row[name]) for name in row if name != "checksum"} for row in rows]
 
 
 def _settle(connection: sqlite3.Connection, settings: dict[str, Any]) -> None:
@@ -241,7 +253,9 @@ def _settle(connection: sqlite3.Connection, settings: dict[str, Any]) -> None:
     if changed:
         connection.execute("DELETE FROM results")
         connection.execute("DELETE FROM meta")
-        connection.executemany("INSERT INTO meta VALUES (?, ?)", sorted(here.items()))
+        told = [{"key": key, "value": value} for key, value in sorted(here.items())]
+        rows = [pair | {"checksum": schema.row_checksum("meta", pair)} for pair in told]
+        connection.executemany("INSERT INTO meta (key, value, checksum) VALUES (:key, :value, :checksum)", rows)
 
 
 def is_ledger(name: str) -> bool:
@@ -264,4 +278,7 @@ def winner_of(path: Path) -> str:
         result = ledger.result()
     if result is None:
         raise LedgerError(f"the campaign in {str(path)!r} is not finished; go on with gpmetric discover --resume")
-    return str(result["winner"]["formula"])
+    try:
+        return str(result["winner"]["formula"])
+    except (KeyError, TypeError) as error:
+        raise LedgerError(f"ledger {str(path)!r} is damaged: its result names no winner") from error

@@ -1,15 +1,21 @@
-"""The SQLite file under a ledger: schema and its upgrade, opening and refusing, and the form of a column."""
+"""The SQLite file under a ledger: schema and its upgrade, opening and refusing, and the form of a column.
+
+Every row of a campaign carries a checksum; all are compared when a file is opened, which takes microseconds a row.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
+import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from gpmetric.errors import LedgerError
+from gpmetric.files import checksum
 
 __all__ = [
     "APPLICATION_ID",
@@ -21,6 +27,7 @@ __all__ = [
     "explained",
     "from_column",
     "opened",
+    "row_checksum",
     "schema_version",
     "to_column",
     "to_json",
@@ -29,10 +36,15 @@ __all__ = [
     "upgraded_copy",
 ]
 
+_LOG = logging.getLogger(__name__)
 APPLICATION_ID = 0x67706D74  # "gpmt"
-VERSION = 3
+VERSION = 4
 _ENCODED = frozenset({"population", "rng", "figures", "value", "seconds"})  # columns of JSON
-VOLATILE = frozenset({"seconds", "seconds_score", "seconds_loss", "duration", "host", "process", "attempt", "finished"})
+_OBJECTS = frozenset({"figures", "seconds"})  # of JSON
+VOLATILE = frozenset(
+    {"seconds", "seconds_score", "seconds_loss", "duration", "host", "process", "attempt", "finished", "checksum"}
+)
+_AFTER = "restore a copy, or begin anew with another --ledger"
 _RECOVERY = "save what is readable with sqlite3 FILE .recover"
 _HINTS = {sqlite3.SQLITE_CORRUPT: _RECOVERY, sqlite3.SQLITE_CANTOPEN: "its folder must exist and be writable"}
 
@@ -59,14 +71,26 @@ _COLUMNS = {
     "owner": "id INTEGER PRIMARY KEY CHECK (id = 1), host TEXT NOT NULL, pid INTEGER NOT NULL CHECK (pid > 0), "
     "started TEXT NOT NULL, token TEXT NOT NULL, heartbeat REAL NOT NULL",
 }
+_DECLARED = re.compile(r"(?:^|, )([a-z_]+) (TEXT|INTEGER|REAL)\b")  # columns and their types
+_KINDS: dict[str, tuple[type, ...]] = {"TEXT": (str,), "INTEGER": (int,), "REAL": (int, float)}
+_ACCEPTED = {name: _KINDS[kind] for columns in _COLUMNS.values() for name, kind in _DECLARED.findall(columns)}
 _INDEX = "CREATE INDEX candidates_canonical ON candidates (canonical)"
 TABLES = tuple(name for name in _COLUMNS if name != "owner")
 
-_NEW = (
-    *(f"CREATE TABLE {name} ({columns})" for name, columns in _COLUMNS.items()),
-    _INDEX,
-    f"PRAGMA application_id = {APPLICATION_ID}",
-)
+
+def _created(name: str) -> str:
+    return f"CREATE TABLE {name} ({'checksum TEXT NOT NULL, ' if name in TABLES else ''}{_COLUMNS[name]})"
+
+
+def _rebuilt(name: str) -> tuple[str, str]:
+    """Statements that make a table anew, with room for checksums where it has them, from what was renamed."""
+    names = ", ".join(column for column, _ in _DECLARED.findall(_COLUMNS[name]))
+    to, of = (f"checksum, {names}", f"'', {names}") if name in TABLES else (names, names)
+    return _created(name), f"INSERT INTO {name} ({to}) SELECT {of} FROM old_{name} ORDER BY rowid"
+
+
+_SCHEMA = (*map(_created, _COLUMNS), _INDEX)
+_NEW = (*_SCHEMA, f"PRAGMA application_id = {APPLICATION_ID}")
 # Version -> what makes a file of it one of the next version. No released program wrote version 1.
 UPGRADES: dict[int, tuple[str, ...]] = {
     2: (
@@ -88,6 +112,14 @@ UPGRADES: dict[int, tuple[str, ...]] = {
         _INDEX,
         # an error has a column of its own
         "UPDATE measurements SET value = json_remove(value, '$.error') WHERE value <> 'null'",
+    ),
+    3: (
+        # rows have checksums, which `upgrade` fills in; candidates refer to evaluations
+        "DROP INDEX candidates_canonical",
+        *(f"ALTER TABLE {name} RENAME TO old_{name}" for name in reversed(_COLUMNS)),
+        *(statement for name in _COLUMNS for statement in _rebuilt(name)),
+        *(f"DROP TABLE old_{name}" for name in reversed(_COLUMNS)),
+        _INDEX,
     ),
 }
 
@@ -141,12 +173,38 @@ def schema_version(connection: sqlite3.Connection) -> int:
         raise Refusal(f"has schema version {version}, newer than {VERSION}: it needs a newer gpmetric")
     if version < min(UPGRADES):
         raise Refusal(f"has schema version {version}, which no released gpmetric wrote: it cannot be continued or read")
-    (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
     if verdict != "ok":
         raise Refusal(f"is damaged: {verdict.splitlines()[-1]} ({_RECOVERY})")
     for table in _COLUMNS:
         connection.execute(f"SELECT 1 FROM {table} LIMIT 1")  # a missing one is an error here, not hours later
+    if version == VERSION:
+        _check_rows(connection)
+    else:
+        told = "ledger %r is of an earlier format, without checksums: damage to its rows is not seen"
+        _LOG.warning(told, connection.execute("PRAGMA database_list").fetchone()["file"])
     return version
+
+
+def _check_rows(connection: sqlite3.Connection) -> None:
+    """Refuses a file of which anything was changed but by this program."""
+    found = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid")
+    if sorted(statement for (statement,) in found) != sorted(_SCHEMA):
+        raise Refusal("is damaged: its tables are not those of a ledger")
+    for table in TABLES:
+        for number, row in enumerate(map(dict, connection.execute(f"SELECT * FROM {table}")), start=1):
+            if row.pop("checksum") != row_checksum(table, row):
+                raise Refusal(f"is damaged: row {number} of {table} does not match its checksum; {_AFTER}")
+
+
+def row_checksum(table: str, row: Mapping[str, Any]) -> str:
+    """Of a row by column, as SQLite keeps it: whole numbers as integers, and no difference between NULL and nothing."""
+    kept = {name: _plain(value) for name, value in row.items() if value is not None}
+    return checksum(json.dumps([table, kept], sort_keys=True, default=repr).encode())
+
+
+def _plain(value: Any) -> Any:
+    return int(value) if isinstance(value, (bool, float)) and value == value // 1 else value
 
 
 def upgrade(connection: sqlite3.Connection, version: int) -> None:
@@ -155,6 +213,11 @@ def upgrade(connection: sqlite3.Connection, version: int) -> None:
         statements, version = (UPGRADES[version], version + 1) if version else (_NEW, VERSION)
         for statement in (*statements, f"PRAGMA user_version = {version}"):
             connection.execute(statement)
+    for table in TABLES:
+        for row in connection.execute(f"SELECT rowid AS place, * FROM {table} WHERE checksum = ''").fetchall():
+            columns = {name: value for name, value in dict(row).items() if name not in ("place", "checksum")}
+            update = f"UPDATE {table} SET checksum = ? WHERE rowid = ?"
+            connection.execute(update, (row_checksum(table, columns), row["place"]))
 
 
 def upgraded_copy(connection: sqlite3.Connection, version: int) -> sqlite3.Connection:
@@ -180,4 +243,15 @@ def to_column(name: str, value: Any) -> Any:
 
 
 def from_column(name: str, value: Any) -> Any:
-    return json.loads(value) if name in _ENCODED else value
+    """A cell as it was given; refused where it is not of its column's kind, as SQLite lets any cell be."""
+    if value is not None and not isinstance(value, _ACCEPTED.get(name, (object,))):
+        raise Refusal(f"is damaged: {name} is {value!r:.40}")
+    if name not in _ENCODED:
+        return value
+    try:
+        found = json.loads(str(value))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise Refusal(f"is damaged: {name} is {value!r:.40}, which is no JSON: {error}") from error
+    if name in _OBJECTS and not isinstance(found, dict):
+        raise Refusal(f"is damaged: {name} is {value!r:.40}, which is no object")
+    return found

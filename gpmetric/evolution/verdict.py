@@ -17,7 +17,7 @@ from gpmetric.evolution.time_budget import TimeBudget
 from gpmetric.metrics import Metric, masks_only, resolve_metric
 from gpmetric.pruning.updaters import UPDATERS
 
-__all__ = ["Tested", "Verdict", "confidence", "decide", "measure_test", "regrouped"]
+__all__ = ["Tested", "Verdict", "confidence", "decide", "doubts", "measure_test", "regrouped"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,29 @@ def measure_test(
     labels = [target.label for target in held_out.targets]
     tested = {one: HeldOutFigures.missing(labels) for one in asked if one not in tested} | tested
     return Tested(verdict, rival, free, moved if moved in tested else None, tested)
+
+
+def doubts(tested: Tested, confidence: Mapping[str, Any]) -> list[str]:
+    """What speaks against the verdict, in words.
+
+    Args:
+        tested: on the test text.
+        confidence: what the function of this name returns.
+    """
+    verdict, found = tested.verdict, []
+    mine, theirs = tested.figures[verdict.winner].mean, tested.figures[tested.rival].mean
+    if theirs < mine < math.inf:
+        what = "the winner" if verdict.better else verdict.winner.name
+        told = (
+            f"test contradicts validation: there, {tested.rival.name} has mean excess {theirs:.4f}, {what} {mine:.4f}"
+        )
+        found.append(told)
+    if verdict.better and (bounds := confidence["interval"]) is not None and bounds[1] >= 0:
+        told = f"the 95 % interval of the winner's mean excess against {tested.rival.name} over calibration draws, "
+        told += f"{bounds[0]:+.4f} to {bounds[1]:+.4f}, "
+        told += "holds zero: the gain may be the sample's" if bounds[0] <= 0 else "is above zero: there is no gain"
+        found.append(told)
+    return found
 
 
 def regrouped(excess: Mapping[Metric, float], winner: Metric) -> Metric | None:

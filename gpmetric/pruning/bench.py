@@ -17,7 +17,9 @@ from gpmetric.metrics import Metric
 from gpmetric.options import as_function
 from gpmetric.pruning.protocol import Measured, Protocol, Rule, check_targets
 from gpmetric.pruning.requests import BenchRequest
+from gpmetric.pruning.updaters import needed_statistics
 from gpmetric.pruning.win_loss import win_loss
+from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.memory import retried
@@ -212,7 +214,8 @@ def _bench_model(
         for part in session.evaluated
     }
     told.dense(dense)
-    document |= _described(session, request) | {"dense": dense, "results": []}
+    read = frozenset[str]().union(*(needed_statistics([metric], request.update) for metric in metrics))
+    document |= _described(session, request) | {"dense": dense, "warnings": few_tokens(session, read), "results": []}
     order = {(target.text, metric.name): place for place, (target, metric) in enumerate(product(targets, metrics))}
     for row in bench_rows(protocol, metrics, targets, request.update, deadline, first, request.fit, request.permute):
         told.row(row)

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from gpmetric import slim_models
 from gpmetric.blockwise.couplings import Move, in_order
 from gpmetric.errors import GpmetricError, ModelError
-from gpmetric.files import write_text
+from gpmetric.files import read_object, write_text
 from gpmetric.models import Layer, Model
 from gpmetric.pruning.manifest import write_manifest
 from gpmetric.pruning.output_folder import MANIFEST, files_of, unwritable
@@ -245,7 +245,7 @@ def _copy_others(model: Model, source: Path, folder: Path, told: dict[str, Any])
             copy = folder / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_object(source / "config.json")
     config = {key: value for key, value in config.items() if key not in FOREIGN_KEYS}
     config["gpmetric"] = told
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")

@@ -21,8 +21,9 @@ from gpmetric.pruning.protocol import Protocol, Rule, check_targets
 from gpmetric.pruning.recipe import Recipe, read_recipe
 from gpmetric.pruning.requests import PruneRequest, VerifyRequest, check_permute
 from gpmetric.pruning.unfinished import Record, Unfinished, is_begun, unfinished
-from gpmetric.pruning.updaters import resolve_target
+from gpmetric.pruning.updaters import needed_statistics, resolve_target
 from gpmetric.pruning.verify import verify_files
+from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.memory import retried
@@ -113,7 +114,7 @@ def run_prune(
         found = partial.record
     result = {key: value for key, value in manifest.items() if key not in ("files", "tensors", "moves")}
     ended = {"output": str(folder), "dense": found.dense, "perplexity": found.verified, "seconds": found.seconds}
-    return result | ended
+    return result | ended | {"warnings": few_tokens(session, needed_statistics([rule.metric], rule.update))}
 
 
 prune = as_function("prune", PruneRequest, run_prune, "model")

@@ -12,8 +12,6 @@ which ends with the process however it ends.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -29,6 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from gpmetric.errors import GpmetricError, InputError, OutOfMemoryError, TimeOverError
+from gpmetric.files import locked
 from gpmetric.pruning.output_folder import MANIFEST, check_folder, exchange, file_digest, unwritable
 from gpmetric.tensor_file import TensorFile, write_tensors
 
@@ -37,7 +36,6 @@ __all__ = ["Record", "Unfinished", "is_begun", "unfinished"]
 _LOG = logging.getLogger(__name__)
 _SECONDS = 20.0  # between two records while blocks are pruned
 _SHARE = 10.0  # and at least so many times what the last one took: states of a large model are gigabytes
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
 
 
 @dataclass(frozen=True)
@@ -245,22 +243,13 @@ def _locked(folder: Path, output: Path) -> Iterator[None]:
         except FileNotFoundError:  # who held it has just removed it
             continue
         try:
-            _lock(lock, output)
+            if not locked(lock):
+                raise InputError(f"--output {str(output)!r} is being written by another process")
             if _is_at(lock, folder):
                 yield
                 return
         finally:
             os.close(lock)
-
-
-def _lock(descriptor: int, output: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(f"--output {str(output)!r} is being written by another process") from error
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
 
 
 def _is_at(descriptor: int, folder: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -14,6 +13,7 @@ from torch import Tensor
 from gpmetric.blockwise.couplings import in_order
 from gpmetric.errors import DataError, GpmetricError, InputError
 from gpmetric.evaluation.perplexity import perplexity
+from gpmetric.files import read_object
 from gpmetric.loading import check_path, load_model, pick_device
 from gpmetric.models import Model
 from gpmetric.options import as_function
@@ -210,7 +210,7 @@ def _file_problems(folder: Path, manifest: Manifest, digests: bool) -> Iterator[
 
 def _tensor_problems(folder: Path, manifest: Manifest, zeros: dict[str, int]) -> Iterator[str]:
     """Tensors that are missing or not finite, and layers that are not what they should be; counts their zeros."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "config.json")
     yield from (f"config.json has a {key}" for key in FOREIGN_KEYS if key in config)
     yield from (f"a configuration names code in {name}, which is missing" for name in lacking_code(folder))
     places = tensors(folder)

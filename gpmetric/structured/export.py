@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from gpmetric import slim_models
 from gpmetric.errors import InputError, ModelError
+from gpmetric.files import read_object
 from gpmetric.loading import load_model, quiet_transformers
 from gpmetric.models import Model
 from gpmetric.pruning.checkpoint import tensors
@@ -230,7 +230,7 @@ def _stock(
 def _settings(model: Model) -> dict[str, Any]:
     """The config as its file has it, without what is of the dense folder only."""
     assert model.folder is not None
-    settings = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
+    settings = read_object(model.folder / "config.json")
     names = ("architectures", "model_type", "transformers_version", "auto_map", "gpmetric", "_name_or_path")
     return {name: value for name, value in settings.items() if name not in names}
 

@@ -18,6 +18,7 @@ from gpmetric.evaluation.references import reference_bytes
 from gpmetric.operands import needs_gradients
 from gpmetric.options import as_function
 from gpmetric.pruning.output_folder import check_folder, replacing
+from gpmetric.session.caveats import above_start, few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.session import Listener, Session, open_session
@@ -208,6 +209,8 @@ def run_slim(
         made |= {"sparsity": units.groups.removed(best.kept) / units.groups.parameters}
         with replacing(output, request.force) as partial:
             manifest = write_slimmed(model, shrinker, best, request.form, partial, validation, made)
+    figures = {"initial": perplexity(initial), "found": perplexity(found), "written": manifest["perplexity"]}
+    warnings = few_tokens(units.session) + above_start(bool(cost["share"]), **figures)
     return {key: value for key, value in manifest.items() if key not in ("files", "tensors")} | {
         "output": str(output),
         "parameters_before": before,
@@ -217,6 +220,7 @@ def run_slim(
         "starts": dict(compared),
         "damping": damping if request.mended == "least-squares" else None,
         **cost,
+        "warnings": warnings,
         "progress": log.reports,
     }
 

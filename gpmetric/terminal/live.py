@@ -17,7 +17,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from rich.text import Text
 
 from gpmetric.allocation.allocate import AllocateListener
 from gpmetric.allocation.evaluation_log import Measured
@@ -25,6 +24,7 @@ from gpmetric.evolution.discover import DiscoverListener
 from gpmetric.evolution.fitness import mean_excess
 from gpmetric.evolution.selection import Individual
 from gpmetric.evolution.time_budget import CampaignPlan
+from gpmetric.plain import plain
 from gpmetric.pruning.bench import BenchListener, BenchRow
 from gpmetric.pruning.prune import PruneListener
 from gpmetric.session.evaluate import EvaluateListener
@@ -32,6 +32,7 @@ from gpmetric.session.plan import Plan
 from gpmetric.session.session import Listener
 from gpmetric.structured.slim import SlimListener
 from gpmetric.terminal.figures import duration, figures_of, needs_of, number, recipe_name
+from gpmetric.terminal.text import Text
 from gpmetric.tuning.steps import TuneListener
 from gpmetric.tuning.trial_log import Measurement
 
@@ -53,7 +54,7 @@ class _Bars:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), console=console, transient=True,
             disable=not console.is_terminal,
         )  # fmt: skip
@@ -71,7 +72,7 @@ class _Bars:
 
     def progress(self, what: str, done: int, total: int) -> None:
         if what not in self._tasks:
-            self._tasks[what] = self._bar.add_task(what, total=total)
+            self._tasks[what] = self._bar.add_task(plain(what), total=total)
         self._bar.update(self._tasks[what], completed=done, total=total)
         now = time.monotonic()
         if done <= self._latest.get(what, done):  # it begins, maybe again

@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.options import Request, command_line
 from gpmetric.terminal.figures import figure, needs_of, number, recipe_name
+from gpmetric.terminal.text import Text
 
 __all__ = [
     "print_allocation",
@@ -63,6 +63,12 @@ def print_discover(console: Console, result: Mapping[str, Any], request: Discove
     )
 
 
+def _print_warnings(console: Console, result: Mapping[str, Any]) -> None:
+    """What must be known of a result, a line each."""
+    for line in result.get("warnings", ()):  # a ledger of an older version has none
+        console.print(Text(f"warning: {line}"), soft_wrap=True)
+
+
 def _print_verdict(console: Console, result: Mapping[str, Any], request: DiscoverRequest) -> None:
     """The winner and why, or that nothing better was found and how to go on; then what the time did not allow."""
     because = result.get("because", "")  # a ledger of an older version does not say
@@ -70,9 +76,9 @@ def _print_verdict(console: Console, result: Mapping[str, Any], request: Discove
         lines = [f"winner: {result['winner']['formula']}", *([because] if because else [])]
     else:
         lines = [because.partition(";")[0], f"go on with: {command_line('discover', request.prolonged())}"]
-    lines += [f"cut: {one}" for one in result.get("cut", ())]
-    for line in lines:
+    for line in (*lines, *(f"cut: {one}" for one in result.get("cut", ()))):
         console.print(Text(line), soft_wrap=True)
+    _print_warnings(console, result)
 
 
 def _other_without_gradients(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -114,10 +120,10 @@ def _print_rungs(console: Console, result: Mapping[str, Any]) -> None:
     for heading in ("step", "formulas", "seconds each", "rank correlation with the last"):
         table.add_column(heading, justify="left" if heading == "step" else "right")
     for name in layers:
-        table.add_row(name.replace("unique_", "distinct "), str(counts[name]), "", "")
+        table.add_row(name.replace("unique_", "distinct "), Text(counts[name]), "", "")
     for row in result["screening"]:
         correlation = "" if row["spearman"] is None else f"{row['spearman']:.2f}"
-        table.add_row(row["rung"], str(row["measured"]), f"{seconds.get(row['rung'], 0.0):.3f}", correlation)
+        table.add_row(Text(row["rung"]), Text(row["measured"]), f"{seconds.get(row['rung'], 0.0):.3f}", correlation)
     console.print(table)
 
 
@@ -152,6 +158,7 @@ def _print_model(console: Console, result: Mapping[str, Any]) -> None:
             f"{row['seconds']:.1f}",
         )
     console.print(table)
+    _print_warnings(console, result)
 
 
 def _print_win_loss(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -172,7 +179,7 @@ def _print_win_loss(console: Console, rows: Sequence[Mapping[str, Any]]) -> None
     for row in rows:
         means = [(row["mean_excess"][name], best[name]) for name in models]
         figures = [Text(f"{mean:.4f}", "bold" if mean == lowest else "") for mean, lowest in means]
-        table.add_row(Text(row["metric"]), row["update"], *figures, *_standing(duels.get(row["metric"])))
+        table.add_row(Text(row["metric"]), Text(row["update"]), *figures, *_standing(duels.get(row["metric"])))
     console.print(table)
     for metric, duel in duels.items():
         if duel["lost_at"]:
@@ -211,12 +218,7 @@ def print_allocation(console: Console, result: Mapping[str, Any], request: Reque
         figures = (f"{point['sparsity']:.4f}", f"{point['sparsity_total']:.4f}", f"{point['perplexity']:.3f}")
         table.add_row(name, *figures, f"{point['excess']:.4f}", style="bold" if point is picked else "")
     console.print(table)
-    better = [name for name, point in rows.items() if number(point["excess"]) < number(picked["excess"])]
-    if better:
-        told = (
-            f"{', '.join(better)} beat what was picked on validation: search longer (--evaluations), or use --allocator"
-        )
-        console.print(Text(told), soft_wrap=True)
+    _print_warnings(console, result)
     if "in_use" in picked:
         told = ", ".join(f"{name} {number(point['excess']):.4f}" for name, point in picked["in_use"].items())
         used = f"--update {result['update']} --fit {result['fit']}"
@@ -269,11 +271,7 @@ def print_slim(console: Console, result: Mapping[str, Any], request: Request) ->
         told = ", ".join(f"{name} {number(figure):.4f}" for name, figure in result["starts"].items())
         told = f"begun from {result['begun']}, the best start on the search text ({result['objective']}: {told})"
         console.print(Text(told), soft_wrap=True)
-    if not result["share"]:
-        told = "the search found nothing better than its start, which was kept: search longer (--minutes)"
-        if result["found"] != result["initial"]:
-            told = f"what the search found has {number(result['found']):.3f} on validation, so its start was kept"
-        console.print(Text(told), soft_wrap=True)
+    _print_warnings(console, result)
     share = f"{result['sparsity']:.4f} of the parameters inside the blocks removed ({result['asked']:g} asked for)"
     console.print(Text(f"{result['output']}: {before:,} -> {after:,} parameters, {share}; verified"), soft_wrap=True)
 
@@ -331,6 +329,7 @@ def print_tune(console: Console, result: Mapping[str, Any], request: Request) ->
     console.print(table)
     for line in result["cut"]:
         console.print(Text(f"cut: {line}"), soft_wrap=True)
+    _print_warnings(console, result)
     pruned = result["pruned"]
     figures = f"perplexity {pruned['perplexity']:.4f}, dense {pruned['dense']:.4f}, on {pruned['text']['text']}"
     if "widths" in pruned:
@@ -356,6 +355,7 @@ def print_prune(console: Console, result: Mapping[str, Any], request: Request) -
     if result["text"]["sha256"] == result["calibration"]["sha256"]:
         figures += ", the text of the calibration (--text)"
     console.print(Text(f"{result['output']}: {sparsity}; {figures}; verified"), soft_wrap=True)
+    _print_warnings(console, result)
 
 
 def print_verify(console: Console, result: Mapping[str, Any], request: Request) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from gpmetric.errors import GpmetricError, OutOfMemoryError, TimeOverError
 from gpmetric.evolution.selection import Individual
 from gpmetric.pruning.prune import PruneListener
+from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.structured.slim import SlimListener
 from gpmetric.tuning.halving import halve
@@ -74,9 +75,21 @@ class Steps(Generic[Asked]):
             "table": [{"what": name} | trials.describe(trial) for name, trial in self.table.items()],
             "trials": [trials.describe(trial) for trial in trials.found],
             "cut": self.cuts,
+            "warnings": few_tokens(session) + self._contradictions(),
             "splits": {name: windows.describe() for name, windows in session.windows.items()},
             "texts": [one.describe() for one in session.evaluated],
         }
+
+    def _contradictions(self) -> list[str]:
+        """Texts read once on which another row of the table is better than the recipe that validation chose."""
+        found = []
+        for place, one in enumerate(self.trials.session.evaluated):
+            losses = {name: trial.others[place] for name, trial in self.table.items() if len(trial.others) > place}
+            if "recipe" in losses and losses[(best := min(losses, key=losses.__getitem__))] < losses["recipe"]:
+                dense = self.trials.dense_on(one.tokens)
+                excess = f"excess {losses[best] - dense:.4f}, the recipe {losses['recipe'] - dense:.4f}"
+                found.append(f"{one.text.name} contradicts validation: there, {best!r} has {excess}")
+        return found
 
     def nothing(self) -> GpmetricError:
         """Why there is no best recipe."""
