@@ -75,15 +75,23 @@ def _root(
 def _add(place: typer.Typer, name: str, command: Command) -> None:
     """Makes a command's function, whose parameters are the options of its request, known to typer."""
 
-    def call(json: Path | None, config: Path | None, **options: Any) -> None:
-        _run(command, options, json)
+    def call(context: typer.Context, json: Path | None, config: Path | None, **options: Any) -> None:
+        given = {name: value for name, value in options.items() if _is_given(context, name)}
+        _run(command, given, json)
 
     shared = [("json", Path | None, _JSON), ("config", Path | None, _CONFIG)]
-    parameters = [_parameter(field) for field in described(command.request)]
+    parameters = [_keyword("context", typer.Context, inspect.Parameter.empty)]
+    parameters += [_parameter(field) for field in described(command.request)]
     parameters += [_keyword(field, Annotated[kind, option], None) for field, kind, option in shared]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     place.command(name, help=command.help)(call)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line or in a --config file."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -15,7 +15,7 @@ from gpmetric.errors import GpmetricError, InputError
 
 __all__ = ["Journal", "check_ledger"]
 
-_WINDOWS = "--sequence-length, --shuffle, --seed"
+_WINDOWS = "--sequence-length, --sampling, --bos, --shuffle, --seed"
 _OPTIONS = {  # setting -> the options that it comes from, where they are called otherwise
     "calibration": f"--calibration, --samples, {_WINDOWS}",
     "search": f"--calibration, --search, --search-windows, {_WINDOWS}",

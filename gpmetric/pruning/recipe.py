@@ -30,7 +30,7 @@ from gpmetric.files import write_text
 from gpmetric.metrics import resolve_metric
 from gpmetric.pruning.allocation import Allocation, allocation_of
 from gpmetric.pruning.updaters import FITS, UPDATERS
-from gpmetric.session.inputs import DTYPES, STATISTICS_DTYPES
+from gpmetric.session.inputs import BOS, DTYPES, SAMPLINGS, STATISTICS_DTYPES
 from gpmetric.targets import parse_target
 
 __all__ = ["Recipe", "read_recipe", "recipe_of", "write_recipe"]
@@ -64,6 +64,9 @@ class Recipe:
     statistics_dtype: str = "float32"
     one_shot: bool = False
     calibration_digest: str | None = None
+    sampling: str = "windows"
+    bos: str = "auto"
+    text_column: str | None = None
     text: str | None = field(default=None, compare=False)
 
     @property
@@ -95,6 +98,9 @@ class _File(BaseModel):
     permute: bool = False
     samples: Annotated[int, Field(ge=1)] = 128
     sequence_length: Annotated[int, Field(ge=2)] | None = None
+    sampling: str = "windows"
+    bos: str = "auto"
+    text_column: str | None = None
     shuffle: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     include: str | None = None
@@ -141,6 +147,7 @@ def recipe_of(content: Any, where: str) -> Recipe:
         raise InputError(f"{where}: {place:.200} {told}") from error
     tables: dict[str, Collection[str | None]] = {
         "update": UPDATERS, "fit": FITS, "dtype": (None, *DTYPES), "statistics_dtype": STATISTICS_DTYPES,
+        "sampling": SAMPLINGS, "bos": BOS,
     }  # fmt: skip
     for name, table in tables.items():
         if getattr(said, name) not in table:

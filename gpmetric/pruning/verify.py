@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 from torch import Tensor
 
 from gpmetric.blockwise.couplings import in_order
+from gpmetric.data import STDIN
 from gpmetric.errors import DataError, GpmetricError, InputError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.loading import check_path, load_model, pick_device
@@ -63,6 +64,7 @@ class _Text(BaseModel):
     sha256: str
     windows: Annotated[int, Field(ge=1)]
     sequence_length: Annotated[int, Field(ge=2)]
+    bos: bool = False
 
 
 class _Width(BaseModel):
@@ -90,6 +92,7 @@ class _Manifest(BaseModel):
     sparsity: Number
     seed: Count
     shuffle: bool
+    text_column: str | None = None
     text: _Text
     layers: list[_Layer]
     tensors: list[str]
@@ -363,12 +366,13 @@ def _windows(model: Model, manifest: _Manifest) -> Tensor | None:
     """[n, length], those of the manifest; None where there is no such text here."""
     said = manifest.text
     try:
-        if said.text.startswith("hf:"):
+        if said.text.startswith("hf:") or said.text.partition("#")[0] == STDIN:
             return None
-        text = open_text(said.text)
+        text = open_text(said.text, manifest.text_column)
+        if text.source is None and text.digest != said.sha256:
+            return None
+        seed, bos = manifest.seed if manifest.shuffle else None, "always" if said.bos else "never"
+        windows = read_windows(model, text, said.sequence_length, said.windows, seed, bos=bos)
     except DataError:
         return None
-    if text is None or text.digest != said.sha256:
-        return None
-    seed = manifest.seed if manifest.shuffle else None
-    return read_windows(model, text, said.sequence_length, said.windows, seed).tokens
+    return windows.tokens if windows.describe()["sha256"] == said.sha256 else None
