@@ -138,7 +138,7 @@ def test_a_checkpoint_is_verified_with_the_windows_it_was_written_with(
     assert found["ok"]
     assert found["perplexity"] == pytest.approx(done["perplexity"])
     recipe = tmp_path / "recipe.toml"
-    told = "".join(f"{key} = {json.dumps(value)}\n" for key, value in options.items())
+    told = "".join(f"{key} = {json.dumps(value)}\n" for key, value in {**options, "bos": "auto"}.items())
     recipe.write_text(f'version = 1\nmetric = "wanda"\ntarget = "0.5"\n{told}')
     prune(str(bos_llama), output=tmp_path / "b", recipe=recipe, **others)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]

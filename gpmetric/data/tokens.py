@@ -11,7 +11,8 @@ from typing import Any
 
 __all__ = ["tokens_of"]
 
-# Characters of a piece. llama-4m's tokenizer, one thread: 5 MB by 32 Ki take 1.03 of the time of 5 MB at once.
+# Characters of a piece. One AMD EPYC thread, WikiText-2 validation whole (1.1 MB): 1.02 of the time of tokenising it at
+# once with llama-4m's tokenizer, 1.24 with SmolLM2's.
 _PIECE = 2**15
 # Characters behind a cut, which the tokens before it do not depend on: many times the longest token.
 _AHEAD = 2**10

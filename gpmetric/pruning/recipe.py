@@ -7,10 +7,11 @@
     fit = "dense"
     samples = 128
     sequence_length = 2048
+    bos = "auto"
 
 An allocation may stand behind it, as a table of what an allocation file holds. With the model and the calibration text
-it determines the weights; the digest of the text's windows may be in it, too, and then others are refused. The device
-is left out, whose arithmetic may differ in the last bits.
+it determines the weights; the digest of the text's windows may be in it, too, and then others are refused. Where
+`bos` is not said, windows are without it. The device is left out, whose arithmetic may differ in the last bits.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class _File(BaseModel):
     samples: Annotated[int, Field(ge=1)] = 128
     sequence_length: Annotated[int, Field(ge=2)] | None = None
     sampling: str = "windows"
-    bos: str = "auto"
+    bos: str = "never"  # as windows were when recipes did not say it
     text_column: str | None = None
     shuffle: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
