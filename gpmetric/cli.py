@@ -80,19 +80,28 @@ def _add(place: typer.Typer, name: str, command: Command) -> None:
     fields = described(command.request)
     own = any(field.name == "force" for field in fields)
 
-    def call(json: Path | None, config: Path | None, **options: Any) -> None:
-        _run(command, options, json, config, force=own or options.pop("force"))
+    def call(context: typer.Context, json: Path | None, config: Path | None, **options: Any) -> None:
+        force = own or options.pop("force")
+        given = {name: value for name, value in options.items() if _is_given(context, name)}
+        _run(command, given, json, config, force=force)
 
     shared: list[tuple[str, Any, Any, Any]] = [
         ("json", Path | None, _JSON, None),
         ("config", Path | None, _CONFIG, None),
     ]
     shared += [] if own else [("force", bool, _FORCE, False)]
-    parameters = [_parameter(field) for field in fields]
+    parameters = [_keyword("context", typer.Context, inspect.Parameter.empty)]
+    parameters += [_parameter(field) for field in fields]
     parameters += [_keyword(field, Annotated[kind, option], default) for field, kind, option, default in shared]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     place.command(name, help=command.help)(call)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line or in a --config file."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:

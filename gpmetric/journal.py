@@ -23,7 +23,7 @@ __all__ = ["Journal", "check_ledger"]
 _LOG = logging.getLogger(__name__)
 _SUM = re.compile(rb', "checksum": "([0-9a-f]{16})"}', re.ASCII)  # that ends a line
 _SUM_BYTES = 33
-_WINDOWS = "--sequence-length, --shuffle, --seed"
+_WINDOWS = "--sequence-length, --sampling, --bos, --shuffle, --seed"
 _OPTIONS = {  # setting -> the options that it comes from, where they are called otherwise
     "calibration": f"--calibration, --samples, {_WINDOWS}",
     "search": f"--calibration, --search, --search-windows, {_WINDOWS}",

@@ -131,6 +131,11 @@ class Request:
         """What is written that no option names: by its name, where, and what, as of `check_outputs`."""
         return {}
 
+    @classmethod
+    def filled(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The values given, by field, with those that one of them stands for."""
+        return given
+
     def completed(self) -> Self:
         """The request with what is filled in when it runs, the name of a new file for instance."""
         return self
@@ -240,7 +245,7 @@ def make_request(kind: type[Kind], options: dict[str, Any]) -> Kind:
             raise InputError(f"unknown option {name!r}: {hint}accepted are {', '.join(known)}")
         if value is not None or field.optional:
             given[field.name] = _converted(field, value)
-    return kind(**given)
+    return kind(**kind.filled(given))
 
 
 def _converted(field: Described, value: Any) -> Any:

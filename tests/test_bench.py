@@ -70,7 +70,7 @@ def test_the_document(tiny_llama: Path, tiny_text: Path) -> None:
     assert [part["windows"] for part in result["texts"]] == [6, 6]
     assert result.keys() == {
         "model", "dtype", "device", "protocol", "sequence_length", "seed", "shuffle", "calibration", "texts", "layers",
-        "statistics_dtype", "dense", "warnings", "results", "versions",
+        "statistics_dtype", "dense", "warnings", "results", "versions", "bos", "sampling", "text_column", "left_out",
     }  # fmt: skip
     assert {"gpmetric", "torch", "transformers", "python"} <= result["versions"].keys()
     assert json.loads(json.dumps(result, allow_nan=False)) == result

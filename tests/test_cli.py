@@ -503,7 +503,7 @@ def test_config_may_hold_everything(run: Run, quick: list[str], tmp_path: Path, 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("metrics = ['wanda']", "unknown key 'metrics'; accepted: calibration, device,"),
+        ("metrics = ['wanda']", "unknown key 'metrics'; accepted: bos, calibration, device,"),
         ("[bench]\nsamples = 1", "unknown key 'bench'"),
         ("help = true", "unknown key 'help'"),
         ("config = 'x'", "unknown key 'config'"),

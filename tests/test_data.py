@@ -38,6 +38,7 @@ def test_windows_are_contiguous_and_the_incomplete_last_is_dropped() -> None:
         "windows": 3,
         "tokens": 9,
         "sequence_length": 3,
+        "bos": False,
     }
 
 
@@ -138,7 +139,7 @@ BAD_FILES = {
     "empty.txt": (b"", "is empty"),
     "blank.txt": (b" \r\n\t\n", "is empty"),
     "latin.txt": (b"abc\xe9def", "is not UTF-8: invalid continuation byte at byte 3"),
-    "gzip.jsonl.gz": (b"\x1f\x8b\x08\x00", "is not UTF-8: invalid start byte at byte 1"),
+    "gzip.jsonl.gz": (b"\x1f\x8b\x08\x00", "is not whole as gzip: Compressed file ended"),
     "empty.jsonl": (b"", "is empty"),
     "latin.jsonl": (b'{"text": "\xe9"}', "is not UTF-8"),
     "malformed.jsonl": (b'{"text": "a"}\n' * 6 + b'{"text": "b"\n{"text": "c"}\n', "line 7: not JSON: Expecting"),
@@ -180,7 +181,7 @@ def test_bad_parquet_columns(tmp_path: Path) -> None:
     [
         ("missing.txt", "does not exist"),
         ("missing.parquet", "does not exist"),
-        ("folder", "is a directory; a text file"),
+        ("folder", "is a folder without a shard"),
         ("x" * 300, "cannot be read: File name too long"),
         ("nul\0", "does not exist"),
     ],

@@ -28,7 +28,7 @@ def test_written_and_read_again(tmp_path: Path) -> None:
     targets = {odd: layer_target("layer", (8, 16), 50), "plain": layer_target("layer", (8, 16), 0)}
     recipe = Recipe(
         "layer:W*W*F", "0.6", "admm", "dense", 64, 256, True, 7, r"^model\.", None, Allocation("layer", targets),
-        False, "bfloat16", "bfloat16", True, "0123",
+        False, "bfloat16", "bfloat16", True, "0123", "documents", "never", "body",
     )  # fmt: skip
     write_recipe(recipe, tmp_path / "recipe.toml")
     again = read_recipe(tmp_path / "recipe.toml")
@@ -51,6 +51,8 @@ def test_written_and_read_again(tmp_path: Path) -> None:
         (WHOLE + "samples = 0\n", "samples is 0"),
         (WHOLE + 'dtype = "float64"\n', "accepted: float32, bfloat16, float16"),
         (WHOLE + 'statistics_dtype = "float16"\n', "accepted: float32, bfloat16"),
+        (WHOLE + 'bos = "no"\n', "bos is 'no'; accepted: auto, always, never"),
+        (WHOLE + 'sampling = "rows"\n', "accepted: windows, documents"),
         (WHOLE + "seed = true\n", "seed is True"),
         (WHOLE + '[allocation]\nversion = 1\ngranularity = "rows"\n', "allocation: granularity is 'rows'"),
         ("version = ", "is no recipe"),

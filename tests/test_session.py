@@ -142,13 +142,13 @@ def test_a_model_that_is_named_needs_texts(tiny_text: Path, named: dict[str, boo
     given: dict[str, Any] = {name: (str(tiny_text),) if name == "text" else str(tiny_text) for name in named}
     with pytest.raises(InputError) as caught:
         open_sources(Search(model="/no/such/model", **given))
-    accepted = "a text file, JSONL, Parquet or hf:dataset[/config]:split"
+    accepted = "a text file, JSONL, Parquet, CSV, - or hf:dataset[/config]:split"
     assert str(caught.value) == f"{option} is needed with --model: {accepted}"
 
 
 def test_each_text_is_opened_once(tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    monkeypatch.setattr(splits_module, "open_text", lambda name: opened.append(name) or open_text(name))
+    monkeypatch.setattr(splits_module, "open_text", lambda name, column: opened.append(name) or open_text(name, column))
     text = str(tiny_text)
     sources = open_sources(Search(calibration=text, search=text, validation="demo:test", text=(text, text)))
     assert opened == [text, "demo:test"]
@@ -211,7 +211,11 @@ def test_open_session(tiny_llama: Path, tiny_text: Path) -> None:
     assert tuple(session.tokens.shape) == (3, 8)
     assert session.metric("gblm_l1") == resolve_metric("gblm_l1", 3, 8)
     described = session.describe()
-    assert described.keys() == {"model", "dtype", "device", "seed", "shuffle", "statistics_dtype", "versions"}
+    assert described.keys() == {
+        "model", "dtype", "device", "seed", "shuffle", "statistics_dtype", "versions", "bos", "sampling", "text_column",
+        "left_out",
+    }  # fmt: skip
+    assert (described["bos"], described["sampling"], described["left_out"]) == ("auto", "windows", [])
     assert (described["model"], described["dtype"], described["device"]) == (str(tiny_llama), "bfloat16", "cpu")
     assert (described["seed"], described["shuffle"]) == (7, False)
 

@@ -582,6 +582,7 @@ def test_refused(tmp_path: Path) -> None:
         ({"output": tmp_path / "a", "target": "1.5"}, "1.5"),
         ({"output": tmp_path / "a", "metric": ["wandaa"]}, "unknown metric 'wandaa'"),
         ({"output": tmp_path / "a", "shuffle": True}, "--shuffle needs"),
+        ({"output": tmp_path / "a", "sampling": "documents"}, "--sampling documents needs"),
         ({"output": tmp_path, "windows": 4}, "exists already"),
     ):
         with pytest.raises(InputError, match=told):

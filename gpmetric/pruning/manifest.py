@@ -66,6 +66,7 @@ class _Text(BaseModel):
     sha256: str
     windows: Annotated[int, Field(ge=1)]
     sequence_length: Annotated[int, Field(ge=2)]
+    bos: bool = False
 
 
 class _Width(BaseModel):
@@ -96,6 +97,7 @@ class Manifest(BaseModel):
     sparsity: Number
     seed: Count
     shuffle: bool
+    text_column: str | None = None
     text: _Text
     layers: list[LayerRecord]
     tensors: list[str]

@@ -7,10 +7,11 @@
     fit = "dense"
     samples = 128
     sequence_length = 2048
+    bos = "auto"
 
 An allocation may stand behind it, as a table of what an allocation file holds. With the model and the calibration text
-it determines the weights; the digest of the text's windows may be in it, too, and then others are refused. The device
-is left out, whose arithmetic may differ in the last bits.
+it determines the weights; the digest of the text's windows may be in it, too, and then others are refused. Where
+`bos` is not said, windows are without it. The device is left out, whose arithmetic may differ in the last bits.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from gpmetric.files import write_text
 from gpmetric.metrics import resolve_metric
 from gpmetric.pruning.allocation import Allocation, allocation_of
 from gpmetric.pruning.updaters import FITS, UPDATERS
-from gpmetric.session.inputs import DTYPES, STATISTICS_DTYPES
+from gpmetric.session.inputs import BOS, DTYPES, SAMPLINGS, STATISTICS_DTYPES
 from gpmetric.targets import parse_target
 
 __all__ = ["Recipe", "read_recipe", "recipe_of", "write_recipe"]
@@ -64,6 +65,9 @@ class Recipe:
     statistics_dtype: str = "float32"
     one_shot: bool = False
     calibration_digest: str | None = None
+    sampling: str = "windows"
+    bos: str = "auto"
+    text_column: str | None = None
     text: str | None = field(default=None, compare=False)
 
     @property
@@ -95,6 +99,9 @@ class _File(BaseModel):
     permute: bool = False
     samples: Annotated[int, Field(ge=1)] = 128
     sequence_length: Annotated[int, Field(ge=2)] | None = None
+    sampling: str = "windows"
+    bos: str = "never"  # as windows were when recipes did not say it
+    text_column: str | None = None
     shuffle: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     include: str | None = None
@@ -141,6 +148,7 @@ def recipe_of(content: Any, where: str) -> Recipe:
         raise InputError(f"{where}: {place:.200} {told}") from error
     tables: dict[str, Collection[str | None]] = {
         "update": UPDATERS, "fit": FITS, "dtype": (None, *DTYPES), "statistics_dtype": STATISTICS_DTYPES,
+        "sampling": SAMPLINGS, "bos": BOS,
     }  # fmt: skip
     for name, table in tables.items():
         if getattr(said, name) not in table:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gpmetric.blockwise.couplings import in_order
+from gpmetric.data import STDIN
 from gpmetric.errors import DataError, GpmetricError, InputError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.files import read_object
@@ -345,12 +346,13 @@ def _windows(model: Model, manifest: Manifest) -> Tensor | None:
     """[n, length], those of the manifest; None where there is no such text here."""
     said = manifest.text
     try:
-        if said.text.startswith("hf:"):
+        if said.text.startswith("hf:") or said.text.partition("#")[0] == STDIN:
             return None
-        text = open_text(said.text)
+        text = open_text(said.text, manifest.text_column)
+        if text.source is None and text.digest != said.sha256:
+            return None
+        seed, bos = manifest.seed if manifest.shuffle else None, "always" if said.bos else "never"
+        windows = read_windows(model, text, said.sequence_length, said.windows, seed, bos=bos)
     except DataError:
         return None
-    if text is None or text.digest != said.sha256:
-        return None
-    seed = manifest.seed if manifest.shuffle else None
-    return read_windows(model, text, said.sequence_length, said.windows, seed).tokens
+    return windows.tokens if windows.describe()["sha256"] == said.sha256 else None

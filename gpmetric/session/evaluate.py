@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -57,7 +58,7 @@ def run_evaluate(
     for place, part in enumerate(session.evaluated):
         until = deadline.now() + deadline.left / (len(session.evaluated) - place)
         loss, count = _measured(session.model, part.tokens, until, deadline, told)
-        measured.append(Windows(part.text, part.tokens[:count]))
+        measured.append(replace(part, tokens=part.tokens[:count]))
         ppl[part.text.name] = perplexity(loss)
         told.text(part.text.name, ppl[part.text.name])
     return session.describe() | {

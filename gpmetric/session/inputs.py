@@ -5,19 +5,31 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from gpmetric.errors import InputError
-from gpmetric.options import Option, Request
+from gpmetric.errors import InputError, one_of
+from gpmetric.options import Option, Request, described
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEVICES", "DTYPES", "STATISTICS_DTYPES", "Inputs", "Limits", "Texts", "parse_size"]
+__all__ = [
+    "BOS", "DEVICES", "DTYPES", "PRESETS", "SAMPLINGS", "STATISTICS_DTYPES", "Inputs", "Limits", "Texts", "parse_size",
+]  # fmt: skip
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")
 STATISTICS_DTYPES = ("float32", "bfloat16")
+BOS = ("auto", "always", "never")
+SAMPLINGS = ("windows", "documents")
+
+# Options that stand for a regime together. The published one is that of SparseGPT and Wanda, whose windows have no BOS
+# but where a document begins; None leaves a command its default.
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {"samples": 32, "sequence_length": 256, "sampling": "windows", "bos": "auto", "windows": 32},
+    "standard": {"samples": 128, "sequence_length": None, "sampling": "windows", "bos": "auto", "windows": None},
+    "published": {"samples": 128, "sequence_length": 2048, "sampling": "documents", "bos": "never", "windows": None},
+}
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -71,12 +83,28 @@ class Inputs(Limits):
     ] = None
     calibration: Annotated[
         str | None,
-        Option("Text of the statistics: a file, JSONL, Parquet or hf:dataset:split.", reads=True),
+        Option(
+            "Text of the statistics: a file, folder or pattern, - (standard input) or hf:dataset:split.", reads=True
+        ),
+    ] = None
+    text_column: Annotated[
+        str | None, Option("Column of the text in JSON, Parquet and CSV; text by default.", metavar="NAME")
+    ] = None
+    preset: Annotated[
+        str | None,
+        Option("Samples, length, sampling, BOS and windows at once; options given win. {choices}.", choices=PRESETS),
     ] = None
     samples: Annotated[int, Option("Calibration windows.", least=1)] = 128
+    sampling: Annotated[
+        str,
+        Option("Calibration {choices}: the first windows, or one inside each of random documents.", choices=SAMPLINGS),
+    ] = "windows"
     sequence_length: Annotated[int | None, Option("Tokens per window; the model's context, at most 2048.")] = None
     windows: Annotated[int | None, Option("Windows of each text evaluated; all by default.", least=1)] = None
     shuffle: Annotated[bool, Option("Draw windows with --seed, not the first.", names=("--shuffle",))] = False
+    bos: Annotated[
+        str, Option("{choices}: whether a window begins with BOS; auto where the tokenizer adds it.", choices=BOS)
+    ] = "auto"
     seed: Annotated[int, Option("Seed of everything random.", least=0, below=2**63)] = 0
     device: Annotated[str, Option("{choices}.", choices=DEVICES)] = "auto"
     dtype: Annotated[str | None, Option("{choices}; float32 on a CPU, as stored on CUDA.", choices=DTYPES)] = None
@@ -85,6 +113,14 @@ class Inputs(Limits):
     statistics_dtype: Annotated[
         str, Option("{choices}: what G, H, F and R are kept in.", choices=STATISTICS_DTYPES)
     ] = "float32"
+
+    @classmethod
+    def filled(cls, given: dict[str, Any]) -> dict[str, Any]:
+        others = {name: value for name, value in given.items() if name != "preset"}
+        if (preset := given.get("preset")) is None:
+            return others
+        meant, known = PRESETS[one_of("--preset", preset, PRESETS)], {field.name for field in described(cls)}
+        return {name: value for name, value in meant.items() if name in known and value is not None} | others
 
     @property
     def kept_dtype(self) -> torch.dtype | None:

@@ -15,7 +15,9 @@ __all__ = ["EvaluateRequest"]
 class EvaluateRequest(Inputs):
     """Everything `gpmetric evaluate` can be asked for."""
 
-    unused: ClassVar[frozenset[str]] = frozenset({"calibration", "samples", "include", "exclude", "statistics_dtype"})
+    unused: ClassVar[frozenset[str]] = frozenset(
+        {"calibration", "samples", "sampling", "include", "exclude", "statistics_dtype"}
+    )
 
     text: Annotated[tuple[str, ...], Option("Text to evaluate; may be repeated.", reads=True)] = ()
 

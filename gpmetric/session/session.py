@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,7 +26,7 @@ from gpmetric.calibration.cache import (
     stored_dtype,
 )
 from gpmetric.calibration.collect import Statistics, collect_blocks, token_batches
-from gpmetric.data import Windows
+from gpmetric.data import Windows, leading_bos, left_out
 from gpmetric.errors import GpmetricError
 from gpmetric.files import cache_folder
 from gpmetric.loading import open_model, prepare_model
@@ -38,6 +40,8 @@ from gpmetric.session.splits import Sources, open_sources, read_splits
 from gpmetric.session.work import Work
 
 __all__ = ["Listener", "Progress", "Session", "open_session", "plan_command", "plan_session"]
+
+_LOG = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # what, done, in all
 
@@ -143,6 +147,12 @@ class Session:
         """Where hidden states are on their way through the blocks."""
         return Shelf() if self.plan.states else self.plan.shelf()
 
+    @cached_property
+    def left_out(self) -> list[str]:
+        """What the model may have been trained with and windows are without, in words."""
+        accepted = frozenset(inspect.signature(self.model.module.forward).parameters)
+        return left_out(self.model.tokenizer, accepted, leading_bos(self.model.tokenizer, self.inputs.bos))
+
     def forget(self) -> None:
         """Lets go of what was measured of the dense model."""
         self.dense = None
@@ -158,14 +168,18 @@ class Session:
 
     def describe(self) -> dict[str, Any]:
         """What every result says of where it came from."""
+        unused = self.inputs.unused
         return {
             "model": self.model.name,
             "dtype": self.model.dtype,
             "device": str(self.model.device),
             "seed": self.inputs.seed,
             "shuffle": self.inputs.shuffle,
+            "bos": self.inputs.bos,
+            "text_column": self.inputs.text_column,
+            "left_out": self.left_out,
             "versions": versions(),
-        } | ({} if "statistics_dtype" in self.inputs.unused else {"statistics_dtype": self.inputs.statistics_dtype})
+        } | {name: getattr(self.inputs, name) for name in ("sampling", "statistics_dtype") if name not in unused}
 
 
 def open_session(
@@ -207,6 +221,8 @@ def plan_session(
     chosen = inputs.models[0] if name is None else name
     model = open_model(chosen, device=inputs.device, dtype=inputs.dtype, include=inputs.include, exclude=inputs.exclude)
     session = Session(inputs, model, *read_splits(model, inputs, sources))
+    if session.left_out:
+        _LOG.warning("%s: windows are without %s", model.name, ", ".join(session.left_out))
     if work is not None:
         plan = make_plan(model, work(session), inputs.memory_limit)
         session.plan = replace(plan, seconds=min(plan.seconds, 60 * (inputs.minutes or math.inf)))

@@ -6,7 +6,16 @@ import os.path
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gpmetric.data import Text, Windows, check_disjoint, cut_windows, read_text, split_text
+from gpmetric.data import (
+    Text,
+    Windows,
+    check_disjoint,
+    cut_windows,
+    draw_windows,
+    leading_bos,
+    read_text,
+    split_text,
+)
 from gpmetric.demo.text import SPLITS, demo_text
 from gpmetric.errors import DataError, InputError
 from gpmetric.models import Model
@@ -37,11 +46,11 @@ def open_sources(inputs: Inputs) -> Sources:
 
     def read(name: str | None, option: str, split: str) -> Text:
         if name is None and inputs.models[0] is not None:
-            accepted = "a text file, JSONL, Parquet or hf:dataset[/config]:split"
+            accepted = "a text file, JSONL, Parquet, CSV, - or hf:dataset[/config]:split"
             raise InputError(f"{option} is needed with --model: {accepted}")
         source = f"demo:{split}" if name is None else name
         if source not in opened:
-            opened[source] = open_text(source)
+            opened[source] = open_text(source, inputs.text_column)
         return opened[source]
 
     if texts.cut is not None:
@@ -51,8 +60,8 @@ def open_sources(inputs: Inputs) -> Sources:
     return Sources(splits, tuple(read(name, "--text", "test") for name in dict.fromkeys(texts.evaluated)))
 
 
-def open_text(source: str) -> Text:
-    """A text file, a table, a Hub dataset, or a split of the demo's text.
+def open_text(source: str, column: str | None = None) -> Text:
+    """A text file, a table, a Hub dataset, or a split of the demo's text; `column` is of tables.
 
     `c.txt#validation` is what `c.txt` cut into three has under that name, unless there is a file of such a name.
 
@@ -61,9 +70,9 @@ def open_text(source: str) -> Text:
     """
     whole, _, part = source.rpartition("#")
     if whole and part in PARTS and not os.path.exists(source):
-        return split_text(open_text(whole), PARTS)[part]
+        return split_text(open_text(whole, column), PARTS)[part]
     if not source.startswith("demo:"):
-        return read_text(source)
+        return read_text(source, column)
     split = source.removeprefix("demo:")
     if split not in SPLITS:
         raise DataError(f"unknown demo text {source!r}: accepted are " + ", ".join(f"demo:{name}" for name in SPLITS))
@@ -84,14 +93,20 @@ def check_length(model: Model, length: int | None) -> int:
     return length
 
 
-def read_windows(model: Model, text: Text, length: int, count: int | None, shuffle_seed: int | None = None) -> Windows:
-    """Windows of a text for this model; see `gpmetric.data.cut_windows`.
+def read_windows(
+    model: Model, text: Text, length: int, count: int | None, shuffle_seed: int | None = None, *, bos: str = "auto"
+) -> Windows:
+    """Windows of a text for this model; see `gpmetric.data.cut_windows`, and for `bos` `gpmetric.data.leading_bos`.
 
     Raises:
+        InputError: a BOS token that the tokenizer does not have.
         DataError: the text is shorter than one window.
         ModelError: tokenizer and model do not match.
     """
-    return cut_windows(text, model.tokenizer, length, count, vocabulary=model.vocabulary, shuffle_seed=shuffle_seed)
+    first = leading_bos(model.tokenizer, bos)
+    return cut_windows(
+        text, model.tokenizer, length, count, vocabulary=model.vocabulary, shuffle_seed=shuffle_seed, bos=first
+    )
 
 
 def read_splits(model: Model, inputs: Inputs, sources: Sources) -> tuple[dict[str, Windows], list[Windows]]:
@@ -102,10 +117,22 @@ def read_splits(model: Model, inputs: Inputs, sources: Sources) -> tuple[dict[st
         DataError: a text is too short, or shares windows with another that it must not.
         ModelError: tokenizer and model do not match.
     """
-    texts, length, seed = inputs.texts, check_length(model, inputs.sequence_length), inputs.shuffle_seed
+    texts, length = inputs.texts, check_length(model, inputs.sequence_length)
+
+    def read(text: Text, count: int | None) -> Windows:
+        return read_windows(model, text, length, count, inputs.shuffle_seed, bos=inputs.bos)
+
+    def sampled(text: Text) -> Windows:
+        bos = leading_bos(model.tokenizer, inputs.bos)
+        return draw_windows(
+            text, model.tokenizer, length, inputs.samples, vocabulary=model.vocabulary, seed=inputs.seed, bos=bos
+        )
+
     splits = {
-        split: read_windows(model, text, length, texts.windows[split], seed) for split, text in sources.splits.items()
-    }
+        split: sampled(text) if split == "calibration" and inputs.sampling == "documents"
+        else read(text, texts.windows[split])
+        for split, text in sources.splits.items()
+    }  # fmt: skip
     if texts.disjoint:
         check_disjoint(splits)
-    return splits, [read_windows(model, text, length, inputs.windows, seed) for text in sources.evaluated]
+    return splits, [read(text, inputs.windows) for text in sources.evaluated]

@@ -23,7 +23,8 @@ def first_recipe(request: TuneRequest, session: Session) -> Recipe:
     """A recipe of the request's target and windows, of the simplest metric."""
     samples, length = session.tokens.shape
     return Recipe(
-        "wanda", request.target, samples=samples, sequence_length=length, shuffle=request.shuffle, seed=request.seed,
+        "wanda", request.target, samples=samples, sequence_length=length, sampling=request.sampling, bos=request.bos,
+        text_column=request.text_column, shuffle=request.shuffle, seed=request.seed,
         include=request.include, exclude=request.exclude, dtype=session.model.dtype,
         statistics_dtype=request.statistics_dtype, calibration_digest=session.windows["calibration"].tokens_digest,
     )  # fmt: skip

@@ -75,8 +75,9 @@ class TuneRequest(SearchInputs):
             self._check_structured()
         elif self.format is not None:
             raise InputError(f"--format {self.format} is of models that lose channels and heads: --structured")
-        elif self.shuffle and self.search is None:
-            raise InputError("--shuffle needs --search and --validation: prune would draw from all of the text")
+        elif (self.shuffle or self.sampling == "documents") and self.search is None:
+            drawn = "--shuffle" if self.shuffle else "--sampling documents"
+            raise InputError(f"{drawn} needs --search and --validation: prune would draw from all of the text")
 
     def _check_structured(self) -> None:
         """Refuses options that say something of single weights."""

@@ -170,4 +170,4 @@ class _OnSearchText(Trials):
 
 def _first(windows: Windows, share: float) -> Windows:
     """The first of the windows; at least one."""
-    return Windows(windows.text, windows.tokens[: max(1, round(share * len(windows.tokens)))])
+    return replace(windows, tokens=windows.tokens[: max(1, round(share * len(windows.tokens)))])
