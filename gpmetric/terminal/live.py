@@ -36,8 +36,14 @@ from gpmetric.tuning.steps import TuneListener
 from gpmetric.tuning.trial_log import Measurement
 
 __all__ = [
-    "AllocateReport", "BenchReport", "DiscoverReport", "EvaluateReport", "PruneReport", "SlimReport", "TuneReport",
-    "VerifyReport",
+    "AllocateReport",
+    "BenchReport",
+    "DiscoverReport",
+    "EvaluateReport",
+    "PlainReport",
+    "PruneReport",
+    "SlimReport",
+    "TuneReport",
 ]  # fmt: skip
 
 _SEARCHED = {"kl": "divergence"}  # what an objective is called, where that is not its name
@@ -112,7 +118,7 @@ class EvaluateReport(_Bars, EvaluateListener):
         self._console.print(Text(f"{name}: perplexity {ppl:.4f}"), soft_wrap=True)
 
 
-class VerifyReport(_Bars, Listener):
+class PlainReport(_Bars, Listener):
     """Bars alone."""
 
 
