@@ -135,7 +135,7 @@ COMMANDS: dict[str, Command] = {
         failure=lazy("gpmetric.pruning.verify:first_problem"),
     ),
     "evaluate": Command(
-        "Perplexity of a model on texts.",
+        "Perplexity of a model on texts, and its figures on tasks of lm-eval.",
         EvaluateRequest,
         lazy("gpmetric.session.evaluate:run_evaluate"),
         lazy("gpmetric.terminal.tables:print_evaluation"),

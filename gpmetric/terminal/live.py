@@ -117,6 +117,11 @@ class EvaluateReport(_Bars, EvaluateListener):
     def text(self, name: str, ppl: float) -> None:
         self._console.print(Text(f"{name}: perplexity {ppl:.4f}"), soft_wrap=True)
 
+    def tasks(self, figures: Mapping[str, Mapping[str, float]]) -> None:
+        for name, row in figures.items():
+            told = (f"{key} {value:.4f}" for key, value in row.items())
+            self._console.print(Text(f"{name}: {', '.join(told)}"), soft_wrap=True)
+
 
 class PlainReport(_Bars, Listener):
     """Bars alone."""

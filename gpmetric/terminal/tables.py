@@ -389,6 +389,8 @@ def print_verify(console: Console, result: Mapping[str, Any], request: Request) 
 def print_evaluation(console: Console, result: Mapping[str, Any], request: Request) -> None:
     """What was measured on; the listener has printed the figures."""
     whole = result["windows_in_all"]
+    if not whole:  # tasks alone
+        return
     windows = f"{result['windows']}{f' of {whole}' if whole > result['windows'] else ''} windows"
     size = f"{windows} of {result['sequence_length']} tokens"
     console.print(Text(f"{size}, {result['dtype']}, {result['device']}"), soft_wrap=True)
