@@ -1,8 +1,8 @@
 """Discovers pruning metrics for language models by genetic programming.
 
-`discover`, `bench`, `allocate`, `tune`, `prune`, `slim`, `verify`, `evaluate` and `analyse` are the commands of the
-command line; `load` opens what they write; `Metric` and `select_mask` score and choose. Importing the package imports
-neither torch nor transformers; using a name does.
+`discover`, `bench`, `allocate`, `tune`, `prune`, `slim`, `verify`, `evaluate`, `analyse`, `pack` and `unpack` are the
+commands of the command line; `load` opens what they write; `Metric` and `select_mask` score and choose. Importing the
+package imports neither torch nor transformers; using a name does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from gpmetric.evolution.discover import discover
     from gpmetric.loading import load, load_model
     from gpmetric.metrics import BASELINES, Metric
+    from gpmetric.packing.pack import pack
+    from gpmetric.packing.unpack import unpack
     from gpmetric.pruning.bench import bench
     from gpmetric.pruning.mask import select_mask
     from gpmetric.pruning.prune import prune
@@ -38,11 +40,13 @@ _HOMES = {
     "evaluate": "session.evaluate",
     "load": "loading",
     "load_model": "loading",
+    "pack": "packing.pack",
     "parse_target": "targets",
     "prune": "pruning.prune",
     "select_mask": "pruning.mask",
     "slim": "structured.slim",
     "tune": "tuning.tune",
+    "unpack": "packing.unpack",
     "verify": "pruning.verify",
 }
 
@@ -57,11 +61,13 @@ __all__ = [
     "evaluate",
     "load",
     "load_model",
+    "pack",
     "parse_target",
     "prune",
     "select_mask",
     "slim",
     "tune",
+    "unpack",
     "verify",
 ]
 

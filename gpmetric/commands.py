@@ -12,6 +12,7 @@ from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.export.request import ExportRequest
 from gpmetric.lazy import lazy
 from gpmetric.options import Request
+from gpmetric.packing.requests import PackRequest, UnpackRequest
 from gpmetric.pruning.requests import BenchRequest, CatalogueRequest, PruneRequest, VerifyRequest
 from gpmetric.session.requests import EvaluateRequest
 from gpmetric.structured.request import SlimRequest
@@ -129,12 +130,12 @@ COMMANDS: dict[str, Command] = {
         VerifyRequest,
         lazy("gpmetric.pruning.verify:run_verify"),
         lazy("gpmetric.terminal.tables:print_verify"),
-        lazy("gpmetric.terminal.live:VerifyReport"),
+        lazy("gpmetric.terminal.live:PlainReport"),
         timed=True,
         failure=lazy("gpmetric.pruning.verify:first_problem"),
     ),
     "evaluate": Command(
-        "Perplexity of a model on texts.",
+        "Perplexity of a model on texts, and its figures on tasks of lm-eval.",
         EvaluateRequest,
         lazy("gpmetric.session.evaluate:run_evaluate"),
         lazy("gpmetric.terminal.tables:print_evaluation"),
@@ -142,6 +143,20 @@ COMMANDS: dict[str, Command] = {
         timed=True,
         live=True,
         work=lazy("gpmetric.session.evaluate:evaluate_work"),
+    ),
+    "pack": Command(
+        "Packs a checkpoint into one smaller file, without the loss of a bit: zeros take one each.",
+        PackRequest,
+        lazy("gpmetric.packing.pack:run_pack"),
+        lazy("gpmetric.terminal.tables:print_pack"),
+        lazy("gpmetric.terminal.live:PlainReport"),
+    ),
+    "unpack": Command(
+        "Restores the folder that was packed, bit by bit.",
+        UnpackRequest,
+        lazy("gpmetric.packing.unpack:run_unpack"),
+        lazy("gpmetric.terminal.tables:print_unpack"),
+        lazy("gpmetric.terminal.live:PlainReport"),
     ),
     "analyse": Command(
         "Shows which operands, operations, sub-expressions and masks go with good fitness in a campaign.",

@@ -19,7 +19,7 @@ LAYERS = [
     {"commands", "config"},
     {"terminal"},
     {"analysis", "tuning"},
-    {"evolution", "allocation", "structured"},
+    {"evolution", "allocation", "structured", "packing"},
     {"pruning"},
     {"session"},
     {"calibration", "evaluation", "export"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from gpmetric.data import Windows
 from gpmetric.evaluation.perplexity import batches, mean_loss, perplexity
+from gpmetric.evaluation.tasks import check_tasks, task_figures
 from gpmetric.models import Model
 from gpmetric.options import as_function
 from gpmetric.session.deadline import Deadline
@@ -27,18 +29,21 @@ class EvaluateListener(Listener):
     def text(self, name: str, ppl: float) -> None:
         """One text is measured."""
 
+    def tasks(self, figures: Mapping[str, Mapping[str, float]]) -> None:
+        """Tasks are measured: by task, figures by name."""
+
 
 def evaluate_work(session: Session) -> Work:
     """What `evaluate` does with a session's model."""
     tokens = [part.tokens.numel() for part in session.evaluated]
-    length = session.evaluated[0].tokens.shape[1]
-    return Work(length=length, texts=max(tokens), forward=sum(tokens))
+    length = session.evaluated[0].tokens.shape[1] if tokens else session.model.context
+    return Work(length=length, texts=max(tokens, default=0), forward=sum(tokens))
 
 
 def run_evaluate(
     request: EvaluateRequest, listener: EvaluateListener | None = None, started: float | None = None
 ) -> dict[str, Any]:
-    """Perplexity on each text, over non-overlapping windows, with everything needed to repeat it.
+    """Perplexity on each text, over non-overlapping windows, and tasks, with everything needed to repeat it.
 
     Args:
         request: which model and texts.
@@ -46,12 +51,15 @@ def run_evaluate(
         started: time.monotonic() at which `minutes` began; now by default.
 
     Returns:
-        The JSON document of `gpmetric evaluate`: `windows` are those that were measured, of `windows_in_all`.
+        The JSON document of `gpmetric evaluate`: `windows` are those that were measured, of `windows_in_all`; where
+        tasks were asked for, `tasks` holds each one's figures under the harness's names.
 
     Raises:
         InputError: before the model runs, for anything that cannot be used.
     """
     told, deadline = listener or EvaluateListener(), Deadline.starting(request.minutes, started)
+    if request.tasks:
+        check_tasks(request.tasks, request.task_folder)
     session = open_session(request, work=evaluate_work, listener=told)
     ppl: dict[str, float] = {}
     measured: list[Windows] = []
@@ -61,14 +69,24 @@ def run_evaluate(
         measured.append(replace(part, tokens=part.tokens[:count]))
         ppl[part.text.name] = perplexity(loss)
         told.text(part.text.name, ppl[part.text.name])
-    return session.describe() | {
-        "sequence_length": session.evaluated[0].tokens.shape[1],
-        "ppl": ppl,
-        "windows": sum(len(part.tokens) for part in measured),
-        "windows_in_all": sum(len(part.tokens) for part in session.evaluated),
-        "tokens": sum(part.tokens.numel() for part in measured),
-        "texts": [part.describe() for part in measured],
-    }
+    tasks = {}
+    if request.tasks:
+        tasks["tasks"] = task_figures(
+            session.model, request.tasks, folder=request.task_folder, shots=request.shots, limit=request.limit
+        )
+        told.tasks(tasks["tasks"])
+    return (
+        session.describe()
+        | tasks
+        | {
+            "sequence_length": session.evaluated[0].tokens.shape[1] if measured else None,
+            "ppl": ppl,
+            "windows": sum(len(part.tokens) for part in measured),
+            "windows_in_all": sum(len(part.tokens) for part in session.evaluated),
+            "tokens": sum(part.tokens.numel() for part in measured),
+            "texts": [part.describe() for part in measured],
+        }
+    )
 
 
 def text_loss(model: Model, tokens: Tensor, progress: Progress) -> float:

@@ -37,8 +37,14 @@ from gpmetric.tuning.steps import TuneListener
 from gpmetric.tuning.trial_log import Measurement
 
 __all__ = [
-    "AllocateReport", "BenchReport", "DiscoverReport", "EvaluateReport", "PruneReport", "SlimReport", "TuneReport",
-    "VerifyReport",
+    "AllocateReport",
+    "BenchReport",
+    "DiscoverReport",
+    "EvaluateReport",
+    "PlainReport",
+    "PruneReport",
+    "SlimReport",
+    "TuneReport",
 ]  # fmt: skip
 
 _SEARCHED = {"kl": "divergence"}  # what an objective is called, where that is not its name
@@ -112,8 +118,13 @@ class EvaluateReport(_Bars, EvaluateListener):
     def text(self, name: str, ppl: float) -> None:
         self._console.print(Text(f"{name}: perplexity {ppl:.4f}"), soft_wrap=True)
 
+    def tasks(self, figures: Mapping[str, Mapping[str, float]]) -> None:
+        for name, row in figures.items():
+            told = (f"{key} {value:.4f}" for key, value in row.items())
+            self._console.print(Text(f"{name}: {', '.join(told)}"), soft_wrap=True)
 
-class VerifyReport(_Bars, Listener):
+
+class PlainReport(_Bars, Listener):
     """Bars alone."""
 
 

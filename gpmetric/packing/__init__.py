@@ -1,0 +1,1 @@
+"""Lossless archives of checkpoints, in which zeros take a bit."""

@@ -1,0 +1,52 @@
+"""What `gpmetric pack` and `unpack` are asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from gpmetric.errors import InputError
+from gpmetric.options import Option, Request
+
+__all__ = ["PackRequest", "UnpackRequest"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackRequest(Request):
+    """Everything `gpmetric pack` can be asked for."""
+
+    folder: Annotated[Path, Option("A checkpoint, or any folder.", metavar="DIR", argument=True, reads=True)]
+    output: Annotated[
+        Path | None, Option("Archive to write.", metavar="FILE", names=("--output", "-o"), writes="file")
+    ] = None
+    seed: Annotated[int, Option("Not used; every command takes one.", least=0, below=2**63)] = 0
+    device: Annotated[str, Option("Not used; every command takes one.", choices=("auto", "cpu", "cuda"))] = "auto"
+
+    def check(self) -> None:
+        super().check()
+        if self.output is None:
+            raise InputError("--output (-o) FILE is needed")
+        if self.output.exists():
+            raise InputError(f"--output {str(self.output)!r} exists already")
+        if not self.folder.is_dir():
+            raise InputError(f"{str(self.folder)!r} is no folder; pack takes a checkpoint's")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpackRequest(Request):
+    """Everything `gpmetric unpack` can be asked for."""
+
+    archive: Annotated[Path, Option("What `gpmetric pack` wrote.", metavar="FILE", argument=True, reads=True)]
+    output: Annotated[
+        Path | None, Option("Folder to write.", metavar="DIR", names=("--output", "-o"), writes="folder")
+    ] = None
+    seed: Annotated[int, Option("Not used; every command takes one.", least=0, below=2**63)] = 0
+    device: Annotated[str, Option("Not used; every command takes one.", choices=("auto", "cpu", "cuda"))] = "auto"
+
+    def check(self) -> None:
+        super().check()
+        if self.output is None:
+            raise InputError("--output (-o) DIR is needed")
+        if not self.archive.is_file():
+            raise InputError(f"{str(self.archive)!r} is no file; unpack takes what gpmetric pack wrote")
