@@ -13,7 +13,7 @@ from gpmetric.export.request import ExportRequest
 from gpmetric.lazy import lazy
 from gpmetric.options import Request
 from gpmetric.pruning.requests import BenchRequest, CatalogueRequest, PruneRequest, VerifyRequest
-from gpmetric.session.requests import EvaluateRequest
+from gpmetric.session.requests import EvaluateRequest, LayersRequest
 from gpmetric.structured.request import SlimRequest
 from gpmetric.tuning.request import TuneRequest
 
@@ -142,6 +142,12 @@ COMMANDS: dict[str, Command] = {
         timed=True,
         live=True,
         work=lazy("gpmetric.session.evaluate:evaluate_work"),
+    ),
+    "layers": Command(
+        "Shows which layers of a model are pruned, what stays dense, and why.",
+        LayersRequest,
+        lazy("gpmetric.session.layers:run_layers"),
+        lazy("gpmetric.terminal.layers:print_layers"),
     ),
     "analyse": Command(
         "Shows which operands, operations, sub-expressions and masks go with good fitness in a campaign.",

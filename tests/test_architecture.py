@@ -24,9 +24,9 @@ LAYERS = [
     {"session"},
     {"calibration", "evaluation", "export"},
     {"codegen", "loading", "metrics", "options"},
-    {"blockwise"},
+    {"blockwise", "blocks"},
     {"expression", "data", "models", "demo", "provenance", "journal", "targets"},
-    {"digests"},
+    {"digests", "stored_names"},
     {"files", "tensor_file"},
     {"operands", "errors", "pareto", "lazy", "kernels", "slim_models", "placement", "catalogue"},
 ]

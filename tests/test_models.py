@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from gpmetric.blocks import find_blocks
 from gpmetric.errors import InputError, ModelError
 from gpmetric.loading import load_model, pick_device
-from gpmetric.models import Model, find_blocks
+from gpmetric.models import Model
 from tests.pruning_helpers import restored
 
 EITHER = pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2"])

@@ -25,6 +25,7 @@ from gpmetric.errors import GpmetricError
 from gpmetric.files import finite, write_text
 from gpmetric.models import Layer, Model
 from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of, unwritable
+from gpmetric.stored_names import stored_names
 from gpmetric.targets import Target
 from gpmetric.tensor_file import TensorFile, write_tensors
 
@@ -58,7 +59,7 @@ class CheckpointWriter:
         update: whether weights that stay may have changed.
 
     Raises:
-        GpmetricError: the checkpoint stores a layer under another name, or is damaged.
+        GpmetricError: the checkpoint stores a layer in another form than the model has it, or is damaged.
     """
 
     def __init__(self, model: Model, folder: Path, rules: Mapping[str, Target], *, update: bool) -> None:
@@ -67,6 +68,7 @@ class CheckpointWriter:
         self._source = model.folder
         self._stored = stored_layers(model)
         self._places = tensors(self._source)
+        self._names = stored_names(model.module, self._places)
         self._shards = {file.path: file for file in self._places.values()}
 
     @property
@@ -133,10 +135,10 @@ class CheckpointWriter:
             layers: of the model; `write_layer` is called for each.
 
         Raises:
-            GpmetricError: the checkpoint stores such a tensor under another name.
+            GpmetricError: the checkpoint stores such a tensor in another form.
         """
         written = {f"{layer.name}.weight" for layer in layers}
-        stored = functools.partial(_stored_name, self._model, self._places)
+        stored = functools.partial(_stored_name, self._model, self._names)
         for full in dict.fromkeys(name for move in moves for name in move.parameters):
             if full not in written:
                 name = stored(full)
@@ -195,27 +197,30 @@ class CheckpointWriter:
 
 
 def stored_layers(model: Model) -> dict[str, tuple[TensorFile, str]]:
-    """By layer name, the file that holds its weight, and its name there: some leave out the base model's prefix.
+    """By layer name, the file that holds its weight, and its name there.
 
     Raises:
-        GpmetricError: the checkpoint stores a layer under another name, or is damaged.
+        GpmetricError: the checkpoint stores a layer in another form than the model has it, or is damaged.
     """
     assert model.folder is not None
     places = tensors(model.folder)
+    names = stored_names(model.module, places)
     found = {}
     for layer in model.layers:
-        name = _stored_name(model, places, f"{layer.name}.weight")
+        name = _stored_name(model, names, f"{layer.name}.weight")
         found[layer.name] = places[name], name
     return found
 
 
-def _stored_name(model: Model, places: Mapping[str, TensorFile], full: str) -> str:
+def _stored_name(model: Model, names: Mapping[str, str], full: str) -> str:
     """What the checkpoint calls a parameter."""
-    names = [name for name in (full, full.removeprefix(f"{model.module.base_model_prefix}.")) if name in places]
-    if not names:
+    if full not in names:
         layer = full.removesuffix(".weight")
-        raise GpmetricError(f"the checkpoint of {model.name!r} stores layer {layer} under another name")
-    return names[0]
+        raise GpmetricError(
+            f"the checkpoint of {model.name!r} does not store layer {layer} as the model has it, so that it cannot be "
+            "written (--exclude it)"
+        )
+    return names[full]
 
 
 def _zeros(values: Tensor) -> int:
