@@ -2,7 +2,7 @@
 
 A model is pruned under both protocols, and written; its perplexity is compared with that of an independent loop, which
 knows transformers' model and its hooks only, and the zeros are counted in the files. Gradients, SparseGPT and an
-allocation are tried besides. The table is CSV, one row for each architecture, with what it reached or why it is refused.
+allocation are tried besides. The table is CSV, a row for each architecture, with what it reached or why it is refused.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from gpmetric.loading import quiet_transformers
 from gpmetric.pruning.bench import first_failure
 
 COLUMNS = ("architecture", "reached", "blocks", "layers", "dense", "one_shot", "sequential", "why", "seconds")
+REACHED = ("built", "loaded", "one_shot", "sequential", "solved", "all")
 LARGEST = 10**7  # parameters of a tiny model
 SIZES: dict[str, Any] = {"samples": 4, "sequence_length": 16, "windows": 4, "device": "cpu"}
 WORDS = "the a one small large old metric weight layer model token prunes keeps scores reads of in under with and"
@@ -43,19 +44,20 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="model types; all by default")
     parser.add_argument("-o", "--output", type=Path, default=Path("architectures.csv"))
     parser.add_argument("--seconds", type=int, default=60, help="for each")
+    parser.add_argument("--until", choices=REACHED, default=REACHED[-1], help="what is tried last")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     with asked.output.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, COLUMNS)
         table.writeheader()
         for name in asked.names or architectures():
-            row = measured(name, asked.seconds)
+            row = measured(name, asked.seconds, asked.until)
             table.writerow(row)
             file.flush()
             print(*row.values(), sep="\t", flush=True)
 
 
-def measured(name: str, seconds: int) -> dict[str, Any]:
+def measured(name: str, seconds: int = 60, until: str = "all") -> dict[str, Any]:
     """A row of the table."""
     row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | {"architecture": name, "reached": "nothing"}
     start = time.perf_counter()
@@ -64,6 +66,8 @@ def measured(name: str, seconds: int) -> dict[str, Any]:
             with at_most(seconds):
                 for reached in steps(name, Path(place), row):
                     row["reached"] = reached
+                    if reached == until:
+                        break
         except Exception as error:
             row["why"] = f"{type(error).__name__}: {' '.join(str(error).replace(place, '').split()):.200}"
     return row | {"seconds": f"{time.perf_counter() - start:.1f}"}
@@ -90,7 +94,7 @@ def steps(name: str, place: Path, row: dict[str, Any]) -> Iterator[str]:
     if why := first_failure(bench):
         raise GpmetricError(f"gradients or SparseGPT: {why}")
     yield "solved"
-    gpmetric.allocate(str(model), sparsity=0.5, evaluations=6, search_windows=2, text=str(text), **options)
+    gpmetric.allocate(str(model), sparsity=0.5, evaluations=6, search_windows=2, **options)
     yield "all"
 
 
@@ -124,7 +128,7 @@ def compare(folder: Path, text: Path, told: dict[str, Any], written: Path, *, on
         blocks[layer["block"]].append(layer["name"])
     windows = cut(folder, text)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    for group in [sum(blocks, [])] if one_shot else blocks:
+    for group in [[name for block in blocks for name in block]] if one_shot else blocks:
         prune_half(model, group, windows)
     expected = perplexity(model, windows)
     stored = load_stored(written)
@@ -181,7 +185,8 @@ def prune_half(model: Any, names: list[str], windows: torch.Tensor) -> None:
 def perplexity(model: Any, windows: torch.Tensor) -> float:
     """exp of the mean loss over the tokens of windows [windows, length] but for their first."""
     logits = model(input_ids=windows, use_cache=False).logits[:, :-1]  # [windows, length - 1, vocabulary]
-    return math.exp(cross_entropy(logits.double().flatten(0, 1), windows[:, 1:].flatten()).item())
+    labels = windows[:, 1:].flatten()
+    return math.exp(cross_entropy(logits.float().flatten(0, 1), labels, reduction="sum").item() / len(labels))
 
 
 def load_stored(folder: Path) -> dict[str, torch.Tensor]:

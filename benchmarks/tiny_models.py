@@ -140,6 +140,8 @@ def _shrunk(config: Any) -> dict[str, Any]:
             found[name] = heads if name in _KEYS and value == told.get("num_attention_heads") else size
         elif isinstance(value, (list, tuple)) and len(value) > LAYERS and _LISTS.fullmatch(name):
             found[name] = _spread(value)
+        elif isinstance(value, (list, tuple)) and len(value) > LAYERS and (size := _size(name)) is not None:
+            found[name] = [size] * LAYERS
     return found
 
 

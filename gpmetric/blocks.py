@@ -1,9 +1,9 @@
 """Blocks of a causal language model and the layers in them that are pruned, by structure; no architecture by name.
 
-A list of blocks is an outermost ModuleList of the decoder whose members hold linear layers. The largest one and its kin,
-of the same parent or made of the same classes, are the blocks; towers for images and sound are not. Prunable are the
-Linear and Conv1D modules inside, but for what chooses experts. Blocks that share a layer are one block, in which the
-layer is one layer: its statistics are those of all its uses.
+A list of blocks is an outermost ModuleList of the decoder whose members hold linear layers. The largest one and its
+kin, of the same parent or made of the same classes, are the blocks; towers for images and sound are not. Prunable are
+the Linear and Conv1D modules inside, but for what chooses experts. Blocks that share a layer are one block, in which
+the layer is one layer: its statistics are those of all its uses.
 """
 
 from __future__ import annotations

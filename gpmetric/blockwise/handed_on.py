@@ -1,8 +1,8 @@
 """Keys and values that blocks leave for later ones in a mapping all of them are given (Gemma 3n and 4).
 
 A block that is run alone, again, or of one of several models that are on their way together would find another's in it.
-They are therefore carried with the hidden states, as further features of every token, and each call has a mapping of its
-own: what is kept, put aside, differentiated or answered from memory is always the states and what belongs to them.
+They are therefore carried with the hidden states, as further features of every token, and each call has a mapping of
+its own: what is kept, put aside, differentiated or answered from memory is always the states and what belongs to them.
 """
 
 from __future__ import annotations
