@@ -41,7 +41,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"mamba_d_ssm|mamba_intermediate_size", 64),
     (r"hidden_size|hidden_dim|n_embd|d_model|emb_dim|embedding_size|embedding_dim|attention_hidden_size|lru_width"
      r"|dim|d_embed|word_embed_proj_dim|dim_model|block_size_width|output_hidden_size|ple_hidden_size", 32),
-    (r".*intermediate_size.*|.*ffn_dim|n_inner|d_ff|d_inner|ffn_hidden_size|mlp_hidden_size|ff_proj_dim|dim_ff"
+    (r".*intermediate_size.*|.*ffn_dim|n_inner|d_?ff|d_inner|ffn_hidden_size|mlp_hidden_size|ff_proj_dim|dim_ff"
      r"|feed_forward_size|feedforward_size|.*mlp_dim|block_ff_dim|expert_ffn_hidden_size|ffn_embed_dim", 48),
     (r"(mamba_|ssm_)?(d_state|state_size)|ssm_state_size", 8),
     (r"sliding_window|local_attention|attention_window_size|window_size|attention_chunk_size|index_topk", 5),

@@ -174,3 +174,20 @@ def test_a_lack_of_memory_stays_one(tiny_llama: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(model.blocks[1].module.mlp, "forward", fail)
     with pytest.raises(torch.OutOfMemoryError):
         mean_loss(model, make_tokens(1, 4))
+
+
+def test_a_model_whose_own_loss_fails_is_differentiated(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GIT's counts images in where there are none: the mean token loss is taken of its logits, to the same gradient."""
+    model, batch = load_model(str(tiny_llama)), make_tokens(2, 6)
+    found = []
+    for _ in range(2):
+        calls = record_calls(model, [batch])
+        states = calls.hidden[0].clone().requires_grad_()
+        backward_of_loss(calls, 0, states)
+        found.append(states.grad)
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise ValueError("Expected input batch_size (10) to match target batch_size (15).")
+
+        monkeypatch.setattr(type(model.module), "loss_function", property(lambda _, fail=fail: fail))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-8)
