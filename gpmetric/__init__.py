@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gpmetric.pruning.prune import prune
     from gpmetric.pruning.verify import verify
     from gpmetric.session.evaluate import evaluate
+    from gpmetric.session.layers import layers
     from gpmetric.structured.slim import slim
     from gpmetric.targets import parse_target
     from gpmetric.tuning.tune import tune
@@ -38,6 +39,7 @@ _HOMES = {
     "bench": "pruning.bench",
     "discover": "evolution.discover",
     "evaluate": "session.evaluate",
+    "layers": "session.layers",
     "load": "loading",
     "load_model": "loading",
     "pack": "packing.pack",
@@ -59,6 +61,7 @@ __all__ = [
     "bench",
     "discover",
     "evaluate",
+    "layers",
     "load",
     "load_model",
     "pack",

@@ -14,7 +14,7 @@ from gpmetric.lazy import lazy
 from gpmetric.options import Request
 from gpmetric.packing.requests import PackRequest, UnpackRequest
 from gpmetric.pruning.requests import BenchRequest, CatalogueRequest, PruneRequest, VerifyRequest
-from gpmetric.session.requests import EvaluateRequest
+from gpmetric.session.requests import EvaluateRequest, LayersRequest
 from gpmetric.structured.request import SlimRequest
 from gpmetric.tuning.request import TuneRequest
 
@@ -157,6 +157,12 @@ COMMANDS: dict[str, Command] = {
         lazy("gpmetric.packing.unpack:run_unpack"),
         lazy("gpmetric.terminal.tables:print_unpack"),
         lazy("gpmetric.terminal.live:PlainReport"),
+    ),
+    "layers": Command(
+        "Shows which layers of a model are pruned, what stays dense, and why.",
+        LayersRequest,
+        lazy("gpmetric.session.layers:run_layers"),
+        lazy("gpmetric.terminal.layers:print_layers"),
     ),
     "analyse": Command(
         "Shows which operands, operations, sub-expressions and masks go with good fitness in a campaign.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import textwrap
@@ -20,9 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file  # type: ignore[attr-defined]
 from transformers.utils import logging as transformers_logging
 
+from gpmetric.blocks import find_layers, leave_dense
 from gpmetric.blockwise.replay import check_blocks
 from gpmetric.errors import InputError, ModelError
-from gpmetric.models import Model, check_weights, find_blocks, find_parts
+from gpmetric.models import Model, check_weights, find_parts
 from gpmetric.placement import Placement
 from gpmetric.tensor_file import weight_files
 
@@ -70,12 +72,13 @@ def load_model(name: str | None = None, *, resident: bool = True, **options: Any
             run one by one.
     """
     model = open_model(name, **options)
-    prepare_model(model, resident=resident)
-    return model
+    return prepare_model(model, resident=resident)
 
 
-def prepare_model(model: Model, *, resident: bool) -> None:
-    """Brings an opened model to its device, if it is to stay there, and checks that it gives figures with a meaning.
+def prepare_model(model: Model, *, resident: bool) -> Model:
+    """An opened model on its device, if it is to stay there, that gives figures with a meaning.
+
+    Layers that choose experts, or that are not called as others are, stay dense from here on: running it shows them.
 
     Raises:
         ModelError: see `load_model`.
@@ -83,7 +86,7 @@ def prepare_model(model: Model, *, resident: bool) -> None:
     if resident and model.placement is not None:
         model.placement.settle()
     check_weights(model)
-    check_blocks(model)
+    return leave_dense(model, check_blocks(model))
 
 
 def open_model(
@@ -119,10 +122,10 @@ def open_model(
     module.config.use_cache = False
     if getattr(module, "loss_type", None) is None:  # GPT-2's class names none, which transformers would warn of
         module.loss_type = "ForCausalLM"
-    blocks = find_blocks(module, include, exclude)
+    blocks, dense = find_layers(module, include, exclude)
     folder, dtype_there = _folder(str(path)), torch.float32 if wanted == torch.float32 else None
     placement = Placement(find_parts(module, blocks), where, dtype_there, weight_files(folder))
-    return Model("demo" if name is None else str(name), module, tokenizer, blocks, folder, placement)
+    return Model("demo" if name is None else str(name), module, tokenizer, blocks, folder, placement, dense)
 
 
 def load(name: str | Path, *, device: str = "auto", dtype: str | None = None) -> Any:
@@ -146,11 +149,59 @@ def check_path(path: str | Path) -> None:
     if not isinstance(path, str | Path):
         raise ModelError(f"a model is a directory or a name of the Hub, but got {path!r:.60}")
     folder = Path(path)
+    if (why := _other_kind(folder)) is not None:
+        raise ModelError(f"{str(path)!r} {why}")
     if _is_directory(folder):
         if not (folder / "config.json").is_file():
             raise ModelError(f"model directory {str(path)!r} holds no config.json")
     elif str(path).startswith(".") or not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", str(path)) or folder.exists():
         raise ModelError(f"model directory {str(path)!r} does not exist")
+
+
+def _other_kind(path: Path) -> str | None:
+    """What a path is that is no model as it can be pruned, and what to do; None where there is no telling."""
+    gguf = "converted for llama.cpp: give the safetensors checkpoint that it was made from"
+    if not _is_directory(path):
+        if path.suffix.lower() == ".gguf" and path.exists():
+            return f"is a GGUF file, {gguf}"
+        weights = path.suffix in (".safetensors", ".bin") and path.exists()
+        return "is a file of weights: give the folder that it is in" if weights else None
+    if (path / "adapter_config.json").is_file():
+        base = _base_of(path / "adapter_config.json")
+        return (
+            f"is a LoRA adapter{base}, not a model: merge it (peft's merge_and_unload, then save_pretrained) and give "
+            "the folder of the merged model"
+        )
+    if any(path.glob("*.safetensors*")):
+        return None
+    if any(path.glob("*.gguf")):
+        return f"holds GGUF files only, {gguf}"
+    if any(path.glob("pytorch_model*.bin*")):
+        return (
+            "holds pytorch_model.bin, a pickle, which is not opened since it may run code; no file named "
+            "model.safetensors: save it as that with transformers' save_pretrained where you trust it"
+        )
+    return None
+
+
+def _base_of(config: Path) -> str:
+    """Of which model an adapter is, if it says."""
+    try:
+        name = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f" of {name!r:.100}"
+
+
+def _quantised(config: Any) -> str | None:
+    """How a config says that its weights are quantised: as transformers, compressed-tensors or MLX have it."""
+    for part in (config, config.get_text_config()):
+        for key in ("quantization_config", "compression_config", "quantization"):
+            if (told := getattr(part, key, None)) is not None:
+                told = told if isinstance(told, dict) else getattr(told, "__dict__", {})
+                method = told.get("quant_method")
+                return f" ({getattr(method, 'value', method)})" if method else ""
+    return None
 
 
 def _is_directory(path: Path) -> bool:
@@ -176,8 +227,10 @@ def _load(path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
     with _explained(f"model {place}"):
         _know_slim(path, options)
         config = AutoConfig.from_pretrained(path, **options)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ModelError(f"model {path!r} is quantised; prune the full-precision checkpoint it was made from")
+        if (how := _quantised(config)) is not None:
+            raise ModelError(
+                f"model {path!r} is quantised{how}: give the full-precision checkpoint that it was made from"
+            )
         if config.is_encoder_decoder:
             raise ModelError(f"model {path!r} ({config.model_type}) is an encoder-decoder; a causal model is wanted")
         module, info = _mapped(path, config, dtype, options)

@@ -1,17 +1,15 @@
 """Causal language models as gpmetric sees them: a list of repeated blocks holding prunable layers.
 
-Nothing here knows an architecture by name: the blocks are the largest ModuleList of the model, prunable layers are the
-Linear and Conv1D modules inside them, and each block is replayed with the arguments it was called with.
+They are found by `blocks`, and each block is replayed with the arguments that it was called with.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,12 +20,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gpmetric.digests import remembered_digest
-from gpmetric.errors import InputError, ModelError
+from gpmetric.errors import ModelError
 from gpmetric.placement import BATCH_TOKENS, FRONT, HEAD, Part, Placement
 
-__all__ = ["Block", "Layer", "Model", "check_weights", "find_blocks", "find_parts"]
+__all__ = ["Block", "Layer", "Model", "check_weights", "find_parts"]
 
-_ROUTER = re.compile(r"(^|\.)(router|gate)$")  # mixture-of-experts routers are never pruned
 _CHECKED = 2**22  # entries of a weight that are looked at together
 _PIECE = 2**24  # entries of a parameter that are hashed at once
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache"}  # of a config: no part of what the model computes
@@ -61,7 +58,7 @@ class Layer:
 class Block:
     """One of the repeated blocks, with its prunable layers in module order."""
 
-    module: nn.Module
+    module: nn.Module  # a ModuleList of those that are one block because they share a layer
     layers: tuple[Layer, ...]
 
 
@@ -75,6 +72,7 @@ class Model:
     blocks: tuple[Block, ...]
     folder: Path | None = None  # where its files are
     placement: Placement | None = None  # None: all parameters are where they compute
+    dense: Mapping[str, str] = field(default_factory=dict)  # by name, why a linear layer of a block is not pruned
 
     @property
     def resident(self) -> bool:
@@ -182,64 +180,6 @@ def _sample(parameter: Tensor) -> list[float]:
     """Some entries: a model that was pruned in memory is not taken for the one of its files."""
     flat = parameter.detach().reshape(-1)  # [entries]
     return [float(value) for value in flat[:: max(1, len(flat) // 16)].cpu()]
-
-
-def find_blocks(module: Any, include: str | None = None, exclude: str | None = None) -> tuple[Block, ...]:
-    """The repeated blocks of a model with those of their layers whose names are wanted.
-
-    Args:
-        module: transformers' model.
-        include, exclude: regular expressions, found in a name or not.
-
-    Raises:
-        InputError: not a regular expression.
-        ModelError: no repeated blocks, no layer left, or weights that would silently stay dense.
-    """
-    wanted, unwanted = _compile("--include", include), _compile("--exclude", exclude)
-    inside = set(module.get_decoder().modules())  # not a vision tower, whose list may be the larger one
-    lists = [
-        (name, child)
-        for name, child in module.named_modules()
-        if isinstance(child, nn.ModuleList) and len(child) and child in inside
-    ]
-    if not lists:
-        raise ModelError(f"{type(module).__name__} has no list of repeated blocks")
-    prefix, found = max(lists, key=lambda pair: sum(weight.numel() for weight in pair[1].parameters()))
-    blocks = []
-    for index, block in enumerate(found):
-        _refuse_fused_experts(f"{prefix}.{index}", block)
-        layers = (
-            Layer(f"{prefix}.{index}.{name}", child)
-            for name, child in block.named_modules()
-            if isinstance(child, (nn.Linear, Conv1D)) and not _ROUTER.search(name)
-        )
-        blocks.append(Block(block, tuple(layer for layer in layers if _wanted(layer.name, wanted, unwanted))))
-    if not any(block.layers for block in blocks):
-        raise ModelError(f"no prunable layer is left in {type(module).__name__} (--include, --exclude)")
-    return tuple(blocks)
-
-
-def _compile(option: str, pattern: str | None) -> re.Pattern[str] | None:
-    try:
-        return None if pattern is None else re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"{option} {pattern!r} is not a regular expression: {error}") from error
-
-
-def _wanted(name: str, include: re.Pattern[str] | None, exclude: re.Pattern[str] | None) -> bool:
-    return (include is None or include.search(name) is not None) and not (exclude and exclude.search(name))
-
-
-def _refuse_fused_experts(name: str, block: nn.Module) -> None:
-    """Fused experts are 3-D parameters that no Linear holds: pruning around them would leave most weights dense."""
-    for owner_name, owner in block.named_modules():
-        for parameter_name, parameter in owner.named_parameters(recurse=False):
-            if parameter.dim() >= 3 and not isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-                full = ".".join(filter(None, (name, owner_name, parameter_name)))
-                raise ModelError(
-                    f"{full} is a fused expert weight {list(parameter.shape)}: mixture-of-experts models cannot be "
-                    "pruned yet"
-                )
 
 
 def find_parts(module: Any, blocks: Sequence[Block]) -> dict[Part, list[nn.Parameter]]:

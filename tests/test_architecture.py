@@ -24,9 +24,9 @@ LAYERS = [
     {"session"},
     {"calibration", "evaluation", "export"},
     {"codegen", "loading", "metrics", "options"},
-    {"blockwise"},
+    {"blockwise", "blocks"},
     {"expression", "data", "models", "demo", "provenance", "journal", "targets"},
-    {"digests", "outputs"},
+    {"digests", "outputs", "stored_names"},
     {"files", "tensor_file"},
     {"operands", "errors", "pareto", "lazy", "plain", "interrupts", "kernels", "slim_models", "placement", "catalogue"},
 ]

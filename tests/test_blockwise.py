@@ -363,15 +363,21 @@ def test_a_model_without_embeddings_for_input_is_run(kind: str) -> None:
     assert torch.equal(calls.finish(0, states).logits, model.module(tokens).logits)
 
 
-@pytest.mark.parametrize("kind", ["gate", "ending", "between", "twice"])
-def test_blocks_that_hand_on_more_than_states_are_refused(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("gate", "its blocks hand on more than hidden states"),
+        ("ending", "its blocks hand on more than hidden states"),
+        ("between", "what a block reads is not what the one before it gives"),
+        ("twice", "base_model.blocks.0 is called 2 times in a forward pass"),
+    ],
+)
+def test_blocks_that_hand_on_more_than_states_are_refused(kind: str, why: str) -> None:
     """To the next block, to the end; states that others change; and blocks that are run twice."""
     for _ in range(2):  # nothing is remembered of the first time
         with pytest.raises(ModelError) as caught:
             check_blocks(toy(kind))
-        assert str(caught.value) == (
-            "model 'toy' cannot be run block by block: its blocks hand on more than hidden states"
-        )
+        assert str(caught.value) == f"model 'toy' cannot be run block by block: {why}"
 
 
 def test_a_refused_model_is_left_as_it_was() -> None:

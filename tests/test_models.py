@@ -21,9 +21,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from gpmetric.blocks import find_blocks
 from gpmetric.errors import InputError, ModelError
 from gpmetric.loading import load_model, pick_device
-from gpmetric.models import Model, find_blocks
+from gpmetric.models import Model
 from tests.pruning_helpers import restored
 
 EITHER = pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2"])
@@ -289,6 +290,15 @@ def pickle_only(folder: Path) -> None:
     torch.save(load_file(folder / "kept"), folder / "pytorch_model.bin")
 
 
+def adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base", "peft_type": "LORA"}')
+    (folder / "config.json").unlink()
+
+
+def gguf_only(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-Q4_K_M.gguf")
+
+
 def nan_weight(folder: Path) -> None:
     edit_weights(folder, lambda weights: weights["model.layers.1.mlp.up_proj.weight"][3, 4:5].fill_(torch.nan))
 
@@ -313,14 +323,20 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing shard": (missing_shard, "model-00002-of-00003.safetensors"),
     "truncated": (truncated, "incomplete metadata, file not fully covered"),
     "renamed pickle": (renamed_pickle, "header too large"),
-    "pickle": (pickle_only, "no file named model.safetensors"),
+    "pickle": (pickle_only, r"holds pytorch_model\.bin, a pickle, which is not opened .* save_pretrained"),
+    "adapter": (adapter, r"is a LoRA adapter of 'org/base', not a model: merge it \(peft's merge_and_unload"),
+    "GGUF": (gguf_only, "holds GGUF files only, converted for llama.cpp: give the safetensors checkpoint"),
     "NaN": (nan_weight, r"weight model\.layers\.1\.mlp\.up_proj\.weight of .* holds NaN or infinity"),
     "missing keys": (missing_keys, r"has 2 missing weights, first model\.layers\.1\.mlp\.down_proj\.weight"),
     "config cut short": (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON file"),
     "list for config": (lambda folder: (folder / "config.json").write_text("[]"), "Unrecognized model"),
     "unknown type": (lambda folder: edit_config(folder, model_type="nope"), "`nope`"),
     "unknown activation": (lambda folder: edit_config(folder, hidden_act="nope"), "cannot be loaded: KeyError 'nope'"),
-    "quantised": (lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq"}), "is quantised"),
+    "quantised": (
+        lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq"}),
+        r"is quantised \(gptq\): give the full-precision checkpoint",
+    ),
+    "quantised by MLX": (lambda folder: edit_config(folder, quantization={"bits": 4}), "is quantised: give the full"),
     "other shape": (lambda folder: edit_config(folder, intermediate_size=40), "9 mismatched weights, first .*44"),
     "no block": (lambda folder: edit_config(folder, num_hidden_layers=0), "has no list of repeated blocks"),
     "vocabulary": (small_vocabulary, "the tokenizer has 300 entries, the model's embedding 290"),
@@ -370,8 +386,12 @@ def test_paths_that_are_no_directory(name: str) -> None:
     refused(name, "^model directory .* does not exist$")
 
 
-def test_other_paths(tiny_text: Path) -> None:
+def test_other_paths(tiny_text: Path, tmp_path: Path) -> None:
     refused(tiny_text, "^model directory .* does not exist$")
+    for name, message in {"m.gguf": "is a GGUF file, converted", "m.safetensors": "is a file of weights: give"}.items():
+        path = tmp_path / name
+        path.write_bytes(b"GGUF")
+        refused(path, message)
     refused("x" * 300, "cannot be read: File name too long")
     refused("", "holds no config.json")
 

@@ -135,6 +135,10 @@ def find_couplings(calls: BlockCalls, index: int, states: Tensor) -> dict[str, C
         states: what it reads of the first batch.
     """
     model = calls.model
+    if isinstance(
+        model.blocks[index].module, nn.ModuleList
+    ):  # of blocks that share layers: columns stay where they are
+        return {}
     modules = (module for _, module in model.module.named_modules(remove_duplicate=False))
     owners = Counter(id(one) for module in modules for one in module.parameters(recurse=False))
     block, found = model.blocks[index], {}

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from gpmetric.blockwise.replay import BlockCalls
+from gpmetric.errors import ModelError
 from gpmetric.models import Model
 
 __all__ = ["backward_of_loss", "ends", "logits_at_once"]
@@ -43,8 +44,13 @@ def ends(calls: BlockCalls, number: int, states: Tensor) -> Iterator[tuple[Tenso
 def backward_of_loss(calls: BlockCalls, number: int, states: Tensor) -> None:
     """Adds to `states.grad` the gradient of the mean token loss of a batch, the model's own where that fits."""
     if len(_parts(calls, number)) == 1:
-        calls.finish(number, states, labels=calls.batches[number]).loss.backward()
-        return
+        try:
+            loss = calls.finish(number, states, labels=calls.batches[number]).loss
+        except ModelError:  # one that takes labels for images and texts together fails without images
+            loss = None
+        if loss is not None:
+            loss.backward()
+            return
     predictions = calls.batches[number][:, 1:].numel()
     for logits, labels in ends(calls, number, states):
         (cross_entropy(logits, labels, reduction="sum") / predictions).backward()

@@ -7,9 +7,9 @@ the blocks standing aside, so that no attention mask, position embedding or norm
 from __future__ import annotations
 
 import inspect
+import logging
 from collections import deque
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,14 +18,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from gpmetric.blockwise.handed_on import HandedOn
+from gpmetric.blockwise.recorded import Arguments, Recorded, Shelved
 from gpmetric.blockwise.shelf import Shelf
+from gpmetric.blockwise.steps import cannot, first_of, its_own, shaped, standing_aside
+from gpmetric.blockwise.trial import Trial
 from gpmetric.errors import ModelError
 from gpmetric.models import Model
 from gpmetric.placement import FRONT, HEAD
 
 __all__ = ["BlockCalls", "check_blocks", "record_calls"]
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword, without the hidden states
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class BlockCalls:
         model: whose calls they are.
         batches: token windows [batch, length] each, on the model's device.
         hidden: [batch, length, width] each, on the model's device.
-        arguments: by block and batch.
+        arguments: by step, which is a module of a block, and batch.
     """
 
     model: Model
@@ -58,9 +62,20 @@ class BlockCalls:
         return [self.call(index, number, states) for number, states in enumerate(hidden)]
 
     def call(self, index: int, number: int, states: Tensor) -> Tensor:
-        """The output of one block on one batch."""
-        positional, keyword = self.arguments[index][number]
-        return _first(self.model.blocks[index].module(states, *positional, **keyword))
+        """The output of one block on one batch: hidden states, and what they carry (`handed_on`)."""
+        traits = _traits(self.model)
+        with its_own(self.model):
+            for step, (place, module) in enumerate(traits.steps):
+                if place == index:
+                    states = self._step(step, module, number, states, traits.handed[step])
+        return states
+
+    def _step(self, step: int, module: nn.Module, number: int, states: Tensor, handed: HandedOn | None) -> Tensor:
+        positional, keyword = self.arguments[step][number]
+        if handed is None:
+            return first_of(module(states, *positional, **keyword))
+        states, positional, keyword = handed.unpack(states, self.batches[number], positional, keyword)
+        return handed.pack(first_of(module(states, *positional, **keyword)), positional, keyword)
 
     def finish(self, number: int, states: Tensor, **options: Any) -> Any:
         """What the model makes of what its last block gives for a batch, as transformers returns it.
@@ -70,9 +85,10 @@ class BlockCalls:
             states: [batch, length, width].
             options: for the model's forward, `logits_to_keep` or `labels` for instance.
         """
-        forms = _traits(self.model).forms
-        with self.model.at_hand(HEAD), _standing_aside(self.model, lambda index, *_: _shaped(states, forms[index])):
-            if _traits(self.model).by_states:
+        traits = _traits(self.model)
+        aside = standing_aside(traits.steps, lambda step, *_: shaped(states, traits.forms[step]))
+        with its_own(self.model), self.model.at_hand(HEAD), aside:
+            if traits.by_states:
                 return self.model.module(inputs_embeds=states, use_cache=False, **options)
             with self.model.at_hand(FRONT):
                 return self.model.module(input_ids=self.batches[number], use_cache=False, **options)
@@ -92,38 +108,40 @@ def record_calls(model: Model, batches: Sequence[Tensor], shelf: Shelf | None = 
     Raises:
         ModelError: the model's blocks cannot be run one by one; see `check_blocks`.
     """
-    return _record(model, batches, None if shelf is None else _Shelved(shelf, model.device))
+    return _record(model, batches, None if shelf is None else Shelved(shelf, model.device))
 
 
 @torch.no_grad()
 def _record(model: Model, batches: Sequence[Tensor], hidden: MutableSequence[Tensor] | None) -> BlockCalls:
     """`record_calls`, `hidden` taking what the first block reads."""
-    forms = _traits(model).forms
-    recorded = _Recorded(len(model.blocks), hidden)
+    traits = _traits(model)
+    recorded = Recorded(len(traits.steps), hidden)
 
-    def stand_in(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _shaped(recorded.keep(index, args, kwargs), forms[index])
+    def stand_in(step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return shaped(recorded.keep(step, args, kwargs), traits.forms[step])
 
     placed = [batch.to(model.device) for batch in batches]
-    with model.at_hand(FRONT), _standing_aside(model, stand_in):
+    with its_own(model), model.at_hand(FRONT), standing_aside(traits.steps, stand_in):
         for batch in placed:
             model.module.base_model(input_ids=batch, use_cache=False)  # without the output layer
     return BlockCalls(model, placed, recorded.hidden, recorded.arguments)
 
 
 @torch.no_grad()
-def check_blocks(model: Model) -> None:
-    """Refuses a model that is not causal, or whose blocks cannot be run one after the other.
+def check_blocks(model: Model) -> Mapping[str, str]:
+    """Why layers of a model, by name, are to stay dense, as running it shows; there may be none.
 
     It is run on two windows of two tokens as it is, and block by block.
 
     Raises:
         ModelError: a prediction depends on the token after it (BERT and its kin load as causal models): a perplexity
-            would mean nothing; or blocks hand each other more than hidden states.
+            would mean nothing; or the blocks cannot be run one after the other, each once.
     """
-    first, second = _traits(model).logits[:, 0].float()
+    traits = _traits(model)
+    first, second = traits.logits[:, 0].float()
     if not torch.allclose(first, second, rtol=1e-4, atol=1e-5, equal_nan=True):
         raise ModelError(f"model {model.name!r} is not causal: its prediction after a token depends on the next one")
+    return {layer.name: traits.dense[layer.name] for layer in model.layers if layer.name in traits.dense}
 
 
 @dataclass(frozen=True)
@@ -131,14 +149,20 @@ class _Traits:
     """What is known of a model once it has been run.
 
     Attributes:
+        steps: every module of the blocks in turn, with the index of its block.
         logits: of the windows that it was run on.
-        forms: by block, what it returns behind the hidden states, without tensors; None where it returns them alone.
+        forms: by step, what it returns behind the hidden states, without tensors; None where it returns them alone.
+        handed: by step, what it leaves for later ones beside hidden states; None where no block does.
         by_states: whether the end of the model may be run without token ids.
+        dense: why layers cannot be pruned, by name.
     """
 
+    steps: list[tuple[int, nn.Module]]
     logits: Tensor
-    forms: list[tuple[Any, ...] | None]
+    forms: list[Sequence[Any] | None]
+    handed: list[HandedOn | None]
     by_states: bool
+    dense: Mapping[str, str]
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, _Traits] = WeakKeyDictionary()
@@ -154,145 +178,24 @@ def _traits(model: Model) -> _Traits:
 def _examine(model: Model) -> _Traits:
     """Runs the model on two windows as it is, then as `BlockCalls` does, and compares."""
     tokens = torch.tensor([[0, 0], [0, 1]], device=model.device)
-    real, last = _Recorded(len(model.blocks)), [torch.empty(0)]
-    forms: list[tuple[Any, ...] | None] = [None] * len(model.blocks)
-    follows = True
-
-    def run(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Callable[..., Any]) -> Any:
-        nonlocal follows
-        states = real.keep(index, args, kwargs)
-        follows &= index == 0 or _alike(states, last[0], rtol=0, atol=0)
-        with model.at_hand(index):
-            output = forward(*args, **kwargs)
-        forms[index] = _emptied(output[1:]) if isinstance(output, tuple) else None
-        last[0] = _first(output).clone()
-        return output
-
-    with model.at_hand(FRONT), model.at_hand(HEAD), _standing_aside(model, run, real=True):
-        logits: Tensor = model.module(input_ids=tokens, use_cache=False).logits
-    follows &= all(len(arguments) == 1 for arguments in real.arguments)  # each is called, and once
+    trial = Trial(model, tokens)
+    handed = trial.handed_on()
     takes = inspect.signature(model.module.forward).parameters
     for by_states in (True, False) if "inputs_embeds" in takes else (False,):
-        _KNOWN[model.module] = traits = _Traits(logits, forms, by_states)
+        traits = _Traits(trial.steps, trial.logits, trial.forms, handed, by_states, trial.dense)
+        _KNOWN[model.module] = traits
         try:
-            calls = record_calls(model, [tokens])
-            found = calls.finish(0, last[0]).logits
-        except Exception:  # whatever an architecture raises that wants ids, or what a block hands on
-            continue
-        if follows and _same(calls.arguments, real.arguments) and _alike(found, logits):
-            return traits
-    del _KNOWN[model.module]
-    raise ModelError(f"model {model.name!r} cannot be run block by block: its blocks hand on more than hidden states")
-
-
-class _Recorded:
-    """Arguments of blocks, equal ones sharing their memory."""
-
-    def __init__(self, blocks: int, hidden: MutableSequence[Tensor] | None = None) -> None:
-        self.hidden: MutableSequence[Tensor] = [] if hidden is None else hidden
-        self.arguments: list[list[Arguments]] = [[] for _ in range(blocks)]
-
-    def keep(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Keeps what a block is called with, and returns its hidden states."""
-        states, rest, named = _separate(args, kwargs)
-        if index == 0:
-            self.hidden.append(states.detach())
-        before = self.arguments[index] or self.arguments[0]
-        reference = before[0] if before else ((), {})
-        self.arguments[index].append((_share(rest, reference[0]), _share(named, reference[1])))
-        return states
-
-
-class _Shelved(MutableSequence[Tensor]):
-    """Hidden states on a shelf, which come back to a device when they are asked for."""
-
-    def __init__(self, shelf: Shelf, device: torch.device) -> None:
-        self._shelf, self._device = shelf, device
-        self._keys: list[object] = []
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def __getitem__(self, number: Any) -> Any:
-        return self._shelf.get(self._keys[number])["states"].to(self._device)
-
-    def insert(self, number: int, states: Tensor) -> None:
-        self._keys.insert(number, object())
-        self._shelf.put(self._keys[number], {"states": states})
-
-    def __setitem__(self, number: Any, states: Any) -> None:
-        self._shelf.put(self._keys[number], {"states": states})
-
-    def __delitem__(self, number: Any) -> None:
-        self._shelf.drop(self._keys.pop(number))
-
-    def __del__(self) -> None:
-        for key in self._keys:
-            self._shelf.drop(key)
-
-
-@contextmanager
-def _standing_aside(model: Model, stand_in: Callable[..., Any], *, real: bool = False) -> Iterator[None]:
-    """Each block's forward pass is `stand_in(index, args, kwargs)`; with `real` it is given the block's own, too."""
-    with ExitStack() as stack:
-        for index, block in enumerate(model.blocks):
-            own = (block.module.forward,) if real else ()
-
-            def forward(*args: Any, index: int = index, own: tuple[Any, ...] = own, **kwargs: Any) -> Any:
-                return stand_in(index, args, kwargs, *own)
-
-            vars(block.module)["forward"] = forward
-            stack.callback(vars(block.module).pop, "forward")
-        yield
-
-
-def _shaped(states: Tensor, rest: tuple[Any, ...] | None) -> Any:
-    """Hidden states as a block returns them."""
-    return states if rest is None else (states, *rest)
-
-
-def _emptied(value: Any) -> Any:
-    """The same without its tensors, so that who would read one cannot."""
-    if isinstance(value, tuple):
-        return tuple(map(_emptied, value))
-    return None if isinstance(value, Tensor) else value
-
-
-def _separate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return args[0], args[1:], kwargs
-    if "hidden_states" not in kwargs:
-        raise ModelError(f"the model cannot be run block by block: its blocks take {', '.join(kwargs) or 'nothing'}")
-    return kwargs["hidden_states"], (), {name: value for name, value in kwargs.items() if name != "hidden_states"}
-
-
-def _share(value: Any, reference: Any) -> Any:
-    """`value`, with tensors equal to those at the same place in `reference` replaced by the latter."""
-    if isinstance(value, Tensor) and isinstance(reference, Tensor):
-        return reference if _same(value, reference) else value
-    if isinstance(value, tuple) and isinstance(reference, tuple) and len(value) == len(reference):
-        return tuple(_share(*pair) for pair in zip(value, reference, strict=True))
-    if isinstance(value, dict) and isinstance(reference, dict):
-        return {name: _share(item, reference.get(name)) for name, item in value.items()}
-    return value
-
-
-def _same(value: Any, other: Any) -> bool:
-    """Whether two arguments are equal, tensor by tensor; of what has no tensors, whether they are of one type."""
-    if isinstance(value, Tensor) and isinstance(other, Tensor):
-        return value.shape == other.shape and value.dtype == other.dtype and torch.equal(value, other)
-    if isinstance(value, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(value) == len(other) and all(_same(*pair) for pair in zip(value, other, strict=True))
-    if isinstance(value, dict) and isinstance(other, dict):
-        return value.keys() == other.keys() and all(_same(value[name], other[name]) for name in value)
-    return type(value) is type(other)
+            calls, last = record_calls(model, [tokens]), trial.last.clone()
+            found = calls.finish(0, last).logits
+            untouched = _alike(last, trial.last, rtol=0, atol=0)  # some scale the embeddings they are given in place
+            if untouched and trial.called_as(calls.arguments) and _alike(found, trial.logits):
+                return traits
+        except Exception as error:  # whatever an architecture raises that wants ids, or what a block hands on
+            _LOG.debug("model %r, by states: %s: %s", model.name, by_states, error)
+        del _KNOWN[model.module]
+    raise cannot(model, "its blocks hand on more than hidden states")
 
 
 def _alike(value: Tensor, other: Tensor, **tolerance: float) -> bool:
     """Whether two tensors are equal, also where a model gives nothing that is finite."""
     return value.shape == other.shape and torch.allclose(value, other, equal_nan=True, **tolerance)
-
-
-def _first(output: Any) -> Tensor:
-    states: Tensor = output[0] if isinstance(output, tuple) else output  # Bloom's blocks return a tuple
-    return states

@@ -28,6 +28,7 @@ from gpmetric.models import Layer, Model
 from gpmetric.pruning.manifest import write_manifest
 from gpmetric.pruning.output_folder import MANIFEST, files_of, unwritable
 from gpmetric.pruning.taken_over import copy_code, copy_licence, front_matter, measured, printable
+from gpmetric.stored_names import stored_names
 from gpmetric.targets import Target
 from gpmetric.tensor_file import TensorFile, weight_files, write_tensors
 
@@ -58,8 +59,8 @@ class CheckpointWriter:
         update: whether weights that stay may have changed.
 
     Raises:
-        GpmetricError: the checkpoint stores a layer under another name, is damaged, or holds a tensor, of no use to the
-            model, that is not finite.
+        GpmetricError: the checkpoint stores a layer in another form than the model has it, is damaged, or holds a
+            tensor, of no use to the model, that is not finite.
     """
 
     def __init__(self, model: Model, folder: Path, rules: Mapping[str, Target], *, update: bool) -> None:
@@ -68,6 +69,7 @@ class CheckpointWriter:
         self._source = model.folder
         self._stored = stored_layers(model)
         self._places = tensors(self._source)
+        self._names = stored_names(model.module, self._places)
         self._shards = {file.path: file for file in self._places.values()}
         self._check_unused()
 
@@ -75,7 +77,7 @@ class CheckpointWriter:
         """Looks at the tensors that loading did not: they are copied, and all that is written has to be finite."""
         prefix = f"{self._model.module.base_model_prefix}."
         known = {name for name, _ in self._model.module.named_parameters(remove_duplicate=False)}
-        known |= {name.removeprefix(prefix) for name in known}
+        known |= {name.removeprefix(prefix) for name in known} | set(self._names.values())
         for name, file in self._places.items():
             if name not in known and not all(is_finite(piece) for piece in file.pieces(name)):
                 raise ModelError(
@@ -147,10 +149,10 @@ class CheckpointWriter:
             layers: of the model; `write_layer` is called for each.
 
         Raises:
-            GpmetricError: the checkpoint stores such a tensor under another name.
+            GpmetricError: the checkpoint stores such a tensor in another form.
         """
         written = {f"{layer.name}.weight" for layer in layers}
-        stored = functools.partial(_stored_name, self._model, self._places)
+        stored = functools.partial(_stored_name, self._model, self._names)
         for full in dict.fromkeys(name for move in moves for name in move.parameters):
             if full not in written:
                 name = stored(full)
@@ -207,27 +209,30 @@ class CheckpointWriter:
 
 
 def stored_layers(model: Model) -> dict[str, tuple[TensorFile, str]]:
-    """By layer name, the file that holds its weight, and its name there: some leave out the base model's prefix.
+    """By layer name, the file that holds its weight, and its name there.
 
     Raises:
-        GpmetricError: the checkpoint stores a layer under another name, or is damaged.
+        GpmetricError: the checkpoint stores a layer in another form than the model has it, or is damaged.
     """
     assert model.folder is not None
     places = tensors(model.folder)
+    names = stored_names(model.module, places)
     found = {}
     for layer in model.layers:
-        name = _stored_name(model, places, f"{layer.name}.weight")
+        name = _stored_name(model, names, f"{layer.name}.weight")
         found[layer.name] = places[name], name
     return found
 
 
-def _stored_name(model: Model, places: Mapping[str, TensorFile], full: str) -> str:
+def _stored_name(model: Model, names: Mapping[str, str], full: str) -> str:
     """What the checkpoint calls a parameter."""
-    names = [name for name in (full, full.removeprefix(f"{model.module.base_model_prefix}.")) if name in places]
-    if not names:
+    if full not in names:
         layer = full.removesuffix(".weight")
-        raise GpmetricError(f"the checkpoint of {model.name!r} stores layer {layer} under another name")
-    return names[0]
+        raise GpmetricError(
+            f"the checkpoint of {model.name!r} does not store layer {layer} as the model has it, so that it cannot be "
+            "written (--exclude it)"
+        )
+    return names[full]
 
 
 def _zeros(values: Tensor) -> int:

@@ -15,7 +15,7 @@ from gpmetric.errors import GpmetricError, InputError, TimeOverError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.options import as_function
 from gpmetric.pruning.allocation import Allocation, check_allocation, mean_sparsity, read_allocation
-from gpmetric.pruning.checkpoint import CheckpointWriter, write_masks
+from gpmetric.pruning.checkpoint import CheckpointWriter, stored_layers, write_masks
 from gpmetric.pruning.output_folder import MANIFEST, check_folder, file_digest
 from gpmetric.pruning.protocol import Protocol, Rule, check_targets
 from gpmetric.pruning.recipe import Recipe, read_recipe
@@ -83,6 +83,7 @@ def run_prune(
     needed = [Path(str(name)) for name in inputs if name is not None]
     check_folder(folder, request.force or is_begun(folder), needed)
     session = open_session(request, work=prune_work, listener=told)
+    stored_layers(session.model)  # what cannot be written is not pruned first
     if recipe is not None:
         _check_calibration(recipe, request, session)
     rule = _rule(session, request, allocation)

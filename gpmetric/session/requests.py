@@ -1,4 +1,4 @@
-"""What `gpmetric evaluate` is asked for."""
+"""What `gpmetric evaluate` and `gpmetric layers` are asked for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gpmetric.errors import InputError
 from gpmetric.options import Option
 from gpmetric.session.inputs import Inputs, Texts
 
-__all__ = ["EvaluateRequest"]
+__all__ = ["EvaluateRequest", "LayersRequest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,3 +37,25 @@ class EvaluateRequest(Inputs):
     @property
     def texts(self) -> Texts:
         return Texts(evaluated=self.text or (() if self.tasks else (None,)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersRequest(Inputs):
+    """Everything `gpmetric layers` can be asked for."""
+
+    unused: ClassVar[frozenset[str]] = frozenset(
+        {
+            "calibration",
+            "samples",
+            "sequence_length",
+            "windows",
+            "shuffle",
+            "statistics_dtype",
+            "minutes",
+            "memory",
+            "bos",
+            "sampling",
+            "preset",
+            "text_column",
+        }
+    )

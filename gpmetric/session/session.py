@@ -85,7 +85,7 @@ class Session:
 
     def start(self) -> None:
         """Brings the model to where the plan wants it, and checks that it gives figures with a meaning."""
-        prepare_model(self.model, resident=self.plan.resident)
+        self.model = prepare_model(self.model, resident=self.plan.resident)
         if self.model.placement is not None:
             self.model.placement.room = self.plan.room
 

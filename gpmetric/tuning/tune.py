@@ -12,6 +12,7 @@ from typing import Any
 
 from gpmetric.files import finite
 from gpmetric.options import as_function, command_line
+from gpmetric.pruning.checkpoint import stored_layers
 from gpmetric.pruning.output_folder import check_folder
 from gpmetric.pruning.protocol import Protocol, check_targets
 from gpmetric.pruning.prune import run_prune
@@ -119,6 +120,7 @@ def _chosen(
 ) -> dict[str, Any]:
     """What is said of the recipe that is chosen, which was kept."""
     session = open_session(request, work=tune_work, listener=told)
+    stored_layers(session.model)  # what cannot be written is not searched for first
     check_targets(session.model, [parse_target(request.target)])
     chosen = {name: getattr(request, name) for name in ("target", "include", "exclude", "statistics_dtype")}
     settings = {"model": session.model.digest, "dtype": session.model.dtype, **chosen} | {
