@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from transformers.pytorch_utils import Conv1D
 
 from gpmetric.digests import remembered_digest
 from gpmetric.errors import InputError, ModelError
+from gpmetric.experts import refuse_unsplit
 from gpmetric.placement import BATCH_TOKENS, FRONT, HEAD, Part, Placement
+from gpmetric.stored_experts import Piece
 
 __all__ = ["Block", "Layer", "Model", "check_weights", "find_blocks", "find_parts"]
 
-_ROUTER = re.compile(r"(^|\.)(router|gate)$")  # mixture-of-experts routers are never pruned
+_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")  # mixture-of-experts routers are never pruned
 _CHECKED = 2**22  # entries of a weight that are looked at together
 _PIECE = 2**24  # entries of a parameter that are hashed at once
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache"}  # of a config: no part of what the model computes
@@ -75,6 +77,7 @@ class Model:
     blocks: tuple[Block, ...]
     folder: Path | None = None  # where its files are
     placement: Placement | None = None  # None: all parameters are where they compute
+    experts: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)  # by layer, where slices are in the files
 
     @property
     def resident(self) -> bool:
@@ -207,7 +210,7 @@ def find_blocks(module: Any, include: str | None = None, exclude: str | None = N
     prefix, found = max(lists, key=lambda pair: sum(weight.numel() for weight in pair[1].parameters()))
     blocks = []
     for index, block in enumerate(found):
-        _refuse_fused_experts(f"{prefix}.{index}", block)
+        refuse_unsplit(f"{prefix}.{index}", block)
         layers = (
             Layer(f"{prefix}.{index}.{name}", child)
             for name, child in block.named_modules()
@@ -228,18 +231,6 @@ def _compile(option: str, pattern: str | None) -> re.Pattern[str] | None:
 
 def _wanted(name: str, include: re.Pattern[str] | None, exclude: re.Pattern[str] | None) -> bool:
     return (include is None or include.search(name) is not None) and not (exclude and exclude.search(name))
-
-
-def _refuse_fused_experts(name: str, block: nn.Module) -> None:
-    """Fused experts are 3-D parameters that no Linear holds: pruning around them would leave most weights dense."""
-    for owner_name, owner in block.named_modules():
-        for parameter_name, parameter in owner.named_parameters(recurse=False):
-            if parameter.dim() >= 3 and not isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-                full = ".".join(filter(None, (name, owner_name, parameter_name)))
-                raise ModelError(
-                    f"{full} is a fused expert weight {list(parameter.shape)}: mixture-of-experts models cannot be "
-                    "pruned yet"
-                )
 
 
 def find_parts(module: Any, blocks: Sequence[Block]) -> dict[Part, list[nn.Parameter]]:

@@ -26,7 +26,8 @@ LAYERS = [
     {"codegen", "loading", "metrics", "options"},
     {"blockwise"},
     {"expression", "data", "models", "demo", "provenance", "journal", "targets"},
-    {"digests"},
+    {"digests", "stored_experts"},
+    {"experts"},
     {"files", "tensor_file"},
     {"operands", "errors", "pareto", "lazy", "kernels", "slim_models", "placement", "catalogue"},
 ]

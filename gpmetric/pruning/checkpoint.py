@@ -25,6 +25,7 @@ from gpmetric.errors import GpmetricError
 from gpmetric.files import finite, write_text
 from gpmetric.models import Layer, Model
 from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of, unwritable
+from gpmetric.stored_experts import gathered, put_back, read_pieces
 from gpmetric.targets import Target
 from gpmetric.tensor_file import TensorFile, write_tensors
 
@@ -58,7 +59,8 @@ class CheckpointWriter:
         update: whether weights that stay may have changed.
 
     Raises:
-        GpmetricError: the checkpoint stores a layer under another name, or is damaged.
+        GpmetricError: the checkpoint stores a layer under another name, or is damaged, or an expert's weight is not
+            what its files are mapped to.
     """
 
     def __init__(self, model: Model, folder: Path, rules: Mapping[str, Target], *, update: bool) -> None:
@@ -68,11 +70,14 @@ class CheckpointWriter:
         self._stored = stored_layers(model)
         self._places = tensors(self._source)
         self._shards = {file.path: file for file in self._places.values()}
+        _check_experts(model, self._places)
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
         """By layer, what its weight is stored in."""
-        return {name: file.places[tensor].dtype for name, (file, tensor) in self._stored.items()}
+        found = {name: file.places[tensor].dtype for name, (file, tensor) in self._stored.items()}
+        experts = {name: pieces[0].tensor for name, pieces in self._model.experts.items()}
+        return found | {name: self._places[tensor].places[tensor].dtype for name, tensor in experts.items()}
 
     def copy_files(self) -> bool:
         """Copies the files of tensors that are not there yet; whether there were any.
@@ -101,6 +106,8 @@ class CheckpointWriter:
             pruned: [out, in], on any device, in the order of the model; None where the layer is left alone.
             moves: of its block; those of the layer's weight are made.
         """
+        if layer.name in self._model.experts:
+            return self._write_expert(layer, pruned)
         file, name = self._stored[layer.name]
         written = file[name]
         before = _zeros(written)
@@ -111,12 +118,38 @@ class CheckpointWriter:
             written = written if axis is None else in_order(written, order, axis)
         if pruned is not None or any(axis is not None for _, axis in axes):
             self._write(name, written)
+        weight = layer.oriented(written)
+        return self._described(layer, weight, before, name) | {"transposed": isinstance(layer.module, Conv1D)}
+
+    def _write_expert(self, layer: Layer, pruned: Tensor | None) -> dict[str, Any]:
+        """The same of an expert's weight, whose pieces go where they were."""
+        pieces = self._model.experts[layer.name]
+        weight = gathered(pieces, self._places)  # [out, in]
+        before = _zeros(weight)
+        if pruned is not None:
+            stored = weight.dtype
+            if self._update:
+                weight = pruned.to(layer.parameter.dtype).cpu().to(stored)
+            else:
+                weight.masked_fill_((pruned == 0).cpu(), 0)
+            put_back(pieces, self._copies, weight)
+        told = self._described(layer, weight, before, pieces[0].tensor)
+        return told | {"transposed": False, "pieces": [piece.describe() for piece in pieces]}
+
+    @functools.cached_property
+    def _copies(self) -> dict[str, TensorFile]:
+        """By tensor, the file of the new checkpoint that holds it."""
+        copies = {path: TensorFile(self._folder / path.name) for path in self._shards}
+        return {name: copies[file.path] for name, file in self._places.items()}
+
+    def _described(self, layer: Layer, written: Tensor, before: int, tensor: str) -> dict[str, Any]:
+        """What the manifest says of a layer's weight [out, in]."""
         rule, zeros = self._rules[layer.name], _zeros(written)
         return {
             "name": layer.name,
-            "tensor": name,
-            "shape": list(layer.oriented(written).shape),
-            "transposed": isinstance(layer.module, Conv1D),
+            "tensor": tensor,
+            "shape": list(written.shape),
+            "transposed": False,
             "granularity": rule.granularity,
             "target": rule.text,
             "entries": written.numel(),
@@ -197,16 +230,37 @@ class CheckpointWriter:
 def stored_layers(model: Model) -> dict[str, tuple[TensorFile, str]]:
     """By layer name, the file that holds its weight, and its name there: some leave out the base model's prefix.
 
+    Experts of a mixture are not among them: `Model.experts` has the pieces that they are stored in.
+
     Raises:
         GpmetricError: the checkpoint stores a layer under another name, or is damaged.
     """
     assert model.folder is not None
     places = tensors(model.folder)
     found = {}
-    for layer in model.layers:
+    for layer in (one for one in model.layers if one.name not in model.experts):
         name = _stored_name(model, places, f"{layer.name}.weight")
         found[layer.name] = places[name], name
     return found
+
+
+def _check_experts(model: Model, files: Mapping[str, TensorFile]) -> None:
+    """Compares every expert's weight with the pieces of the files that it is mapped to, before any work.
+
+    Raises:
+        GpmetricError: they differ.
+    """
+    for layer in (one for one in model.layers if one.name in model.experts):
+        weight = layer.weight
+        stored = gathered(model.experts[layer.name], files).to(weight.dtype)
+        if stored.shape != weight.shape or not torch.equal(stored, weight.cpu()):
+            tensor = model.experts[layer.name][0].tensor
+            raise GpmetricError(
+                f"the checkpoint of {model.name!r} does not hold the weight of {layer.name} where transformers' "
+                f"conversion puts it ({tensor}): it cannot be written back"
+            )
+        if model.placement is not None:
+            model.placement.let_go(layer.parameter.data)
 
 
 def _stored_name(model: Model, places: Mapping[str, TensorFile], full: str) -> str:
@@ -269,6 +323,8 @@ def write_masks(folder: Path, layers: Sequence[Mapping[str, Any]], path: Path) -
 
     def mask(name: str) -> Tensor:
         layer = by_name[name]
+        if "pieces" in layer:
+            return gathered(read_pieces(layer["pieces"]), files) != 0
         weight = files[layer["tensor"]][layer["tensor"]]
         return (weight.t() if layer["transposed"] else weight) != 0
 
