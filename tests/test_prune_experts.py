@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,16 +17,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gpmetric.allocation.allocate import allocate
+from gpmetric.calibration.collect import collect
 from gpmetric.errors import GpmetricError, ModelError
-from gpmetric.evaluation.perplexity import perplexity
+from gpmetric.evolution.discover import discover
 from gpmetric.loading import load_model
 from gpmetric.pruning.bench import bench
+from gpmetric.pruning.output_folder import MANIFEST
 from gpmetric.pruning.prune import prune
 from gpmetric.pruning.verify import verify
+from gpmetric.structured.slim import slim
 from tests.mixtures import MIXTURES, plain, save_mixture
 from tests.pruning_helpers import windows_of
 
 OPTIONS: dict[str, Any] = {"samples": 8, "windows": 4, "sequence_length": 32, "device": "cpu"}
+EXPERTS = "model.layers.1.mlp.experts"
+SLIM: dict[str, Any] = {"samples": 4, "windows": 2, "sequence_length": 32, "device": "cpu"}
 OPTIONS |= {"exclude": "dt_proj"}  # of Jamba, which reads its weight and does not call it
 
 
@@ -137,17 +145,21 @@ def test_pruned_as_a_loop_of_hooks_would(folder: Path, tiny_text: Path, tmp_path
     assert verify(str(tmp_path / "out"), against=str(folder), device="cpu")["problems"] == []
 
 
+def loss_of(module: Any, tokens: Tensor) -> float:
+    """Perplexity of transformers' own model."""
+    with torch.no_grad():
+        losses = [
+            functional.cross_entropy(module(one[None], use_cache=False).logits[0, :-1], one[1:]) for one in tokens
+        ]
+    return math.exp(float(torch.stack(losses).mean()))
+
+
 def test_dense_perplexity_is_that_of_transformers(folder: Path, tiny_text: Path) -> None:
     tokens = windows_of(load_model(str(folder)), tiny_text, 32, 4).tokens
     told = bench(
         str(folder), metric=["wanda"], target=["0.5"], text=[str(tiny_text)], calibration=str(tiny_text), **OPTIONS
     )
-    module = plain(folder)
-    with torch.no_grad():
-        losses = [
-            functional.cross_entropy(module(one[None], use_cache=False).logits[0, :-1], one[1:]) for one in tokens
-        ]
-    assert next(iter(told["dense"].values())) == pytest.approx(perplexity(float(torch.stack(losses).mean())), rel=1e-5)
+    assert next(iter(told["dense"].values())) == pytest.approx(loss_of(plain(folder), tokens), rel=1e-5)
     layers = load_model(str(folder)).layers
     assert told["experts"]["tokens"].keys() == {layer.name for layer in layers if ".experts." in layer.name}
 
@@ -189,7 +201,7 @@ def test_updates_are_written(
             **OPTIONS, permute=True,
         )  # fmt: skip
         assert verify(str(out), against=str(folder), device="cpu")["problems"] == []
-        manifest = json.loads((out / "gpmetric_manifest.json").read_text())
+        manifest = json.loads((out / MANIFEST).read_text())
         pruned, dense = load_file(out / "model.safetensors"), load_file(folder / "model.safetensors")
         experts = {piece["tensor"] for layer in manifest["layers"] for piece in layer.get("pieces", ())}
         moved = {name for move in manifest["moves"] for name in move["tensors"]}
@@ -230,6 +242,15 @@ def test_a_changed_expert_does_not_verify(save_model: Callable[..., Path], tiny_
     for model_type in ("gpt_oss", "mixtral"):
         folder, out = save_mixture(save_model, model_type), tmp_path / model_type
         prune(str(folder), output=out, metric="wanda", calibration=str(tiny_text), **OPTIONS)
+        intact = (out / MANIFEST).read_text()
+        for key, value in (("expert", 7), ("tensor", "model.none"), ("rows", [0, 5, 1]), ("transposed", "other")):
+            manifest = json.loads(intact)
+            layer = next(layer for layer in manifest["layers"] if "pieces" in layer)
+            layer["pieces"][0][key] = not layer["pieces"][0][key] if value == "other" else value
+            (out / MANIFEST).write_text(json.dumps(manifest))
+            problems = verify(str(out), against=str(folder), device="cpu")["problems"]
+            assert f"layer {layer['name']} is not in the tensors that the manifest says" in problems
+        (out / MANIFEST).write_text(intact)
         weights = load_file(out / "model.safetensors")
         name = next(name for name in weights if "experts" in name and "layers.1" in name and weights[name].dim() > 1)
         flat = weights[name].view(-1)
@@ -254,3 +275,80 @@ def test_files_that_do_not_hold_the_experts_are_refused(
     monkeypatch.setattr("gpmetric.loading.stored_shapes", lambda _: {"model.norm.weight": (32,)})
     with pytest.raises(ModelError, match=r"^model\.layers\.0\.mlp\.experts\.gate_up_proj is not in the files"):
         load_model(str(folder))
+
+
+@pytest.fixture(scope="module")
+def routed(save_model: Callable[..., Path]) -> Path:
+    return save_mixture(save_model, "qwen3_moe")
+
+
+def test_an_allocation_is_of_experts(routed: Path, tiny_text: Path, tmp_path: Path) -> None:
+    """Each has its own sparsity, and `prune` takes it by their names."""
+    text = str(tiny_text)
+    found = allocate(
+        str(routed), calibration=text, sparsity=0.5, evaluations=12, population=6, samples=4, search_windows=2,
+        windows=2, sequence_length=32, device="cpu",
+    )  # fmt: skip
+    levels = found["allocation"]["sparsity"]
+    assert f"{EXPERTS}.3.down_proj" in levels
+    assert set(found["experts"]["tokens"]) == {name for name in levels if ".experts." in name}
+    file = tmp_path / "allocation.json"
+    file.write_text(json.dumps(found["allocation"]))
+    told = prune(str(routed), output=tmp_path / "out", metric="wanda", calibration=text, allocation=file, **OPTIONS)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for layer in told["layers"]:
+        if layer["name"].endswith("3.down_proj"):
+            zeros = int((stored[f"{layer['name']}.weight"] == 0).sum())
+            assert zeros == 32 * int(24 * levels[layer["name"]])
+
+
+def test_a_campaign_on_a_mixture(routed: Path, tiny_text: Path, tmp_path: Path) -> None:
+    """With gradients; the same formulas on any number of workers is looked at elsewhere."""
+    found = discover(
+        str(routed), text=str(tiny_text), target=["0.5"], operands=["W", "X", "G", "F"], population=6, evaluations=8,
+        samples=4, search_windows=2, windows=2, calibration_seeds=0, sequence_length=32, include=r"layers\.1\.",
+        cache=tmp_path, ledger=tmp_path / "a.sqlite", workers=1, device="cpu",
+    )  # fmt: skip
+    assert found["evaluations"] == 8
+    assert found["experts"]["tokens"].keys() == {
+        f"{EXPERTS}.{number}.{kind}" for number in range(4) for kind in ("gate_up_proj", "down_proj")
+    }
+
+
+def test_block_by_block_as_at_once(routed: Path, tiny_text: Path) -> None:
+    """Weights brought block by block, and gradients taken so: the same statistics as with all of them in memory."""
+    kept, brought = (load_model(str(routed), device="cpu", resident=resident) for resident in (True, False))
+    tokens = windows_of(kept, tiny_text, 32, 4).tokens
+    assert not brought.resident
+    found = [collect(model, tokens, ["D", "F", "R"], at_once=model is kept) for model in (kept, brought)]
+    for name, one in found[0].layers.items():
+        for operand, value in one.values.items():
+            torch.testing.assert_close(found[1].layers[name][operand], value, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "mixtral"])
+def test_half_precision_in_several_files(
+    model_type: str, save_model: Callable[..., Path], tiny_text: Path, tmp_path: Path
+) -> None:
+    """As most mixtures are published: bfloat16, mapped, computed in fp32; an expert's tensors in different files."""
+    source = tmp_path / "dense"
+    shutil.copytree(save_mixture(save_model, model_type), source)
+    (source / "model.safetensors").unlink()
+    plain(save_mixture(save_model, model_type)).bfloat16().save_pretrained(source, max_shard_size="30KB")
+    names = sorted(path.name for path in source.glob("*.safetensors"))
+    assert len(names) > 2
+    told = prune(str(source), output=tmp_path / "out", metric="sparsegpt", calibration=str(tiny_text), **OPTIONS)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == names
+    for name in names:
+        dense, pruned = load_file(source / name), load_file(tmp_path / "out" / name)
+        assert [(key, one.dtype, one.shape) for key, one in dense.items()] == [
+            (key, one.dtype, one.shape) for key, one in pruned.items()
+        ]
+    assert verify(str(tmp_path / "out"), against=str(source), device="cpu")["problems"] == []
+    tokens = windows_of(load_model(str(source)), tiny_text, 32, 4).tokens
+    assert loss_of(plain(tmp_path / "out"), tokens) == pytest.approx(told["perplexity"], rel=1e-3)
+
+
+def test_slim_refuses_a_mixture(routed: Path, tiny_text: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"qwen3_moe"):
+        slim(str(routed), calibration=str(tiny_text), sparsity=0.3, output=tmp_path / "out", steps=2, **SLIM)

@@ -127,7 +127,6 @@ class _Branch:
     texts: list[Hidden]
     moves: list[Move] = field(default_factory=list)  # of the block that was passed last
     permuted: int = 0
-    starved: set[str] = field(default_factory=set)  # experts that borrowed a statistic from their siblings
     zeros: int = 0
     seconds: float = 0.0
     error: GpmetricError | None = None
@@ -215,11 +214,6 @@ class Walk:
         """By rule, what is to be put in another order, so that N:M holds in the block that was passed last."""
         return [branch.moves for branch in self._branches]
 
-    def starved(self) -> list[set[str]]:
-        """By rule, experts' layers that read too little, in the blocks that were passed, and borrowed from siblings."""
-        dense = self.protocol.session.starved
-        return [branch.starved | dense for branch in self._branches]
-
     def state(self) -> Mapping[str, Tensor]:
         """All that is needed to go on behind the last block: hidden states by rule, text and batch."""
         return _States(dict(self._hidden()))
@@ -246,7 +240,6 @@ class Walk:
         """What became of each rule, once the last block is passed."""
         weights = sum(layer.weight.numel() for layer in self._model.layers)
         found = []
-        self.protocol.session.starved_pruned |= set().union(*(branch.starved for branch in self._branches))
         for branch in self._branches:
             if branch.error is not None:
                 found.append(Measured([math.inf] * len(self.tokens), math.nan, math.nan, branch.error))
@@ -312,7 +305,7 @@ class Walk:
             return self._fitted(branch, index, branch.calibration, dense, names, couplings)
         if branch.calibration is not None:
             collected = collect_block(branch.calibration.calls, index, branch.calibration, names)
-            branch.starved |= {name for name, one in collected.items() if one.borrowed}
+            self.protocol.session.note_borrowed(collected)
         pruned = {}
         for layer in block.layers:
             if rule.target(layer.name).sparsity == 0:
@@ -342,7 +335,7 @@ class Walk:
                 continue
             weights = [pruned.get(layer.name, layer.weight) for layer in block.layers]
             found = collect_paired(states.calls, index, states, self._dense_inputs, asked, names, weights)
-            branch.starved |= {name for name, one in found.items() if one.borrowed}
+            self.protocol.session.note_borrowed(found)
             for layer in asked:
                 gradients = dense.get(layer.name, LayerStatistics()).gradients
                 statistics = LayerStatistics(**gradients, **regional[layer.name], **found.pop(layer.name).values)

@@ -217,7 +217,7 @@ def _prune_blocks(
         walk.restore(record.block, partial.state())
     before = deadline.now()
     for index, (pruned,) in walk:
-        (moved,), (starved,) = walk.moves(), walk.starved()
+        (moved,), starved = walk.moves(), session.starved | session.starved_pruned
         for layer in blocks[index].layers:
             told_layer = writer.write_layer(layer, pruned.get(layer.name), moved)
             layers.append(told_layer | ({"starved": True} if layer.name in starved else {}))

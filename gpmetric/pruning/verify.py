@@ -23,13 +23,14 @@ from gpmetric.pruning.mask import by_group
 from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of
 from gpmetric.pruning.requests import VerifyRequest
 from gpmetric.pruning.updaters import UPDATERS
+from gpmetric.pruning.verify_experts import Count, StoredPiece, are_there, by_tensor, expert_differences, pieces_of
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.plan import Plan, make_plan
 from gpmetric.session.session import Listener, Progress
 from gpmetric.session.splits import open_text, read_windows
 from gpmetric.session.work import Work
-from gpmetric.stored_experts import Piece, gathered, read_pieces
+from gpmetric.stored_experts import gathered
 from gpmetric.targets import Target, parse_target
 from gpmetric.tensor_file import TensorFile
 
@@ -45,18 +46,7 @@ def _known(name: str) -> str:
 
 
 _UpdateName = Annotated[str, AfterValidator(_known)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class _Piece(BaseModel):
-    """Rows of an expert's weight, and where they are stored; as of `gpmetric.stored_experts`."""
-
-    tensor: str
-    expert: Count | None
-    transposed: bool
-    rows: tuple[Count, Count, Annotated[int, Field(ge=1)]]
-    stored: tuple[Count, Count, Annotated[int, Field(ge=1)]]
 
 
 class _Layer(BaseModel):
@@ -67,12 +57,7 @@ class _Layer(BaseModel):
     granularity: GranularityName
     target: str
     zeros: Count
-    pieces: list[_Piece] | None = None
-
-    @property
-    def parts(self) -> tuple[Piece, ...]:
-        """Of an expert."""
-        return read_pieces([piece.model_dump() for piece in self.pieces or ()])
+    pieces: list[StoredPiece] = []
 
 
 class _Text(BaseModel):
@@ -267,8 +252,10 @@ def _tensor_problems(folder: Path, manifest: _Manifest) -> Iterator[str]:
         if not all(_is_finite(piece) for piece in file.pieces(name)):
             yield f"tensor {name} holds NaN or infinity"
     for layer in manifest.layers:
-        if layer.pieces and all(piece.tensor in places for piece in layer.pieces):
-            yield from _layer_problems(gathered(layer.parts, places), layer)
+        if layer.pieces and are_there(layer.pieces, layer.shape, places):
+            yield from _layer_problems(gathered(pieces_of(layer.pieces), places), layer)
+        elif layer.pieces:
+            yield f"layer {layer.name} is not in the tensors that the manifest says"
         elif layer.tensor in places:
             yield from _layer_problems(places[layer.tensor][layer.tensor], layer)
         else:
@@ -331,12 +318,10 @@ def _too_full(gone: Tensor, target: Target) -> int:
 def _differences(folder: Path, manifest: _Manifest, dense: Path) -> Iterator[str]:
     """Tensors that pruning should have left alone, dtype included."""
     layers = {layer.tensor: layer for layer in manifest.layers if not layer.pieces}
-    experts: dict[str, list[tuple[_Layer, Piece]]] = {}
-    for layer in manifest.layers:
-        for piece in layer.parts:
-            experts.setdefault(piece.tensor, []).append((layer, piece))
-    there = tensors(dense)
-    for name, file in tensors(folder).items():
+    written, there = tensors(folder), tensors(dense)
+    whole = [one for one in manifest.layers if are_there(one.pieces, one.shape, written)]
+    experts = by_tensor({one.name: (one.pieces, _only_masked(manifest, one)) for one in whole})
+    for name, file in written.items():
         if name not in there:
             yield f"tensor {name} is not in {str(dense)!r}"
             continue
@@ -346,7 +331,7 @@ def _differences(folder: Path, manifest: _Manifest, dense: Path) -> Iterator[str
             yield f"tensor {name} is {kinds[0]}, in {str(dense)!r} {kinds[1]}"
             continue
         if name in experts:
-            yield from _expert_differences(file, there[name], name, manifest, experts[name])
+            yield from expert_differences(file, there[name], name, experts[name])
             continue
         moves = [(move.order, move.tensors[name]) for move in manifest.moves if name in move.tensors]
         try:
@@ -359,22 +344,6 @@ def _differences(folder: Path, manifest: _Manifest, dense: Path) -> Iterator[str
             yield f"tensor {name} is not that of {str(dense)!r}, though it was not pruned"
         elif masked and not all(torch.equal(found, was.masked_fill_(found == 0, 0)) for found, was in pairs):
             yield f"weights of layer {layers[name].name} that were kept are not those of {str(dense)!r}"
-
-
-def _expert_differences(
-    file: TensorFile, dense: TensorFile, name: str, manifest: _Manifest, pieces: Sequence[tuple[_Layer, Piece]]
-) -> Iterator[str]:
-    """What differs in a tensor that holds experts' weights, slice by slice, and should not."""
-    shape = file.places[name].shape
-    for index in range(shape[0]) if pieces[0][1].expert is not None else (None,):
-        found, was = file.slice(name, index), dense.slice(name, index)
-        mine = [(layer, piece) for layer, piece in pieces if piece.expert == index]
-        for layer, piece in mine:
-            kept = piece.of(found)
-            piece.of(was).copy_(piece.of(was).masked_fill(kept == 0, 0) if _only_masked(manifest, layer) else kept)
-        if not torch.equal(found, was):
-            told = ", ".join(layer.name for layer, _ in mine) or "no layer"
-            yield f"weights of tensor {name} ({told}) that were not pruned are not those of {str(dense.path.parent)!r}"
 
 
 def _pairs(

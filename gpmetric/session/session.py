@@ -162,6 +162,10 @@ class Session:
     def _has_experts(self) -> bool:
         return any(expert_family(layer.name) for layer in self.model.layers)
 
+    def note_borrowed(self, statistics: Mapping[str, LayerStatistics]) -> None:
+        """Of statistics by layer of a block of a pruned model, who has a sibling's."""
+        self.starved_pruned |= {name for name, one in statistics.items() if one.borrowed}
+
     def _note_starved(self, names: Collection[str]) -> None:
         """Of statistics of the dense model, that may come from a file."""
         if self._has_experts:
