@@ -17,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gpmetric.errors import InputError, ModelError
+from gpmetric.experts import refuse_unsplit
 from gpmetric.models import Block, Layer, Model
 
 __all__ = ["find_blocks", "find_layers", "leave_dense", "why_dense"]
@@ -49,7 +50,7 @@ def find_layers(
     wanted, unwanted = _compile("--include", include), _compile("--exclude", exclude)
     members = [(f"{prefix}.{index}", block) for prefix, found in _lists(module) for index, block in enumerate(found)]
     for name, block in members:
-        _refuse_fused_experts(name, block)
+        refuse_unsplit(name, block)
     _unify([block for _, block in members])
     owners = _owners(module)
     dense: dict[str, str] = {}
@@ -212,16 +213,3 @@ def _compile(option: str, pattern: str | None) -> re.Pattern[str] | None:
         return None if pattern is None else re.compile(pattern)
     except re.error as error:
         raise InputError(f"{option} {pattern!r} is not a regular expression: {error}") from error
-
-
-def _refuse_fused_experts(name: str, block: nn.Module) -> None:
-    """Fused experts are 3-D parameters that no Linear holds: pruning around them would leave most weights dense."""
-    for owner_name, owner in block.named_modules():
-        for parameter_name, parameter in owner.named_parameters(recurse=False):
-            full = ".".join(filter(None, (name, owner_name, parameter_name)))
-            named = f"{full} {type(owner).__name__}".lower()
-            if parameter.dim() >= 3 and "expert" in named:
-                raise ModelError(
-                    f"{full} is a fused expert weight {list(parameter.shape)}: mixture-of-experts models cannot be "
-                    "pruned yet"
-                )

@@ -24,8 +24,10 @@ from transformers.utils import logging as transformers_logging
 from gpmetric.blocks import find_layers, leave_dense
 from gpmetric.blockwise.replay import check_blocks
 from gpmetric.errors import InputError, ModelError
+from gpmetric.experts import join_experts, split_experts
 from gpmetric.models import Model, check_weights, find_parts
 from gpmetric.placement import Placement
+from gpmetric.stored_experts import map_experts, stored_shapes
 from gpmetric.tensor_file import weight_files
 
 __all__ = [
@@ -117,6 +119,7 @@ def open_model(
     with quiet_transformers():
         module, tokenizer = _load(str(path), wanted)
     module.eval().requires_grad_(False)
+    names, fused = list(module.state_dict()), split_experts(module)
     for _, buffer in module.named_buffers():
         buffer.data = buffer.to(where)
     module.config.use_cache = False
@@ -125,7 +128,8 @@ def open_model(
     blocks, dense = find_layers(module, include, exclude)
     folder, dtype_there = _folder(str(path)), torch.float32 if wanted == torch.float32 else None
     placement = Placement(find_parts(module, blocks), where, dtype_there, weight_files(folder))
-    return Model("demo" if name is None else str(name), module, tokenizer, blocks, folder, placement, dense)
+    experts = map_experts(module, names, fused, stored_shapes(folder)) if fused else {}
+    return Model("demo" if name is None else str(name), module, tokenizer, blocks, folder, placement, dense, experts)
 
 
 def load(name: str | Path, *, device: str = "auto", dtype: str | None = None) -> Any:
@@ -141,6 +145,7 @@ def load(name: str | Path, *, device: str = "auto", dtype: str | None = None) ->
     """
     module = load_model(str(name), device=device, dtype=dtype).module
     module.config.use_cache = True
+    join_experts(module)
     return module
 
 

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from gpmetric.digests import remembered_digest
 from gpmetric.errors import ModelError
 from gpmetric.placement import BATCH_TOKENS, FRONT, HEAD, Part, Placement
+from gpmetric.stored_experts import Piece
 
 __all__ = ["Block", "Layer", "Model", "check_weights", "find_parts"]
 
@@ -73,6 +74,7 @@ class Model:
     folder: Path | None = None  # where its files are
     placement: Placement | None = None  # None: all parameters are where they compute
     dense: Mapping[str, str] = field(default_factory=dict)  # by name, why a linear layer of a block is not pruned
+    experts: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)  # by layer, where slices are in the files
 
     @property
     def resident(self) -> bool:

@@ -74,11 +74,7 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         """A tensor of the file, in memory of its own."""
-        place = self.places[name]
-        found = torch.empty(math.prod(place.shape), dtype=place.dtype)
-        with self.path.open("rb", buffering=0) as file:
-            self._fill(file, found, place.start)
-        return found.reshape(place.shape)
+        return self.slice(name, None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -96,13 +92,28 @@ class TensorFile(Mapping[str, Tensor]):
                 self._fill(file, found, start)
                 yield found
 
-    def write(self, name: str, value: Tensor) -> None:
-        """Puts other numbers in the place of a tensor, of the same shape and dtype."""
-        place = self.places[name]
+    def write(self, name: str, value: Tensor, index: int | None = None) -> None:
+        """Puts other numbers, of the same shape and dtype, in the place of a tensor or of a slice of its first axis."""
+        place = self._slice(name, index)
         assert (value.shape, value.dtype) == (place.shape, place.dtype), name
         with self.path.open("r+b", buffering=0) as file:
             file.seek(place.start)
             _write_all(file, value)
+
+    def slice(self, name: str, index: int | None) -> Tensor:
+        """A tensor's slice along its first axis, or all of it, in memory of its own."""
+        place = self._slice(name, index)
+        found = torch.empty(math.prod(place.shape), dtype=place.dtype)
+        with self.path.open("rb", buffering=0) as file:
+            self._fill(file, found, place.start)
+        return found.reshape(place.shape)
+
+    def _slice(self, name: str, index: int | None) -> Place:
+        place = self.places[name]
+        if index is None:
+            return place
+        size = (place.end - place.start) // place.shape[0]
+        return Place(place.dtype, place.shape[1:], place.start + index * size, place.start + (index + 1) * size)
 
     def _fill(self, file: BinaryIO, values: Tensor, start: int) -> None:
         """Reads a flat tensor from its place in the file."""

@@ -26,7 +26,8 @@ LAYERS = [
     {"codegen", "loading", "metrics", "options"},
     {"blockwise", "blocks"},
     {"expression", "data", "models", "demo", "provenance", "journal", "targets"},
-    {"digests", "outputs", "stored_names"},
+    {"digests", "outputs", "stored_names", "stored_experts"},
+    {"experts"},
     {"files", "tensor_file"},
     {"operands", "errors", "pareto", "lazy", "plain", "interrupts", "kernels", "slim_models", "placement", "catalogue"},
 ]

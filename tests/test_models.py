@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from gpmetric.blocks import find_blocks
 from gpmetric.errors import InputError, ModelError
+from gpmetric.experts import refuse_unsplit
 from gpmetric.loading import load_model, pick_device
 from gpmetric.models import Model
 from tests.pruning_helpers import restored
@@ -236,17 +237,29 @@ def test_a_larger_vision_tower_is_not_taken_for_the_model(save_model: Callable[.
 
 # What is refused
 
-MIXTURES = {
-    "mixtral": {"intermediate_size": 24, "num_local_experts": 2, "num_experts_per_tok": 1},
-    "qwen3_moe": {"moe_intermediate_size": 24, "num_experts": 2, "num_experts_per_tok": 1, "head_dim": 8},
+UNKNOWN_MIXTURES = {  # whose experts transformers holds in its own way
+    "jetmoe": ({"intermediate_size": 24, "num_local_experts": 2, "kv_channels": 8}, "ParallelExperts"),
 }
 
 
-@pytest.mark.parametrize("model_type", MIXTURES)
-def test_fused_experts_are_refused(model_type: str, save_model: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("model_type", UNKNOWN_MIXTURES)
+def test_experts_of_an_unknown_form_are_refused(model_type: str, save_model: Callable[..., Path]) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    folder = save_model(model_type, **sizes, **MIXTURES[model_type])
-    refused(folder, r"^model\.layers\.0\.mlp\.experts\.gate_up_proj is a fused expert weight \[2, 48, 32\]: ")
+    options, form = UNKNOWN_MIXTURES[model_type]
+    folder = save_model(model_type, **sizes, **options)
+    refused(folder, rf"\.0\..* is a fused expert weight \[.*\] of .*{form}, a form that is not known: a mixture of ")
+
+
+def test_three_axes_alone_are_no_reason_to_refuse() -> None:
+    """RWKV's decays and convolutions have three, too, and stay dense."""
+    block = nn.Module()
+    block.register_parameter("time_mix", nn.Parameter(torch.ones(1, 1, 8)))
+    block.add_module("conv", nn.Conv1d(2, 2, 3))
+    refuse_unsplit("blocks.0", block)
+    block.add_module("experts", nn.Module())
+    block.experts.register_parameter("weight", nn.Parameter(torch.ones(2, 4, 8)))
+    with pytest.raises(ModelError, match=r"^blocks\.0\.experts\.weight is a fused expert weight \[2, 4, 8\] of Module"):
+        refuse_unsplit("blocks.0", block)
 
 
 def test_encoders_are_refused(save_model: Callable[..., Path], damaged: Path) -> None:

@@ -240,13 +240,17 @@ def _described(request: AllocateRequest, calibrated: CalibratedModel, scorer: Sc
     names = ("metric", "genes", "allocator", "objective", "sparsity", "max_loss_ratio")
     used = {"update": request.update, "fit": request.fit} if request.changes else {}
     described = session.describe() | {name: getattr(request, name) for name in names} | used
-    return described | {
-        "digest": session.model.digest,
-        "formula": str(calibrated.metric.expression),
-        "granularity": table.granularity,
-        **{name: windows.describe() for name, windows in session.windows.items()},
-        "layers": len(table.layers),
-        "prunable": table.entries,
-        "total": scorer.total,
-        "dense": {"loss": scorer.dense, "perplexity": perplexity(scorer.dense)},
-    }
+    return (
+        described
+        | {
+            "digest": session.model.digest,
+            "formula": str(calibrated.metric.expression),
+            "granularity": table.granularity,
+            **{name: windows.describe() for name, windows in session.windows.items()},
+            "layers": len(table.layers),
+            "prunable": table.entries,
+            "total": scorer.total,
+            "dense": {"loss": scorer.dense, "perplexity": perplexity(scorer.dense)},
+        }
+        | session.experts()
+    )

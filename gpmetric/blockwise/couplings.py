@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gpmetric.blockwise.families import read_features
 from gpmetric.blockwise.replay import BlockCalls
+from gpmetric.experts import is_expert
 from gpmetric.models import Block, Layer
 
 __all__ = ["Coupling", "Move", "find_couplings", "in_order"]
@@ -180,7 +181,7 @@ def _neighbours(block: Block, ran: Mapping[str, Any]) -> Iterator[tuple[Layer, d
         layer = next((one for one in block.layers if one.module is module), None)
         parent = name.rpartition(".")[0]
         before = [other for other in list(ran)[:place] if other.rpartition(".")[0] == parent]
-        if layer is not None and before:
+        if layer is not None and before and not is_expert(module):  # whose files have no place for another order
             prefix = layer.name.removesuffix(name)
             yield layer, {prefix + other: ran[other] for other in reversed(before)}
 

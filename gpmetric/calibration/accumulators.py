@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -43,10 +43,25 @@ class LayerStatistics:
     Args:
         values: X, D [in], G, H, F [out, in] and so on, `gram` [in, in], X^T X / n over the n calibration tokens, and
             `cross` [in, in], X_dense^T X / n; fp32, None for what was not measured.
+
+    Attributes:
+        tokens: that the layer read, where it was counted.
+        borrowed: names of what is an expert's siblings', since it read too little.
     """
 
     def __init__(self, **values: Tensor | None) -> None:
         self.values: Mapping[str, Tensor] = {name: value for name, value in values.items() if value is not None}
+        self.tokens: int | None = None
+        self.borrowed: tuple[str, ...] = ()
+
+    def told(self, tokens: int | None, borrowed: Sequence[str]) -> Self:
+        """The same, knowing how much was read."""
+        self.tokens, self.borrowed = tokens, tuple(borrowed)
+        return self
+
+    def joined(self, others: Mapping[str, Tensor]) -> LayerStatistics:
+        """With what was measured elsewhere, too."""
+        return LayerStatistics(**self.values, **others).told(self.tokens, self.borrowed)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.values[name]
@@ -93,6 +108,18 @@ class InputMoments:
             self.squares += rows.square().sum(dim=0)
         else:
             self.products.addmm_(rows.t(), rows)
+
+    @classmethod
+    def pooled(cls, parts: Sequence[InputMoments]) -> InputMoments:
+        """Of all tokens that these have seen."""
+        first = parts[0].squares
+        found = cls(len(first), first.device, gram=parts[0].products is not None)
+        for part in parts:
+            found.tokens += part.tokens
+            found.squares += part.squares
+            if found.products is not None and part.products is not None:
+                found.products += part.products
+        return found
 
     def rms(self) -> Tensor:
         """Root mean square per input feature, [in]."""

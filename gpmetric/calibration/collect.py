@@ -28,11 +28,21 @@ from gpmetric.calibration.accumulators import (
     LayerStatistics,
 )
 from gpmetric.calibration.regional import collect_regional, gradients_of
-from gpmetric.errors import ModelError, SolverError
+from gpmetric.calibration.siblings import Siblings, families
+from gpmetric.experts import expert_family
 from gpmetric.models import Layer, Model
 from gpmetric.placement import BATCH_TOKENS
 
-__all__ = ["Accumulators", "Statistics", "collect", "collect_block", "collect_blocks", "token_batches"]
+__all__ = [
+    "Accumulators",
+    "Statistics",
+    "collect",
+    "collect_block",
+    "collect_blocks",
+    "count_tokens",
+    "needs_pairs",
+    "token_batches",
+]
 
 Accumulators = Mapping[str, FromInputs | FromGradients | FromTokens | FromRegion]
 
@@ -108,6 +118,22 @@ def collect_blocks(
     return _block_by_block(model, tokens, rows, progress, room)
 
 
+def count_tokens(model: Model, tokens: Tensor, room: int | None = None) -> dict[str, int]:
+    """How many of the tokens [sequences, length] each layer of a mixture's experts reads, by its name."""
+    rows = {name: row for name, row in ACCUMULATORS.items() if name == "X"}
+    layers = {layer.name for layer in model.layers if expert_family(layer.name)}
+    found: dict[str, int] = {}
+    for block in _from_inputs(model, tokens, rows, lambda *_: None, room):
+        found |= {name: one.tokens or 0 for name, one in block.items() if name in layers}
+    return found
+
+
+def needs_pairs(names: Collection[str]) -> bool:
+    """Whether statistics are made of Gram matrices."""
+    rows = (ACCUMULATORS.get(name) for name in names)
+    return any(row.pairs for row in rows if isinstance(row, FromInputs))
+
+
 def collect_block(
     calls: BlockCalls,
     index: int,
@@ -136,7 +162,7 @@ def collect_block(
 
 
 def _joined(statistics: LayerStatistics, others: Mapping[str, Tensor]) -> LayerStatistics:
-    return LayerStatistics(**statistics.values, **others)
+    return statistics.joined(others)
 
 
 _Progress = Callable[[int, int], None]
@@ -222,13 +248,16 @@ def _block_by_block(model: Model, tokens: Tensor, rows: Accumulators, progress: 
     others = {name: row for name, row in rows.items() if name not in from_inputs}
     steps = 2 * len(model.blocks)
     watches: dict[int, _Watch] = {}
+    read: dict[str, tuple[int | None, tuple[str, ...]]] = {}
 
     @contextmanager
     def forward(index: int) -> Iterator[None]:
         with _Watch(model.blocks[index].layers, from_inputs) as watch:
             yield
         for layer in model.blocks[index].layers:
-            inputs.put(layer.name, watch.result(layer, len(tokens)).values)
+            seen = watch.result(layer, len(tokens))
+            read[layer.name] = seen.tokens, seen.borrowed
+            inputs.put(layer.name, seen.values)
         progress(index + 1, steps)
 
     def backward(index: int) -> _Watch:
@@ -238,7 +267,9 @@ def _block_by_block(model: Model, tokens: Tensor, rows: Accumulators, progress: 
     def result(layer: Layer, watch: _Watch) -> LayerStatistics:
         seen = _moved(inputs.get(layer.name), model.device)
         inputs.drop(layer.name)
-        return LayerStatistics(**watch.result(layer, len(tokens)).values, **seen)
+        known, borrowed = read.pop(layer.name)
+        found = watch.result(layer, len(tokens))
+        return found.joined(seen).told(known, [*borrowed, *found.borrowed])
 
     host = torch.device("cpu")
     with Shelf(room, host) as shelf, Shelf(room, host) as inputs:
@@ -276,6 +307,8 @@ class _Watch(AbstractContextManager["_Watch"]):
         self._read = {name: row for name, row in rows.items() if isinstance(row, FromInputs)}
         self._gradients = {name: row.start for name, row in rows.items() if isinstance(row, FromGradients)}
         self._tokens = {name: row.start for name, row in rows.items() if isinstance(row, FromTokens)}
+        self._tokens_read = dict.fromkeys((layer.name for layer in layers), 0)
+        self._families: dict[str, Siblings] = {}
         self._moments: dict[str, InputMoments] = {}
         self._accumulated: dict[str, dict[str, Accumulator]] = {}
 
@@ -287,8 +320,7 @@ class _Watch(AbstractContextManager["_Watch"]):
             by_gradient = {name: start(shape, device) for name, start in self._gradients.items()}
             by_token = {name: start(shape, device) for name, start in self._tokens.items()}
             self._accumulated[layer.name] = {**by_gradient, **by_token}
-            if self._read:
-                self._hooks.enter_context(layer.module.register_forward_pre_hook(partial(self._see_inputs, layer)))
+            self._hooks.enter_context(layer.module.register_forward_pre_hook(partial(self._see_inputs, layer)))
             if by_token:
                 watch = partial(_see_tokens, list(by_token.values()))
                 self._hooks.enter_context(layer.module.register_forward_hook(watch))
@@ -300,19 +332,21 @@ class _Watch(AbstractContextManager["_Watch"]):
         self._hooks.close()
 
     def result(self, layer: Layer, sequences: int) -> LayerStatistics:
-        """What was asked for of one layer, over so many sequences."""
-        moments = self._moments.pop(layer.name)
-        if self._read and not moments.tokens:
-            raise ModelError(f"layer {layer.name} is not reached by a text, so it cannot be calibrated (--exclude)")
-        try:
-            found = {name: row.read(moments) for name, row in self._read.items()}
-        except SolverError as error:
-            raise SolverError(f"layer {layer.name}: {error}") from error
-        accumulated = self._accumulated.pop(layer.name)
-        return LayerStatistics(**found, **{name: one.result(sequences) for name, one in accumulated.items()})
+        """What was asked for of one layer, over so many sequences; what is accumulated is let go of with its family."""
+        if layer.name not in self._families:
+            family = next(one for one in families(self._layers) if any(other is layer for other in one))
+            self._families |= dict.fromkeys([one.name for one in family], Siblings(family, self._tokens_read))
+        siblings = self._families.pop(layer.name)
+        found = siblings.read(layer, self._read, self._moments, self._accumulated, sequences)
+        if siblings not in self._families.values():
+            for name in siblings.names:
+                del self._moments[name], self._accumulated[name]
+        return found
 
     def _see_inputs(self, layer: Layer, _: Module, args: tuple[Tensor, ...]) -> None:
-        self._moments[layer.name].add(args[0])
+        self._tokens_read[layer.name] += args[0].numel() // args[0].shape[-1]
+        if self._read:
+            self._moments[layer.name].add(args[0])
 
 
 def _see_tokens(accumulators: Sequence[Accumulator], _: Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -17,9 +17,9 @@ from torch.nn import Module
 from gpmetric.blockwise.hidden import Hidden
 from gpmetric.blockwise.replay import BlockCalls
 from gpmetric.calibration.accumulators import ACCUMULATORS, FromInputs, InputMoments, LayerStatistics
-from gpmetric.errors import ModelError, SolverError
+from gpmetric.calibration.siblings import Siblings, families
 from gpmetric.models import Layer
-from gpmetric.operands import CROSS
+from gpmetric.operands import CROSS, GRAM
 
 __all__ = ["DenseInputs", "collect_paired", "reading_order"]
 
@@ -134,14 +134,13 @@ def collect_paired(
                 if pair.of is pair:
                     pair.add(after[name], before.get(name), tokens)
     found = {}
-    for layer in layers:
-        pair = pairs[layer.name].of
-        if not pair.moments.tokens:
-            raise ModelError(f"layer {layer.name} is not reached by a text, so it cannot be calibrated (--exclude)")
-        try:
-            found[layer.name] = pair.result(rows)
-        except SolverError as error:
-            raise SolverError(f"layer {layer.name}: {error}") from error
+    moments = {name: pair.of.moments for name, pair in pairs.items()}
+    for family in families(layers):
+        siblings = Siblings(family, {name: one.tokens for name, one in moments.items()})
+        for layer in family:
+            own = siblings.read(layer, rows, moments, {}, 0)
+            cross = None if GRAM in own.borrowed else pairs[layer.name].of.cross
+            found[layer.name] = own if cross is None else own.joined({CROSS: cross})
     return found
 
 
@@ -163,10 +162,10 @@ class _Pair:
         elif self._products is not None:
             self._products.addmm_(rows[0].t(), rows[1])
 
-    def result(self, rows: Mapping[str, FromInputs]) -> LayerStatistics:
-        found = {name: row.read(self.moments) for name, row in rows.items()}
-        cross = None if self._products is None else self._products / self.moments.tokens
-        return LayerStatistics(**found, **{CROSS: cross})
+    @property
+    def cross(self) -> Tensor | None:
+        """[in, in], X_dense^T X / n, where the tokens were the same."""
+        return None if self._products is None else self._products / max(1, self.moments.tokens)
 
 
 def _inputs(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gpmetric.blockwise.replay import BlockCalls
 from gpmetric.calibration.accumulators import ACCUMULATORS, Accumulator, FromRegion
+from gpmetric.calibration.siblings import lend
 from gpmetric.models import Layer
 
 __all__ = ["collect_regional", "gradients_of"]
@@ -49,7 +50,9 @@ def collect_regional(
             for states in batch.split(1):
                 _pass_region(calls.alone, index, sequences, states)
                 sequences += 1
-    return {layer: {name: one.result(sequences) for name, one in of.items()} for layer, of in found.items()}
+    results = {layer: {name: one.result(sequences) for name, one in of.items()} for layer, of in found.items()}
+    lend(results, layers)
+    return results
 
 
 @torch.enable_grad()

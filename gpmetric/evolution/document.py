@@ -65,7 +65,13 @@ def circumstances(request: DiscoverRequest, sessions: Mapping[str, Session], led
         "seed": request.seed,
         "sequence_length": first.windows["search"].tokens.shape[1],
         "versions": versions(),
-    }
+    } | _experts(sessions)
+
+
+def _experts(sessions: Mapping[str, Session]) -> dict[str, Any]:
+    """Of mixtures, what their experts read in the dense model."""
+    found = {name: session.experts(pruned=False) for name, session in sessions.items()}
+    return {"experts": alone({name: one["experts"] for name, one in found.items()})} if all(found.values()) else {}
 
 
 def _describe_splits(splits: Mapping[str, Windows]) -> dict[str, Any]:

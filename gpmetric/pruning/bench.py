@@ -221,6 +221,7 @@ def _bench_model(
         told.row(row)
         document["results"].append(asdict(row))
         document["results"].sort(key=lambda one: order[one["target"], one["metric"]])
+    document |= session.experts()
 
 
 def _described(session: Session, request: BenchRequest) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from gpmetric.models import Layer, Model
 from gpmetric.pruning.manifest import write_manifest
 from gpmetric.pruning.output_folder import MANIFEST, files_of, unwritable
 from gpmetric.pruning.taken_over import copy_code, copy_licence, front_matter, measured, printable
+from gpmetric.stored_experts import gathered, put_back, read_pieces
 from gpmetric.stored_names import stored_names
 from gpmetric.targets import Target
 from gpmetric.tensor_file import TensorFile, weight_files, write_tensors
@@ -60,7 +61,7 @@ class CheckpointWriter:
 
     Raises:
         GpmetricError: the checkpoint stores a layer in another form than the model has it, is damaged, or holds a
-            tensor, of no use to the model, that is not finite.
+            tensor, of no use to the model, that is not finite; or an expert's weight is not where it should be.
     """
 
     def __init__(self, model: Model, folder: Path, rules: Mapping[str, Target], *, update: bool) -> None:
@@ -72,12 +73,14 @@ class CheckpointWriter:
         self._names = stored_names(model.module, self._places)
         self._shards = {file.path: file for file in self._places.values()}
         self._check_unused()
+        _check_experts(model, self._places)
 
     def _check_unused(self) -> None:
         """Looks at the tensors that loading did not: they are copied, and all that is written has to be finite."""
         prefix = f"{self._model.module.base_model_prefix}."
         known = {name for name, _ in self._model.module.named_parameters(remove_duplicate=False)}
         known |= {name.removeprefix(prefix) for name in known} | set(self._names.values())
+        known |= {piece.tensor for pieces in self._model.experts.values() for piece in pieces}
         for name, file in self._places.items():
             if name not in known and not all(is_finite(piece) for piece in file.pieces(name)):
                 raise ModelError(
@@ -88,7 +91,9 @@ class CheckpointWriter:
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
         """By layer, what its weight is stored in."""
-        return {name: file.places[tensor].dtype for name, (file, tensor) in self._stored.items()}
+        found = {name: file.places[tensor].dtype for name, (file, tensor) in self._stored.items()}
+        experts = {name: pieces[0].tensor for name, pieces in self._model.experts.items()}
+        return found | {name: self._places[tensor].places[tensor].dtype for name, tensor in experts.items()}
 
     def copy_files(self) -> bool:
         """Copies the files of tensors that are not there yet; whether there were any.
@@ -117,6 +122,8 @@ class CheckpointWriter:
             pruned: [out, in], on any device, in the order of the model; None where the layer is left alone.
             moves: of its block; those of the layer's weight are made.
         """
+        if layer.name in self._model.experts:
+            return self._write_expert(layer, pruned)
         file, name = self._stored[layer.name]
         written = file[name]
         before = _zeros(written)
@@ -127,12 +134,38 @@ class CheckpointWriter:
             written = written if axis is None else in_order(written, order, axis)
         if pruned is not None or any(axis is not None for _, axis in axes):
             self._write(name, written)
+        weight = layer.oriented(written)
+        return self._described(layer, weight, before, name) | {"transposed": isinstance(layer.module, Conv1D)}
+
+    def _write_expert(self, layer: Layer, pruned: Tensor | None) -> dict[str, Any]:
+        """The same of an expert's weight, whose pieces go where they were."""
+        pieces = self._model.experts[layer.name]
+        weight = gathered(pieces, self._places)  # [out, in]
+        before = _zeros(weight)
+        if pruned is not None:
+            stored = weight.dtype
+            if self._update:
+                weight = pruned.to(layer.parameter.dtype).cpu().to(stored)
+            else:
+                weight.masked_fill_((pruned == 0).cpu(), 0)
+            put_back(pieces, self._copies, weight)
+        told = self._described(layer, weight, before, pieces[0].tensor)
+        return told | {"transposed": False, "pieces": [piece.describe() for piece in pieces]}
+
+    @functools.cached_property
+    def _copies(self) -> dict[str, TensorFile]:
+        """By tensor, the file of the new checkpoint that holds it."""
+        copies = {path: TensorFile(self._folder / path.name) for path in self._shards}
+        return {name: copies[file.path] for name, file in self._places.items()}
+
+    def _described(self, layer: Layer, written: Tensor, before: int, tensor: str) -> dict[str, Any]:
+        """What the manifest says of a layer's weight [out, in]."""
         rule, zeros = self._rules[layer.name], _zeros(written)
         return {
             "name": layer.name,
-            "tensor": name,
-            "shape": list(layer.oriented(written).shape),
-            "transposed": isinstance(layer.module, Conv1D),
+            "tensor": tensor,
+            "shape": list(written.shape),
+            "transposed": False,
             "granularity": rule.granularity,
             "target": rule.text,
             "entries": written.numel(),
@@ -211,6 +244,8 @@ class CheckpointWriter:
 def stored_layers(model: Model) -> dict[str, tuple[TensorFile, str]]:
     """By layer name, the file that holds its weight, and its name there.
 
+    Experts of a mixture are not among them: `Model.experts` has the pieces that they are stored in.
+
     Raises:
         GpmetricError: the checkpoint stores a layer in another form than the model has it, or is damaged.
     """
@@ -218,10 +253,29 @@ def stored_layers(model: Model) -> dict[str, tuple[TensorFile, str]]:
     places = tensors(model.folder)
     names = stored_names(model.module, places)
     found = {}
-    for layer in model.layers:
+    for layer in (one for one in model.layers if one.name not in model.experts):
         name = _stored_name(model, names, f"{layer.name}.weight")
         found[layer.name] = places[name], name
     return found
+
+
+def _check_experts(model: Model, files: Mapping[str, TensorFile]) -> None:
+    """Compares every expert's weight with the pieces of the files that it is mapped to, before any work.
+
+    Raises:
+        GpmetricError: they differ.
+    """
+    for layer in (one for one in model.layers if one.name in model.experts):
+        weight = layer.weight
+        stored = gathered(model.experts[layer.name], files).to(weight.dtype)
+        if stored.shape != weight.shape or not torch.equal(stored, weight.cpu()):
+            tensor = model.experts[layer.name][0].tensor
+            raise GpmetricError(
+                f"the checkpoint of {model.name!r} does not hold the weight of {layer.name} where transformers' "
+                f"conversion puts it ({tensor}): it cannot be written back"
+            )
+        if model.placement is not None:
+            model.placement.let_go(layer.parameter.data)
 
 
 def _stored_name(model: Model, names: Mapping[str, str], full: str) -> str:
@@ -296,6 +350,8 @@ def write_masks(folder: Path, layers: Sequence[Mapping[str, Any]], path: Path) -
 
     def mask(name: str) -> Tensor:
         layer = by_name[name]
+        if "pieces" in layer:
+            return gathered(read_pieces(layer["pieces"]), files) != 0
         weight = files[layer["tensor"]][layer["tensor"]]
         return (weight.t() if layer["transposed"] else weight) != 0
 

@@ -15,6 +15,7 @@ from gpmetric.files import finite, write_text
 from gpmetric.pruning.allocation import GranularityName
 from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of
 from gpmetric.pruning.updaters import UPDATERS
+from gpmetric.pruning.verify_experts import Count, StoredPiece
 
 __all__ = ["LayerRecord", "Manifest", "manifest_digest", "read_manifest", "write_manifest"]
 
@@ -47,7 +48,6 @@ def _known(name: str) -> str:
 
 
 _UpdateName = Annotated[str, AfterValidator(_known)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -59,6 +59,7 @@ class LayerRecord(BaseModel):
     granularity: GranularityName
     target: str
     zeros: Count
+    pieces: list[StoredPiece] = []
 
 
 class _Text(BaseModel):

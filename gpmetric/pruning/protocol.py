@@ -297,6 +297,7 @@ class Walk:
             return self._fitted(branch, index, branch.calibration, dense, names, couplings)
         if branch.calibration is not None:
             collected = collect_block(branch.calibration.calls, index, branch.calibration, names)
+            self.protocol.session.note_borrowed(collected)
         pruned = {}
         for layer in block.layers:
             if rule.target(layer.name).sparsity == 0:
@@ -326,6 +327,7 @@ class Walk:
                 continue
             weights = [pruned.get(layer.name, layer.weight) for layer in block.layers]
             found = collect_paired(states.calls, index, states, self._dense_inputs, asked, names, weights)
+            self.protocol.session.note_borrowed(found)
             for layer in asked:
                 gradients = dense.get(layer.name, LayerStatistics()).gradients
                 statistics = LayerStatistics(**gradients, **regional[layer.name], **found.pop(layer.name).values)

@@ -158,6 +158,9 @@ def _write(
     session.forget()
     if record.manifest is None:
         ends = {"text": text.describe(), "dense": record.dense, "perplexity": record.perplexity}
+        if experts := session.experts():
+            experts["experts"]["starved"] = [layer["name"] for layer in record.layers if layer.get("starved")]
+            ends |= experts
         if rule.permute:
             ends |= _permuted(record, targets)
         writer.finish({**made, **ends}, record.layers, {} if recipe is None else {RECIPE: recipe.text or ""})
@@ -170,7 +173,11 @@ def _write(
 
 def _permuted(record: Record, targets: Mapping[str, Target]) -> dict[str, Any]:
     """What the manifest says of orders: how many of the layers under N:M have their columns in another, and which."""
-    axes = {one["tensor"]: 0 if one["transposed"] else 1 for one in record.layers if targets[one["name"]].group}
+    axes = {
+        one["name" if "pieces" in one else "tensor"]: 0 if one["transposed"] else 1
+        for one in record.layers
+        if targets[one["name"]].group
+    }
     moved = {name for move in record.moves for name, axis in move["tensors"].items() if axes.get(name) == axis}
     return {"permuted": {"layers": len(moved), "of": len(axes)}, "moves": record.moves}
 
@@ -213,8 +220,10 @@ def _prune_blocks(
         walk.restore(record.block, partial.state())
     before = deadline.now()
     for index, (pruned,) in walk:
-        (moved,) = walk.moves()
-        layers += [writer.write_layer(layer, pruned.get(layer.name), moved) for layer in blocks[index].layers]
+        (moved,), starved = walk.moves(), session.starved | session.starved_pruned
+        for layer in blocks[index].layers:
+            told_layer = writer.write_layer(layer, pruned.get(layer.name), moved)
+            layers.append(told_layer | ({"starved": True} if layer.name in starved else {}))
         moves += writer.write_moves(moved, blocks[index].layers)
         told.progress("blocks", index + 1, len(blocks))
         before, spent = (now := deadline.now()), now - before

@@ -24,12 +24,14 @@ from gpmetric.pruning.mask import by_group
 from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of
 from gpmetric.pruning.requests import VerifyRequest
 from gpmetric.pruning.taken_over import lacking_code
+from gpmetric.pruning.verify_experts import are_there, by_tensor, expert_differences, pieces_of
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.plan import Plan, make_plan
 from gpmetric.session.session import Listener, Progress
 from gpmetric.session.splits import open_text, read_windows
 from gpmetric.session.work import Work
+from gpmetric.stored_experts import gathered
 from gpmetric.targets import Target, parse_target
 from gpmetric.tensor_file import TensorFile
 
@@ -221,7 +223,11 @@ def _tensor_problems(folder: Path, manifest: Manifest, zeros: dict[str, int]) ->
         if not all(is_finite(piece) for piece in file.pieces(name)):
             yield f"tensor {name} holds NaN or infinity"
     for layer in manifest.layers:
-        if layer.tensor in places:
+        if layer.pieces and are_there(layer.pieces, layer.shape, places):
+            yield from _layer_problems(gathered(pieces_of(layer.pieces), places), layer, zeros)
+        elif layer.pieces:
+            yield f"layer {layer.name} is not in the tensors that the manifest says"
+        elif layer.tensor in places:
             yield from _layer_problems(places[layer.tensor][layer.tensor], layer, zeros)
         else:
             yield f"layer {layer.name} has no tensor"
@@ -294,9 +300,11 @@ def _too_full(gone: Tensor, target: Target) -> int:
 
 def _differences(folder: Path, manifest: Manifest, dense: Path) -> Iterator[str]:
     """Tensors that pruning should have left alone, dtype included."""
-    layers = {layer.tensor: layer for layer in manifest.layers}
-    there = tensors(dense)
-    for name, file in tensors(folder).items():
+    layers = {layer.tensor: layer for layer in manifest.layers if not layer.pieces}
+    written, there = tensors(folder), tensors(dense)
+    whole = [one for one in manifest.layers if are_there(one.pieces, one.shape, written)]
+    experts = by_tensor({one.name: (one.pieces, _only_masked(manifest, one)) for one in whole})
+    for name, file in written.items():
         if name not in there:
             yield f"tensor {name} is not in {str(dense)!r}"
             continue
@@ -304,6 +312,9 @@ def _differences(folder: Path, manifest: Manifest, dense: Path) -> Iterator[str]
         if mine.shape != other.shape or mine.dtype != other.dtype:
             kinds = [f"{one.dtype} {list(one.shape)}" for one in (mine, other)]
             yield f"tensor {name} is {kinds[0]}, in {str(dense)!r} {kinds[1]}"
+            continue
+        if name in experts:
+            yield from expert_differences(file, there[name], name, experts[name])
             continue
         moves = [(move.order, move.tensors[name]) for move in manifest.moves if name in move.tensors]
         try:

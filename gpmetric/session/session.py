@@ -25,9 +25,11 @@ from gpmetric.calibration.cache import (
     load_statistics,
     stored_dtype,
 )
-from gpmetric.calibration.collect import Statistics, collect_blocks, token_batches
+from gpmetric.calibration.collect import Statistics, collect_blocks, count_tokens, needs_pairs, token_batches
+from gpmetric.calibration.siblings import borrowing
 from gpmetric.data import Windows, leading_bos, left_out
 from gpmetric.errors import GpmetricError
+from gpmetric.experts import expert_family
 from gpmetric.files import cache_folder
 from gpmetric.loading import open_model, prepare_model
 from gpmetric.metrics import Metric, resolve_metric
@@ -74,6 +76,8 @@ class Session:
         evaluated: windows of the texts that perplexity is measured on.
         dense: statistics of the dense model that are at hand.
         plan: where weights and statistics are.
+        starved: layers of experts that read too little, so that a statistic of theirs is their siblings'.
+        starved_pruned: such layers in models that were pruned, whose routers choose others.
     """
 
     inputs: Inputs
@@ -82,6 +86,8 @@ class Session:
     evaluated: list[Windows] = field(default_factory=list)
     dense: Statistics | None = None
     plan: Plan = field(default_factory=Plan)
+    starved: set[str] = field(default_factory=set)
+    starved_pruned: set[str] = field(default_factory=set)
 
     def start(self) -> None:
         """Brings the model to where the plan wants it, and checks that it gives figures with a meaning."""
@@ -109,6 +115,7 @@ class Session:
                     before = {} if self.dense is None else self.dense.layers[name].values
                     store.put(name, {**block.pop(name).values, **before})
             self.dense = Statistics(store, *self.tokens.shape)
+            self._note_starved(missing)
         return self.dense
 
     def blocks(self, names: Collection[str], progress: Progress = _silent) -> Iterator[dict[str, LayerStatistics]]:
@@ -135,7 +142,39 @@ class Session:
         sample = Sample.of(self.model, self.tokens, names, dtype)
         path = cached_statistics(folder, key, sample, lambda: self.blocks(names, progress))
         self.dense = load_statistics(path, str(self.model.device), kept=self.plan.kept)
+        self._note_starved(names)
         return path
+
+    @cached_property
+    def expert_tokens(self) -> dict[str, int]:
+        """By layer of a mixture's experts, how many calibration tokens the dense model has it read."""
+        return count_tokens(self.model, self.tokens, self.plan.room)
+
+    def experts(self, *, pruned: bool = True) -> dict[str, Any]:
+        """What a result says of a mixture's experts: tokens by layer, and who lived on siblings; of others nothing.
+
+        Args:
+            pruned: whether those count that read too little in pruned models.
+        """
+        if not self._has_experts:
+            return {}
+        named = self.starved | (self.starved_pruned if pruned else set())
+        starved = [layer.name for layer in self.model.layers if layer.name in named]
+        return {"experts": {"tokens": self.expert_tokens, "starved": starved}}
+
+    @property
+    def _has_experts(self) -> bool:
+        return any(expert_family(layer.name) for layer in self.model.layers)
+
+    def note_borrowed(self, statistics: Mapping[str, LayerStatistics]) -> None:
+        """Of statistics by layer of a block of a pruned model, who has a sibling's."""
+        self.starved_pruned |= {name for name, one in statistics.items() if one.borrowed}
+
+    def _note_starved(self, names: Collection[str]) -> None:
+        """Of statistics of the dense model, that may come from a file."""
+        if self._has_experts:
+            layers = [layer for layer in self.model.layers if layer.name in self.expert_tokens]
+            self.starved |= set(borrowing(layers, self.expert_tokens, pairs=needs_pairs(names)))
 
     @cached_property
     def calls(self) -> BlockCalls:
@@ -164,7 +203,9 @@ class Session:
 
     def calibrated_on(self, windows: Windows) -> Session:
         """The same model calibrated on other windows; nothing measured is shared."""
-        return replace(self, windows={**self.windows, "calibration": windows}, dense=None)
+        return replace(
+            self, windows={**self.windows, "calibration": windows}, dense=None, starved=set(), starved_pruned=set()
+        )
 
     def describe(self) -> dict[str, Any]:
         """What every result says of where it came from."""
