@@ -190,9 +190,9 @@ def main() -> None:
             raise
         code = _fail(str(out_of_memory(error)), 1)
     except (KeyboardInterrupt, typer.Abort):
-        watch_signals()  # this one is answered
         code = 130
     if code == 130:  # some versions of typer answer Ctrl-C themselves, without a word
+        watch_signals()  # this one is answered
         _fail("interrupted", code)
     sys.exit(code if isinstance(code, int) else 0)
 

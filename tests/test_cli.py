@@ -21,6 +21,7 @@ from gpmetric import cli
 from gpmetric.errors import GpmetricError, LedgerError, MaskError
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.request import DiscoverRequest
+from gpmetric.interrupts import check_stop
 from gpmetric.metrics import BASELINES, resolve_metric
 
 CONSOLE_SCRIPT = Path(sys.executable).with_name("gpmetric")
@@ -591,6 +592,7 @@ def test_interrupted_is_130(run: Run, monkeypatch: pytest.MonkeyPatch, number: s
     outcome = run("bench")
     assert outcome.code == 130
     assert outcome.error == "interrupted"
+    check_stop()  # it is answered: the next command of this process runs
 
 
 @pytest.mark.parametrize(
