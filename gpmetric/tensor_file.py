@@ -5,10 +5,11 @@ A file is 8 bytes with the length of its header, the header in JSON with the pla
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from gpmetric.errors import GpmetricError
 
-__all__ = ["Place", "TensorFile", "create_file", "dtype_name", "weight_files", "write_header", "write_tensors"]
+__all__ = [
+    "Place", "TensorFile", "create_file", "dtype_name", "tensor_sum", "weight_files", "write_header", "write_tensors",
+]  # fmt: skip
 
 _INDEX = ".safetensors.index.json"
 _LONGEST = 100_000_000  # bytes of a header, as safetensors has it
@@ -161,6 +164,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
+def tensor_sum(pieces: Iterable[Tensor]) -> str:
+    """sha256 of the bytes of a tensor on the CPU that comes in contiguous pieces, in hexadecimal."""
+    found = hashlib.sha256()
+    for piece in pieces:
+        found.update(_bytes_of(piece))
+    return found.hexdigest()
+
+
 def write_tensors(
     path: Path,
     kinds: Kinds,
@@ -210,6 +221,7 @@ def write_header(path: Path, kinds: Kinds, metadata: Mapping[str, str]) -> None:
         assert file.read(8) == text[:8], "the header would have another length"
         file.seek(0)
         _write_bytes(file, memoryview(text))
+        os.fsync(file.fileno())
 
 
 def _laid_out(kinds: Kinds, metadata: Mapping[str, str]) -> tuple[list[str], bytes, int]:

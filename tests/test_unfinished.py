@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -289,7 +290,20 @@ def _edit(folder: Path, **changes: Any) -> None:
     told = json.loads(tensor_file.TensorFile(folder / "progress.safetensors").metadata["gpmetric"])
     told["record"] |= changes.pop("record", {})
     text = json.dumps(told | changes)
-    tensor_file.write_tensors(folder / "progress.safetensors", {}, torch.empty, {"gpmetric": text})
+    total = hashlib.blake2b(json.dumps([text, {}]).encode(), digest_size=8).hexdigest()
+    tensor_file.write_tensors(folder / "progress.safetensors", {}, torch.empty, {"gpmetric": text, "checksum": total})
+
+
+def _flip(place: int) -> Callable[[Path], None]:
+    """One bit of the state, or of what the record says."""
+
+    def flipped(folder: Path) -> None:
+        path = folder / "progress.safetensors"
+        content = bytearray(path.read_bytes())
+        content[place if place < 0 else content.index(b"dense") + place] ^= 1
+        path.write_bytes(content)
+
+    return flipped
 
 
 @pytest.mark.parametrize(
@@ -301,6 +315,8 @@ def _edit(folder: Path, **changes: Any) -> None:
         lambda folder: shutil.rmtree(folder / "files"),
         lambda folder: _edit(folder, digest="0" * 64),
         lambda folder: _edit(folder, record={"novelty": 1}),
+        _flip(-3),
+        _flip(12),
     ],
 )
 def test_what_is_damaged_is_begun_anew(

@@ -27,7 +27,7 @@ from gpmetric.errors import GpmetricError
 from gpmetric.files import locked
 from gpmetric.models import Layer, Model
 from gpmetric.operands import OPERANDS, shape_of
-from gpmetric.tensor_file import TensorFile, create_file, write_header
+from gpmetric.tensor_file import TensorFile, create_file, tensor_sum, write_header
 
 __all__ = ["Sample", "cache_key", "cached_statistics", "estimate_bytes", "load_statistics", "stored_dtype"]
 
@@ -150,7 +150,7 @@ def _fill(
                     place = f"{layer}/{name}"
                     stored = value.cpu().to(file.places[place].dtype).contiguous()
                     file.write(place, stored)
-                    sums[place] = _sum([stored])
+                    sums[place] = tensor_sum([stored])
     with _explained(folder):
         write_header(partial, sample.kinds, _metadata(sample, _digest(sample, sums)))
 
@@ -165,7 +165,7 @@ def _check(path: Path, sample: Sample) -> None:
     file = TensorFile(path)
     if {name: (place.dtype, place.shape) for name, place in file.places.items()} != sample.kinds:
         raise ValueError("it holds other tensors than it should")
-    sums = {name: _sum(file.pieces(name)) for name in file.places}
+    sums = {name: tensor_sum(file.pieces(name)) for name in file.places}
     if file.metadata != _metadata(sample, _digest(sample, sums)):
         raise ValueError("its digest is another")
 
@@ -177,14 +177,6 @@ def _metadata(sample: Sample, digest: str) -> dict[str, str]:
 def _digest(sample: Sample, sums: Mapping[str, str]) -> str:
     """Of a file whose tensors have these."""
     return hashlib.sha256(json.dumps([sample.describe(), sums], sort_keys=True).encode()).hexdigest()
-
-
-def _sum(pieces: Iterable[Tensor]) -> str:
-    """Digest of the bytes of a tensor that comes in pieces."""
-    found = hashlib.sha256()
-    for piece in pieces:
-        found.update(piece.reshape(-1).view(torch.uint8).numpy().data)  # [bytes]
-    return found.hexdigest()
 
 
 def _remove_abandoned(folder: Path) -> None:

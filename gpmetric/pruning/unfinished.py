@@ -27,9 +27,9 @@ from typing import Any
 from torch import Tensor
 
 from gpmetric.errors import GpmetricError, InputError, OutOfMemoryError, TimeOverError
-from gpmetric.files import locked
+from gpmetric.files import checksum, locked
 from gpmetric.pruning.output_folder import MANIFEST, check_folder, exchange, file_digest, unwritable
-from gpmetric.tensor_file import TensorFile, write_tensors
+from gpmetric.tensor_file import TensorFile, tensor_sum, write_header, write_tensors
 
 __all__ = ["Record", "Unfinished", "is_begun", "unfinished"]
 
@@ -89,8 +89,12 @@ class Unfinished:
             os.rename(self._old, output)
         self.record = Record()
         with suppress(OSError, GpmetricError, ValueError, TypeError, KeyError, RecursionError):  # not there, or damaged
-            told = json.loads(TensorFile(self._progress).metadata["gpmetric"])
-            if told["digest"] == digest and (self.files.is_dir() or self._holds(told["record"]["manifest"])):
+            file = TensorFile(self._progress)
+            told = json.loads(file.metadata["gpmetric"])
+            sums = {name: tensor_sum(file.pieces(name)) for name in file}
+            if file.metadata["checksum"] != _checksum(file.metadata["gpmetric"], sums):
+                _LOG.warning("%r is damaged: what it holds is begun anew", str(self._folder))
+            elif told["digest"] == digest and (self.files.is_dir() or self._holds(told["record"]["manifest"])):
                 self.record = Record(**told["record"])
         if not self.placed:
             self.files.mkdir(exist_ok=True)
@@ -121,8 +125,16 @@ class Unfinished:
         _sync(self.files)
         partial = self._progress.with_suffix(".partial")
         kinds = {name: (value.dtype, value.shape) for name, value in state.items()}
-        told = {"gpmetric": json.dumps({"digest": self._digest, "record": asdict(record)})}
-        write_tensors(partial, kinds, state.__getitem__, told)
+        text = json.dumps({"digest": self._digest, "record": asdict(record)})
+        sums: dict[str, str] = {}
+
+        def read(name: str) -> Tensor:
+            value = state[name].detach().cpu().contiguous()
+            sums[name] = tensor_sum([value])
+            return value
+
+        write_tensors(partial, kinds, read, {"gpmetric": text, "checksum": _checksum("", {})})
+        write_header(partial, kinds, {"gpmetric": text, "checksum": _checksum(text, sums)})
         os.replace(partial, self._progress)
         self.record = record
         ended = time.monotonic()
@@ -165,6 +177,11 @@ class Unfinished:
         with suppress(OSError):
             return manifest is not None and file_digest(self.output / MANIFEST) == manifest
         return False
+
+
+def _checksum(text: str, sums: Mapping[str, str]) -> str:
+    """Of what a record says, and of the tensors saved with it."""
+    return checksum(json.dumps([text, sums], sort_keys=True).encode())
 
 
 @contextmanager
