@@ -148,14 +148,14 @@ COMMANDS: dict[str, Command] = {
         "Packs a checkpoint into one smaller file, without the loss of a bit: zeros take one each.",
         PackRequest,
         lazy("gpmetric.packing.pack:run_pack"),
-        lazy("gpmetric.terminal.tables:print_pack"),
+        lazy("gpmetric.terminal.packing:print_pack"),
         lazy("gpmetric.terminal.live:PlainReport"),
     ),
     "unpack": Command(
         "Restores the folder that was packed, bit by bit.",
         UnpackRequest,
         lazy("gpmetric.packing.unpack:run_unpack"),
-        lazy("gpmetric.terminal.tables:print_unpack"),
+        lazy("gpmetric.terminal.packing:print_unpack"),
         lazy("gpmetric.terminal.live:PlainReport"),
     ),
     "layers": Command(

@@ -125,11 +125,11 @@ def refuse_unsplit(prefix: str, block: nn.Module) -> None:
         ModelError: naming the parameter.
     """
     for path, owner in block.named_modules():
-        expert = "expert" in f"{path} {type(owner).__name__}".lower()
-        if not expert or isinstance(owner, (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if isinstance(owner, (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             continue
         for name, parameter in owner.named_parameters(recurse=False):
-            if parameter.dim() >= 2 and "router" not in f"{path}.{name}":
+            named = f"{path} {type(owner).__name__} {name}".lower()
+            if parameter.dim() >= 2 and "expert" in named and "router" not in named:
                 full = ".".join(filter(None, (prefix, path, name)))
                 raise ModelError(
                     f"{full} is a fused expert weight {list(parameter.shape)} of {type(owner).__name__}, a form that "

@@ -23,12 +23,10 @@ __all__ = [
     "print_discover",
     "print_evaluation",
     "print_export",
-    "print_pack",
     "print_plan",
     "print_prune",
     "print_slim",
     "print_tune",
-    "print_unpack",
     "print_verify",
 ]
 
@@ -280,20 +278,6 @@ def print_slim(console: Console, result: Mapping[str, Any], request: Request) ->
 
 def print_export(console: Console, result: Mapping[str, Any], request: Request) -> None:
     """Nothing: the file is there."""
-
-
-def print_pack(console: Console, result: Mapping[str, Any], request: Request) -> None:
-    """Sizes, and the command that goes back."""
-    before, after, share = result["bytes_before"], result["bytes_after"], result["prunable_share"]
-    told = "" if share is None else f"; tensors that hold zeros {share:.3f} of theirs"
-    sizes = f"{before / 1e6:,.1f} MB are {after / 1e6:,.1f} MB, {after / max(1, before):.3f} of their size{told}"
-    console.print(Text(f"{sizes}; gpmetric unpack {result['output']} -o DIR restores every bit"), soft_wrap=True)
-
-
-def print_unpack(console: Console, result: Mapping[str, Any], request: Request) -> None:
-    """What is there."""
-    told = f"{result['output']}: {result['files']} files, {result['bytes'] / 1e6:,.1f} MB, as they were packed"
-    console.print(Text(told), soft_wrap=True)
 
 
 def print_catalogue(console: Console, result: Mapping[str, Any], request: Request) -> None:
