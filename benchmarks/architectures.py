@@ -125,7 +125,8 @@ def compare(folder: Path, text: Path, told: dict[str, Any], written: Path, *, on
     """How far a pruned model's perplexity is from that of an independent loop, relatively; zeros are counted, too."""
     found = gpmetric.layers(str(folder), device="cpu")
     blocks: list[list[str]] = [[] for _ in range(found["blocks"])]
-    for layer in found["layers"]:
+    pruned = [layer for layer in found["layers"] if layer["prunable"]]
+    for layer in pruned:
         blocks[layer["block"]].append(layer["name"])
     windows = cut(folder, text)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -137,7 +138,7 @@ def compare(folder: Path, text: Path, told: dict[str, Any], written: Path, *, on
     names = {layer["name"] for layer in told["layers"]}
     named = dict(model.named_modules(remove_duplicate=False))
     mine = sum(int((named[name].weight == 0).sum()) for name in names)
-    if zeros != mine or len(names) != len(found["layers"]):
+    if zeros != mine or len(names) != len(pruned):
         raise GpmetricError(f"{zeros} zeros in the files, {mine} by the loop")
     again: Any = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32).eval()
     values = (told["perplexity"], perplexity(again, windows))

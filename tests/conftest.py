@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-# A shell that starts a command in the background lets it ignore Ctrl-C, and so would every process started here.
+# A shell that starts a command in the background lets it ignore Ctrl-C, nohup a hangup; so would what is started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 LONGEST = ("test_kernels.py", "test_readme.py")  # tests of a minute each
 CONTEXT = 64  # positions of the tiny models

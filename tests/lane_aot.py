@@ -230,9 +230,9 @@ def test_small_matrices(capability: int, tmp_path: Path) -> None:
 
 
 def test_enough_was_compiled() -> None:
-    """The last test: at least 200 different compilations, spread over the kernels and both architectures."""
+    """The last test: at least 140 different compilations, spread over the kernels and both architectures."""
     print(*sorted(counted.items()), sep="\n")
-    assert sum(counted.values()) >= 200
+    assert sum(counted.values()) >= 140
     for capability in TARGETS:
         for kernel in ("_prune_rows", "_prune_pattern", "_apply"):
             assert counted[kernel, capability] >= 24

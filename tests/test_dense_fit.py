@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gpmetric.blocks import find_blocks
 from gpmetric.blockwise.hidden import Hidden
 from gpmetric.blockwise.replay import BlockCalls, record_calls
 from gpmetric.blockwise.shelf import Shelf
@@ -21,7 +22,7 @@ from gpmetric.errors import InputError, ModelError, SolverError
 from gpmetric.evaluation.perplexity import mean_loss
 from gpmetric.loading import load_model
 from gpmetric.metrics import resolve_metric
-from gpmetric.models import Layer, Model, find_blocks
+from gpmetric.models import Layer, Model
 from gpmetric.options import check_request
 from gpmetric.pruning.allocation import Allocation
 from gpmetric.pruning.bench import bench

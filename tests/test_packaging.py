@@ -83,7 +83,7 @@ def test_wheel_holds_the_demo_model(contents: dict[str, bytes]) -> None:
 def test_wheel_metadata(contents: dict[str, bytes]) -> None:
     [info] = {name.partition("/")[0] for name in contents if ".dist-info/" in name}
     metadata = contents[f"{info}/METADATA"].decode()
-    assert "gpmetric = gpmetric.cli:main" in contents[f"{info}/entry_points.txt"].decode()
+    assert "gpmetric = gpmetric.__main__:main" in contents[f"{info}/entry_points.txt"].decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.11" in metadata
     assert f"{info}/licenses/LICENSE" in contents

@@ -117,7 +117,8 @@ def test_the_function_is_preserved(name: str, folder: Callable[[str], Path], tmp
         layers += [writer.write_layer(layer, None, moves) for layer in block.layers]
         moved += len(writer.write_moves(moves, block.layers))
         states = calls.call(index, 0, states)
-    made = dict.fromkeys(("metric", "update", "formula", "target"), "x") | {"versions": {"gpmetric": "0"}}
+    made: dict[str, Any] = dict.fromkeys(("metric", "update", "formula", "target"), "x")
+    made |= {"versions": {"gpmetric": "0"}, "text": {"text": "t.txt", "windows": 1, "sequence_length": 20}}
     writer.finish(made, layers)
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     changed = {key.split(".", 3 if name != "gpt2" else 2)[-1] for key in before if not before[key].equal(after[key])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from gpmetric import placement as module
 from gpmetric.calibration.collect import collect_blocks
 from gpmetric.data import Text, Windows
+from gpmetric.errors import ModelError
 from gpmetric.evaluation.perplexity import mean_loss
 from gpmetric.loading import load_model
 from gpmetric.models import Model
@@ -174,7 +176,7 @@ def test_parameters_are_at_home_again_after_an_error(streamed: Model, error: typ
     assert where(streamed) == home
     hook = streamed.blocks[2].layers[0].module.register_forward_hook(lambda *_: (_ for _ in ()).throw(error))
     for work in (losses, statistics, rules):
-        with pytest.raises(error):
+        with pytest.raises((error, ModelError)):  # of a model's own forward pass
             work(streamed)
         assert where(streamed) == home
     hook.remove()
@@ -222,6 +224,7 @@ def test_nothing_is_mapped_behind_copies(halved: Path) -> None:
     streamed = load_model(str(halved), dtype="float32", resident=False)
     assert mapped(halved)
     del streamed
+    gc.collect()  # models are in reference cycles
     model = load_model(str(halved), dtype="float32")
     assert placed(*model.module.parameters())
     assert not mapped(halved)

@@ -76,7 +76,7 @@ def test_errors_and_warnings_show_names_as_they_are_spelled(
     monkeypatch.setattr(root, "handlers", [])  # basicConfig does nothing where there are some
     monkeypatch.setattr(cli, "app", app)
     monkeypatch.setattr(sys, "argv", ["gpmetric", "x"])
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli, "watch_signals", lambda: None)
     with pytest.raises(SystemExit):
         cli.main()
     told = capsys.readouterr().err

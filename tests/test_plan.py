@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from gpmetric import cli, prune
+from gpmetric.blocks import find_blocks
 from gpmetric.calibration.cache import cache_key, estimate_bytes
 from gpmetric.commands import COMMANDS
 from gpmetric.data import Text, Windows
 from gpmetric.errors import InputError, OutOfMemoryError, TimeOverError
 from gpmetric.loading import load_model
 from gpmetric.metrics import resolve_metric
-from gpmetric.models import Model, find_blocks, find_parts
+from gpmetric.models import Model, find_parts
 from gpmetric.operands import OPERANDS
 from gpmetric.options import described, make_request
 from gpmetric.placement import Placement

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gpmetric.blocks import find_blocks
 from gpmetric.blockwise.replay import record_calls
 from gpmetric.calibration.accumulators import ACCUMULATORS, LayerStatistics
 from gpmetric.calibration.collect import Statistics, collect, collect_block, collect_blocks
@@ -20,7 +21,7 @@ from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.workplace import campaign_work
 from gpmetric.loading import load_model
 from gpmetric.metrics import resolve_metric
-from gpmetric.models import Model, find_blocks
+from gpmetric.models import Model
 from gpmetric.operands import OPERANDS, is_regional, needs_gradients
 from gpmetric.pruning import protocol
 from gpmetric.pruning.protocol import Protocol, Rule

@@ -434,9 +434,9 @@ def test_weights_are_resident_whatever_memory_there_is(
     asked: list[bool] = []
     prepare = session.prepare_model
 
-    def spy(model: Model, *, resident: bool) -> None:
+    def spy(model: Model, *, resident: bool) -> Model:
         asked.append(resident)
-        prepare(model, resident=resident)
+        return prepare(model, resident=resident)
 
     monkeypatch.setattr(session, "prepare_model", spy)
     request = SlimRequest(model=str(tiny_llama), calibration=str(tiny_text), output=tmp_path / "small", sparsity=0.4)

@@ -90,7 +90,8 @@ def conduct(
     budget = TimeBudget(Deadline(request.minutes, clock() - spent, clock))
     targets = [LabelledTarget(target, "m", target, (128, 256)) for target in TARGETS]
     search = SimpleNamespace(tokens=torch.zeros(8, 256))
-    sessions: Any = {"m": SimpleNamespace(tokens=torch.zeros(128, 256), windows={"search": search})}
+    model = SimpleNamespace(layers=[SimpleNamespace(name="a", weight=torch.zeros(4, 8))])
+    sessions: Any = {"m": SimpleNamespace(tokens=torch.zeros(128, 256), model=model, windows={"search": search})}
     heard = Heard()
     with Ledger.open(path, {}, resume=False) as ledger:
         held_out = HeldOut(Serial(answer), targets, request.update, request.fit, ledger, 128)

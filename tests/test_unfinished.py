@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -403,7 +404,7 @@ def test_one_process_at_a_time(stopped: Path, place: Path, quickly: Callable[...
 
 def test_a_folder_that_is_removed_while_it_is_opened(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lock of a folder that is gone is no lock."""
-    folder, flock, seen = place / "a", folders.fcntl.flock, []
+    folder, flock, seen = place / "a", fcntl.flock, []
 
     def late(descriptor: int, how: int) -> None:
         seen.append(descriptor)
@@ -411,7 +412,7 @@ def test_a_folder_that_is_removed_while_it_is_opened(place: Path, monkeypatch: p
             folder.rmdir()
         flock(descriptor, how)
 
-    monkeypatch.setattr(folders.fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     with folders._locked(folder, place / "out"):
         assert len(seen) == 2
         assert folder.is_dir()

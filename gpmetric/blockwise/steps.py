@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gpmetric.errors import GpmetricError, ModelError
 from gpmetric.models import Model
 
-__all__ = ["Steps", "cannot", "emptied", "first_of", "its_own", "shaped", "standing_aside", "steps_of"]
+__all__ = ["EnoughError", "Steps", "cannot", "emptied", "first_of", "its_own", "shaped", "standing_aside", "steps_of"]
 
 Steps = Sequence[tuple[int, nn.Module]]  # each module that is called, with the index of its block
 
@@ -41,16 +41,20 @@ def standing_aside(steps: Steps, stand_in: Callable[..., Any], *, real: bool = F
         yield
 
 
+class EnoughError(Exception):
+    """Raised by a hook of ours to leave a forward pass whose rest nobody needs."""
+
+
 @contextmanager
 def its_own(model: Model) -> Iterator[None]:
-    """Tells what a model's own forward pass raises, but for a lack of memory.
+    """Tells what a model's own forward pass raises, but for a lack of memory and what our hooks raise.
 
     Raises:
         ModelError: it raises something.
     """
     try:
         yield
-    except (GpmetricError, MemoryError, torch.OutOfMemoryError):
+    except (GpmetricError, EnoughError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # an architecture's own
         if "memory" in str(error):

@@ -16,16 +16,13 @@ from torch.nn import Module
 
 from gpmetric.blockwise.hidden import Hidden
 from gpmetric.blockwise.replay import BlockCalls
+from gpmetric.blockwise.steps import EnoughError
 from gpmetric.calibration.accumulators import ACCUMULATORS, FromInputs, InputMoments, LayerStatistics
 from gpmetric.calibration.siblings import Siblings, families
 from gpmetric.models import Layer
 from gpmetric.operands import CROSS, GRAM
 
 __all__ = ["DenseInputs", "collect_paired", "reading_order"]
-
-
-class _Read(Exception):
-    """All layers that were asked for have read."""
 
 
 class DenseInputs:
@@ -177,7 +174,7 @@ def _inputs(
     held: AbstractContextManager[None],
 ) -> dict[str, Tensor]:
     """What layers of a block read of a batch, by name; those that are not reached are not in it."""
-    with held, _watching(layers) as inputs, suppress(_Read):
+    with held, _watching(layers) as inputs, suppress(EnoughError):
         calls.call(index, number, states)
     return {name: one for name, (one, _) in inputs.items()}
 
@@ -193,7 +190,7 @@ def _watching(layers: Sequence[Layer], *, whole: bool = False) -> Iterator[dict[
     def read(name: str, _: Module, args: tuple[Tensor, ...]) -> None:
         inputs.setdefault(name, (args[0], args[0]._version))
         if not whole and len(inputs) == len(layers):
-            raise _Read
+            raise EnoughError  # all that were asked for have read
 
     with ExitStack() as stack:
         for layer in layers:

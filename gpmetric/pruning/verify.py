@@ -238,14 +238,15 @@ def _list_problems(model: Model, manifest: Manifest) -> Iterator[str]:
     if manifest.kind != "prune":
         return
     listed = {layer.name: layer for layer in manifest.layers}
-    stored = stored_layers(model)
+    stored = {name: tensor for name, (_, tensor) in stored_layers(model).items()}
+    stored |= {name: pieces[0].tensor for name, pieces in model.experts.items()}
     for layer in model.layers:
         said = listed.pop(layer.name, None)
         if said is None:
             if "include" in manifest.model_fields_set:
                 yield f"layer {layer.name} of the model is not in the manifest"
-        elif said.tensor != stored[layer.name][1]:
-            yield f"layer {layer.name} is stored as {stored[layer.name][1]}, the manifest says {said.tensor}"
+        elif said.tensor != stored[layer.name]:
+            yield f"layer {layer.name} is stored as {stored[layer.name]}, the manifest says {said.tensor}"
         elif said.shape != (shape := tuple(layer.weight.shape)):
             yield f"layer {layer.name} is {list(shape)} in the model, the manifest says {list(said.shape)}"
     yield from (f"layer {name} of the manifest is none of the model's" for name in listed)
