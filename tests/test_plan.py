@@ -208,7 +208,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Model:
         module = LlamaForCausalLM(config).to(torch.bfloat16)
     blocks = find_blocks(module)
     placement = Placement(find_parts(module, blocks), torch.device("cuda"))
-    return Model("7b", module, None, blocks, tmp_path_factory.mktemp("7b"), placement)
+    folder = tmp_path_factory.mktemp("7b")
+    (folder / "model.safetensors").touch()
+    return Model("7b", module, None, blocks, folder, placement)
 
 
 def plan_of(model: Model, command: str, limit: int = 80 * GB, **options: Any) -> Plan:
