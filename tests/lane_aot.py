@@ -235,6 +235,6 @@ def test_enough_was_compiled() -> None:
     assert sum(counted.values()) >= 140
     for capability in TARGETS:
         for kernel in ("_prune_rows", "_prune_pattern", "_apply"):
-            assert counted[kernel, capability] >= 24
+            assert counted[kernel, capability] >= 15
         for kernel in ("_sample", "_gather", "_count_ties", "_reduce_rows", "_sum_columns"):
             assert counted[kernel, capability] >= 2

@@ -63,6 +63,11 @@ def circumstances(request: DiscoverRequest, sessions: Mapping[str, Session], led
         "unit": "nats per token" if len(sessions) == 1 else "wanda's mean on the same model, pruned in one shot",
         "group": request.group,
         "seed": request.seed,
+        "shuffle": request.shuffle,
+        "bos": request.bos,
+        "sampling": request.sampling,
+        "text_column": request.text_column,
+        "left_out": alone({name: session.left_out for name, session in sessions.items()}),
         "sequence_length": first.windows["search"].tokens.shape[1],
         "versions": versions(),
     } | _experts(sessions)
