@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gpmetric.pruning.bench import bench
     from gpmetric.pruning.mask import select_mask
     from gpmetric.pruning.prune import prune
+    from gpmetric.pruning.reproduce import reproduce
     from gpmetric.pruning.verify import verify
     from gpmetric.session.evaluate import evaluate
     from gpmetric.session.layers import layers
@@ -45,6 +46,7 @@ _HOMES = {
     "pack": "packing.pack",
     "parse_target": "targets",
     "prune": "pruning.prune",
+    "reproduce": "pruning.reproduce",
     "select_mask": "pruning.mask",
     "slim": "structured.slim",
     "tune": "tuning.tune",
@@ -67,6 +69,7 @@ __all__ = [
     "pack",
     "parse_target",
     "prune",
+    "reproduce",
     "select_mask",
     "slim",
     "tune",

@@ -13,7 +13,13 @@ from gpmetric.export.request import ExportRequest
 from gpmetric.lazy import lazy
 from gpmetric.options import Request
 from gpmetric.packing.requests import PackRequest, UnpackRequest
-from gpmetric.pruning.requests import BenchRequest, CatalogueRequest, PruneRequest, VerifyRequest
+from gpmetric.pruning.requests import (
+    BenchRequest,
+    CatalogueRequest,
+    PruneRequest,
+    ReproduceRequest,
+    VerifyRequest,
+)
 from gpmetric.session.requests import EvaluateRequest, LayersRequest
 from gpmetric.structured.request import SlimRequest
 from gpmetric.tuning.request import TuneRequest
@@ -86,6 +92,14 @@ COMMANDS: dict[str, Command] = {
         lazy("gpmetric.terminal.live:BenchReport"),
         timed=True,
         work=lazy("gpmetric.pruning.transfer:catalogue_work"),
+    ),
+    "reproduce": Command(
+        "Measures published figures again by their protocol, and puts ours beside theirs.",
+        ReproduceRequest,
+        lazy("gpmetric.pruning.reproduce:run_reproduce"),
+        lazy("gpmetric.terminal.reproduce:print_reproduce"),
+        lazy("gpmetric.terminal.live:BenchReport"),
+        timed=True,
     ),
     "allocate": Command(
         "Searches how sparse each layer should be: the front between sparsity and loss, and one allocation of it.",

@@ -117,6 +117,8 @@ def test_document_names_winner_front_baselines_splits(request_for: Any, tmp_path
     assert counts == sorted(counts, reverse=True)  # no layer of simplification tells more apart than the one before
     assert 14 <= result["unique_masks"] <= result["counts"]["unique_ranked"]
     assert [row["text"].rpartition("#")[2] for row in result["splits"].values()] == list(result["splits"])
+    assert (result["bos"], result["sampling"], result["text_column"]) == ("auto", "windows", None)
+    assert result["left_out"] == []
     assert set(result["dense"]) == {"search", "validation", "test"}
     winner = result["winner"]
     assert set(winner["ppl"]) == {"0.5", "2:4"}

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from gpmetric.catalogue import CATALOGUE, PREFIX
 from gpmetric.errors import InputError, one_of
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
 from gpmetric.options import Option
+from gpmetric.pruning.published import PUBLISHED
 from gpmetric.pruning.updaters import FITS, UPDATERS, updater_of
 from gpmetric.session.inputs import DEVICES, Inputs, Limits, Texts
 from gpmetric.targets import Target, parse_target, plain_granularities
 
 __all__ = [
     "BESIDE", "FIT", "METRIC", "MODELS", "PERMUTE", "UPDATE", "BenchRequest", "CatalogueRequest", "PruneRequest",
-    "VerifyRequest", "check_fit", "check_permute", "target_option",
+    "ReproduceRequest", "VerifyRequest", "check_fit", "check_permute", "target_option",
 ]  # fmt: skip
 
 METRIC = Option(f"{', '.join(BASELINES)}, {PREFIX}:NAME, or a formula.")
@@ -101,6 +102,26 @@ class BenchRequest(Inputs):
     @property
     def texts(self) -> Texts:
         return Texts({"calibration": self.calibration}, {"calibration": self.samples}, evaluated=self.text or (None,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceRequest(Inputs):
+    """Everything `gpmetric reproduce` can be asked for; what is not given is as it was published."""
+
+    unused: ClassVar[frozenset[str]] = frozenset({"sampling", "bos", "preset"})
+
+    name: Annotated[
+        str | None,
+        Option("{choices}; all whose models are on this machine by default.", choices=PUBLISHED, argument=True),
+    ] = None
+    model: Annotated[str | None, Option("In place of the published model: a directory, or a name of the Hub.")] = None
+    text: Annotated[str | None, Option("In place of the published test text.", reads=True)] = None
+    list: Annotated[bool, Option("Show the published figures, and run nothing.", names=("--list",))] = False
+
+    def check(self) -> None:
+        super().check()
+        if self.model is not None and self.name is None:
+            raise InputError(f"--model {self.model!r:.60} is in place of one study's: NAME says which")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,34 @@
+"""What `gpmetric reproduce` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gpmetric.options import Request
+from gpmetric.terminal.text import Text
+
+__all__ = ["print_reproduce"]
+
+
+def print_reproduce(console: Console, result: Mapping[str, Any], request: Request) -> None:
+    """A table for each study: theirs, ours, and whether they agree."""
+    for study in result["studies"]:
+        told = f"{study['name']}: {study['model']}, {study['samples']} x {study['sequence_length']} ({study['source']})"
+        console.print(Text(told), soft_wrap=True)
+        if "error" in study:
+            console.print(Text(f"failed: {study['error']}"), soft_wrap=True)
+            continue
+        table = Table("metric", "target", box=None, pad_edge=False)
+        for column in ("published", "within", "ours", ""):
+            table.add_column(column, justify="right")
+        for row in study["rows"]:
+            ours = row.get("ours")
+            shown = "" if ours is None else f"{ours:.3f}"
+            verdict = "" if ours is None else "agrees" if row["within"] else "differs"
+            figures = (f"{row['published']:.2f}", f"+-{row['tolerance']:.2f}", shown, verdict)
+            table.add_row(Text(row["metric"]), Text(row["target"] or ""), *figures)
+        console.print(table)
