@@ -52,7 +52,7 @@ class Scripted(Trials):
 
     def __init__(self, losses: dict[str, Sequence[float]]) -> None:
         self.clock = 0.0
-        self.deadline: Any = SimpleNamespace(now=lambda: self.clock)
+        self.deadline: Any = SimpleNamespace(now=lambda: self.clock, minutes=None)
         self.losses, self.asked = losses, list[tuple[str, float]]()
         self.found: list[Trial] = []
 
@@ -98,7 +98,11 @@ class Solving(Scripted):
 
 
 def test_where_few_windows_save_nothing_there_are_no_rungs() -> None:
-    trials = Solving({name: (0, 0, place) for place, name in enumerate(("wanda", "ria", "magnitude"))})
+    losses = {name: (0, 0, place) for place, name in enumerate(("wanda", "ria", "magnitude"))}
+    halve(unlimited := Solving(losses), named(*losses), math.inf)
+    assert (unlimited.asked[0], unlimited.asked[-1]) == (("wanda", 0.25), ("wanda", 1.0))
+    trials = Solving(losses)
+    trials.deadline.minutes = 1
     assert [one.loss for one in halve(trials, named("magnitude", "wanda", "ria"), 2.0)] == [0, 2]
     assert trials.asked == [("magnitude", 1.0), ("wanda", 1.0)]
 
@@ -496,9 +500,9 @@ def test_expected_seconds() -> None:
     assert trials.expected(admm, 1.0) == 10 + 0.75 * 3  # but for passes over the windows it takes as long
     dense = replace(admm, fit="dense")
     trials._note(Trial(dense, 1.0, 5.0, 11.0))
-    assert trials.expected(dense, 0.25) == (11 - 3 * 3) + 0.25 * 3 * 3
-    trials._note(Trial(dense, 1.0, 5.0, 6.0))  # no more than passes
-    assert trials.expected(dense, 0.5) == 3
+    assert trials.expected(dense, 0.25) == (11 - 1.5 * 3) + 0.25 * 1.5 * 3
+    trials._note(Trial(dense, 1.0, 5.0, 4.0))  # no more than passes
+    assert trials.expected(dense, 0.5) == 2
     assert trials.expected(replace(PLAIN, update="obs"), 1.0) == trials.expected(admm, 1.0)
     assert trials.expected(replace(admm, update="admm+block"), 1.0) == pytest.approx(3 * trials.expected(admm, 1.0))
 

@@ -18,7 +18,8 @@ def halve(trials: TrialLog[Asked], recipes: Sequence[Asked], until: float, kept:
     """Trials on all windows of those that came so far, the best first; none where time was over before.
 
     Rungs take about as long as each other, so each has its share of the time: some come to the last one. Where a recipe
-    takes nearly as long on a few windows as on all, as those do whose solver takes most of it, there are no rungs.
+    takes nearly as long on a few windows as on all, as where its solver takes most of it, there are no rungs; without a
+    limit of time there always are, so that the same recipes are measured whatever the machine.
 
     Args:
         trials: measures.
@@ -30,7 +31,7 @@ def halve(trials: TrialLog[Asked], recipes: Sequence[Asked], until: float, kept:
     ranked: list[Measurement[Asked]] = []
     begun = trials.deadline.now()
     for rung, share in enumerate(SHARES, start=1):
-        if share < 1 and (len(alive) <= kept or not _is_cheap(trials, alive[0], share)):
+        if share < 1 and (len(alive) <= kept or not _saves(trials, alive[0], share)):
             continue
         end = until if share == 1 else begun + (until - begun) * rung / len(SHARES)
         ranked = sorted(trials.measure(alive, share, end), key=lambda trial: trial.loss)
@@ -38,6 +39,6 @@ def halve(trials: TrialLog[Asked], recipes: Sequence[Asked], until: float, kept:
     return ranked
 
 
-def _is_cheap(trials: TrialLog[Asked], recipe: Asked, share: float) -> bool:
+def _saves(trials: TrialLog[Asked], recipe: Asked, share: float) -> bool:
     """Whether a share of the windows saves enough, as far as it is known of recipes of this kind."""
-    return trials.expected(recipe, share) <= _CHEAP * trials.expected(recipe, 1.0)
+    return trials.deadline.minutes is None or trials.expected(recipe, share) <= _CHEAP * trials.expected(recipe, 1.0)
