@@ -52,7 +52,7 @@ class Scripted(Trials):
 
     def __init__(self, losses: dict[str, Sequence[float]]) -> None:
         self.clock = 0.0
-        self.deadline: Any = SimpleNamespace(now=lambda: self.clock, minutes=None)
+        self.deadline: Any = SimpleNamespace(now=lambda: self.clock)
         self.losses, self.asked = losses, list[tuple[str, float]]()
         self.found: list[Trial] = []
 
@@ -102,7 +102,6 @@ def test_where_few_windows_save_nothing_there_are_no_rungs() -> None:
     halve(unlimited := Solving(losses), named(*losses), math.inf)
     assert (unlimited.asked[0], unlimited.asked[-1]) == (("wanda", 0.25), ("wanda", 1.0))
     trials = Solving(losses)
-    trials.deadline.minutes = 1
     assert [one.loss for one in halve(trials, named("magnitude", "wanda", "ria"), 2.0)] == [0, 2]
     assert trials.asked == [("magnitude", 1.0), ("wanda", 1.0)]
 

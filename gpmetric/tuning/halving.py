@@ -17,9 +17,9 @@ _CHEAP = 0.5  # of what a recipe takes on all windows, that it may take on a few
 def halve(trials: TrialLog[Asked], recipes: Sequence[Asked], until: float, kept: int = 1) -> list[Measurement[Asked]]:
     """Trials on all windows of those that came so far, the best first; none where time was over before.
 
-    Rungs take about as long as each other, so each has its share of the time: some come to the last one. Where a recipe
-    takes nearly as long on a few windows as on all, as where its solver takes most of it, there are no rungs; without a
-    limit of time there always are, so that the same recipes are measured whatever the machine.
+    Rungs take about as long as each other, so each has its share of the time: some come to the last one. Where there is
+    no time for all on all windows, and a recipe takes nearly as long on a few of them, where its solver takes most of
+    it, there are no rungs.
 
     Args:
         trials: measures.
@@ -31,7 +31,7 @@ def halve(trials: TrialLog[Asked], recipes: Sequence[Asked], until: float, kept:
     ranked: list[Measurement[Asked]] = []
     begun = trials.deadline.now()
     for rung, share in enumerate(SHARES, start=1):
-        if share < 1 and (len(alive) <= kept or not _saves(trials, alive[0], share)):
+        if share < 1 and (len(alive) <= kept or not _saves(trials, alive, share, until)):
             continue
         end = until if share == 1 else begun + (until - begun) * rung / len(SHARES)
         ranked = sorted(trials.measure(alive, share, end), key=lambda trial: trial.loss)
@@ -39,6 +39,9 @@ def halve(trials: TrialLog[Asked], recipes: Sequence[Asked], until: float, kept:
     return ranked
 
 
-def _saves(trials: TrialLog[Asked], recipe: Asked, share: float) -> bool:
-    """Whether a share of the windows saves enough, as far as it is known of recipes of this kind."""
-    return trials.deadline.minutes is None or trials.expected(recipe, share) <= _CHEAP * trials.expected(recipe, 1.0)
+def _saves(trials: TrialLog[Asked], recipes: Sequence[Asked], share: float, until: float) -> bool:
+    """Whether a share of the windows saves enough, by what is known of such recipes, or time is not short."""
+    whole = sum(trials.expected(recipe, 1.0) for recipe in recipes)
+    if trials.deadline.now() + whole <= until:
+        return True
+    return trials.expected(recipes[0], share) <= _CHEAP * trials.expected(recipes[0], 1.0)
