@@ -152,5 +152,6 @@ OURS: dict[str, Callable[[Path], bool]] = {  # what an option writes -> whether 
     "table": lambda path: _ends(path).startswith(b"method,sparsity,"),
     "picture": _is_picture,
     "masks": _is_masks,
+    "archive": lambda path: _ends(path).startswith(b"PK") and _ends(path).endswith(b"gpmetric pack"),
     "recipe": lambda path: _ends(path).startswith(b"# How a model is pruned: `gpmetric prune"),
 }

@@ -7,6 +7,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import MISSING, fields
@@ -28,6 +29,8 @@ from gpmetric.expression.parse import parse
 from gpmetric.files import write_picture
 from gpmetric.options import Request, check_request, described
 from gpmetric.outputs import OURS
+from gpmetric.packing.pack import run_pack
+from gpmetric.packing.requests import PackRequest
 from gpmetric.pruning.requests import PruneRequest, VerifyRequest
 from gpmetric.tuning.request import TuneRequest
 
@@ -141,6 +144,10 @@ def written(kind: str, path: Path) -> None:
         write_picture(path, Figure())
     elif kind == "masks":
         save_file({"a": torch.ones(2, 3, dtype=torch.bool)}, path)
+    elif kind == "archive":
+        (path.parent / "packed").mkdir()
+        (path.parent / "packed" / "config.json").write_text("{}")
+        run_pack(PackRequest(folder=path.parent / "packed", output=path))
     else:
         texts = {
             "json": '{"model": "m", "versions": {"gpmetric": "0.1"}}',
@@ -155,6 +162,7 @@ def written(kind: str, path: Path) -> None:
 FOREIGN: dict[str, Callable[[Path], object]] = {
     "json": lambda path: path.write_text('{"name": "a package"}'),
     "allocation": lambda path: path.write_text('{"version": 1}'),
+    "archive": lambda path: zipfile.ZipFile(path, "w").close(),
     "table": lambda path: path.write_text("date,price\n"),
     "recipe": lambda path: path.write_text("x = 1\n"),
     "formula": lambda path: path.write_text("import torch\n\nW = torch.ones(2)\n"),

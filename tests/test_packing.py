@@ -179,10 +179,13 @@ def rewrite(archive: Path, change: Any) -> None:
 
 
 def test_nothing_is_written_over(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "there").touch()
-    with pytest.raises(InputError, match="exists already"):
+    (tmp_path / "there").write_text("dear")
+    with pytest.raises(InputError, match="exists, and gpmetric did not write it"):
         gpmetric.pack(folder, output=tmp_path / "there")
+    with pytest.raises(InputError, match="does not exist"):
+        gpmetric.pack(folder, output=tmp_path / "nowhere" / "m.pack")
     gpmetric.pack(folder, output=tmp_path / "m.pack")
+    gpmetric.pack(folder, output=tmp_path / "m.pack")  # ours
     with pytest.raises(InputError, match="exists already"):
         gpmetric.unpack(tmp_path / "m.pack", output=folder)
     with pytest.raises(InputError, match="is no folder"):

@@ -72,7 +72,8 @@ def run_pack(request: PackRequest, listener: Listener | None = None) -> dict[str
                 index.append(described | {"spans": [astuple(span) for span in spans]})
             listing = json.dumps({"format": "gpmetric pack", "version": VERSION, "files": index})
             archive.writestr(INDEX, listing, zipfile.ZIP_DEFLATED)
-        os.rename(partial, target)
+            archive.comment = b"gpmetric pack"  # by which `outputs` knows that it is ours
+        os.replace(partial, target)
     except OSError as error:
         raise GpmetricError(f"{str(error.filename or target)!r}: {error.strerror or error}") from error
     finally:

@@ -18,7 +18,7 @@ class PackRequest(Request):
 
     folder: Annotated[Path, Option("A checkpoint, or any folder.", metavar="DIR", argument=True, reads=True)]
     output: Annotated[
-        Path | None, Option("Archive to write.", metavar="FILE", names=("--output", "-o"), writes="file")
+        Path | None, Option("Archive to write.", metavar="FILE", names=("--output", "-o"), writes="archive")
     ] = None
     seed: Annotated[int, Option("Not used; every command takes one.", least=0, below=2**63)] = 0
     device: Annotated[str, Option("Not used; every command takes one.", choices=("auto", "cpu", "cuda"))] = "auto"
@@ -27,8 +27,6 @@ class PackRequest(Request):
         super().check()
         if self.output is None:
             raise InputError("--output (-o) FILE is needed")
-        if self.output.exists():
-            raise InputError(f"--output {str(self.output)!r} exists already")
         if not self.folder.is_dir():
             raise InputError(f"{str(self.folder)!r} is no folder; pack takes a checkpoint's")
 
