@@ -39,9 +39,9 @@ class Room:
             self.inputs.append(inputs)
         self.statistics = Statistics(found, 8, 25)
 
-    def probe(self, update: str = "none") -> ProbeLayers:
+    def probe(self, update: str = "none", fit: str = "own") -> ProbeLayers:
         model = Model("room", None, None, (Block(nn.Identity(), tuple(self.layers)),))
-        return ProbeLayers(model, self.statistics, TARGETS, update)
+        return ProbeLayers(model, self.statistics, TARGETS, update, fit)
 
     def operands(self, place: int) -> dict[str, Tensor]:
         return {"W": self.layers[place].weight, **self.statistics.layers[f"layer{place}"].operands}
@@ -236,3 +236,11 @@ def test_obs_blockwise_has_the_masks_and_weights_its_solver_ends_with(text: str)
         ).square().sum()
         assert answer.reconstruction[target.text] == pytest.approx(float(change), rel=1e-3)
     assert torch.equal(room.layers[0].weight, other.layers[0].weight)  # the dense weight is not written to
+
+
+@pytest.mark.parametrize("update", ["none", "admm"])
+def test_fitted_to_the_dense_model_nothing_is_solved(update: str) -> None:
+    """What the layers of a pruned model are fitted to is not known here: masks are those of the dense weights."""
+    metrics = [resolve_metric(text) for text in METRICS]
+    masks = Room(gram=False).probe().measure(metrics)
+    assert Room().probe(update, "dense").measure(metrics) == masks

@@ -133,7 +133,7 @@ class Evaluator:
 
     @cached_property
     def _probe_layers(self) -> ProbeLayers:
-        return ProbeLayers(self._model, self._statistics, self._targets, self._update)
+        return ProbeLayers(self._model, self._statistics, self._targets, self._update, self._fit)
 
     def _excess(self, tasks: Sequence[ExcessTask]) -> list[Figures | GpmetricError]:
         """By task, what the model loses, pruned in one shot, by objective and target, in nats per token.

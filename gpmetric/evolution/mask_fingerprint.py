@@ -41,9 +41,13 @@ class ProbeLayers:
         statistics: of the dense model; without Gram matrices there is no reconstruction error.
         update: the campaign's. Where weights are scored anew inside a solver, the masks are those that it ends with;
             those of any other update need no solving.
+        fit: the campaign's. One to the dense model's outputs is not told by these layers alone: nothing is solved then,
+            and there is no reconstruction error; the masks are those of the dense weights.
     """
 
-    def __init__(self, model: Model, statistics: Statistics, targets: Sequence[Target], update: str) -> None:
+    def __init__(
+        self, model: Model, statistics: Statistics, targets: Sequence[Target], update: str, fit: str = "own"
+    ) -> None:
         self._names = [layer.name for layer in probe_layers(model)]
         self._weights: list[Tensor] = []
         for index, block in enumerate(model.blocks):
@@ -52,12 +56,12 @@ class ProbeLayers:
                 self._weights += [layer.weight.float() for layer in chosen]
         self._statistics = statistics.layers
         self._targets = targets
-        self._update = update
+        self._update, self._alone = update, fit == "own"
 
     def measure(self, metrics: Sequence[Metric]) -> list[MaskFingerprint | NoMasks]:
         """The fingerprint of each metric, or the error that it makes."""
         found = [_Findings() for _ in metrics]
-        if UPDATERS[self._update].rescores:
+        if UPDATERS[self._update].rescores and self._alone:
             every = [self._statistics[name] for name in self._names]
             for metric, findings in zip(metrics, found, strict=True):
                 self._solve(metric, every, findings)
@@ -93,7 +97,7 @@ class ProbeLayers:
         except MaskError as error:
             findings.error = f"{error} (layer {name})"
         else:
-            findings.add(weight, [weights[0] for weights in pruned], statistics.gram)
+            findings.add(weight, [weights[0] for weights in pruned], statistics.gram if self._alone else None)
 
 
 class _Findings:
