@@ -80,14 +80,15 @@ def test_every_kernel_chooses_as_a_stable_sort(
     operands, scores = Operands((G,), (X,)), W.float().abs() * X + G
     total, ones = W.numel(), torch.ones(shape)
     wrong = int((~scores.isfinite()).sum())
-    for removed in {0, 1, shape[1] // 2, shape[1] - 1, shape[1]}:
+    few = shape[1] < 100  # then also what removes nothing, one, or all
+    for removed in {0, 1, shape[1] // 2, shape[1] - 1, shape[1]} if few else {shape[1] // 2, shape[1] - 1}:
         bad = torch.zeros(1, dtype=torch.int64)
         expected = rows.reference(W, removed, scores)
         assert torch.equal(rows.prune_rows(W, removed, score, operands, bad=bad), expected)
         assert bad.item() == wrong
     bits = rows.prune_rows(W, shape[1] // 2, score, operands, bits=True)
     assert torch.equal(mask_of(bits, shape[1]), rows.reference(ones, shape[1] // 2, scores) != 0)
-    for removed in {0, 1, total // 3, total - 1, total}:
+    for removed in {0, 1, total // 3, total - 1, total} if few else {total // 3, total - 1}:
         bad = torch.zeros(1, dtype=torch.int64)
         assert torch.equal(layer.prune_layer(W, removed, score, operands, bad=bad), layer.reference(W, removed, scores))
         assert bad.item() == wrong
