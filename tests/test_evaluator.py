@@ -273,6 +273,15 @@ def test_dense_is_by_model(evaluator: Evaluator, model: Model) -> None:
     assert math.isfinite(found[model.name])
 
 
+def test_the_hardest_target_alone(evaluator: Evaluator) -> None:
+    """What all targets tell of the one of the highest sparsity, the first of equal ones."""
+    whole = evaluator(excess("abs(W)*X", 0, 2))
+    alone = evaluator(replace(excess("abs(W)*X", 0, 2), hardest=True))
+    assert TARGETS == ("0.5", "layer:0.3", "2:4")
+    assert alone == {name: {"0.5": figures["0.5"]} for name, figures in whole.items()}
+    assert not alike(excess("abs(W)*X", 0, 2), replace(excess("abs(W)*X", 0, 2), hardest=True))
+
+
 @pytest.mark.parametrize("update", ["obs-blockwise", "admm"])
 def test_in_use_is_what_the_judge_says_of_the_search_text(
     model: Model, statistics: Statistics, tokens: dict[str, Tensor], update: str

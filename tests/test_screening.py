@@ -46,7 +46,7 @@ def test_rungs(windows: int, bounds: list[int]) -> None:
     assert [rung.keep for rung in rungs] == [0.4] * (len(bounds) - 1) + [1.0]
     assert [rung.name for rung in rungs] == [f"{last} windows" for last in bounds]
     *early, last = halving_rungs(windows, in_use=True)
-    assert early == [replace(rungs[0], keep=0.2)] * (windows > 1)
+    assert early == [replace(rungs[0], keep=0.2, hardest=True)] * (windows > 1)
     assert (last.name, last.first, last.last, last.in_use) == (f"{windows} windows in use", 0, windows, True)
     assert last.task([resolve_metric("abs(W)")]) == UseTask(resolve_metric("abs(W)"))
 

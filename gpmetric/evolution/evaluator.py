@@ -139,11 +139,13 @@ class Evaluator:
         """By task, what the model loses, pruned in one shot, by objective and target, in nats per token.
 
         `loss` and `kl` are always among the objectives; what is not finite is infinite. All tasks are on the same
-        windows, which pass through the blocks together.
+        windows and targets, and pass through the blocks together.
         """
         windows = tasks[0].first, tasks[0].last
         calls, shelf = self._calls(*windows), self._session.shelf
-        pruned = [_Pruned(task.metric, {one.text: Hidden(calls, shelf) for one in self._targets}) for task in tasks]
+        hardest = max(self._targets, key=lambda target: target.sparsity)
+        targets = [hardest] if tasks[0].hardest else self._targets
+        pruned = [_Pruned(task.metric, {one.text: Hidden(calls, shelf) for one in targets}) for task in tasks]
         dense = None if windows in self._references else Hidden(calls, shelf)
         for span in self._spans:
             self._advance(span, pruned, dense)
@@ -152,7 +154,7 @@ class Evaluator:
         for way in (*ways.values(), *([] if dense is None else [dense])):
             way.close()
         return [
-            one.error or self._figures({target.text: means[place, target.text] for target in self._targets})
+            one.error or self._figures({target.text: means[place, target.text] for target in targets})
             for place, one in enumerate(pruned)
         ]
 
@@ -177,7 +179,7 @@ class Evaluator:
     ) -> None:
         """Prunes some blocks, which are at hand, by a metric, and moves the windows of each target through them."""
         weights = [layer.weight for layer in layers]
-        for targets in self._together(weights) if one.ways else ():
+        for targets in self._together(weights, [target for target in self._targets if target.text in one.ways]):
             by_target: Sequence[Sequence[Tensor]] = [()] * len(targets)  # of a block without layers
             if weights:
                 by_target = prune_weights(weights, one.metric, targets, statistics, self._update)
@@ -217,11 +219,11 @@ class Evaluator:
         every = range(len(self._model.blocks))
         return [every] if self._model.resident and entries <= _PRUNED_ENTRIES else [[index] for index in every]
 
-    def _together(self, weights: Sequence[Tensor]) -> list[Sequence[Target]]:
+    def _together(self, weights: Sequence[Tensor], targets: Sequence[Target]) -> list[Sequence[Target]]:
         """The targets whose pruned weights are in memory at once: what they share is computed once, if they fit."""
-        if sum(weight.numel() for weight in weights) * len(self._targets) <= _PRUNED_ENTRIES:
-            return [self._targets]
-        return [[target] for target in self._targets]
+        if targets and sum(weight.numel() for weight in weights) * len(targets) <= _PRUNED_ENTRIES:
+            return [targets]
+        return [[target] for target in targets]
 
     def _windows(self, split: str, part: int) -> Windows:
         """1/part of the windows of a split, at least one."""
@@ -286,7 +288,7 @@ def alike(first: Task, second: Task) -> bool:
     """Whether two tasks may share a walk through the blocks."""
     match first, second:
         case ExcessTask(), ExcessTask():
-            return (first.first, first.last) == (second.first, second.last)
+            return (first.first, first.last, first.hardest) == (second.first, second.last, second.hardest)
         case UseTask(), UseTask():
             return True
         case SequentialTask(), SequentialTask():

@@ -39,11 +39,16 @@ class ProbeTask:
 
 @dataclass(frozen=True)
 class ExcessTask:
-    """What the model loses, pruned in one shot, on the search windows from `first` up to `last`; Figures."""
+    """What the model loses, pruned in one shot, on the search windows from `first` up to `last`; Figures.
+
+    Attributes:
+        hardest: at the target of the highest sparsity only.
+    """
 
     metric: Metric
     first: int = 0
     last: int | None = None
+    hardest: bool = False
 
     @property
     def effort(self) -> tuple[str, float]:
