@@ -21,6 +21,7 @@ from gpmetric.loading import DEMO_MODEL, load_model
 from gpmetric.structured.slim import slim
 
 TOKENS = 512  # of the prefill that is timed
+DECODED = 32  # tokens that are generated, one by one, after a few
 
 
 def speed_rows(blocks: int, width: int, sparsity: float, repeats: int) -> list[dict[str, str]]:
@@ -40,7 +41,7 @@ def speed_rows(blocks: int, width: int, sparsity: float, repeats: int) -> list[d
     rows = []
     for name, measured in found.items():
         case = f"random Llama {blocks}x{width}, {sparsity:g} of the blocks gone: {name}"
-        for unit in ("parameters", "bytes", "MiB peak", "tokens/s"):
+        for unit in ("parameters", "bytes", "MiB peak", "tokens/s", "tokens/s decoded"):
             base = float(np.median(found["dense"][unit]))
             rows.append(row("structured size", f"{case}, {unit}", np.array(measured[unit]), base, unit))
             print(f"{case}: {np.median(measured[unit]):,.0f} {unit}, {np.median(measured[unit]) / base:.3f} of dense")
@@ -73,17 +74,24 @@ def in_process(folder: Path, repeats: int) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def measure(folder: str, repeats: int) -> dict[str, Any]:
-    """Of a written model: parameters, bytes of its weights, peak memory of the process, tokens per second."""
+    """Of a written model: parameters, bytes of its weights, peak memory of the process, tokens per second.
+
+    The latter of a prefill, and of decoding with a cache.
+    """
     model = load_model(folder)
     tokens = torch.arange(TOKENS, device=model.device)[None] % model.vocabulary
-    speeds = []
+    speeds, decoded = [], []
     for _ in range(repeats + 1):
         start = time.perf_counter()
         model.module(input_ids=tokens, use_cache=False, logits_to_keep=1).logits.sum().item()
-        speeds.append(TOKENS / (time.perf_counter() - start))
+        between = time.perf_counter()
+        model.module.generate(tokens[:, :8], min_new_tokens=DECODED, max_new_tokens=DECODED, do_sample=False)
+        decoded.append(DECODED / (time.perf_counter() - between))
+        speeds.append(TOKENS / (between - start))
     return {
         "parameters": [sum(one.numel() for one in model.module.parameters())],
         "bytes": [sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))],
         "MiB peak": [peak_memory()],
         "tokens/s": speeds[1:],
+        "tokens/s decoded": decoded[1:],
     }

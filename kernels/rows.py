@@ -1,15 +1,22 @@
-"""Score, select and mask in one pass: each program prunes one row, and the row is read from memory once.
+"""Score, select and mask in one pass: a program prunes a row at a time, and the row is read from memory once.
 
 The scores of a row stay in registers. Any threshold with exactly `removed` scores at or below it serves, so that the
-search may stop early: regula falsi (the Illinois variant) on the scores' keys, integers in whose scale heavy-tailed
-scores are spread evenly. Where ties leave no such threshold, the lower column goes first, as a stable sort has it. NaN
-comes last.
+search may stop early. It goes by the scores' keys, integers in whose scale heavy-tailed scores are spread evenly. Every
+step takes four thresholds, whose counts are packed into one integer, so that one reduction cuts the interval in five;
+they lie about where the last rows of the program had theirs, as seen from the mean key, then about where the counts
+place the wanted one between the ends. Where no threshold tells scores between the ends apart, the ends move to the
+lowest and highest value that occur there, at which the search of ties ends. Keys of half-precision weights alone, of
+which many are equal, are searched in their own steps. Where ties leave no threshold, the lower column goes first, as a
+stable sort has it. NaN comes last.
 
     pruned = prune_rows(weight, weight.shape[1] // 2, wanda, Operands(columns=(X,)))
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,11 +24,19 @@ from torch import Tensor
 from gpmetric.kernels.launch import Operands, on, outputs, scored
 from gpmetric.kernels.ops import key, number
 
-__all__ = ["prune_rows", "reference"]
+__all__ = ["MOST_COLUMNS", "prune_rows", "reference"]
 
-_STEPS = tl.constexpr(24)  # of regula falsi, before bisection ends the search within 32 more
+MOST_COLUMNS = 2**16 - 1  # of a row: a count has 16 bits
 _ALL = tl.constexpr(1 << 30)  # ties: all of them
-_WARPS = {1024: 4, 8192: 8}  # widest row -> warps; 16 beyond
+_BOTTOM = tl.constexpr(-0x7F800001)  # key of -inf, of inf
+_TOP = tl.constexpr(0x7F800000)
+_OCTAVE = tl.constexpr(1 << 23)  # keys from a number to its double
+_EVEN = tl.constexpr(8388608.0)  # from it to its double, keys are as far apart as numbers,
+_FIRST = tl.constexpr(0x4B000000)  # and this is its key
+# widest row -> warps and registers of a thread, of which a multiprocessor has 65536: with 16 columns to a thread 64 or
+# 80 do, and as many warps as then fit hide the latency of each other's steps
+_PLANS = {512: (1, 80), 1024: (2, 80), 2048: (4, 80), 4096: (8, 80), 8192: (16, 64)}
+_WIDEST = (16, 128)
 
 
 @triton.jit
@@ -40,60 +55,132 @@ def _scores(
 
 
 @triton.jit
-def _count(scores, threshold, CHUNKS: tl.constexpr):
-    """How many scores are at or below a threshold; in fp32, exact below 2**24, which takes fewer instructions."""
-    found = (scores[0] <= threshold).to(tl.float32)
-    for chunk in tl.static_range(1, CHUNKS):
-        found += (scores[chunk] <= threshold).to(tl.float32)
-    return tl.sum(found, axis=0).to(tl.int32)
-
-
-@triton.jit
-def _extremes(scores, CHUNKS: tl.constexpr):
-    """Keys of the lowest and the highest score, NaN apart."""
-    low = tl.where(scores[0] == scores[0], scores[0], float("inf"))
-    high = tl.where(scores[0] == scores[0], scores[0], float("-inf"))
-    for chunk in tl.static_range(1, CHUNKS):
+def _survey(scores, GRID: tl.constexpr, CHUNKS: tl.constexpr):
+    """(mean key, scores that are finite, whether all keys are multiples of 2**GRID) in one reduction, without NaN."""
+    total = tl.zeros(scores[0].shape, tl.int64)
+    for chunk in tl.static_range(CHUNKS):
         one = scores[chunk]
-        low = tl.minimum(low, tl.where(one == one, one, float("inf")))
-        high = tl.maximum(high, tl.where(one == one, one, float("-inf")))
-    return key(tl.min(low, axis=0)).to(tl.int64), key(tl.max(high, axis=0)).to(tl.int64)
+        finite = tl.abs(one) < float("inf")
+        place = key(tl.where(finite, one, 0.0))
+        odd = (place & ((1 << GRID) - 1)) != 0
+        halves = finite.to(tl.int32) + (odd.to(tl.int32) << 16)
+        total += ((place >> 20).to(tl.int64) << 32) + halves.to(tl.int64)
+    packed = tl.sum(total, axis=0)
+    finite = (packed & 0xFFFF).to(tl.int32)
+    mean = (packed >> 32).to(tl.float32) / tl.maximum(finite, 1).to(tl.float32) * (1 << 20)
+    return mean, finite, ((packed >> 16) & 0xFFFF) == 0
 
 
 @triton.jit
-def _threshold(scores, wanted, valid, CHUNKS: tl.constexpr):
-    """(threshold, ties): the `wanted` lowest of the `valid` scores are those below it and the first `ties` equal to it.
+def _counts(scores, keys, CHUNKS: tl.constexpr):
+    """How many scores are at or below each of four keys, four times 16 bits, the lowest first."""
+    first, second, third, fourth = number(keys[0]), number(keys[1]), number(keys[2]), number(keys[3])
+    low = tl.zeros(scores[0].shape, tl.int32)
+    high = tl.zeros(scores[0].shape, tl.int32)
+    for chunk in tl.static_range(CHUNKS):
+        one = scores[chunk]
+        low += (one <= first).to(tl.int32) + ((one <= second).to(tl.int32) << 16)
+        high += (one <= third).to(tl.int32) + ((one <= fourth).to(tl.int32) << 16)
+    return tl.sum((high.to(tl.int64) << 32) + low.to(tl.int64), axis=0)
 
-    At every step `below` < wanted <= `above`, the numbers of scores at or below the keys `low` and `high`.
+
+@triton.jit
+def _valid(scores, CHUNKS: tl.constexpr):
+    """How many of what is searched are numbers, infinite ones too."""
+    found = tl.zeros(scores[0].shape, tl.int32)
+    for chunk in tl.static_range(CHUNKS):
+        one = scores[chunk]
+        found += (one == one).to(tl.int32)
+    return tl.sum(found, axis=0)
+
+
+@triton.jit
+def _extremes(scores, low, high, CHUNKS: tl.constexpr):
+    """Keys of the lowest and the highest score above one key and not above another."""
+    floor, roof = number(low), number(high)
+    least = tl.full(scores[0].shape, float("inf"), tl.float32)
+    most = tl.full(scores[0].shape, float("-inf"), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        one = scores[chunk]
+        inside = (one > floor) & (one <= roof)
+        least = tl.minimum(least, tl.where(inside, one, float("inf")))
+        most = tl.maximum(most, tl.where(inside, one, float("-inf")))
+    return key(tl.min(least, axis=0)), key(tl.max(most, axis=0))
+
+
+@triton.jit
+def _key_at(search, DEVIATIONS: tl.constexpr, EVEN: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr):
+    """One of the four keys of a step: by the deviation from the centre, evenly, or beyond the end that is known."""
+    low, high, width, centre, step, stride, even, rising, falling, bits = search
+    offset = tl.where(even, width * EVEN, centre + step * DEVIATIONS)
+    offset = tl.where(rising, stride * NEAR, tl.where(falling, width - stride * FAR, offset))
+    offset = tl.minimum(tl.maximum(offset, 0.0), width)  # below 2**32; the sum wraps around
+    place = (low + offset.to(tl.uint32).to(tl.int32, bitcast=True)) >> bits
+    return tl.minimum(tl.maximum(place, (low >> bits) + 1), (high >> bits) - 1) << bits
+
+
+@triton.jit
+def _threshold(scores, wanted, low, below, high, above, guess, bits, CHUNKS: tl.constexpr):
+    """(key, ties, equal): the `wanted` lowest are the scores below the key and the first `ties` of those equal to it.
+
+    At every step `below` < wanted < `above`, the numbers of scores at or below the keys `low` and `high`, whose lowest
+    `bits` tell nothing. `guess` is (whether there is one, key, distance from it): the first keys lie about it, and
+    beyond an end that is still open then, strides grow by 256.
     """
-    low, high = _extremes(scores, CHUNKS)
-    low -= 1
-    below = 0
-    above = valid
-    middle = high
-    found = above
-    weight_low = 1.0
-    weight_high = 1.0
-    moved = 0
-    step = 0
-    while (high - low > 1) & (found != wanted):
-        left = (wanted - below).to(tl.float32) * weight_low
-        right = (above - wanted).to(tl.float32) * weight_high
-        share = tl.where(step < _STEPS, left / (left + right), 0.5)
-        width = high - low
-        middle = low + tl.minimum(tl.maximum((width.to(tl.float32) * share).to(tl.int64), 1), width - 1)
-        found = _count(scores, number(middle.to(tl.int32)), CHUNKS)
-        under = found < wanted
-        weight_high = tl.where(under & (moved == 1), weight_high * 0.5, 1.0)  # an end that stays again counts half
-        weight_low = tl.where((found > wanted) & (moved == 2), weight_low * 0.5, 1.0)
-        moved = tl.where(under, 1, 2)
-        below = tl.where(under, found, below)
-        low = tl.where(under, middle, low)
-        above = tl.where(under, above, found)
-        high = tl.where(under, high, middle)
-        step += 1
-    exact = found == wanted
-    return number(tl.where(exact, middle, high).to(tl.int32)), tl.where(exact, _ALL, wanted - below)
+    first, middle, reach = guess
+    found = tl.where(wanted > below, high, low)
+    ties = wanted * 0 + _ALL
+    stride = reach
+    even = wanted < 0
+    searching = (wanted > below) & (wanted < above)
+    while searching:
+        inside = (above - below).to(tl.float32)
+        share = (wanted - below).to(tl.float32) / inside
+        deviation = tl.maximum(tl.sqrt(share * (1.0 - share) / inside), 0.35 / inside)  # of the wanted one's rank
+        width = (high - low).to(tl.uint32, bitcast=True).to(tl.float32)
+        centre = tl.where(first, middle - low.to(tl.float32), width * share)
+        step = tl.where(first, reach, width * deviation)
+        rising, falling = (high == _TOP) & (first == 0), (low < _BOTTOM) & (first == 0)
+        stride = tl.where(rising | falling, stride * 256.0, stride)
+        search = (low, high, width, centre, step, stride, even, rising, falling, bits)
+        keys = (
+            _key_at(search, -1.5, 0.2, 0.0234375, 1.5), _key_at(search, -0.45, 0.4, 0.09375, 0.375),
+            _key_at(search, 0.45, 0.6, 0.375, 0.09375), _key_at(search, 1.5, 0.8, 1.5, 0.0234375),
+        )  # fmt: skip
+        packed = _counts(scores, keys, CHUNKS)
+        least, most = below, above
+        split = below < 0
+        for one in tl.static_range(4):
+            count = ((packed >> (16 * one)) & 0xFFFF).to(tl.int32)
+            place = keys[one]
+            found = tl.where(count == wanted, place, found)
+            searching &= count != wanted
+            split |= (count > least) & (count < most)
+            rises, falls = (count < wanted) & (place > low), (count > wanted) & (place < high)
+            below, low = tl.where(rises, count, below), tl.where(rises, place, low)
+            above, high = tl.where(falls, count, above), tl.where(falls, place, high)
+        even = (even == 0) & ((above - below) * 3 > most - least)
+        first = below < 0
+        if searching & (split == 0) & (low >= _BOTTOM) & (high < _TOP):
+            lowest, highest = _extremes(scores, low, high, CHUNKS)
+            low, high = lowest - 1, highest
+        if searching & (((high >> bits) - (low >> bits)).to(tl.uint32, bitcast=True) <= 1):
+            searching = below < 0
+            found, ties = high, wanted - below
+    return found, ties, above - below
+
+
+@triton.jit
+def _in_order(scores, threshold, tied, nans, n_in, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Columns in place of the scores that go in their order, alike or NaN; -inf for what goes, inf for what stays."""
+    columns = ()
+    for chunk in tl.static_range(CHUNKS):
+        one = scores[chunk]
+        column = chunk * BLOCK + tl.arange(0, BLOCK)
+        asked = (tied & (one == threshold)) | (nans & (one != one) & (column < n_in))
+        gone = (one <= threshold) & (asked == 0)
+        columns = columns + (tl.where(asked, column + _EVEN, tl.where(gone, float("-inf"), float("inf"))),)
+    return columns
 
 
 @triton.jit
@@ -111,54 +198,75 @@ def _write(OUT, W, row, n_in, column, dropped, BITS: tl.constexpr, BLOCK: tl.con
         tl.store(OUT + row * n_in + column, tl.where(dropped, 0.0, w.to(tl.float32)), mask=inside)
 
 
-@triton.jit(do_not_specialize=["which", "removed"])
+@triton.jit(do_not_specialize=["which", "n_out", "removed"])
 def _prune_rows(
-    W, OUT, BAD, matrices, columns, rows, numbers, which, n_in, removed,
+    W, OUT, BAD, matrices, columns, rows, numbers, which, n_in, n_out, removed,
     SCORE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    scores = _scores(W, matrices, columns, rows, numbers, which, row, n_in, SCORE, BLOCK, CHUNKS)
-    finite = (tl.abs(scores[0]) < float("inf")).to(tl.int32)
-    valid = (scores[0] == scores[0]).to(tl.int32)
-    for chunk in tl.static_range(1, CHUNKS):
-        finite += (tl.abs(scores[chunk]) < float("inf")).to(tl.int32)
-        valid += (scores[chunk] == scores[chunk]).to(tl.int32)
-    bad = n_in - tl.sum(finite, axis=0)
-    if bad > 0:
-        tl.atomic_add(BAD, bad.to(tl.int64))
-    valid = tl.sum(valid, axis=0)
-    wanted = tl.minimum(removed, valid)
-    nans = removed - wanted  # to go when all others are gone
-    threshold, ties = _threshold(scores, wanted, valid, CHUNKS)
-    if (ties == _ALL) & (nans == 0):
+    GRID: tl.constexpr = 16 if W.dtype.element_ty == tl.bfloat16 else 13 if W.dtype.element_ty == tl.float16 else 0
+    share = tl.minimum(tl.maximum(removed.to(tl.float32) / n_in, 0.001), 0.999)
+    shift = tl.log(share / (1.0 - share)) * (0.7 * _OCTAVE)  # from the mean key to the threshold: of a smooth density
+    reach = shift * 0.0 + _OCTAVE  # and how far it varies
+    fresh = removed >= 0
+    for row in range(tl.program_id(0), n_out, tl.num_programs(0)):
+        row += tl.full((), 0, tl.int64)  # a place may be beyond 32 bits
+        scores = _scores(W, matrices, columns, rows, numbers, which, row, n_in, SCORE, BLOCK, CHUNKS)
+        mean, finite, alike = _survey(scores, GRID, CHUNKS)
+        valid = n_in
+        if finite < n_in:
+            tl.atomic_add(BAD, (n_in - finite).to(tl.int64))
+            valid = _valid(scores, CHUNKS)
+        wanted = tl.minimum(removed, valid)
+        nans = removed - wanted  # to go when all others are gone
+        guess = (wanted >= 0, mean + shift, reach)
+        place, ties, equal = _threshold(
+            scores, wanted, wanted * 0 + (_BOTTOM - 1), wanted * 0, wanted * 0 + _TOP, valid, guess,
+            tl.where(alike, GRID, 0), CHUNKS,
+        )  # fmt: skip
+        searched = (wanted > 0) & (wanted < valid)
+        moved = place.to(tl.float32) - mean
+        nearer = tl.maximum(0.75 * reach + 0.3 * tl.abs(moved - shift), 2.0**-10 * _OCTAVE)
+        reach = tl.where(searched, tl.where(fresh, 0.02 * _OCTAVE, nearer), reach)
+        shift = tl.where(searched, tl.where(fresh, moved, 0.5 * (shift + moved)), shift)
+        fresh = fresh & (searched == 0)
+
+        is_open = (ties != _ALL) | (nans > 0)
+        below = tl.where(nans > 0, valid, wanted - ties)
+        above = tl.where(nans > 0, n_in, below + equal)
+        order = _in_order(scores, number(place), (nans == 0) & is_open, nans > 0, n_in, BLOCK, CHUNKS)
+        guess = (wanted < 0, shift, reach)  # none
+        begin = wanted * 0 + (_FIRST - 1)
+        last, _, _ = _threshold(
+            order, tl.where(is_open, removed, below), begin, below, begin + n_in, above, guess, 0, CHUNKS
+        )
+        last = tl.where(is_open, number(last), 0.0)
         for chunk in tl.static_range(CHUNKS):
             column = chunk * BLOCK + tl.arange(0, BLOCK)
-            _write(OUT, W, row, n_in, column, scores[chunk] <= threshold, BITS, BLOCK)
-    else:
-        tied = 0
-        lost = 0
-        for chunk in tl.static_range(CHUNKS):
-            column = chunk * BLOCK + tl.arange(0, BLOCK)
-            one = scores[chunk]
-            equal = (one == threshold).to(tl.int32)
-            nan = ((one != one) & (column < n_in)).to(tl.int32)
-            first = (equal == 1) & (tied + tl.cumsum(equal, axis=0) <= ties)
-            gone = (nan == 1) & (lost + tl.cumsum(nan, axis=0) <= nans)
-            _write(OUT, W, row, n_in, column, (one < threshold) | first | gone, BITS, BLOCK)
-            tied += tl.sum(equal, axis=0)
-            lost += tl.sum(nan, axis=0)
+            _write(OUT, W, row, n_in, column, order[chunk] <= last, BITS, BLOCK)
 
 
-def _plan(width: int) -> tuple[int, int, int]:
-    """(columns of a chunk, chunks, warps) for rows of that width; above 256 columns, chunks waste an eighth at most.
+class _Plan(NamedTuple):
+    """How a row is held: columns of a chunk, eight to a thread; chunks; warps; registers of a thread."""
 
-    A power of two would waste 49 % of a row of 11,008, and its registers spill at 32,768.
-    """
-    block = min(4096, triton.next_power_of_2(max(width, 16)))
-    while block > 256 and triton.cdiv(width, block) * block > width * 9 // 8:
-        block //= 2
-    warps = next((warps for widest, warps in _WARPS.items() if width <= widest), 16)
-    return block, triton.cdiv(width, block), warps
+    block: int
+    chunks: int
+    warps: int
+    registers: int
+
+
+def _plan(width: int) -> _Plan:
+    """For rows of that width; a power of two of columns would waste 49 % of a row of 11,008."""
+    warps, registers = next((plan for widest, plan in _PLANS.items() if width <= widest), _WIDEST)
+    block = 256 * warps  # of half as many, LLVM takes twice the time
+    return _Plan(block, triton.cdiv(width, block), warps, registers)
+
+
+def _programs(weight: Tensor, plan: _Plan) -> int:
+    """As many as the device holds at once; two where there is none, so that each has several rows."""
+    if weight.device.type != "cuda":
+        return 2
+    count: int = torch.cuda.get_device_properties(weight.device).multi_processor_count
+    return count * (65536 // (32 * plan.warps * plan.registers))
 
 
 def prune_rows(
@@ -174,7 +282,7 @@ def prune_rows(
     """The weight with the `removed` lowest scores of every row set to zero, of equal scores the lower column first.
 
     Args:
-        weight: [out, in], contiguous, bf16, fp16 or fp32.
+        weight: [out, in], contiguous, bf16, fp16 or fp32; `in` is at most MOST_COLUMNS.
         removed: from 0 to `in`.
         score: a jit function with the signature of `wanda` in `launch`, called in fp32.
         operands: what it reads besides the weight.
@@ -192,11 +300,14 @@ def prune_rows(
     out, bad = outputs(weight, operands, out, (height, (width + 7) // 8) if bits else None, bad)
     if not 0 <= removed <= width:
         raise ValueError(f"removed must be from 0 to {width}, but got {removed}")
-    block, chunks, warps = _plan(width)
+    if width > MOST_COLUMNS:
+        raise ValueError(f"a row must have at most {MOST_COLUMNS} columns, but has {width}")
+    plan = _plan(width)
     with on(weight):
-        _prune_rows[(height,)](
-            weight, out, bad, *operands, width, removed,
-            SCORE=score, BITS=bits, BLOCK=block, CHUNKS=chunks, num_warps=warps, enable_fp_fusion=False,
+        _prune_rows[(min(height, _programs(weight, plan)),)](
+            weight, out, bad, *operands, width, height, removed,
+            SCORE=score, BITS=bits, BLOCK=plan.block, CHUNKS=plan.chunks,
+            num_warps=plan.warps, maxnreg=plan.registers, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 

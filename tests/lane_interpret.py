@@ -7,6 +7,7 @@ small: it takes milliseconds for what a GPU does in microseconds. What kernels c
 
 from __future__ import annotations
 
+import importlib
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ from gpmetric.codegen.loading import load_functions
 from gpmetric.expression import PRIMITIVES, parse
 from gpmetric.expression.evaluate import evaluate
 from gpmetric.kernels import layer, pattern, rows
-from gpmetric.kernels.launch import Operands
+from gpmetric.kernels.launch import Operands, weight_itself
 from gpmetric.kernels.reduce import prepare
 from gpmetric.metrics import BASELINES, resolve_metric
 from gpmetric.pruning.mask import select_mask
@@ -104,6 +105,32 @@ def test_every_kernel_chooses_as_a_stable_sort(
     if shape[1] % 4 == 0:
         bits = pattern.prune_pattern(W, 2, 4, score, operands, bits=True)
         assert torch.equal(mask_of(bits, shape[1]), pattern.reference(ones, 2, 4, scores) != 0)
+
+
+def test_rows_of_one_program_follow_each_other() -> None:
+    """What the rows before were like is a guess only: here no row is like the one before."""
+    draw = torch.Generator().manual_seed(0)
+    score = torch.randn(9, 21, generator=draw).mul(2).round() * torch.tensor([1e-30, 1, 1e30]).repeat(3)[:, None]
+    score[3], score[5, :11], score[7] = torch.nan, torch.nan, 0
+    for removed in (1, 7, 10, 15, 20):
+        bits = rows.prune_rows(score, removed, weight_itself, Operands(), bits=True)
+        assert torch.equal(mask_of(bits, 21), rows.reference(torch.ones(9, 21), removed, score) != 0)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("abs(W)*X", 5), ("abs(W) in bf16", 7), ("rounded", 9)])
+def test_few_reductions_find_a_threshold(kind: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows of 576 on average; a binary search of the keys takes 32."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    benchmark = importlib.import_module("kernel_steps")
+    found = benchmark.steps(benchmark.scores(kind, 12, 576), 288)
+    assert len(found) == 12
+    assert sum(found) / 12 <= most
+
+
+def test_rows_that_are_too_wide_are_refused() -> None:
+    wide = torch.zeros(1, rows.MOST_COLUMNS + 1)
+    with pytest.raises(ValueError, match="a row must have at most 65535 columns, but has 65536"):
+        rows.prune_rows(wide, 1, weight_itself, Operands())
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "both zeros", "subnormal"])

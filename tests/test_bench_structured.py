@@ -114,3 +114,4 @@ def test_size_and_speed_of_a_small_llama(bench: ModuleType, tmp_path: Path, monk
         assert float(rows[f"{form}, parameters"]["ratio"]) < 0.95
         assert float(rows[f"{form}, bytes"]["ratio"]) < 0.95
         assert float(rows[f"{form}, tokens/s"]["median"]) > 0
+        assert float(rows[f"{form}, tokens/s decoded"]["median"]) > 0

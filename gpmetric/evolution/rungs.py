@@ -62,8 +62,8 @@ PROBE = Rung("reconstruction", 0, 0, 0.8, together=8)
 def halving_rungs(windows: int, *, in_use: bool = False) -> tuple[Rung, ...]:
     """The rungs over that many search windows: an eighth, half and all, or an eighth at one target and all in use.
 
-    A solver that prunes in one shot takes as long for an eighth of the windows as for half of them, which predicts use no
-    better: of 45, 32 and 18 formulas of campaigns on llama-05m and gpt2-05m, by admm with the dense fit, rank
+    A solver that prunes in one shot takes as long for an eighth of the windows as for half of them, which predicts use
+    no better: of 45, 32 and 18 formulas of campaigns on llama-05m and gpt2-05m, by admm with the dense fit, rank
     correlations are 0.79, 0.94 and 0.87 for 3 of 24 windows and 0.82, 0.94 and 0.86 for 12. Nor do four targets predict
     their mean better than the highest of them, 0.7, alone: 0.80, 0.93 and 0.88; 0.88 where four have 0.94 on gpt2-3m.
     """

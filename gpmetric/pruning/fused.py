@@ -27,7 +27,7 @@ from gpmetric.targets import Target
 
 __all__ = ["compile_together", "mask_of_scores", "masks", "prune", "usable"]
 
-_WIDEST = 2**16  # inputs of a row that is held in registers; beyond 2**15 some of it spills
+_WIDEST = 2**16 - 1  # inputs of a row that is held in registers, MOST_COLUMNS; beyond 2**15 some of it spills
 _GROUPS = (2, 4, 8, 16)  # M of N:M
 _KEPT = 512  # formulas whose functions are at hand
 _TRIED = 16  # rows of a weight that a kernel is tried on; 1 would be compiled for 1
