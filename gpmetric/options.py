@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from gpmetric.errors import InputError, one_of
 from gpmetric.files import check_picture
@@ -25,6 +25,7 @@ from gpmetric.outputs import check_outputs
 
 __all__ = [
     "FORCE_FILES",
+    "Common",
     "Described",
     "Option",
     "Request",
@@ -51,6 +52,7 @@ class Option:
         above, below: bounds that a number may not reach.
         reads: whether the value names something that is read, and must not be written.
         writes: what the command writes there, as `outputs.check_outputs` has it.
+        hidden: whether it is accepted and not offered, as the command has no use for it.
     """
 
     help: str
@@ -64,6 +66,7 @@ class Option:
     below: float | None = None
     reads: bool = False
     writes: str | None = None
+    hidden: bool = False
 
 
 FORCE_FILES = Option("Replace files that gpmetric did not write; never one that is read.", names=("--force",))
@@ -139,6 +142,14 @@ class Request:
     def completed(self) -> Self:
         """The request with what is filled in when it runs, the name of a new file for instance."""
         return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common(Request):
+    """What every command accepts; one that has a use for it, and so offers it, has a field of its own."""
+
+    seed: Annotated[int, Option("Not used.", least=0, below=2**63, hidden=True)] = 0
+    device: Annotated[str, Option("Not used.", choices=("auto", "cpu", "cuda"), hidden=True)] = "auto"
 
 
 def _check(field: Described, value: Any) -> None:
@@ -242,7 +253,8 @@ def make_request(kind: type[Kind], options: dict[str, Any]) -> Kind:
         if field is None:
             close = get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
-            raise InputError(f"unknown option {name!r}: {hint}accepted are {', '.join(known)}")
+            accepted = ", ".join(one.name for one in known.values() if not one.option.hidden)
+            raise InputError(f"unknown option {name!r}: {hint}accepted are {accepted}")
         if value is not None or field.optional:
             given[field.name] = _converted(field, value)
     return kind(**kind.filled(given))
@@ -314,7 +326,8 @@ def as_function(
 
 def _documented(kind: type[Request], told: str) -> str:
     """The docstring of a function that runs a request, with the options in place of the request among its arguments."""
-    options = "".join(f"\n    {field.name}: {field.help}" for field in described(kind))
+    shown = (field for field in described(kind) if not field.option.hidden)
+    options = "".join(f"\n    {field.name}: {field.help}" for field in shown)
     return re.sub(r"(?<=\nArgs:)\n    request: [^\n]*(\n        [^\n]*)*", lambda _: options, told)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Self
 from gpmetric.catalogue import CATALOGUE, PREFIX
 from gpmetric.errors import InputError, one_of
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
-from gpmetric.options import Option
+from gpmetric.options import Common, Option
 from gpmetric.pruning.published import PUBLISHED
 from gpmetric.pruning.updaters import FITS, UPDATERS, updater_of
 from gpmetric.session.inputs import DEVICES, Inputs, Limits, Texts
@@ -220,7 +220,7 @@ class PruneRequest(Inputs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyRequest(Limits):
+class VerifyRequest(Limits, Common):
     """Everything `gpmetric verify` can be asked for."""
 
     folder: Annotated[
@@ -229,5 +229,4 @@ class VerifyRequest(Limits):
     against: Annotated[
         str | None, Option("The dense model: what was not pruned must be as it was there.", metavar="MODEL", reads=True)
     ] = None
-    seed: Annotated[int, Option("Not used; every command takes one.", least=0, below=2**63)] = 0
     device: Annotated[str, Option("{choices}.", choices=DEVICES)] = "auto"
