@@ -21,7 +21,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 
 from gpmetric.errors import InputError, one_of
 from gpmetric.files import check_picture
-from gpmetric.outputs import check_outputs
+from gpmetric.outputs import check_outputs, hub_folders
 
 __all__ = [
     "FORCE_FILES",
@@ -182,23 +182,30 @@ def check_request(
     """
     request.check()
     written = {} if json is None else {"--json": (json, "json")}
-    read = {} if config is None else {str(config): config}
+    read = [] if config is None else [(str(config), config)]
     for field in described(type(request)):
         value = getattr(request, field.name)
         if field.option.writes is not None and value is not None:
             written[field.spelled] = (value, field.option.writes)
         if field.option.reads:
-            read |= dict(_places(value))
+            read += _places(value)
     check_outputs(written | request.beside, read, force=getattr(request, "force", force))
 
 
 def _places(value: Any) -> Iterator[tuple[str, Path]]:
-    """What a field names, and where it is, if it is a file or folder here; a part of a text, `c.txt#search`, too."""
-    for one in value if isinstance(value, tuple) else (value,):
-        for name in () if one is None else (str(one), str(one).rpartition("#")[0]):
+    """What a field names, and where it is: a file or folder here, also of a part of a text, `c.txt#search`.
+
+    Of what is not here, the place among the files of the Hub.
+    """
+    for one in () if value is None else value if isinstance(value, tuple) else (value,):
+        here = False
+        for name in (str(one), str(one).rpartition("#")[0]):
             with suppress(OSError, ValueError):  # a formula that no file could be called
                 if name and Path(name).exists():
+                    here = True
                     yield name, Path(name)
+        if not here:
+            yield from ((str(one), place) for place in hub_folders(str(one)))
 
 
 def described(request: type[Request]) -> tuple[Described, ...]:
