@@ -72,7 +72,7 @@ def run_prune(
     assert request.output is not None
     deadline = Deadline.starting(request.minutes, started)
     told, folder, masks = listener or PruneListener(), request.output, request.save_masks
-    recipe = None if request.recipe is None else read_recipe(request.recipe)
+    recipe = None if request.recipe is None else read_recipe(request.recipe).with_options(vars(request))
     allocation = None if recipe is None else recipe.allocation
     if request.allocation is not None:
         allocation = read_allocation(request.allocation)

@@ -16,7 +16,7 @@ from gpmetric.pruning.checkpoint import stored_layers
 from gpmetric.pruning.output_folder import check_folder, check_room
 from gpmetric.pruning.protocol import Protocol, check_targets
 from gpmetric.pruning.prune import run_prune
-from gpmetric.pruning.recipe import Recipe, write_recipe
+from gpmetric.pruning.recipe import Recipe, read_recipe, write_recipe
 from gpmetric.pruning.requests import PruneRequest
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.inputs import Inputs
@@ -77,7 +77,8 @@ def run_tune(
         gc.collect()  # models are in reference cycles: the next one would be loaded beside this one
         told.step("pruning")
         minutes = request.minutes and max(0.01, deadline.left / 60)
-        found = run_prune(replace(pruning, minutes=minutes).completed(), told)
+        assert pruning.recipe is not None
+        found = run_prune(replace(pruning, minutes=minutes, **read_recipe(pruning.recipe).options), told)
     pruned = {key: found[key] for key in ("output", "sparsity", "dense", "perplexity", "seconds", "text")}
     experts = {"experts": found["experts"]} if "experts" in found else {}
     result: dict[str, Any] = finite(document | experts | {"pruned": pruned, "seconds": deadline.elapsed})
