@@ -34,7 +34,7 @@ from gpmetric.pruning.updaters import FITS, UPDATERS
 from gpmetric.session.inputs import BOS, DTYPES, SAMPLINGS, STATISTICS_DTYPES
 from gpmetric.targets import parse_target
 
-__all__ = ["Recipe", "read_recipe", "recipe_of", "write_recipe"]
+__all__ = ["Recipe", "read_recipe", "recipe_of", "recipe_text", "write_recipe"]
 
 _OF_WINDOWS = ("samples", "sequence_length", "sampling", "bos", "shuffle", "seed", "text_column")
 _HEAD = "# How a model is pruned: `gpmetric prune MODEL --recipe FILE -o DIR`\n"
