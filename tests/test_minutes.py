@@ -93,6 +93,7 @@ def test_allocations_in_use_have_their_share() -> None:
     assert plan.in_use == pytest.approx(31.2)
     assert plan.search_minutes() == pytest.approx((590 - 169 - 31.2) / 60)
     assert TimePlan(deadline(590), 10, 2, use=40, uses=6).in_use == 150
+    assert TimePlan(deadline(50), 10, 2, use=40, uses=6).in_use == 25  # of what is left, half
     assert TimePlan(deadline(320), 10, 2, use=4, uses=6).search_minutes() == pytest.approx((320 - 1.3 * 26) / 60)
     assert TimePlan(Deadline(None, 0.0), use=4, uses=6).affordable_uses > 10**9
     assert TimePlan(deadline(27), use=2, uses=6).affordable_uses == 10

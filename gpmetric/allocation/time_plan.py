@@ -53,8 +53,10 @@ class TimePlan:
 
     @property
     def in_use(self) -> float:
-        """Seconds that are kept for allocations in use."""
-        return min(_CAUTION * self.uses * self.use, _IN_USE * self.deadline.seconds) if self.uses else 0.0
+        """Seconds that are kept for allocations in use: of what is left, half at most, so that validation has some."""
+        if not self.uses:
+            return 0.0
+        return min(_CAUTION * self.uses * self.use, _IN_USE * self.deadline.seconds, self.deadline.left / 2)
 
     @property
     def affordable_uses(self) -> int:
