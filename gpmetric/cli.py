@@ -6,7 +6,6 @@ Options and formulas are checked before torch is imported; the work is in the fu
 from __future__ import annotations
 
 import inspect
-import logging
 import shlex
 import sys
 import time
@@ -27,7 +26,7 @@ from gpmetric.files import STDOUT, write_json
 from gpmetric.interrupts import check_stop, watch_signals
 from gpmetric.lazy import lazy
 from gpmetric.options import FORCE_FILES, Described, check_request, described, make_request
-from gpmetric.plain import plain
+from gpmetric.plain import log_plainly, plain
 from gpmetric.provenance import gpmetric_version
 
 __all__ = ["app", "main", "resume_command"]
@@ -120,7 +119,8 @@ def _parameter(field: Described) -> inspect.Parameter:
     if option.argument:
         place = typer.Argument(metavar=option.metavar, help=field.help)
     else:
-        place = typer.Option(*option.names or (field.spelled,), metavar=option.metavar, help=field.help)
+        names = option.names or (field.spelled,)
+        place = typer.Option(*names, metavar=option.metavar, help=field.help, hidden=option.hidden)
     return _keyword(field.name, Annotated[kind, place], inspect.Parameter.empty if default is MISSING else default)
 
 
@@ -173,9 +173,7 @@ app.add_typer(_planned, name="plan")
 
 def main() -> None:
     """Runs the command line; exit status 0 done, 1 the work failed, 2 bad input or usage, 130 interrupted."""
-    shown = logging.StreamHandler(sys.stderr)
-    shown.setFormatter(_OneLine("gpmetric: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[shown])
+    log_plainly()
     watch_signals()
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
@@ -195,13 +193,6 @@ def main() -> None:
         watch_signals()  # this one is answered
         _fail("interrupted", code)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-class _OneLine(logging.Formatter):
-    """Messages as a terminal may show them."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return plain(super().formatMessage(record))
 
 
 def _usage(error: Any) -> str:

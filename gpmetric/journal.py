@@ -37,13 +37,22 @@ def check_ledger(path: Path | None, resume: bool) -> None:
     """Refuses a --ledger that a search could not begin or go on with, before anything is computed.
 
     Raises:
-        InputError: it is there without --resume, or --resume stands alone.
+        InputError: it is there without --resume, --resume stands alone, or another process has it.
     """
     if resume and path is None:
         raise InputError("--resume needs --ledger FILE")
     with suppress(OSError):  # as where the file is missing; what cannot be written is told with the other outputs
-        if path is not None and not resume and path.is_file() and path.stat().st_size:
+        if path is None or not path.is_file():
+            return
+        with path.open("rb") as file:
+            if not locked(file.fileno()):
+                raise _in_use(f"--ledger {str(path)!r}")
+        if not resume and path.stat().st_size:
             raise InputError(f"--ledger {str(path)!r} exists: go on with --resume, or name another")
+
+
+def _in_use(where: str) -> InputError:
+    return InputError(f"{where} is in use by another process, which must end first")
 
 
 class Journal:
@@ -90,8 +99,7 @@ class Journal:
         except InputError:
             self.close()
             raise
-        if not end:
-            self.write(self.settings)
+        self._begins = not end
 
     def __enter__(self) -> Self:
         return self
@@ -111,23 +119,27 @@ class Journal:
             self._file.close()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Adds a record, which is in the file when this returns.
+        """Adds a record, which is in the file when this returns, the settings before the first.
+
+        A search that ends before has left nothing to go on with, and begins again.
 
         Raises:
             GpmetricError: the file cannot be written.
         """
         if self._file is None:
             return
+        lines = [self.settings, record] if self._begins else [record]
         try:
-            self._file.write(_summed(record) + b"\n")
+            self._file.write(b"".join(_summed(line) + b"\n" for line in lines))
             self._file.flush()
+            self._begins = False
         except OSError as error:
             raise GpmetricError(f"{self._where} cannot be written: {error.strerror or error}") from error
 
     def _opened(self, file: BinaryIO, resume: bool) -> int:
         """Locks the file, reads it and cuts it off behind the last record to go on from; that place."""
         if not locked(file.fileno()):
-            raise InputError(f"{self._where} is in use by another process, which must end first")
+            raise _in_use(self._where)
         content = file.read()
         if content and not resume:  # another process has made it just now
             raise InputError(f"{self._where} exists: go on with --resume, or name another")

@@ -238,6 +238,9 @@ def _load(path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
             )
         if config.is_encoder_decoder:
             raise ModelError(f"model {path!r} ({config.model_type}) is an encoder-decoder; a causal model is wanted")
+        if type(config) not in AutoModelForCausalLM._model_mapping:  # whose message is a page of classes
+            told = "for which transformers has no causal language model"
+            raise ModelError(f"model {path!r} is of architecture {config.model_type}, {told}")
         module, info = _mapped(path, config, dtype, options)
     with _explained(f"tokenizer of model {place}"):
         tokenizer = AutoTokenizer.from_pretrained(path, **options)

@@ -17,14 +17,15 @@ from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from gpmetric.errors import InputError, one_of
 from gpmetric.files import check_picture
-from gpmetric.outputs import check_outputs
+from gpmetric.outputs import check_outputs, hub_folders
 
 __all__ = [
     "FORCE_FILES",
+    "Common",
     "Described",
     "Option",
     "Request",
@@ -51,6 +52,7 @@ class Option:
         above, below: bounds that a number may not reach.
         reads: whether the value names something that is read, and must not be written.
         writes: what the command writes there, as `outputs.check_outputs` has it.
+        hidden: whether it is accepted and not offered, as the command has no use for it.
     """
 
     help: str
@@ -64,6 +66,7 @@ class Option:
     below: float | None = None
     reads: bool = False
     writes: str | None = None
+    hidden: bool = False
 
 
 FORCE_FILES = Option("Replace files that gpmetric did not write; never one that is read.", names=("--force",))
@@ -141,6 +144,14 @@ class Request:
         return self
 
 
+@dataclass(frozen=True, kw_only=True)
+class Common(Request):
+    """What every command accepts; one that has a use for it, and so offers it, has a field of its own."""
+
+    seed: Annotated[int, Option("Not used.", least=0, below=2**63, hidden=True)] = 0
+    device: Annotated[str, Option("Not used.", choices=("auto", "cpu", "cuda"), hidden=True)] = "auto"
+
+
 def _check(field: Described, value: Any) -> None:
     option = field.option
     if option.choices is not None:
@@ -171,23 +182,30 @@ def check_request(
     """
     request.check()
     written = {} if json is None else {"--json": (json, "json")}
-    read = {} if config is None else {str(config): config}
+    read = [] if config is None else [(str(config), config)]
     for field in described(type(request)):
         value = getattr(request, field.name)
         if field.option.writes is not None and value is not None:
             written[field.spelled] = (value, field.option.writes)
         if field.option.reads:
-            read |= dict(_places(value))
+            read += _places(value)
     check_outputs(written | request.beside, read, force=getattr(request, "force", force))
 
 
 def _places(value: Any) -> Iterator[tuple[str, Path]]:
-    """What a field names, and where it is, if it is a file or folder here; a part of a text, `c.txt#search`, too."""
-    for one in value if isinstance(value, tuple) else (value,):
-        for name in () if one is None else (str(one), str(one).rpartition("#")[0]):
+    """What a field names, and where it is: a file or folder here, also of a part of a text, `c.txt#search`.
+
+    Of what is not here, the place among the files of the Hub.
+    """
+    for one in () if value is None else value if isinstance(value, tuple) else (value,):
+        here = False
+        for name in (str(one), str(one).rpartition("#")[0]):
             with suppress(OSError, ValueError):  # a formula that no file could be called
                 if name and Path(name).exists():
+                    here = True
                     yield name, Path(name)
+        if not here:
+            yield from ((str(one), place) for place in hub_folders(str(one)))
 
 
 def described(request: type[Request]) -> tuple[Described, ...]:
@@ -242,7 +260,8 @@ def make_request(kind: type[Kind], options: dict[str, Any]) -> Kind:
         if field is None:
             close = get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
-            raise InputError(f"unknown option {name!r}: {hint}accepted are {', '.join(known)}")
+            accepted = ", ".join(one.name for one in known.values() if not one.option.hidden)
+            raise InputError(f"unknown option {name!r}: {hint}accepted are {accepted}")
         if value is not None or field.optional:
             given[field.name] = _converted(field, value)
     return kind(**kind.filled(given))
@@ -314,7 +333,8 @@ def as_function(
 
 def _documented(kind: type[Request], told: str) -> str:
     """The docstring of a function that runs a request, with the options in place of the request among its arguments."""
-    options = "".join(f"\n    {field.name}: {field.help}" for field in described(kind))
+    shown = (field for field in described(kind) if not field.option.hidden)
+    options = "".join(f"\n    {field.name}: {field.help}" for field in shown)
     return re.sub(r"(?<=\nArgs:)\n    request: [^\n]*(\n        [^\n]*)*", lambda _: options, told)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,21 @@ from typing import Any
 from gpmetric.errors import InputError
 from gpmetric.files import STDOUT, check_output
 
-__all__ = ["OURS", "check_outputs"]
+__all__ = ["OURS", "check_outputs", "hub_folders"]
 
 _SIDECARS = ("-wal", "-shm", "-journal")  # of a SQLite file, without which it is not whole
+# a model of the Hugging Face Hub by its name, or a text of it
+_OF_HUB = re.compile(r"(?P<text>hf:)?(?P<owner>[\w.-]{1,96})(/(?P<name>[\w.-]{1,96}))?(?(text)(/[^:]*)?:.*)")
 _LOOKED_AT = 2**16  # bytes of a file's beginning, and of its end, that say whose it is
 
 
-def check_outputs(written: Mapping[str, tuple[Path, str]], read: Mapping[str, Path], *, force: bool) -> None:
+def check_outputs(written: Mapping[str, tuple[Path, str]], read: Collection[tuple[str, Path]], *, force: bool) -> None:
     """Refuses a place that cannot be written, that is read, or that holds what gpmetric did not write.
 
     Args:
         written: by option, where it writes, and what: a key of `OURS`, or "ledger", "cache" or "folder", whose writers
             look at what is there themselves.
-        read: by its name, each file or folder that is read.
+        read: each file or folder that is read, by the name that it has on the command line.
         force: replace what gpmetric did not write. What is read is never replaced.
 
     Raises:
@@ -54,10 +56,22 @@ def check_outputs(written: Mapping[str, tuple[Path, str]], read: Mapping[str, Pa
                 raise InputError(f"{option} {str(path)!r} lies in {folder_option} {str(folder)!r}: name another place")
 
 
-def _check_apart(where: str, path: Path, read: Mapping[str, Path]) -> None:
+def hub_folders(name: str) -> Iterator[Path]:
+    """Where what a name of the Hugging Face Hub stands for is kept, or would be, and its versions that are there."""
+    from huggingface_hub import constants  # a millisecond, which most commands need not spend
+
+    if found := _OF_HUB.fullmatch(name):
+        kind = "datasets" if found["text"] else "models"
+        folder = Path(constants.HF_HUB_CACHE, "--".join([kind, *filter(None, (found["owner"], found["name"]))]))
+        yield folder
+        with suppress(OSError):
+            yield from (folder / "snapshots").iterdir()
+
+
+def _check_apart(where: str, path: Path, read: Collection[tuple[str, Path]]) -> None:
     """Refuses what is read, by whatever name: the same path, a link, another name of the same file, a file in it."""
     identity = _identity(path)
-    for name, place in read.items():
+    for name, place in read:
         if identity == _identity(place) or any(identity == _identity(one) for one in _parts(place)):
             raise InputError(f"{where} is also read")
         if _lies_in(path, place):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["plain"]
+import logging
+import sys
+from typing import Any
+
+__all__ = ["log_plainly", "plain"]
 
 
 def plain(text: str) -> str:
@@ -10,3 +14,21 @@ def plain(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def log_plainly() -> None:
+    """Has this process write what is logged and warned of to standard error, as a terminal may show it."""
+    shown = logging.StreamHandler(sys.stderr)
+    shown.setFormatter(_Plain("gpmetric: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[shown])
+    logging.captureWarnings(True)
+
+
+class _Plain(logging.Formatter):
+    """A line a message; tracebacks keep their lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return plain(super().formatMessage(record).rstrip())
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(map(plain, super().formatException(ei).splitlines()))

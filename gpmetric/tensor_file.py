@@ -21,7 +21,8 @@ from torch import Tensor
 from gpmetric.errors import GpmetricError
 
 __all__ = [
-    "Place", "TensorFile", "create_file", "dtype_name", "tensor_sum", "weight_files", "write_header", "write_tensors",
+    "Place", "TensorFile", "create_file", "dtype_name", "tensor_sum", "weight_bytes", "weight_files", "write_header",
+    "write_tensors",
 ]  # fmt: skip
 
 _INDEX = ".safetensors.index.json"
@@ -151,6 +152,11 @@ def weight_files(folder: Path) -> list[Path]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise GpmetricError(f"{str(folder / index)!r} is no index of weights: {error!s:.120}") from error
     return [_within(folder, one) for one in sorted(named)]
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of the files of `weight_files`; errors as of it."""
+    return sum(path.stat().st_size for path in weight_files(folder))
 
 
 def _within(folder: Path, name: str) -> Path:

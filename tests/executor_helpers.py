@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,21 @@ def make_clumsy(folder: str) -> Callable[[str], str]:
         return f"{word} done"
 
     return act
+
+
+def make_teller() -> Callable[[str], str]:
+    """Logs, warns and fails with the text it gets."""
+
+    def tell(text: str) -> str:
+        logging.getLogger("gpmetric.test").warning("read %s", text)
+        warnings.warn(f"met {text}", stacklevel=1)
+        try:
+            raise ValueError(f"found {text}")
+        except ValueError:
+            logging.getLogger("other").exception("saw %s", text)
+        raise KeyError(text)
+
+    return tell
 
 
 def attempts(folder: str, word: str) -> int:

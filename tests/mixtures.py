@@ -28,6 +28,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     | _LOCAL
     | {"intermediate_size_mlp": 44, "head_dim": 8, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1}
     | {"attn_temperature_tuning": False},
+    "aria_text": _SIZES | {"intermediate_size": 24, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
     "jamba": _SIZES
     | {"intermediate_size": 24, "num_experts": 4, "expert_layer_period": 2, "expert_layer_offset": 1}
     | {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_d_state": 4},

@@ -24,6 +24,7 @@ from gpmetric.allocation.levels import level_table, within_reach
 from gpmetric.allocation.pareto_pick import at_sparsity, rules_beside
 from gpmetric.allocation.prepare import CalibratedModel, calibrate
 from gpmetric.allocation.request import AllocateRequest
+from gpmetric.allocation.time_plan import TimePlan
 from gpmetric.calibration.collect import collect
 from gpmetric.errors import InputError, TimeOverError
 from gpmetric.evaluation.perplexity import mean_loss
@@ -256,6 +257,56 @@ def test_a_front_is_not_lost_where_time_ends_in_use(
     document = allocate(str(tiny_llama), output=tmp_path / "a.json", **options)
     assert document["cut"] == ["what was picked, in use: --minutes 1 are too few"]
     assert read_allocation(tmp_path / "a.json").document() == document["allocation"]
+
+
+def test_time_is_kept_for_what_is_measured_in_use(
+    found: dict[str, Any], tiny_llama: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The uniform mask first, by which the others are planned, with the figure that it has without a limit."""
+    measured, plans, steps = in_use._measured_in_use, list[TimePlan](), list[Any]()
+    searched = allocate_module.CandidateObjective
+
+    def noted(calibrated: CalibratedModel, asked: Any, plan: TimePlan | None) -> Any:
+        steps.append([*asked])
+        plans.extend([] if plan is None else [plan])
+        return measured(calibrated, asked, plan)
+
+    monkeypatch.setattr(in_use, "_measured_in_use", noted)
+    monkeypatch.setattr(allocate_module, "CandidateObjective", lambda *told: steps.append("search") or searched(*told))
+    document = allocate(str(tiny_llama), sparsity=0.6, minutes=5, **texts, **SMALL, **ADMM)
+    assert steps[:2] == [["uniform"], "search"]
+    (others,) = steps[2:]
+    assert {"nsga2", "0.75 of it", "0.5 of it", "owl", "dlp", "global"} <= set(others)
+    assert "uniform" not in others
+    assert document["picked"]["in_use"].keys() == {"uniform", *others}
+    assert document["picked"]["in_use"]["uniform"] == pytest.approx(found["picked"]["in_use"]["uniform"])
+    assert document["cut"] == []
+    assert len(others) <= plans[0].uses <= len(others) + 1
+    assert plans[0].use > 0
+
+
+def test_what_there_is_no_time_for_in_use_is_said(
+    tiny_llama: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"metric": "wanda", "update": "obs", "sparsity": 0.6, **texts, **SMALL}
+    allowed = iter([1, 1, 0])
+    with monkeypatch.context() as patch:
+        patch.setattr(TimePlan, "affordable_uses", property(lambda plan: next(allowed)))
+        document = allocate(str(tiny_llama), **options)
+    used = document["picked"]["in_use"]
+    assert [*used] == ["nsga2", "0.75 of it"]
+    assert document["picked"]["written"] == min(used, key=lambda name: used[name]["loss"])
+    (told,) = document["cut"]
+    assert told.startswith("allocations in use: 2 of ")
+    assert ", without 0.5 of it, " in told
+
+    def slow(*_: Any) -> Any:
+        raise TimeOverError("--minutes 0.5 are too few")
+
+    monkeypatch.setattr(allocate_module, "uniform_in_use", slow)
+    document = allocate(str(tiny_llama), minutes=5, **options)
+    assert document["cut"] == ["what was picked, in use: no time was left"]
+    assert "in_use" not in document["picked"]
 
 
 def test_prune_gives_the_figure_that_allocate_told(

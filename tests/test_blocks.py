@@ -18,7 +18,9 @@ from gpmetric.blockwise.choosing import Choosing
 from gpmetric.calibration.collect import collect
 from gpmetric.errors import GpmetricError, ModelError
 from gpmetric.loading import load_model
+from gpmetric.pruning.prune import prune
 from gpmetric.stored_names import stored_names
+from tests.mixtures import MIXTURES
 from tests.test_blockwise import make_tokens, toy
 
 
@@ -165,14 +167,38 @@ def test_layers_tell_every_parameter_once(tiny_gpt2: Path) -> None:
     assert told["share"] == told["weights"] / told["parameters"]
 
 
-def test_a_layer_that_is_read_but_not_called_stays_dense(save_model: Callable[..., Path]) -> None:
-    folder = save_model("mamba", hidden_size=32, num_hidden_layers=2, state_size=8)
+MAMBAS: dict[str, tuple[dict[str, Any], str]] = {  # its config, and its first mixer
+    "mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}, "backbone.layers.0.mixer"),
+    "falcon_mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}, "backbone.layers.0.mixer"),
+    "jamba": (MIXTURES["jamba"], "model.layers.0.mamba"),
+}
+
+
+@pytest.mark.parametrize("kind", MAMBAS)
+def test_a_layer_that_is_read_but_not_called_stays_dense(
+    kind: str, save_model: Callable[..., Path], tiny_text: Path, tmp_path: Path
+) -> None:
+    """By every command: nothing is known of its inputs, and its gradient would be all that formulas have of it."""
+    config, mixer = MAMBAS[kind]
+    folder = save_model(kind, **config)
     told = layers(folder)
-    pruned = [one["name"].rpartition(".")[2] for one in told["layers"] if one["prunable"]]
-    assert pruned == ["in_proj", "x_proj", "out_proj"] * 2
+    pruned = [one["name"] for one in told["layers"] if one["prunable"]]
+    assert [name.rpartition(".")[2] for name in pruned if name.startswith(f"{mixer}.")] == [
+        "in_proj", "x_proj", "out_proj"
+    ]  # fmt: skip
     whys = {one["name"]: one["reason"] for one in told["layers"] if not one["prunable"]}
-    assert whys["backbone.layers.0.mixer.dt_proj.weight"] == "never called, so that nothing is known of its inputs"
-    assert whys["backbone.layers.0.mixer.conv1d.weight"] == "a convolution"
+    assert whys[f"{mixer}.dt_proj.weight"] == "never called, so that nothing is known of its inputs"
+    assert whys[f"{mixer}.conv1d.weight"] == "a convolution"
+    made = prune(
+        str(folder), calibration=str(tiny_text), metric="abs(W)*X*G", output=tmp_path / "out", samples=4, windows=4,
+        sequence_length=32, device="cpu",
+    )  # fmt: skip
+    assert {layer["name"] for layer in made["layers"]} == set(pruned)
+    before, after = (load_file(one / "model.safetensors") for one in (folder, tmp_path / "out"))
+    for name, weight in after.items():
+        zeros = int((weight == 0).sum() - (before[name] == 0).sum())
+        assert zeros == (weight.numel() // 2 if name.removesuffix(".weight") in pruned else 0) or ".experts." in name
+    assert after[f"{mixer}.dt_proj.weight"].equal(before[f"{mixer}.dt_proj.weight"])
 
 
 def test_layers_left_dense_are_told_and_some_must_stay(tiny_llama: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import hashlib
+import json
 import math
 import os
 import resource
@@ -718,6 +720,38 @@ def test_a_damaged_cache_file_is_written_anew(
     assert cached_statistics(tmp_path, "k", sample, fail) == path
     assert_same_bits(load_statistics(path), statistics)
     assert os.listdir(tmp_path) == ["k.safetensors"]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_neither_stored_nor_read(
+    number: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where the digest is right, as of a file of a version that stored what it was given."""
+    sample = Sample({"a.b": (2, 3)}, frozenset("XG"), 2, 8, torch.bfloat16)
+    good = {"X": torch.ones(3), "G": torch.ones(2, 3)}
+
+    def measured() -> Blocks:
+        return [{"a.b": LayerStatistics(**good)}]
+
+    bad = good["G"].clone()
+    bad[1, 2] = number
+    with pytest.raises(
+        GpmetricError, match=r"^statistic G of layer a\.b is not finite on the calibration windows: try"
+    ):
+        cached_statistics(tmp_path, "k", sample, lambda: [{"a.b": LayerStatistics(X=good["X"], G=bad)}])
+    assert not list(tmp_path.iterdir())
+    path = cached_statistics(tmp_path, "k", sample, measured)
+    stored = {"a.b/G": bad.bfloat16(), "a.b/X": good["X"]}
+    sums = {name: hashlib.sha256(one.view(torch.uint8).numpy().tobytes()).hexdigest() for name, one in stored.items()}
+    told = {"layers": ["a.b"], "names": ["G", "X"], "sequences": 2, "length": 8}
+    digest = hashlib.sha256(json.dumps([told, sums], sort_keys=True).encode()).hexdigest()
+    save_file(stored, path, metadata={"gpmetric": json.dumps(told), "digest": digest})
+    assert cached_statistics(tmp_path, "k", sample, measured) == path
+    assert caplog.messages == [
+        f"statistics cache {str(path)!r} is damaged, and measured again: a.b/G holds a number that is not finite"
+    ]
+    assert torch.equal(load_statistics(path).layers["a.b"]["G"], good["G"].bfloat16())
+    assert cached_statistics(tmp_path, "k", sample, fail) == path
 
 
 def test_every_flipped_bit_of_a_cache_file_is_seen(tmp_path: Path) -> None:

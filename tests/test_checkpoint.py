@@ -18,11 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.loading import load_model
+from gpmetric.pruning import checkpoint
 from gpmetric.pruning import prune as module
 from gpmetric.pruning.bench import bench
 from gpmetric.pruning.output_folder import MANIFEST, check_folder, file_digest
 from gpmetric.pruning.prune import prune
 from gpmetric.pruning.verify import verify
+from gpmetric.stored_names import stored_names
 from tests.pruning_helpers import sign_manifest
 
 QUICK = {"samples": 4, "windows": 4, "sequence_length": 32, "device": "cpu"}
@@ -207,6 +209,18 @@ def test_a_failure_leaves_nothing(
             prune(str(tiny_llama), output=folder, calibration=str(tiny_text), force=True, **QUICK)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned"]
     assert (pruned / MANIFEST).read_text() == before
+
+
+def test_names_of_the_files_are_looked_up_once(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers' renamings are tried on every tensor there is."""
+    calls = list[Any]()
+    monkeypatch.setattr(checkpoint, "stored_names", lambda *told: calls.append(told) or stored_names(*told))
+    model = load_model(str(tiny_llama), device="cpu")
+    writer = checkpoint.CheckpointWriter(model, tmp_path, {}, update=False)
+    assert len(calls) == 1
+    assert writer.dtypes == {layer.name: torch.float32 for layer in model.layers}
 
 
 def test_masks_are_saved(tiny_gpt2: Path, tiny_text: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 import typer
 from rich.console import Console
 
+import gpmetric
 from gpmetric import cli
 from gpmetric.errors import GpmetricError, LedgerError, MaskError
 from gpmetric.evolution.ledger import Ledger
@@ -115,9 +117,33 @@ def test_help_is_complete(run: Run, name: str) -> None:
     outcome = run(name, "--help")
     assert (outcome.code, outcome.err) == (0, "")
     for parameter in COMMANDS[name].params:
+        if getattr(parameter, "hidden", False):
+            assert parameter.name in ("seed", "device")
+            assert f"--{parameter.name}" not in outcome.out
+            continue
         shown = [name for name in parameter.opts if name.startswith("--")] or [parameter.metavar or parameter.name]
         assert shown[0].lower() in outcome.out.lower()
         assert parameter.name == "help" or (parameter.help or "").endswith("."), f"--{parameter.name} has no help"
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden"),
+    [
+        ("export", {"--seed", "--device"}), ("pack", {"--seed", "--device"}), ("unpack", {"--seed", "--device"}),
+        ("verify", {"--seed"}), ("analyse", {"--device"}), ("evaluate", set[str]()),
+    ],
+)  # fmt: skip
+def test_what_has_no_use_is_accepted_and_not_offered(name: str, hidden: set[str], run: Run) -> None:
+    """A wrong value is told as of any option, and keywords are accepted that docstrings do not name."""
+    shown = run(name, "--help").out
+    assert {option for option in ("--seed", "--device") if f" {option} " not in shown} == hidden
+    assert run(name, "x", "--seed", "-1").error == "--seed must be at least 0, but got -1"
+    assert run(name, "x", "--device", "tpu").error == "--device must be one of auto, cpu, cuda, but got 'tpu'"
+    if name != "export":  # which Python has no function of
+        function = getattr(gpmetric, name)
+        told = inspect.getdoc(function) or ""
+        assert {option for option in ("--seed", "--device") if f"    {option[2:]}: " not in told} == hidden
+        assert {"seed", "device"} <= inspect.signature(function).parameters.keys()
 
 
 @pytest.mark.parametrize("name", COMMANDS)

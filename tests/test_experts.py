@@ -52,7 +52,7 @@ def test_logits_are_those_of_transformers(model: Model, folder: Path) -> None:
 
 def test_each_expert_is_a_layer(model: Model, folder: Path) -> None:
     """By name, as [out, in], a view of what the model computes with; routers and shared gates are none."""
-    transposed = model.module.config.model_type in ("gpt_oss", "llama4_text")
+    transposed = model.module.config.model_type in ("aria_text", "gpt_oss", "llama4_text")
     layers = {layer.name: layer for layer in model.layers}
     expected = {
         f"{name.rpartition('.')[0]}.{index}.{name.rpartition('.')[2]}": one[index].T if transposed else one[index]

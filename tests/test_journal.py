@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from gpmetric.commands import COMMANDS
 from gpmetric.errors import InputError
 from gpmetric.journal import Journal
+from gpmetric.options import make_request
+from gpmetric.session.search_inputs import SearchInputs
 
 SETTINGS = {"format": 1, "seed": 3}
 RECORDS = [{"step": 1, "loss": 0.25}, {"step": 2, "loss": None, "text": "é\n"}]
@@ -109,6 +112,15 @@ def test_a_second_writer_is_refused_while_the_first_lives(path: Path) -> None:
     other.communicate()
     with Notes(path, resume=True) as journal:
         assert journal.records == RECORDS
+
+
+@pytest.mark.parametrize("command", [name for name, row in COMMANDS.items() if issubclass(row.request, SearchInputs)])
+def test_a_file_that_is_in_use_is_refused_with_the_options(command: str, path: Path) -> None:
+    """By every command that has one, before anything is read."""
+    options = {"ledger": path, "resume": True, "output": path.with_name("out"), "sparsity": 0.5}
+    with Notes(path, resume=True), pytest.raises(InputError, match=r"^--ledger '.*' is in use by another process"):
+        make_request(COMMANDS[command].request, options).check()
+    make_request(COMMANDS[command].request, options).check()
 
 
 def test_two_that_begin_at_once_do_not_share_a_file(tmp_path: Path) -> None:

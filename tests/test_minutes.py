@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,22 @@ def test_a_search_of_allocations_has_what_validation_leaves() -> None:
     assert TimePlan(deadline(420), 10, 2).search_minutes() == 5
     assert TimePlan(deadline(320), 10, 2).search_minutes() == pytest.approx((320 - 1.3 * 22) / 60)
     assert 0 < TimePlan(deadline(10), 10, 2).search_minutes() < 1e-4  # type: ignore[operator]
+
+
+def test_allocations_in_use_have_their_share() -> None:
+    """By hand, of ten minutes, 5 of which are to be kept: as above and 6 of 4 s, 1.3 times; a quarter at most."""
+    plan = TimePlan(deadline(590), 10, 2, use=4, uses=6)
+    assert plan.in_use == pytest.approx(31.2)
+    assert plan.search_minutes() == pytest.approx((590 - 169 - 31.2) / 60)
+    assert TimePlan(deadline(590), 10, 2, use=40, uses=6).in_use == 150
+    assert TimePlan(deadline(50), 10, 2, use=40, uses=6).in_use == 25  # of what is left, half
+    assert TimePlan(deadline(320), 10, 2, use=4, uses=6).search_minutes() == pytest.approx((320 - 1.3 * 26) / 60)
+    assert TimePlan(Deadline(None, 0.0), use=4, uses=6).affordable_uses > 10**9
+    assert TimePlan(deadline(27), use=2, uses=6).affordable_uses == 10
+    assert TimePlan(deadline(27), use=math.inf).affordable_uses == 0
+    assert (plan.affords_beside_use(429), plan.affords_beside_use(430)) == (True, False)  # of 590 - 31.2 seconds
+    found = [(number,) for number in range(11)]
+    assert len(TimePlan(deadline(40), 0, 2, use=2, uses=5).fitting(found)) == 5  # of (40 - 13) / 2 seconds
 
 
 def test_a_front_is_thinned_evenly() -> None:

@@ -237,16 +237,21 @@ def test_a_larger_vision_tower_is_not_taken_for_the_model(save_model: Callable[.
 
 # What is refused
 
-UNKNOWN_MIXTURES = {  # whose experts transformers holds in its own way
-    "jetmoe": ({"intermediate_size": 24, "num_local_experts": 2, "kv_channels": 8}, "ParallelExperts"),
+_WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+UNKNOWN_MIXTURES: dict[str, tuple[dict[str, Any], str]] = {  # whose experts transformers holds in its own way
+    "jetmoe": (_WIDTHS | {"intermediate_size": 24, "num_local_experts": 2, "kv_channels": 8}, "ParallelExperts"),
+    "dbrx": (
+        {"d_model": 32, "n_layers": 2, "n_heads": 4, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}}
+        | {"ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2}},
+        "DbrxExpertGLU",
+    ),
 }
 
 
 @pytest.mark.parametrize("model_type", UNKNOWN_MIXTURES)
 def test_experts_of_an_unknown_form_are_refused(model_type: str, save_model: Callable[..., Path]) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     options, form = UNKNOWN_MIXTURES[model_type]
-    folder = save_model(model_type, **sizes, **options)
+    folder = save_model(model_type, **options)
     refused(folder, rf"\.0\..* is a fused expert weight \[.*\] of .*{form}, a form that is not known: a mixture of ")
 
 
@@ -268,6 +273,13 @@ def test_encoders_are_refused(save_model: Callable[..., Path], damaged: Path) ->
     for model_type in ("t5", "bart"):
         (damaged / "config.json").write_text(json.dumps({"model_type": model_type}))
         refused(damaged, rf"\({model_type}\) is an encoder-decoder; a causal model is wanted")
+
+
+@pytest.mark.parametrize("model_type", ["step3p7", "clip"])
+def test_what_is_no_language_model_is_refused(model_type: str, damaged: Path) -> None:
+    """Step 3.7, a mixture with a vision tower that transformers has no causal language model of; no page of classes."""
+    (damaged / "config.json").write_text(json.dumps({"model_type": model_type}))
+    refused(damaged, rf"is of architecture {model_type}, for which transformers has no causal language model$")
 
 
 def no_config(folder: Path) -> None:

@@ -110,6 +110,50 @@ def test_a_checkpoint_is_not_written_into_the_model(tmp_path: Path) -> None:
         check_request(VerifyRequest(folder=str(tmp_path / "out")), tmp_path / "out" / "x.json")
 
 
+@pytest.fixture
+def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model and a text of the Hub as huggingface_hub keeps them: files are links to blobs."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for kind in ("models", "datasets"):
+        folder = tmp_path / "hub" / f"{kind}--someone--tiny"
+        (folder / "snapshots" / "c0ffee").mkdir(parents=True)
+        (folder / "blobs").mkdir()
+        (folder / "blobs" / "b10b").write_text("weights")
+        (folder / "snapshots" / "c0ffee" / "model.safetensors").symlink_to("../../blobs/b10b")
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize(
+    "place", ["", "blobs/b10b", "blobs/new", "snapshots/c0ffee", "snapshots/c0ffee/model.safetensors", "new"]
+)
+@pytest.mark.parametrize("kind", ["models", "datasets"])
+def test_what_the_hub_has_given_is_read_too(kind: str, place: str, downloaded: Path, tmp_path: Path) -> None:
+    """A model by its name, and a text; also what is behind links, and where the file has another name."""
+    text = "hf:someone/tiny/part:train"
+    options = {"model": "someone/tiny"} if kind == "models" else {"calibration": text}
+    name = next(iter(options.values()))
+    folder = downloaded / f"{kind}--someone--tiny"
+    output = folder / place
+    with pytest.raises(InputError, match=f"is also read|lies in '{name}', which is read"):
+        check_request(PruneRequest(**options, output=output, force=True))
+    (link := tmp_path / "link").symlink_to(output)
+    with pytest.raises(InputError, match=f"is also read|lies in '{name}', which is read"):
+        check_request(PruneRequest(**options, output=link, force=True))
+    os.link(folder / "blobs" / "b10b", tmp_path / "same")
+    with pytest.raises(InputError, match="same' is also read"):
+        check_request(PruneRequest(**options, output=tmp_path / "a", save_masks=tmp_path / "same", force=True))
+    other = PruneRequest(model="someone/else", output=tmp_path / "a", save_masks=folder / "masks")
+    check_request(other)
+
+
+def test_what_the_hub_will_give_is_read_too(downloaded: Path, tmp_path: Path) -> None:
+    folder = downloaded / "models--gpt2"
+    folder.mkdir()
+    with pytest.raises(InputError, match="lies in 'gpt2', which is read"):
+        check_request(PruneRequest(model="gpt2", output=folder / "snapshots"))
+    check_request(PruneRequest(model="gpt2", output=tmp_path / "gpt2"))
+
+
 def test_parts_of_a_text_the_config_and_files_of_a_database_are_read(tmp_path: Path) -> None:
     for name in ("c.txt", "led.sqlite", "led.sqlite-wal"):
         (tmp_path / name).write_text("{}")

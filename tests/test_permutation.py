@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from gpmetric.pruning.permutation import best_order, kept_score
 from gpmetric.pruning.prune import PruneListener, prune
 from gpmetric.pruning.verify import verify
 from gpmetric.targets import parse_target
+from tests.mixtures import save_mixture
 from tests.pruning_helpers import sign_manifest
 
 QUICK: dict[str, Any] = {"samples": 4, "windows": 4, "sequence_length": 32, "device": "cpu", "target": "2:4"}
@@ -286,6 +288,35 @@ def test_the_manifest_says_which_axis_is_in_which_order(permuted: Path, folder: 
             dense[name] = dense[name][order] if axis == 0 else dense[name][:, order]
     for name, tensor in written.items():
         assert tensor.equal(dense[name].where(tensor != 0, 0.0)), name
+
+
+@pytest.mark.parametrize(("kind", "moved"), [("mixtral", 2), ("qwen2_moe", 4)])
+def test_experts_of_a_mixture_stay_in_their_order(
+    kind: str, moved: int, save_model: Callable[..., Path], tiny_text: Path, tmp_path: Path
+) -> None:
+    """Attention, and an expert that every token comes to, are in an order that leaves the dense function as it was."""
+    source = save_mixture(save_model, kind)
+    result = prune(str(source), output=tmp_path / "out", calibration=str(tiny_text), permute=True, **QUICK)
+    assert result["permuted"]["layers"] == moved
+    dense, written = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    experts = [name for name in dense if ".experts." in name]
+    assert len(experts) == 2 * 4 * 3
+    for name in experts:  # masked in place
+        assert written[name].equal(dense[name].where(written[name] != 0, 0.0)), name
+        assert pattern_holds(written[name], False), name
+        assert int((written[name] == 0).sum()) == dense[name].numel() // 2
+    ordered = dict(dense)
+    for move in moves_of(tmp_path / "out"):
+        order = [int(one) for one in move["order"].split()]
+        for name, axis in move["tensors"].items():
+            assert name not in experts
+            ordered[name] = (ordered[name][order] if axis == 0 else ordered[name][:, order]).contiguous()
+    for name, tensor in written.items():
+        assert tensor.equal(ordered[name].where(tensor != 0, 0.0)), name
+    assert any(not ordered[name].equal(dense[name]) for name in dense)
+    shutil.copytree(source, tmp_path / "ordered")
+    save_file(ordered, tmp_path / "ordered" / "model.safetensors", metadata={"format": "pt"})
+    torch.testing.assert_close(logits(tmp_path / "ordered"), logits(source), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from rich.console import Console
 from gpmetric import cli
 from gpmetric.allocation.request import AllocateRequest
 from gpmetric.errors import GpmetricError, InputError
+from gpmetric.evolution.executors import LocalProcesses
 from gpmetric.files import read_object
 from gpmetric.options import make_request
 from gpmetric.plain import plain
@@ -25,6 +26,7 @@ from gpmetric.pruning.requests import BenchRequest
 from gpmetric.tensor_file import TensorFile
 from gpmetric.terminal.live import EvaluateReport
 from gpmetric.terminal.tables import print_bench
+from tests.executor_helpers import make_teller
 
 EVIL = "a\x1b]0;owned\x07\x1b[31m\nb\r\u202e\x9b2J[bold]"
 SHOWN = r"a\x1b]0;owned\x07\x1b[31m\nb\r\u202e\x9b2J[bold]"
@@ -82,6 +84,19 @@ def test_errors_and_warnings_show_names_as_they_are_spelled(
     told = capsys.readouterr().err
     assert told.startswith(f"gpmetric: read {SHOWN}\ngpmetric: error: cannot read a\\x1b]0;owned")
     assert all(one.isprintable() or one == "\n" for one in told)
+
+
+def test_what_workers_tell_is_escaped(capfd: pytest.CaptureFixture[str]) -> None:
+    """Their log lines and warnings with tracebacks, which go to the terminal beside ours, and a report of a bug."""
+    with LocalProcesses(make_teller) as executor, pytest.raises(RuntimeError, match="a worker raised") as caught:
+        next(executor.map_ordered([EVIL]))
+    told = capfd.readouterr().err
+    assert f"gpmetric: read {SHOWN}\n" in told
+    assert f"UserWarning: met {SHOWN}" in told
+    assert f"gpmetric: saw {SHOWN}\nTraceback" in told
+    shown = [told, str(caught.value), *caught.value.__notes__]
+    assert all(one.isprintable() or one == "\n" for text in shown for one in text)
+    assert "in tell" in shown[-1]
 
 
 def test_names_and_targets_are_normalised_at_the_border() -> None:

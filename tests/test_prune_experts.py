@@ -75,7 +75,7 @@ def prune_by_hand(module: Any, tokens: Tensor) -> dict[str, int]:
 
 
 def transposed(module: Any) -> bool:
-    return type(module).__name__ in ("GptOssExperts", "Llama4TextExperts")
+    return type(module).__name__ in ("AriaExperts", "GptOssExperts", "Llama4TextExperts")
 
 
 def view(block: nn.Module, name: str) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,12 @@ from typer.testing import CliRunner
 from gpmetric.cli import app
 from gpmetric.errors import InputError
 from gpmetric.loading import load_model
+from gpmetric.options import make_request
 from gpmetric.pruning.allocation import Allocation, layer_target
 from gpmetric.pruning.output_folder import files_of
 from gpmetric.pruning.prune import prune
 from gpmetric.pruning.recipe import Recipe, read_recipe, write_recipe
+from gpmetric.pruning.requests import PruneRequest
 from gpmetric.pruning.verify import verify
 from gpmetric.session.splits import open_text, read_windows
 from gpmetric.targets import Target
@@ -68,24 +72,54 @@ def test_refused(tmp_path: Path, text: str, told: str) -> None:
     assert str(file) in str(refused.value)
 
 
-def test_refused_beside_options(tmp_path: Path) -> None:
-    file = tmp_path / "recipe.toml"
-    file.write_text(WHOLE, encoding="utf-8")
-    for options, told in (
-        ({"metric": "ria"}, "--metric ria"),
-        ({"target": "2:4"}, "--target 2:4"),
-        ({"sequence_length": 64}, "--sequence-length 64"),
-        ({"allocation": file}, "--allocation"),
-        ({"dtype": "bfloat16"}, "--dtype bfloat16"),
-        ({"statistics_dtype": "bfloat16"}, "--statistics-dtype bfloat16"),
-        ({"one_shot": True}, "--one-shot True"),
-        ({"recipe": tmp_path / "other.toml"}, "other.toml"),
-    ):
-        with pytest.raises(InputError, match=told):
-            prune(**{"recipe": file, "output": tmp_path / "out", **options})
-    done = CliRunner().invoke(app, ["prune", "--recipe", str(file), "--update", "obs", "-o", str(tmp_path / "out")])
-    assert isinstance(done.exception, InputError)
-    assert "which says 'none'" in str(done.exception)
+OTHERS = {
+    "metric": "ria", "target": "2:4", "update": "obs", "fit": "dense", "permute": True, "samples": 3,
+    "sequence_length": 24, "sampling": "documents", "bos": "never", "text_column": "body", "shuffle": True, "seed": 5,
+    "include": "mlp", "exclude": "attn", "dtype": "bfloat16", "statistics_dtype": "bfloat16", "one_shot": True,
+}  # fmt: skip
+
+
+def test_options_given_win(tmp_path: Path) -> None:
+    """Each alone, also where what is given is what it would be by default."""
+    write_recipe(Recipe(**OTHERS), file := tmp_path / "recipe.toml")
+    assert set(OTHERS) == set(read_recipe(file).options)
+    defaults = {one.name: one.default for one in fields(PruneRequest)} | {"target": "0.5", "sequence_length": 32}
+    whole = make_request(PruneRequest, {"recipe": file})
+    assert {name: getattr(whole, name) for name in OTHERS} == OTHERS
+    for name in OTHERS:
+        if defaults[name] is None:
+            continue
+        found = make_request(PruneRequest, {"recipe": file, name: defaults[name]})
+        assert getattr(found, name) == defaults[name] != OTHERS[name]
+        assert {other: getattr(found, other) for other in OTHERS if other != name} == {
+            other: value for other, value in OTHERS.items() if other != name
+        }
+    with pytest.raises(InputError, match="--allocation cannot stand beside --recipe"):
+        make_request(PruneRequest, {"recipe": file, "allocation": file})
+    with pytest.raises(InputError, match=r"other\.toml"):
+        make_request(PruneRequest, {"recipe": tmp_path / "other.toml"})
+
+
+@pytest.mark.parametrize("way", ["line", "config"])
+def test_options_given_at_their_defaults_win_on_the_command_line(way: str, tmp_path: Path) -> None:
+    """And what the checkpoint holds is the recipe that it was made by; other windows are not those of the digest."""
+    recipe = Recipe("wanda", "0.5", shuffle=True, seed=3, sampling="documents", bos="never", **QUICK)
+    write_recipe(replace(recipe, calibration_digest="0" * 64), file := tmp_path / "recipe.toml")
+    (config := tmp_path / "config.toml").write_text('bos = "auto"\nsampling = "windows"\nshuffle = false\n')
+    given = ["--bos", "auto", "--sampling", "windows", "--config", str(config)]
+    words = [*given[:4], "--seed", "0"] if way == "line" else given[4:]
+    words += ["--recipe", str(file), "--windows", "2", "--device", "cpu", "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, ["prune", *words, "--json", str(tmp_path / "told.json")])
+    assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "told.json").read_text())
+    said = {"bos": "auto", "sampling": "windows", "shuffle": way == "line", "seed": 0 if way == "line" else 3}
+    assert {name: told[name] for name in said} == said
+    again = read_recipe(tmp_path / "out" / "recipe.toml")
+    assert again == replace(recipe, **said, calibration_digest=None)
+    assert told["recipe"]["sha256"] == again.digest != read_recipe(file).digest
+    prune(recipe=tmp_path / "out" / "recipe.toml", output=tmp_path / "b", windows=2, device="cpu")
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "b")]
+    assert written[0] == written[1]
 
 
 def test_prunes_as_its_options_do(tmp_path: Path) -> None:

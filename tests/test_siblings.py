@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,17 +11,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from gpmetric.calibration.accumulators import curvature
 from gpmetric.calibration.collect import collect, collect_blocks, count_tokens
 from gpmetric.calibration.siblings import borrowing
+from gpmetric.cli import app
 from gpmetric.loading import load_model
 from gpmetric.models import Model
 from gpmetric.pruning.prune import prune
+from gpmetric.pruning.recipe import Recipe
 from gpmetric.pruning.verify import verify
 from tests.mixtures import save_mixture
 
 TOKENS = torch.randint(1, 250, (4, 40), generator=torch.Generator().manual_seed(3))
+PLAIN = Recipe("wanda", "0.5", samples=4, sequence_length=40)
 IDLE = "model.layers.1.mlp.experts.2."  # no token is routed to it
 
 
@@ -113,3 +118,29 @@ def test_the_idle_are_named(folder: Path, tiny_text: Path, tmp_path: Path) -> No
     assert told["experts"]["tokens"][idle[0]] == 0
     assert all(layer["sparsity"] == 0.5 for layer in told["layers"])
     assert verify(str(tmp_path / "out"), against=str(folder), device="cpu")["ok"]
+
+
+def test_tune_names_the_idle_as_prune_does(
+    folder: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its document and on the terminal; of few recipes, of which that of Wanda is found to be the best."""
+    monkeypatch.setattr("gpmetric.tuning.choice.Choice.run", lambda choice: choice.measure([PLAIN])[0])
+    shared = ["--calibration", str(tiny_text), "--samples", "4", "--windows", "4", "--sequence-length", "40"]
+    shared += ["--device", "cpu", "--json", str(tmp_path / "told.json")]
+    documents, printed = {}, {}
+    for command, options in {
+        "tune": ["--sparsity", "0.5", "--no-evolve", "--search-windows", "4"],
+        "prune": ["--target", "0.5", "--metric", "wanda", "--text", f"{tiny_text}#validation"],
+    }.items():
+        done = CliRunner().invoke(app, [command, str(folder), "-o", str(tmp_path / command), *options, *shared])
+        assert done.exit_code == 0, done.output
+        documents[command] = json.loads((tmp_path / "told.json").read_text())
+        (printed[command],) = [line for line in done.output.splitlines() if line.startswith("experts read")]
+    found = documents["tune"]["experts"]
+    assert found["starved"] == [IDLE + "gate_up_proj", IDLE + "down_proj"]
+    assert found["tokens"][IDLE + "down_proj"] == 0
+    layers, most = len(found["tokens"]), max(found["tokens"].values())
+    told = f"experts read 0 to {most} calibration tokens each; 2 of {layers} layers too few: theirs are siblings'"
+    assert printed["tune"] == f"{told} statistics"
+    assert documents["prune"]["experts"]["starved"] == found["starved"]
+    assert printed["prune"].partition("; ")[2] == printed["tune"].partition("; ")[2]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from gpmetric.structured.export import Slimmed
 from gpmetric.structured.repair import DAMPINGS
 from gpmetric.structured.request import SlimRequest
 from gpmetric.structured.slim import SearchStart, open_units, prepare, slim
+from gpmetric.tuning.tune import tune
 
 SMALL: dict[str, Any] = {
     "samples": 4, "search_windows": 8, "windows": 4, "sequence_length": 32, "steps": 6, "batch": 2, "device": "cpu",
@@ -384,6 +387,51 @@ def test_what_is_not_what_was_found_is_not_delivered(
     again = run(tiny_llama, tiny_text, tmp_path / "small", ledger=kept, resume=True)
     whole = run(tiny_llama, tiny_text, tmp_path / "whole")
     assert (again["steps"], again["widths"]) == (6, whole["widths"])
+
+
+@pytest.mark.parametrize("command", ["slim", "tune"])
+@pytest.mark.parametrize("form", ["hetero", "padded"])
+def test_a_disk_without_room_is_told_before_the_work(
+    command: str, form: str, tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer parameters by 0.4 of those inside the blocks, or as many as before."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))  # type: ignore[attr-defined]
+    monkeypatch.setattr("gpmetric.structured.slim.prepare", None)
+    monkeypatch.setattr("gpmetric.tuning.structured.UnitTrials", None)
+    module = stock(tiny_llama)
+    inside, parameters = (sum(one.numel() for one in part.parameters()) for part in (module.model.layers, module))
+    stays = 1 if form == "padded" else 1 - 0.4 * inside / parameters
+    needed = stays * (tiny_llama / "model.safetensors").stat().st_size
+    told = re.escape(f"the checkpoint needs {needed / 1e9:.3g} GB, {str(tmp_path)!r} has 1e-06 GB free")
+    options: dict[str, Any] = {name: SMALL[name] for name in SMALL if name not in ("steps", "batch")}
+    options |= {"calibration": str(tiny_text), "output": tmp_path / "small", "format": form, "sparsity": 0.4}
+    called = {"slim": slim, "tune": partial(tune, structured=True)}[command]
+    with pytest.raises(GpmetricError, match=f"^{told}$"):
+        called(str(tiny_llama), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_ledger_is_held_from_before_the_work(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes second is told before it loads the model; what failed before the search began leaves no search."""
+    ledger, loaded = tmp_path / "a.jsonl", list[Any]()
+
+    def prepared(request: SlimRequest, units: Any) -> Any:
+        loaded.append(units)
+        for resume in (False, True):
+            with pytest.raises(
+                InputError, match=r"^--ledger '.*a\.jsonl' is in use by another process, which must end"
+            ):
+                run(tiny_llama, tiny_text, tmp_path / "b", ledger=ledger, resume=resume)
+        raise GpmetricError("so far")
+
+    monkeypatch.setattr("gpmetric.structured.slim.prepare", prepared)
+    monkeypatch.setattr("gpmetric.structured.slim.open_units", lambda *told: loaded.append(told) or open_units(*told))
+    for _ in range(2):
+        with pytest.raises(GpmetricError, match="so far"):
+            run(tiny_llama, tiny_text, tmp_path / "a", ledger=ledger)
+    assert len(loaded) == 4  # twice by each of those that began, not by those that were refused
 
 
 @pytest.mark.usefixtures("here")

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import shlex
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -463,6 +464,17 @@ def test_a_failure_behind_the_choice_leaves_the_recipe(
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
     assert whole["pruned"]["text"]["text"] == str(text)
+
+
+def test_a_disk_without_room_is_told_before_the_work(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))  # type: ignore[attr-defined]
+    monkeypatch.setattr("gpmetric.tuning.tune.Trials", None)
+    needed = (tiny_llama / "model.safetensors").stat().st_size / 1e9
+    with pytest.raises(GpmetricError, match=f"^the checkpoint needs {needed:.3g} GB, '.*' has 1e-06 GB free$"):
+        gpmetric.tune(str(tiny_llama), output=tmp_path / "a", **QUICK, calibration=str(tiny_text), target="0.5")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_that_tune_began_is_gone_on_with(

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from gpmetric.allocation.allocators import Problem, diagonal, search
+from gpmetric.allocation.allocators import Ground, Problem, diagonal, search
 from gpmetric.allocation.candidate_objective import CandidateObjective
 from gpmetric.allocation.evaluation_log import EvaluationLog, Measured
 from gpmetric.allocation.exact_budget import uniform_budget
-from gpmetric.allocation.in_use import by_rule, settled
+from gpmetric.allocation.in_use import by_rule, settled, uniform_in_use, uses_of
 from gpmetric.allocation.levels import Levels
 from gpmetric.allocation.nsga2 import REFERENCE, hypervolume
 from gpmetric.allocation.pareto_pick import Point, Scorer, held_out_front, knee, pick
 from gpmetric.allocation.plot import draw_front, write_csv
 from gpmetric.allocation.prepare import CalibratedModel, calibrate
 from gpmetric.allocation.request import ALLOCATORS, AllocateRequest
-from gpmetric.allocation.time_plan import TimePlan
+from gpmetric.allocation.time_plan import FIRST_IN_USE, TimePlan
 from gpmetric.errors import GpmetricError, InputError, TimeOverError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.files import write_json
@@ -80,10 +81,11 @@ def _searched(request: AllocateRequest, told: AllocateListener, deadline: Deadli
     windows, table = calibrated.session.windows, calibrated.table
     scorer = Scorer(calibrated)
     survivors = request.population * len(windows["search"].tokens) / len(windows["validation"].tokens)
-    plan = TimePlan(deadline, times[1] - times[0], deadline.now() - times[1], survivors, int(request.changes))
+    plan = TimePlan(deadline, times[1] - times[0], deadline.now() - times[1], survivors)
     told.dense({windows["validation"].text.name: perplexity(scorer.dense)})
     if request.by_rule:
         return _warned(_described(request, calibrated, scorer) | _by_rule(calibrated, scorer), calibrated)
+    uniform = _first_in_use(calibrated, scorer, plan)
     candidates = partial(CandidateObjective, calibrated.pruned, windows["search"].tokens, request.objective)
     objective = retried(calibrated.session.model, candidates)
     identity = calibrated.identity(request) | {"init": [profile.digest for profile in profiles]}
@@ -100,7 +102,7 @@ def _searched(request: AllocateRequest, told: AllocateListener, deadline: Deadli
         problem = Problem(table, calibrated.blocks, calibrated.evidence, log, told.progress, request.solves)
         found = list(dict.fromkeys(search(searching, problem, profiles, on_generation)))
         cost, steps = _cost(log), dict(objective.seconds)
-        result = _result(calibrated, problem, scorer, found, plan)
+        result = _result(calibrated, problem, scorer, found, plan, uniform)
         after = {name: value - cost[name] for name, value in _cost(log).items()}
     progress = {
         "hypervolume": [area for area, _ in generations],
@@ -152,7 +154,12 @@ def _cost(log: EvaluationLog) -> dict[str, Any]:
 
 
 def _result(
-    calibrated: CalibratedModel, problem: Problem, scorer: Scorer, found: Sequence[Levels], plan: TimePlan
+    calibrated: CalibratedModel,
+    problem: Problem,
+    scorer: Scorer,
+    found: Sequence[Levels],
+    plan: TimePlan,
+    uniform: Mapping[str, float],
 ) -> dict[str, Any]:
     """What was found, on validation text and beside every rule at the same budgets, and what is picked of it."""
     request = calibrated.request
@@ -175,9 +182,9 @@ def _result(
     baselines = _baselines(request, problem, scorer, plan)
     if allocation is not None and picked is not None and request.changes:
         try:
-            if not plan.affords(plan.calibration):
+            if not plan.affords(plan.use):
                 raise TimeOverError("no time was left")
-            allocation, picked = settled(calibrated, problem, scorer, (allocation, picked), baselines)
+            allocation, picked = settled(calibrated, problem, scorer, (allocation, picked), baselines, uniform, plan)
         except TimeOverError as over:
             plan.cut.append(f"what was picked, in use: {over}")
     return {
@@ -190,6 +197,28 @@ def _result(
     }
 
 
+def _first_in_use(calibrated: CalibratedModel, scorer: Scorer, plan: TimePlan) -> dict[str, float]:
+    """The loss of the uniform allocation in use, by its name: under a limit of time, before the search.
+
+    How long it takes says what the others will. Where it takes too long, nothing is measured in use.
+    """
+    request, deadline = calibrated.request, plan.deadline
+    if not request.changes or deadline.minutes is None:
+        return {}
+    began = deadline.now()
+    watching = deadline.until(began + FIRST_IN_USE * deadline.seconds).watching(calibrated.progress)
+    ground = Ground(calibrated.table, calibrated.blocks, calibrated.evidence)
+    sparsity = (request.lowest + request.highest) / 2 if request.sparsity is None else request.sparsity
+    try:
+        found = uniform_in_use(replace(calibrated, progress=watching), ground, sparsity)
+    except TimeOverError:
+        plan.use = math.inf
+        return {}
+    plan.use = deadline.now() - began
+    plan.uses = uses_of(request, ground) - len(found)
+    return found if request.sparsity is not None else {}
+
+
 def _baselines(request: AllocateRequest, problem: Problem, scorer: Scorer, plan: TimePlan) -> dict[str, list[Point]]:
     """Every rule at sparsities over the range of the front; one that there is no time for is left out."""
     sparsities = diagonal(request, request.sparsity)
@@ -198,7 +227,7 @@ def _baselines(request: AllocateRequest, problem: Problem, scorer: Scorer, plan:
     for name, row in problem.rules.items():
         assert row.rule is not None
         extra = problem.tokens_of(row, len(sparsities)) * problem.log.seconds / max(1, problem.log.tokens)
-        if not plan.affords(longest + extra):
+        if not plan.affords_beside_use(longest + extra):
             plan.cut.append(f"baselines on validation: without {name}")
             continue
         started = plan.deadline.now()

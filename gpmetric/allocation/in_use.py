@@ -15,14 +15,16 @@ from gpmetric.allocation.allocators import Ground, Problem
 from gpmetric.allocation.exact_budget import exact_allocation
 from gpmetric.allocation.pareto_pick import Point, Scorer
 from gpmetric.allocation.prepare import CalibratedModel, levels_of
-from gpmetric.allocation.request import ALLOCATORS
+from gpmetric.allocation.request import ALLOCATORS, AllocateRequest
+from gpmetric.allocation.time_plan import TimePlan
+from gpmetric.errors import TimeOverError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.pruning.allocation import Allocation
 from gpmetric.pruning.protocol import Protocol, Rule
 from gpmetric.session.memory import retried
 from gpmetric.targets import Target
 
-__all__ = ["WAYS", "by_rule", "figures_in_use", "settled"]
+__all__ = ["WAYS", "by_rule", "figures_in_use", "settled", "uniform_in_use", "uses_of"]
 
 # Of the way from uniform to what a search found, besides all of it: few windows and the database overstate how genes
 # differ. Excess in use on 48 windows of ptb-valid, alps with fit dense at 0.6, llama-05m, at 0, 0.5, 0.75 and 1: 0.346,
@@ -36,17 +38,28 @@ def settled(
     scorer: Scorer,
     picked: tuple[Allocation, Point],
     baselines: Mapping[str, Sequence[Point]],
+    known: Mapping[str, float],
+    plan: TimePlan,
 ) -> tuple[Allocation, Point]:
     """What is written, and its point: the best in use.
 
     Of what was picked, what lies on the way from uniform to it, the rules that measure no candidate, and the best of
     the others beside the front; but a rule that was asked for by name stays. The point has the figures of all as
-    `in_use`, and `written` says whose it is.
+    `in_use`, and `written` says whose it is. Those that there is no time for are left out, and `plan` says which.
+
+    Args:
+        picked: an allocation, and its point.
+        baselines: points of rules by name, on validation.
+        known: losses of allocations that were measured in use before.
+        plan: of the time.
+
+    Raises:
+        TimeOverError: not even what was picked was measured.
     """
     request, (allocation, point) = calibrated.request, picked
     sparsity = point["sparsity"] if request.sparsity is None else request.sparsity
     asked = ALLOCATORS[request.allocator].rule is not None
-    plans = {request.allocator: allocation}
+    plans = {request.allocator: allocation}  # first what nothing stands for where time is over
     if not asked and problem.table.nested:
         plans |= {f"{way:g} of it": _part(calibrated, problem, allocation, way, sparsity) for way in WAYS}
     always = [name for name, row in problem.rules.items() if row.measures == "nothing"]
@@ -55,7 +68,11 @@ def settled(
     if others:
         names.append(min(others, key=lambda name: _near(others[name], sparsity)["loss"]))
     plans |= {name: _of_rule(calibrated, problem, name, sparsity) for name in names}
-    figures = figures_in_use(calibrated, plans, scorer.dense)
+    figures = figures_in_use(calibrated, plans, scorer.dense, known, plan)
+    if request.allocator not in figures:
+        raise TimeOverError("no time was left")
+    if missing := [name for name in plans if name not in figures]:
+        plan.cut.append(f"allocations in use: {len(figures)} of {len(plans)}, without {', '.join(missing)}")
     written = request.allocator if asked else min(figures, key=lambda name: float(figures[name]["loss"]))
     if plans[written] is not allocation:
         allocation = plans[written]
@@ -86,9 +103,45 @@ def _made_for(calibrated: CalibratedModel) -> dict[str, str]:
 
 
 def figures_in_use(
-    calibrated: CalibratedModel, plans: Mapping[str, Allocation], dense: float
+    calibrated: CalibratedModel,
+    plans: Mapping[str, Allocation],
+    dense: float,
+    known: Mapping[str, float] = {},
+    plan: TimePlan | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """By name, loss, perplexity and excess over the dense loss of each allocation on validation, pruned in use."""
+    """By name, loss, perplexity and excess over the dense loss of each allocation on validation, pruned in use.
+
+    Args:
+        plans: by name, the most important first.
+        dense: loss of the dense model.
+        known: losses that need not be measured.
+        plan: of the time, by which the last are left out.
+    """
+    found = {name: loss for name, loss in known.items() if name in plans}
+    found |= _measured_in_use(calibrated, {name: one for name, one in plans.items() if name not in found}, plan)
+    return {
+        name: {"loss": found[name], "perplexity": perplexity(found[name]), "excess": found[name] - dense}
+        for name in plans
+        if name in found
+    }
+
+
+def uniform_in_use(calibrated: CalibratedModel, ground: Ground, sparsity: float) -> dict[str, float]:
+    """The loss on validation of the uniform allocation, pruned in use, by its name."""
+    return _measured_in_use(calibrated, {"uniform": _of_rule(calibrated, ground, "uniform", sparsity)}, None)
+
+
+def uses_of(request: AllocateRequest, ground: Ground) -> int:
+    """How many allocations `settled` measures in use, at most."""
+    found = ALLOCATORS[request.allocator].rule is None and ground.table.nested
+    names = {name for name, row in ground.rules.items() if row.measures == "nothing"}
+    return len(names | {request.allocator}) + len(WAYS) * found + 1
+
+
+def _measured_in_use(
+    calibrated: CalibratedModel, plans: Mapping[str, Allocation], plan: TimePlan | None
+) -> dict[str, float]:
+    """Losses by name; of the last ones none, where time is over."""
     session, request, metric = calibrated.session, calibrated.request, calibrated.metric
     calibrated.pruned.dense()
     protocol = Protocol(session, one_shot=False, progress=calibrated.progress, passed=calibrated.progress)
@@ -96,15 +149,20 @@ def figures_in_use(
     rules = [Rule(metric, plan, request.update, request.fit) for plan in plans.values()]
     tokens, together = [session.windows["validation"].tokens], session.plan.together
     losses: list[float] = []
-    for start in range(0, len(rules), together):
-        measure = partial(protocol.measure, rules[start : start + together], tokens)
-        losses += [one.losses[0] for one in retried(session.model, measure, session.forget_calls)]
-        calibrated.progress("in use, on validation", len(losses), len(rules))
-    session.forget()
-    return {
-        name: {"loss": loss, "perplexity": perplexity(loss), "excess": loss - dense}
-        for name, loss in zip(plans, losses, strict=True)
-    }
+    try:
+        while len(losses) < len(rules):
+            count = together if plan is None else min(together, plan.affordable_uses)
+            if not count:
+                break
+            measure = partial(protocol.measure, rules[len(losses) :][:count], tokens)
+            losses += [one.losses[0] for one in retried(session.model, measure, session.forget_calls)]
+            calibrated.progress("in use, on validation", len(losses), len(rules))
+    except TimeOverError:
+        if not losses:
+            raise
+    finally:
+        session.forget()
+    return dict(zip(plans, losses, strict=False))
 
 
 def _near(points: Sequence[Point], sparsity: float) -> Point:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from gpmetric.options import FORCE_FILES, Option, Request
+from gpmetric.options import FORCE_FILES, Common, Option
 
 __all__ = ["AnalyseRequest"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnalyseRequest(Request):
+class AnalyseRequest(Common):
     """Everything `gpmetric analyse` can be asked for."""
 
     ledger: Annotated[
@@ -24,4 +24,3 @@ class AnalyseRequest(Request):
     ] = None
     force: Annotated[bool, FORCE_FILES] = False
     seed: Annotated[int, Option("Seed of everything random.", least=0, below=2**63)] = 0
-    device: Annotated[str, Option("Not used; every command takes one.", choices=("auto", "cpu", "cuda"))] = "auto"

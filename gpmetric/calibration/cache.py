@@ -1,6 +1,7 @@
 """The statistics cache: one safetensors file per (model, text, settings), named by the hash of their contents.
 
-A file holds a digest of itself, which is compared before the file is used: what was damaged is measured again.
+A file holds a digest of itself, which is compared before the file is used, and every number is looked at: what was
+damaged, or is not finite, is measured again.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def cached_statistics(
         blocks: computes them, some layers at a time in any order; each is written as soon as it is there.
 
     Raises:
-        GpmetricError: the folder cannot be written.
+        GpmetricError: the folder cannot be written, or what is computed is not finite.
     """
     path = folder / f"{key}.safetensors"
     _remove_abandoned(folder)
@@ -149,6 +150,11 @@ def _fill(
                 for name, value in statistics.values.items():
                     place = f"{layer}/{name}"
                     stored = value.cpu().to(file.places[place].dtype).contiguous()
+                    if not stored.isfinite().all():  # or it would be measured again each time
+                        raise GpmetricError(
+                            f"statistic {name} of layer {layer} is not finite on the calibration windows: try --dtype "
+                            "float32, or leave the statistic out"
+                        )
                     file.write(place, stored)
                     sums[place] = tensor_sum([stored])
     with _explained(folder):
@@ -165,9 +171,17 @@ def _check(path: Path, sample: Sample) -> None:
     file = TensorFile(path)
     if {name: (place.dtype, place.shape) for name, place in file.places.items()} != sample.kinds:
         raise ValueError("it holds other tensors than it should")
-    sums = {name: tensor_sum(file.pieces(name)) for name in file.places}
+    sums = {name: tensor_sum(_finite(name, file.pieces(name))) for name in file.places}
     if file.metadata != _metadata(sample, _digest(sample, sums)):
         raise ValueError("its digest is another")
+
+
+def _finite(name: str, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The pieces of a tensor; ValueError where a number is not finite."""
+    for piece in pieces:
+        if not piece.isfinite().all():
+            raise ValueError(f"{name} holds a number that is not finite")
+        yield piece
 
 
 def _metadata(sample: Sample, digest: str) -> dict[str, str]:

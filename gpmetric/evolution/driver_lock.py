@@ -1,8 +1,10 @@
 """Whose a ledger is: one driver at a time, and one that died is taken over.
 
 A driver of this boot of this machine and this namespace of process numbers is known by its number and when it started,
-whatever the host is called; one of another boot or host by its heartbeat. A number of another namespace (a container's)
-tells nothing here: such a driver is respected until somebody who knows that it has ended frees the ledger.
+whatever the host is called. One of another boot or host is known by its heartbeat, which a thread of it changes as long
+as it lives: whoever wants the ledger watches for a while, by a clock of its own, whether it changes. What clocks of two
+hosts say is never compared. A number of another namespace (a container's) tells nothing here: such a driver is
+respected until somebody who knows that it has ended frees the ledger.
 """
 
 from __future__ import annotations
@@ -10,41 +12,88 @@ from __future__ import annotations
 import os
 import socket
 import sqlite3
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from gpmetric.evolution.sqlite_schema import Refusal
+from gpmetric.evolution.sqlite_schema import Refusal, opened, transaction
+from gpmetric.interrupts import check_stop
 
-__all__ = ["beat", "claim", "release"]
+__all__ = ["STALE_SECONDS", "Heart", "Owner", "Unheard", "beat", "claim", "release", "watch"]
 
-_STALE_SECONDS = 60.0  # heartbeat age at which an owner on another host counts as dead
+STALE_SECONDS = 60.0  # without a heartbeat, after which an owner on another host counts as dead
+_BEAT_SECONDS = 10.0  # between two heartbeats, several of which may be late
+_LOOK_SECONDS = 1.0
+
+Owner = tuple[str, float]  # token and heartbeat
 
 
-def claim(connection: sqlite3.Connection) -> str:
-    """Token of the ownership just taken, refused while another driver lives."""
+class Unheard(Refusal):
+    """The owner is elsewhere, and has to be watched before anything can be said of it."""
+
+
+def claim(connection: sqlite3.Connection, silent: Owner | None = None) -> str:
+    """Token of the ownership just taken, refused while another driver lives.
+
+    Args:
+        connection: in a transaction.
+        silent: an owner that `watch` has not heard of.
+
+    Raises:
+        Unheard: the owner is elsewhere, and another one than `silent`.
+        Refusal: it lives, or may live.
+    """
     owner = connection.execute("SELECT * FROM owner").fetchone()
     host, pid, token = socket.gethostname(), os.getpid(), os.urandom(16).hex()
-    if owner is not None and (rule := _respected(owner, host)) is not None:
-        raise Refusal(f"is in use by process {owner['pid']} on host {owner['host']}{rule}")
+    if owner is not None:
+        _check_ended(owner, host, silent)
     row = (host, pid, _start_of(pid), token, time.time())
     connection.execute("INSERT OR REPLACE INTO owner VALUES (1, ?, ?, ?, ?, ?)", row)
     return token
 
 
-def _respected(owner: sqlite3.Row, host: str) -> str | None:
-    """What is to be said of an owner that lives, or may live; None for one that has ended."""
+def _check_ended(owner: sqlite3.Row, host: str, silent: Owner | None) -> None:
+    told = f"is in use by process {owner['pid']} on host {owner['host']}"
     boot, _, namespace = _place(owner["started"])
     here, _, ours = _place(_start_of(os.getpid()))
-    age = time.time() - owner["heartbeat"]
     if namespace and boot == here:
         if namespace != ours:
-            told = f"in another container or namespace of process numbers, heard of {age:.0f} s ago"
-            return f', {told}; if it has ended, free the ledger with: sqlite3 FILE "DELETE FROM owner"'
+            age = time.time() - owner["heartbeat"]  # the same clock
+            told += f", in another container or namespace of process numbers, heard of {age:.0f} s ago"
+            raise Refusal(f'{told}; if it has ended, free the ledger with: sqlite3 FILE "DELETE FROM owner"')
     elif owner["host"] != host or namespace:
-        rule = f", heard of {age:.0f} s ago (free {_STALE_SECONDS:.0f} s after its last heartbeat)"
-        return rule if age <= _STALE_SECONDS else None
-    return "" if _start_of(owner["pid"]) in (owner["started"], "running") else None
+        if (owner["token"], owner["heartbeat"]) != silent:
+            raise Unheard(told)
+        return
+    if _start_of(owner["pid"]) in (owner["started"], "running"):
+        raise Refusal(told)
+
+
+def watch(connection: sqlite3.Connection) -> Owner | None:
+    """The owner, not heard of for `STALE_SECONDS` of this process's clock; None where there is none any more.
+
+    Args:
+        connection: in no transaction, so that the owner can write.
+
+    Raises:
+        Refusal: it is heard of.
+    """
+    first, began = _owner(connection), time.monotonic()
+    while first is not None and time.monotonic() - began <= STALE_SECONDS:
+        check_stop()
+        time.sleep(_LOOK_SECONDS)
+        if (now := _owner(connection)) is None:
+            return None
+        if now != first:
+            row = connection.execute("SELECT * FROM owner").fetchone()
+            raise Refusal(f"is in use by process {row['pid']} on host {row['host']}, which is heard of")
+    return first
+
+
+def _owner(connection: sqlite3.Connection) -> Owner | None:
+    row = connection.execute("SELECT token, heartbeat FROM owner").fetchone()
+    return row and (row["token"], row["heartbeat"])
 
 
 def _place(started: str) -> tuple[str, str, str]:
@@ -54,9 +103,38 @@ def _place(started: str) -> tuple[str, str, str]:
 
 def beat(connection: sqlite3.Connection, token: str) -> None:
     """Tells other hosts that this driver lives; refused when it is no longer the owner."""
-    statement = "UPDATE owner SET heartbeat = ? WHERE token = ?"
+    # greater each time, also where the clock was put back
+    statement = "UPDATE owner SET heartbeat = max(?, heartbeat + 0.001) WHERE token = ?"
     if not connection.execute(statement, (time.time(), token)).rowcount:
         raise Refusal("was taken over by another driver")
+
+
+class Heart:
+    """A thread that beats beside whatever takes long, until it is stopped or another driver has the ledger."""
+
+    def __init__(self, path: Path, token: str) -> None:
+        self._path, self._token = path, token
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="gpmetric-heart", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends it; a second call does nothing."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(_BEAT_SECONDS):
+            with suppress(Exception):  # whatever is wrong with the file, who writes next tells of it
+                self._beat()
+
+    def _beat(self) -> None:
+        with opened(self._path, "mode=rw") as connection:
+            try:
+                with transaction(connection):
+                    beat(connection, self._token)
+            finally:
+                connection.close()
 
 
 def release(connection: sqlite3.Connection, token: str) -> None:

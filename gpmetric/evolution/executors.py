@@ -27,6 +27,7 @@ from typing import Any
 from gpmetric import errors
 from gpmetric.errors import GpmetricError
 from gpmetric.evolution.task_clock import OutOfTime, TaskClock
+from gpmetric.plain import log_plainly, plain
 
 __all__ = ["Executor", "LocalProcesses", "Outcome", "Serial"]
 
@@ -346,6 +347,7 @@ def _interrupts_held() -> Iterator[None]:
 def _work(connection: Connection, factory: Callable[..., Function], arguments: tuple[Any, ...]) -> None:
     """Body of a worker: make the function, then answer candidates until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    log_plainly()
     threading.Thread(target=_die_with_parent, daemon=True).start()
     with suppress(EOFError, OSError):
         try:
@@ -374,9 +376,9 @@ def _answer(function: Function, candidate: Any) -> tuple[Any, ...]:
         return ("done", *_call(function, candidate))
     except Exception as bug:
         report = RuntimeError(f"a worker raised {_in_one_line(bug)}")
-        report.add_note(traceback.format_exc())
+        report.add_note("\n".join(map(plain, traceback.format_exc().splitlines())))
         return ("bug", report)
 
 
 def _in_one_line(error: BaseException) -> str:
-    return traceback.format_exception_only(error)[-1].strip()
+    return plain(traceback.format_exception_only(error)[-1].strip())

@@ -7,6 +7,7 @@ population and the random state, so that a killed campaign replays its unfinishe
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import sqlite3
@@ -26,6 +27,7 @@ from gpmetric.evolution.sqlite_schema import Refusal, explained, opened, schema_
 
 __all__ = ["BUDGET_KEYS", "Ledger", "is_ledger", "winner_of"]
 
+_LOG = logging.getLogger(__name__)
 BUDGET_KEYS = frozenset({"generations", "evaluations", "minutes"})  # settings a resumed campaign may change
 
 Row = TypeVar("Row", Candidate, Evaluation, Generation, HeldOutMeasurement, Measurement)
@@ -34,14 +36,16 @@ Row = TypeVar("Row", Candidate, Evaluation, Generation, HeldOutMeasurement, Meas
 class Ledger(AbstractContextManager["Ledger"]):
     """The database of record of one campaign, made by `open` or `read`.
 
-    `open` admits one driver at a time; each write is one durable transaction that also refreshes its heartbeat. `read`
-    is a fixed snapshot, also while a driver runs. Every method raises LedgerError when the file cannot be used.
+    `open` admits one driver at a time, and waits for a minute where only silence tells that another one, on another
+    host, has ended; each write is one durable transaction. `read` is a fixed snapshot, also while a driver runs. Every
+    method raises LedgerError when the file cannot be used.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection, token: str | None) -> None:
         self.path = path
         self._connection = connection
         self._token = token  # of our ownership; None when reading
+        self._heart = None if token is None else driver_lock.Heart(path, token)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], settings: dict[str, Any], *, resume: bool) -> Ledger:
@@ -54,13 +58,13 @@ class Ledger(AbstractContextManager["Ledger"]):
             resume: continue the campaign that is there instead of refusing it.
         """
         with opened(Path(path), "mode=rwc") as connection:
-            with transaction(connection):
-                version = schema_version(connection)
-                if version and not resume:
-                    raise Refusal("exists: continue it with --resume or use another --ledger")
-                schema.upgrade(connection, version)
-                _settle(connection, settings)
-                token = driver_lock.claim(connection)
+            try:
+                token = _claimed(connection, settings, resume=resume)
+            except driver_lock.Unheard as elsewhere:
+                told = "ledger %s %s: it is taken over unless that is heard of within %.0f s"
+                _LOG.warning(told, path, elsewhere, driver_lock.STALE_SECONDS)
+                silent = driver_lock.watch(connection)
+                token = _claimed(connection, settings, resume=resume, silent=silent)
             connection.execute("PRAGMA journal_mode = WAL")
         return cls(Path(path), connection, token)
 
@@ -83,7 +87,8 @@ class Ledger(AbstractContextManager["Ledger"]):
     def close(self) -> None:
         """Release ownership and the file; a second call does nothing."""
         with closing(self._connection):
-            if self._token is not None:
+            if self._heart is not None and self._token is not None:
+                self._heart.stop()
                 driver_lock.release(self._connection, self._token)
 
     @property
@@ -239,6 +244,19 @@ class Ledger(AbstractContextManager["Ledger"]):
         with explained(self.path):
             rows = map(dict, self._connection.execute(statement, arguments).fetchall())
             return [{name: schema.from_column(name, row[name]) for name in row if name != "checksum"} for row in rows]
+
+
+def _claimed(
+    connection: sqlite3.Connection, settings: dict[str, Any], *, resume: bool, silent: driver_lock.Owner | None = None
+) -> str:
+    """Token of a ledger that this process owns from now on, its schema and settings being in order."""
+    with transaction(connection):
+        version = schema_version(connection)
+        if version and not resume:
+            raise Refusal("exists: continue it with --resume or use another --ledger")
+        schema.upgrade(connection, version)
+        _settle(connection, settings)
+        return driver_lock.claim(connection, silent)
 
 
 def _settle(connection: sqlite3.Connection, settings: dict[str, Any]) -> None:

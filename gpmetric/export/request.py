@@ -8,13 +8,13 @@ from typing import Annotated
 
 from gpmetric.errors import InputError
 from gpmetric.export import FORMATS
-from gpmetric.options import FORCE_FILES, Option, Request
+from gpmetric.options import FORCE_FILES, Common, Option
 
 __all__ = ["ExportRequest"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportRequest(Request):
+class ExportRequest(Common):
     """Everything `gpmetric export` can be asked for."""
 
     formula: Annotated[
@@ -25,8 +25,6 @@ class ExportRequest(Request):
         Path | None, Option("File to write.", metavar="FILE", names=("--output", "-o"), writes="formula")
     ] = None
     force: Annotated[bool, FORCE_FILES] = False
-    seed: Annotated[int, Option("Not used; every command takes one.", least=0, below=2**63)] = 0
-    device: Annotated[str, Option("Not used; every command takes one.", choices=("auto", "cpu", "cuda"))] = "auto"
 
     def check(self) -> None:
         super().check()

@@ -7,21 +7,19 @@ from pathlib import Path
 from typing import Annotated
 
 from gpmetric.errors import InputError
-from gpmetric.options import Option, Request
+from gpmetric.options import Common, Option
 
 __all__ = ["PackRequest", "UnpackRequest"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackRequest(Request):
+class PackRequest(Common):
     """Everything `gpmetric pack` can be asked for."""
 
     folder: Annotated[Path, Option("A checkpoint, or any folder.", metavar="DIR", argument=True, reads=True)]
     output: Annotated[
         Path | None, Option("Archive to write.", metavar="FILE", names=("--output", "-o"), writes="archive")
     ] = None
-    seed: Annotated[int, Option("Not used; every command takes one.", least=0, below=2**63)] = 0
-    device: Annotated[str, Option("Not used; every command takes one.", choices=("auto", "cpu", "cuda"))] = "auto"
 
     def check(self) -> None:
         super().check()
@@ -32,15 +30,13 @@ class PackRequest(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnpackRequest(Request):
+class UnpackRequest(Common):
     """Everything `gpmetric unpack` can be asked for."""
 
     archive: Annotated[Path, Option("What `gpmetric pack` wrote.", metavar="FILE", argument=True, reads=True)]
     output: Annotated[
         Path | None, Option("Folder to write.", metavar="DIR", names=("--output", "-o"), writes="folder")
     ] = None
-    seed: Annotated[int, Option("Not used; every command takes one.", least=0, below=2**63)] = 0
-    device: Annotated[str, Option("Not used; every command takes one.", choices=("auto", "cpu", "cuda"))] = "auto"
 
     def check(self) -> None:
         super().check()

@@ -26,7 +26,7 @@ from gpmetric.errors import GpmetricError, ModelError
 from gpmetric.files import read_object, write_text
 from gpmetric.models import Layer, Model
 from gpmetric.pruning.manifest import write_manifest
-from gpmetric.pruning.output_folder import MANIFEST, files_of, unwritable
+from gpmetric.pruning.output_folder import MANIFEST, check_room, files_of, unwritable
 from gpmetric.pruning.taken_over import copy_code, copy_licence, front_matter, measured, printable
 from gpmetric.stored_experts import gathered, put_back, read_pieces
 from gpmetric.stored_names import stored_names
@@ -68,9 +68,9 @@ class CheckpointWriter:
         assert model.folder is not None  # load_model knows it
         self._model, self._folder, self._rules, self._update = model, folder, rules, update
         self._source = model.folder
-        self._stored = stored_layers(model)
         self._places = tensors(self._source)
         self._names = stored_names(model.module, self._places)
+        self._stored = _stored_in(model, self._places, self._names)
         self._shards = {file.path: file for file in self._places.values()}
         self._check_unused()
         _check_experts(model, self._places)
@@ -103,10 +103,7 @@ class CheckpointWriter:
             OSError: they cannot be written.
         """
         missing = [path for path in self._shards if not _same_size(path, self._folder / path.name)]
-        needed, free = sum(path.stat().st_size for path in missing), shutil.disk_usage(self._folder).free
-        if needed > free:
-            where = str(self._folder.parent.parent)
-            raise GpmetricError(f"the checkpoint needs {needed / 1e9:.3g} GB, {where!r} has {free / 1e9:.3g} GB free")
+        check_room(self._folder.parent, sum(path.stat().st_size for path in missing))
         for path in missing:
             partial = self._folder / f".{path.name}.partial"
             shutil.copyfile(path, partial)
@@ -251,7 +248,13 @@ def stored_layers(model: Model) -> dict[str, tuple[TensorFile, str]]:
     """
     assert model.folder is not None
     places = tensors(model.folder)
-    names = stored_names(model.module, places)
+    return _stored_in(model, places, stored_names(model.module, places))
+
+
+def _stored_in(
+    model: Model, places: Mapping[str, TensorFile], names: Mapping[str, str]
+) -> dict[str, tuple[TensorFile, str]]:
+    """The same, of the files by tensor, and of the parameters' names there."""
     found = {}
     for layer in (one for one in model.layers if one.name not in model.experts):
         name = _stored_name(model, names, f"{layer.name}.weight")

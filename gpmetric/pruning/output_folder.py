@@ -14,8 +14,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from gpmetric.errors import GpmetricError, InputError
+from gpmetric.session.memory import free_disk
 
-__all__ = ["MANIFEST", "check_folder", "exchange", "file_digest", "files_of", "replacing", "unwritable"]
+__all__ = [
+    "MANIFEST", "check_folder", "check_room", "exchange", "file_digest", "files_of", "replacing", "unwritable",
+]  # fmt: skip
 
 MANIFEST = "gpmetric_manifest.json"
 
@@ -49,6 +52,18 @@ def check_folder(folder: Path, force: bool, needed: Sequence[Path] = ()) -> None
         raise InputError(f"{where}: {str(folder.parent)!r} is not writable")
     if len(os.fsencode(whole.name)) > 255:
         raise InputError(f"{where}: the name is too long")
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Refuses a checkpoint of so many bytes that the disk of its folder has no room for.
+
+    Raises:
+        GpmetricError: saying what it needs, and what is free where.
+    """
+    where = folder.absolute().parent
+    free = free_disk(where)
+    if needed > free:
+        raise GpmetricError(f"the checkpoint needs {needed / 1e9:.3g} GB, {str(where)!r} has {free / 1e9:.3g} GB free")
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from gpmetric.session.memory import retried
 from gpmetric.session.session import Listener, Progress, Session, open_session
 from gpmetric.session.work import Work
 from gpmetric.targets import Target, parse_target
-from gpmetric.tensor_file import weight_files
+from gpmetric.tensor_file import weight_bytes
 
 RECIPE = "recipe.toml"  # in the checkpoint that was made by one
 
@@ -72,7 +72,7 @@ def run_prune(
     assert request.output is not None
     deadline = Deadline.starting(request.minutes, started)
     told, folder, masks = listener or PruneListener(), request.output, request.save_masks
-    recipe = None if request.recipe is None else read_recipe(request.recipe)
+    recipe = None if request.recipe is None else read_recipe(request.recipe).with_options(vars(request))
     allocation = None if recipe is None else recipe.allocation
     if request.allocation is not None:
         allocation = read_allocation(request.allocation)
@@ -251,8 +251,8 @@ def prune_work(session: Session) -> Work:
     metric = session.metric(request.metric)
     work = protocol.work([metric], request.update, fit=request.fit, texts=tokens, permute=request.permute)
     assert session.model.folder is not None
-    files = sum(path.stat().st_size for path in weight_files(session.model.folder))
-    return replace(work, resident=False, cached=True, disk=files, forward=work.forward + tokens)
+    disk = weight_bytes(session.model.folder)
+    return replace(work, resident=False, cached=True, disk=disk, forward=work.forward + tokens)
 
 
 def _rule(session: Session, request: PruneRequest, allocation: Allocation | None) -> Rule:

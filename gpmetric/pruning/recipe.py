@@ -34,8 +34,9 @@ from gpmetric.pruning.updaters import FITS, UPDATERS
 from gpmetric.session.inputs import BOS, DTYPES, SAMPLINGS, STATISTICS_DTYPES
 from gpmetric.targets import parse_target
 
-__all__ = ["Recipe", "read_recipe", "recipe_of", "write_recipe"]
+__all__ = ["Recipe", "read_recipe", "recipe_of", "recipe_text", "write_recipe"]
 
+_OF_WINDOWS = ("samples", "sequence_length", "sampling", "bos", "shuffle", "seed", "text_column")
 _HEAD = "# How a model is pruned: `gpmetric prune MODEL --recipe FILE -o DIR`\n"
 
 
@@ -80,6 +81,16 @@ class Recipe:
     def digest(self) -> str | None:
         """sha256 of the file that it was read from, in hexadecimal."""
         return None if self.text is None else hashlib.sha256(self.text.encode()).hexdigest()
+
+    def with_options(self, given: Mapping[str, Any]) -> Recipe:
+        """With other options; where they are of other windows of the calibration, any are taken."""
+        options = {name: given[name] for name in self.options}
+        if options == self.options:
+            return self
+        same = all(options[name] == getattr(self, name) for name in _OF_WINDOWS)
+        digest = self.calibration_digest if same else None
+        made = replace(self, **options, calibration_digest=digest)
+        return replace(made, text=recipe_text(made))
 
     def document(self) -> dict[str, Any]:
         """What a file holds; options that are None are left out."""
@@ -172,7 +183,12 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
     Raises:
         GpmetricError: it cannot be written.
     """
-    write_text(path, _HEAD + _toml(recipe.document()))
+    write_text(path, recipe_text(recipe))
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """What a file of it holds."""
+    return _HEAD + _toml(recipe.document())
 
 
 def _toml(document: Mapping[str, Any], prefix: str = "") -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar
 
 from gpmetric.catalogue import CATALOGUE, PREFIX
 from gpmetric.errors import InputError, one_of
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
-from gpmetric.options import Option
+from gpmetric.options import Common, Option
 from gpmetric.pruning.published import PUBLISHED
 from gpmetric.pruning.updaters import FITS, UPDATERS, updater_of
 from gpmetric.session.inputs import DEVICES, Inputs, Limits, Texts
@@ -172,7 +172,7 @@ class PruneRequest(Inputs):
     permute: Annotated[bool, PERMUTE] = False
     recipe: Annotated[
         Path | None,
-        Option("A recipe.toml of gpmetric tune, instead of all that it says.", metavar="FILE", reads=True),
+        Option("A recipe.toml of gpmetric tune; options given win.", metavar="FILE", reads=True),
     ] = None
     one_shot: Annotated[bool, ONE_SHOT] = False
     save_masks: Annotated[
@@ -182,27 +182,21 @@ class PruneRequest(Inputs):
     force: Annotated[bool, FORCE] = False
     resume: Annotated[bool, RESUME] = True
 
-    def completed(self) -> Self:
-        """With the options of the recipe.
+    @classmethod
+    def filled(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """With the options of the recipe; those given win, also where they are given as by default.
 
         Raises:
-            InputError: it cannot be used, or another option says otherwise.
+            InputError: it cannot be used.
         """
-        if self.recipe is None:
-            return self
+        options = super().filled(given)
+        if (path := options.get("recipe")) is None:
+            return options
         from gpmetric.pruning.recipe import read_recipe  # pydantic, which other requests do without
 
-        if self.allocation is not None:
+        if options.get("allocation") is not None:
             raise InputError("--allocation cannot stand beside --recipe, which has its own, or none")
-        options = read_recipe(self.recipe).options
-        defaults = {one.name: one.default for one in fields(self)}
-        for name, value in options.items():
-            if getattr(self, name) not in (defaults[name], value):
-                spelled = name.replace("_", "-")
-                raise InputError(
-                    f"--{spelled} {getattr(self, name)} cannot stand beside --recipe, which says {value!r:.60}"
-                )
-        return replace(self, **options)
+        return read_recipe(path).options | options
 
     def check(self) -> None:
         super().check()
@@ -220,7 +214,7 @@ class PruneRequest(Inputs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyRequest(Limits):
+class VerifyRequest(Limits, Common):
     """Everything `gpmetric verify` can be asked for."""
 
     folder: Annotated[
@@ -229,5 +223,4 @@ class VerifyRequest(Limits):
     against: Annotated[
         str | None, Option("The dense model: what was not pruned must be as it was there.", metavar="MODEL", reads=True)
     ] = None
-    seed: Annotated[int, Option("Not used; every command takes one.", least=0, below=2**63)] = 0
     device: Annotated[str, Option("{choices}.", choices=DEVICES)] = "auto"

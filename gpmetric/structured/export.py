@@ -22,7 +22,7 @@ from gpmetric.slim_models import SLIM_FILE, SLIM_MODELS
 from gpmetric.structured.groups import SUBLAYERS, Groups, find_groups
 from gpmetric.structured.request import FORMATS
 from gpmetric.structured.shrink import Repair, Shrinker
-from gpmetric.tensor_file import dtype_name
+from gpmetric.tensor_file import dtype_name, weight_bytes
 
 __all__ = [
     "Slimmed",
@@ -33,6 +33,7 @@ __all__ = [
     "make_uniform",
     "stored_dtypes",
     "write_model",
+    "written_bytes",
 ]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -104,6 +105,18 @@ def stored_dtypes(model: Model) -> tuple[dict[str, torch.dtype], torch.dtype]:
         accepted = ", ".join(map(dtype_name, _DTYPES))
         raise ModelError(f"{model.name!r} is stored as {', '.join(sorted(others))}: accepted are {accepted}")
     return found, max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def written_bytes(model: Model, kind: str, removed: float) -> int:
+    """About how many bytes the written weights take, before it is known what stays.
+
+    Args:
+        kind: a key of FORMATS.
+        removed: parameters that are going to be.
+    """
+    assert model.folder is not None
+    share = removed / sum(parameter.numel() for parameter in model.module.parameters())
+    return int(weight_bytes(model.folder) * (1 if FORMATS[kind].full else 1 - share))
 
 
 def write_model(model: Model, shrinker: Shrinker, slimmed: Slimmed, kind: str, folder: Path) -> None:

@@ -80,6 +80,7 @@ class Format:
     opening: str  # how its card says that it is opened
     stock: bool = True  # whether stock transformers opens it; otherwise the modelling file goes with it
     equal: bool = False  # whether all blocks keep as many units
+    full: bool = False  # whether zeros stand where units are gone
 
 
 FORMATS: dict[str, Format] = {
@@ -100,6 +101,7 @@ FORMATS: dict[str, Format] = {
         "zeros in the original shapes: loads anywhere, no smaller",
         lazy("gpmetric.structured.export:make_padded"),
         "It has the original shapes, with zeros: transformers opens it as any other.",
+        full=True,
     ),
 }
 

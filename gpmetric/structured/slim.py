@@ -17,7 +17,7 @@ from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.evaluation.references import reference_bytes
 from gpmetric.operands import needs_gradients
 from gpmetric.options import as_function
-from gpmetric.pruning.output_folder import check_folder, replacing
+from gpmetric.pruning.output_folder import check_folder, check_room, replacing
 from gpmetric.session.caveats import above_start, few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
@@ -26,7 +26,7 @@ from gpmetric.session.work import Work
 from gpmetric.structured.cost_budgets import accepted_heads, macs, pools_of, uniform_counts, uniform_pools
 from gpmetric.structured.draw_objective import REFERENCE_BYTES, DrawObjective
 from gpmetric.structured.exchange import PIECES, ExchangeSearch
-from gpmetric.structured.export import Slimmed, check_format, stored_dtypes
+from gpmetric.structured.export import Slimmed, check_format, stored_dtypes, written_bytes
 from gpmetric.structured.groups import find_groups
 from gpmetric.structured.policy import Policy
 from gpmetric.structured.repair import DAMPINGS, Repairer
@@ -141,6 +141,7 @@ def slim_work(session: Session) -> Work:
     length, names = session.tokens.shape[1], started_from(request)
     models = PIECES if ESTIMATORS[request.estimator].rate is None else 2  # of a step; those given up early take less
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
+    disk = written_bytes(model, request.form, request.sparsity * groups.parameters)
     return Work(
         length=length,
         calibration=session.tokens.numel(),
@@ -149,6 +150,7 @@ def slim_work(session: Session) -> Work:
         one_graph="taylor2" in names,
         fixed=score_bytes(request.start, groups, products=request.mended == "least-squares"),
         copied=True,  # the rows and columns of a drawn model
+        disk=disk,
         kept=min(REFERENCE_BYTES, reference_bytes(request.objective, model, search)),
         forward=2 * session.tokens.numel() + models * steps * search.shape[1] + 5 * validated,
         resident=True,
@@ -182,19 +184,19 @@ def run_slim(
     units = open_units(request, told)
     opened = deadline.elapsed
     model, validation = units.model, units.session.windows["validation"]
+    check_room(output, written_bytes(model, request.form, request.sparsity * units.groups.parameters))
     identity = identify(request, units)
-    if request.resume:  # another search's ledger is refused before anything is computed
-        SearchLog(request.ledger, identity, resume=True).close()
-    begun = prepare(request, units)
-    measuring = deadline.now()
-    dense = text_loss(model, validation.tokens, told.progress)
-    window = (deadline.now() - measuring) / len(validation.tokens)
-    if not math.isfinite(dense):
-        raise GpmetricError(f"the dense model's loss on validation is not finite in {model.dtype} (--dtype)")
-    told.dense({validation.text.name: perplexity(dense)})
     before = sum(parameter.numel() for parameter in model.module.parameters())
     with kept_search(request.ledger, output) as path:
+        # another search's ledger, or one in use, is refused before anything is computed
         with SearchLog(path, identity, resume=request.resume) as log:
+            begun = prepare(request, units)
+            measuring = deadline.now()
+            dense = text_loss(model, validation.tokens, told.progress)
+            window = (deadline.now() - measuring) / len(validation.tokens)
+            if not math.isfinite(dense):
+                raise GpmetricError(f"the dense model's loss on validation is not finite in {model.dtype} (--dtype)")
+            told.dense({validation.text.name: perplexity(dense)})
             timed = replace(request, minutes=_search_minutes(request, units, deadline, opened, window))
             best, cost = search(timed, begun, log, told)
         start = begun.chosen(begun.start)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["duration", "figure", "figures_of", "needs_of", "number", "recipe_name"]
+__all__ = ["duration", "experts_of", "figure", "figures_of", "needs_of", "number", "recipe_name"]
 
 
 def number(value: float | None) -> float:
@@ -31,6 +31,13 @@ def needs_of(plan: Mapping[str, Any]) -> str:
     held = "" if plan["resident"] else "; weights are read block by block"
     held += "; weights at all levels are in files" if plan["aside"] else ""
     return f"needs about {plan['memory_bytes'] / 1e9:.2g} GB of memory{disk}, about {duration(plan['seconds'])}{held}"
+
+
+def experts_of(experts: Mapping[str, Any]) -> str:
+    """How many calibration tokens the experts of a mixture read, and how many layers read too few."""
+    tokens, starved = experts["tokens"], len(experts["starved"])
+    told = f"experts read {min(tokens.values())} to {max(tokens.values())} calibration tokens each"
+    return f"{told}; {starved} of {len(tokens)} layers too few: theirs are siblings' statistics" if starved else told
 
 
 def recipe_name(recipe: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.options import Request, command_line
-from gpmetric.terminal.figures import figure, needs_of, number, recipe_name
+from gpmetric.terminal.figures import experts_of, figure, needs_of, number, recipe_name
 from gpmetric.terminal.text import Text
 
 __all__ = [
@@ -64,7 +64,9 @@ def print_discover(console: Console, result: Mapping[str, Any], request: Discove
 
 
 def _print_warnings(console: Console, result: Mapping[str, Any]) -> None:
-    """What must be known of a result, a line each."""
+    """What must be known of a result, a line each; of a mixture, also what its experts read."""
+    if "tokens" in result.get("experts", ()):
+        console.print(Text(experts_of(result["experts"])), soft_wrap=True)
     for line in result.get("warnings", ()):  # a ledger of an older version has none
         console.print(Text(f"warning: {line}"), soft_wrap=True)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from gpmetric.errors import GpmetricError
 from gpmetric.files import finite
-from gpmetric.pruning.output_folder import replacing
+from gpmetric.pruning.output_folder import check_room, replacing
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.session import Session, open_session
 from gpmetric.session.work import Work
-from gpmetric.structured.export import check_format, stored_dtypes
+from gpmetric.structured.export import check_format, stored_dtypes, written_bytes
 from gpmetric.structured.groups import find_groups
 from gpmetric.structured.scores import UnitSession
 from gpmetric.structured.shrink import Shrinker
@@ -152,6 +152,8 @@ def run_structured(request: TuneRequest, told: TuneListener, deadline: Deadline)
     form = request.format or _DEFAULT
     asked = slim_request(request, UnitRecipe("auto", every_kind(layers=False), form))
     units = UnitSession(replace(session, inputs=asked), find_groups(session.model, asked.kinds), products=True)
+    assert request.output is not None
+    check_room(request.output, written_bytes(session.model, form, asked.sparsity * units.groups.parameters))
     windows = {name: one.tokens_digest for name, one in session.windows.items()}
     settings = {"model": session.model.digest, "dtype": session.model.dtype, "structured": True, **windows} | {
         "target": request.target, "format": request.format, "seed": request.seed,

@@ -13,16 +13,17 @@ from typing import Any
 from gpmetric.files import finite
 from gpmetric.options import as_function, command_line
 from gpmetric.pruning.checkpoint import stored_layers
-from gpmetric.pruning.output_folder import check_folder
+from gpmetric.pruning.output_folder import check_folder, check_room
 from gpmetric.pruning.protocol import Protocol, check_targets
 from gpmetric.pruning.prune import run_prune
-from gpmetric.pruning.recipe import Recipe, write_recipe
+from gpmetric.pruning.recipe import Recipe, read_recipe, write_recipe
 from gpmetric.pruning.requests import PruneRequest
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.inputs import Inputs
 from gpmetric.session.session import Session, open_session
 from gpmetric.session.work import Work
 from gpmetric.targets import parse_target
+from gpmetric.tensor_file import weight_bytes
 from gpmetric.tuning.choice import Choice, search_work
 from gpmetric.tuning.parts import SOLVER, first_recipe, methods
 from gpmetric.tuning.request import TuneRequest
@@ -57,6 +58,7 @@ def run_tune(
     Returns:
         `recipe`, as its file holds it, and its `excess` log-loss on validation, in nats per token; `table`, the same of
         the recipe without each of its parts and of the rivals, on the text that is read once, too, if there is one;
+        `experts`, of a mixture, what `prune` says of them;
         `trials`, all that was measured, and what was `cut`; `pruned`, what `prune` or `slim` says of the checkpoint.
 
     Raises:
@@ -75,9 +77,11 @@ def run_tune(
         gc.collect()  # models are in reference cycles: the next one would be loaded beside this one
         told.step("pruning")
         minutes = request.minutes and max(0.01, deadline.left / 60)
-        found = run_prune(replace(pruning, minutes=minutes).completed(), told)
+        assert pruning.recipe is not None
+        found = run_prune(replace(pruning, minutes=minutes, **read_recipe(pruning.recipe).options), told)
     pruned = {key: found[key] for key in ("output", "sparsity", "dense", "perplexity", "seconds", "text")}
-    result: dict[str, Any] = finite(document | {"pruned": pruned, "seconds": deadline.elapsed})
+    experts = {"experts": found["experts"]} if "experts" in found else {}
+    result: dict[str, Any] = finite(document | experts | {"pruned": pruned, "seconds": deadline.elapsed})
     return result
 
 
@@ -121,6 +125,9 @@ def _chosen(
     """What is said of the recipe that is chosen, which was kept."""
     session = open_session(request, work=tune_work, listener=told)
     stored_layers(session.model)  # what cannot be written is not searched for first
+    assert request.output is not None
+    assert session.model.folder is not None
+    check_room(request.output, weight_bytes(session.model.folder))
     check_targets(session.model, [parse_target(request.target)])
     chosen = {name: getattr(request, name) for name in ("target", "include", "exclude", "statistics_dtype")}
     settings = {"model": session.model.digest, "dtype": session.model.dtype, **chosen} | {
@@ -147,11 +154,12 @@ def tune_work(session: Session) -> Work:
     texts = session.windows["validation"].tokens.numel()
     rules, permute = len(SHARES) * len(metrics), bool(parse_target(request.target).group)
     work = Protocol(session, one_shot=False).work(metrics, update, fit=fit, rules=rules, texts=texts, permute=permute)
-    work = replace(work, fits_blocks=True)
+    assert session.model.folder is not None
+    work = replace(work, fits_blocks=True, disk=weight_bytes(session.model.folder))
     searched = search_work(request, session)
     if searched is None:
         return work
     return replace(
         searched, block=searched.block | work.block, texts=max(searched.texts, work.texts),
-        forward=searched.forward + work.forward, fits_blocks=True, permutes=permute,
+        forward=searched.forward + work.forward, fits_blocks=True, permutes=permute, disk=work.disk,
     )  # fmt: skip
