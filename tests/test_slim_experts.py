@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
@@ -25,6 +28,7 @@ from gpmetric.structured.mixtures import ROUTERS
 from gpmetric.structured.request import SlimRequest
 from gpmetric.structured.scores import UnitSession, unit_scores
 from gpmetric.structured.slim import open_units, slim
+from gpmetric.terminal.tables import print_slim
 from tests.mixtures import MIXTURES, save_mixture
 
 SMALL: dict[str, Any] = {
@@ -145,6 +149,12 @@ def test_what_is_written_is_the_dense_model_that_may_not_choose_them(
     checked = verify(output, device="cpu")
     assert checked["ok"], checked["problems"]
     assert checked["perplexity"] == pytest.approx(found["perplexity"], rel=1e-5)
+    told = Console(file=StringIO(), width=200)
+    print_slim(told, found, SlimRequest(granularity=("expert",)))
+    for index, one in enumerate(found["widths"]):
+        row = rf"{index} .* {one['experts']} .* {' '.join(map(str, one['removed']))} "
+        assert re.search(row, told.file.getvalue())
+    assert "removed (0.25 of the experts asked for)" in told.file.getvalue()
     manifest = read_object(output / "gpmetric_manifest.json")
     assert (manifest["widths"], manifest["granularity"], manifest["format"]) == (found["widths"], ["expert"], "uniform")
 

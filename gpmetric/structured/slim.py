@@ -1,4 +1,4 @@
-"""`gpmetric slim`: channels, heads and layers removed, chosen by measured exchanges, and a smaller model written."""
+"""`gpmetric slim`: channels, heads, layers or experts removed, by measured exchanges; a smaller model written."""
 
 from __future__ import annotations
 
