@@ -31,7 +31,7 @@ SEARCHES: dict[str, tuple[str, str]] = {
     "rloo on the loss": ("rloo", "loss"),
     "paper": ("paper", "loss"),
 }
-METHODS = (*UNIT_RULES, "start", *SEARCHES, "uniform")
+METHODS = (*(name for name, rule in UNIT_RULES.items() if rule.tells(experts=False)), "start", *SEARCHES, "uniform")
 
 
 def make_request(settings: Settings, model: str, sparsity: float, seed: int) -> SlimRequest:

@@ -131,7 +131,7 @@ COMMANDS: dict[str, Command] = {
         timed=True,
     ),
     "slim": Command(
-        "Removes channels, heads, layers or blocks for good, by a search that needs forward passes only.",
+        "Removes channels, heads, layers, blocks or experts for good, by a search that needs forward passes only.",
         SlimRequest,
         lazy("gpmetric.structured.slim:run_slim"),
         lazy("gpmetric.terminal.tables:print_slim"),

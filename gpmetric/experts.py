@@ -21,7 +21,10 @@ from transformers.pytorch_utils import Conv1D
 
 from gpmetric.errors import ModelError
 
-__all__ = ["Fused", "expert_family", "is_expert", "join_experts", "refuse_unsplit", "split_experts"]
+__all__ = [
+    "Fused", "expert_family", "is_expert", "join_experts", "joined_names", "refuse_unsplit", "split_experts",
+    "split_layers",
+]  # fmt: skip
 
 _UNROUTED = {"Llama4TextExperts"}  # [E, in, out], called with every expert's tokens, those of others being zeros
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")  # of transformers' integrations/moe.py
@@ -102,9 +105,8 @@ def split_experts(module: nn.Module) -> dict[str, Fused]:
 def join_experts(module: nn.Module) -> None:
     """Undoes `split_experts`: fused parameters hold what the experts' modules hold now, under transformers' names."""
     for owner in module.modules():
-        if "_split_kinds" not in vars(owner):
+        if not (experts := split_layers(owner)):
             continue
-        experts = [owner.get_submodule(str(index)) for index in range(_count(owner))]
         for kind in vars(owner).pop("_split_kinds"):
             layers: list[Any] = [expert.get_submodule(kind) for expert in experts]
             for parameter, name in (("weight", kind), ("bias", f"{kind}_bias")):
@@ -114,6 +116,31 @@ def join_experts(module: nn.Module) -> None:
         for index in range(len(experts)):
             delattr(owner, str(index))
         del vars(owner)["forward"]
+
+
+def split_layers(owner: Any) -> list[Any]:
+    """Of a module whose experts were split, the layers of each by name; of another one, or of none, nothing."""
+    if owner is None or "_split_kinds" not in vars(owner):
+        return []
+    return [owner.get_submodule(str(index)) for index in range(_count(owner))]
+
+
+def joined_names(module: nn.Module) -> dict[str, list[str]]:
+    """By transformers' name of a model's parameter or buffer, the names that hold it while its experts are split.
+
+    Those of a fused parameter are its slices', in the order of the experts.
+    """
+    fused: dict[str, str] = {}
+    for path, owner in module.named_modules():
+        for index, layers in enumerate(split_layers(owner)):
+            for kind, layer in layers.items():
+                for name, _ in layer.named_parameters():
+                    joined = kind if name == "weight" else f"{kind}_bias"
+                    fused[f"{path}.{index}.{kind}.{name}"] = f"{path}.{joined}"
+    found: dict[str, list[str]] = {}
+    for name in module.state_dict():
+        found.setdefault(fused.get(name, name), []).append(name)
+    return found
 
 
 def refuse_unsplit(prefix: str, block: nn.Module) -> None:

@@ -39,7 +39,7 @@ def save_mixture(save_model: Callable[..., Path], model_type: str, **more: Any) 
     """Directory of a random mixture whose weights and biases are all of the same size."""
     from transformers import AutoModelForCausalLM
 
-    folder = save_model(model_type, **MIXTURES[model_type] | more)
+    folder = save_model(model_type, **MIXTURES.get(model_type, {}) | more)
     model = AutoModelForCausalLM.from_pretrained(folder)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():

@@ -75,7 +75,7 @@ def test_every_method_at_the_same_size(bench: ModuleType, command: list[str], tm
         (["--sparsity", "1.5"], "--sparsity must be above 0 and below 1"),
         (["--start", "foo"], "foo"),
         (["--seeds", "0"], "--seeds must be at least 1"),
-        (["--steps", "0"], "--steps must be at least 1"),
+        (["--steps", "-1"], "--steps must be at least 0"),
         (["--resume"], "--json"),
         (["--speed", "--width", "100"], "--width must be a multiple of 256"),
         (["--plot", "b.jpg"], "must end in .png or .pdf"),

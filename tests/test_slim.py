@@ -178,6 +178,21 @@ def test_whole_layers_go(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> N
     assert len(gpmetric.load(tmp_path / "small", device="cpu").model.layers) == len(left)
 
 
+@pytest.mark.parametrize("estimator", ["exchange", "rloo"])
+@pytest.mark.usefixtures("here")
+def test_no_steps_are_the_start_alone(estimator: str, tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    """The units that the rule's scores leave, and no word of a search that found nothing."""
+    options = {"sparsity": 0.4, "start": "magnitude_sp", "repair": "none", "estimator": estimator, "steps": 0}
+    found = run(tiny_llama, tiny_text, tmp_path / "small", **options)
+    told = {name: value for name, value in (SMALL | options).items() if name != "windows"}
+    request = SlimRequest(model=str(tiny_llama), calibration=str(tiny_text), windows=4, **told)
+    begun = prepare(request, open_units(request))
+    assert found["widths"] == begun.chosen(begun.start).widths()
+    assert (found["steps"], found["share"], found["progress"]) == (0, 0.0, [])
+    assert found["initial"] == found["found"]
+    assert not any("search" in line for line in found["warnings"])
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
 @pytest.mark.usefixtures("here")
 def test_whole_blocks_leave_a_stock_model_of_fewer(
@@ -454,7 +469,7 @@ def test_nothing_but_the_checkpoint_is_left_where_all_is_well(
         ({"rate": float("nan")}, "--rate must be above 0, but got nan"),
         ({"add_bias": True, "repair": "none"}, "--add-bias"),
         ({"rate": 0.1}, "--rate is of --estimator rloo or paper, but got --estimator exchange"),
-        ({"steps": 0}, "--steps must be at least 1, but got 0"),
+        ({"steps": -1}, "--steps must be at least 0, but got -1"),
         ({"resume": True}, "--ledger FILE"),
         ({"granularity": "layer", "sparsity": 0.05}, "cannot be met by --granularity layer"),
         ({"granularity": "block", "sparsity": 0.3}, "cannot be met by --granularity block in --format uniform"),

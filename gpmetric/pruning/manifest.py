@@ -77,6 +77,11 @@ class _Width(BaseModel):
     mlp_bias: bool
 
 
+class _Experts(BaseModel):
+    experts: Count
+    removed: list[Count]
+
+
 class _Move(BaseModel):
     """Tensors of which an axis has another order than in the dense model."""
 
@@ -110,7 +115,7 @@ class Manifest(BaseModel):
     exclude: str | None = None
     manifest_sha256: str | None = None
     parameters_after: Count | None = None
-    widths: list[_Width] | None = None
+    widths: list[_Width | _Experts] | None = None
 
     @model_validator(mode="after")
     def _has_layers(self) -> Self:

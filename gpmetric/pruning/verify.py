@@ -32,6 +32,7 @@ from gpmetric.session.session import Listener, Progress
 from gpmetric.session.splits import open_text, read_windows
 from gpmetric.session.work import Work
 from gpmetric.stored_experts import gathered
+from gpmetric.stored_names import unused_names
 from gpmetric.targets import Target, parse_target
 from gpmetric.tensor_file import TensorFile
 
@@ -256,8 +257,7 @@ def _slim_problems(model: Model, manifest: Manifest, places: Mapping[str, Tensor
     """Tensors, numbers of parameters, and widths where a config tells them, that are not those that `slim` wrote."""
     if manifest.kind != "slim":
         return
-    used = model.module.state_dict().keys()
-    yield from (f"tensor {name} is not used by the model" for name in places if name not in used)
+    yield from (f"tensor {name} is not used by the model" for name in unused_names(model.module, places))
     count = sum(parameter.numel() for parameter in model.module.parameters())
     if count != manifest.parameters_after:
         yield f"the model has {count} parameters, the manifest says {manifest.parameters_after}"

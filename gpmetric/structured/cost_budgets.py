@@ -10,10 +10,11 @@ from torch import Tensor
 
 from gpmetric.errors import InputError
 from gpmetric.structured.groups import Groups, Sublayer
-from gpmetric.structured.request import UNIT_KINDS
+from gpmetric.structured.mixtures import experts_kept
+from gpmetric.structured.request import FORMATS, UNIT_KINDS, SlimRequest
 from gpmetric.structured.unit_space import Pool, UnitSpace
 
-__all__ = ["accepted_heads", "macs", "pools_of", "uniform_counts", "uniform_pools"]
+__all__ = ["accepted_heads", "expert_pools", "find_pools", "macs", "pools_of", "uniform_counts", "uniform_pools"]
 
 
 def macs(groups: Groups, length: int) -> Tensor:
@@ -25,6 +26,25 @@ def macs(groups: Groups, length: int) -> Tensor:
     mixing = [one.columns.shape[1] * length if one.kind.attends else 0 for one in groups.sublayers]
     each = [_weights(one) + more for one, more in zip(groups.sublayers, mixing, strict=True)]
     return torch.tensor(each, dtype=torch.float64)[groups.sublayer_of]
+
+
+def find_pools(request: SlimRequest, groups: Groups, space: UnitSpace, cost: Tensor, config: Any) -> list[Pool]:
+    """The budgets that a request means.
+
+    Args:
+        cost: of each unit, [units].
+        config: of the dense model.
+
+    Raises:
+        InputError: the sparsity is out of reach.
+    """
+    if groups.mixtures:
+        return expert_pools(groups, space, request.sparsity)
+    equal = FORMATS[request.form].equal
+    if (equal and not request.blocks) or request.budget == "block":
+        accepted = accepted_heads(groups, config) if equal else list(range(groups.sublayers[0].units + 1))
+        return uniform_pools(groups, space, uniform_counts(groups, request.sparsity, request.kinds, accepted))
+    return pools_of(groups, space, request.sparsity, cost, by_kind=request.budget == "kind")
 
 
 def pools_of(groups: Groups, space: UnitSpace, sparsity: float, cost: Tensor, *, by_kind: bool = False) -> list[Pool]:
@@ -87,6 +107,20 @@ def uniform_pools(groups: Groups, space: UnitSpace, counts: Mapping[str, int]) -
         for one, atoms in zip(groups.sublayers, groups.split(space.atom), strict=True)
         if (atoms >= 0).all()
     ]
+
+
+def expert_pools(groups: Groups, space: UnitSpace, sparsity: float) -> list[Pool]:
+    """Budgets that keep as many experts in every block, and in each group that its router chooses among.
+
+    Source: Lasby et al. 2025 (REAP the Experts), who remove the same share of every layer.
+
+    Raises:
+        InputError: no expert would go, or too few would stay.
+    """
+    kept = experts_kept(groups.mixtures, sparsity)
+    pairs = zip(groups.mixtures, groups.split(space.atom), strict=True)
+    pools = [atoms for one, mine in pairs for atoms in mine.chunk(one.groups)]
+    return [Pool(atoms, kept * float(space.cost[atoms[0]])) for atoms in pools]
 
 
 def accepted_heads(groups: Groups, config: Any) -> list[int]:

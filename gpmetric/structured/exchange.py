@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from gpmetric.structured.draw_objective import DrawObjective
+from gpmetric.structured.fewer_experts import experts_left
 from gpmetric.structured.groups import Groups
 from gpmetric.structured.repair import Repairer
 from gpmetric.structured.search import Schedule, Search
@@ -120,7 +121,7 @@ class ExchangeSearch(Search):
     @cached_property
     def _parts(self) -> list[list[Tensor]]:
         """By pool, indices of the atoms of each sublayer; of each block, where blocks are atoms."""
-        owner = torch.full((len(self.space.cost),), len(self.groups.sublayers))
+        owner = torch.full((len(self.space.cost),), len(self.groups.parts))
         free = self.space.atom >= 0
         owner.scatter_reduce_(0, self.space.atom[free], self.groups.sublayer_of[free], "amin")
         found = []
@@ -192,4 +193,5 @@ class ExchangeSearch(Search):
     def _told(self) -> dict[str, Any]:
         changes, self._changes = self._changes, 0
         kept = float(self.space.cost[self.kept].sum() / self.space.cost.sum())
-        return {"changes": changes, "kept": kept}
+        experts = experts_left(self.groups, self.space.kept(self.kept)) if self.groups.mixtures else []
+        return {"changes": changes, "kept": kept} | ({"experts": experts} if experts else {})

@@ -19,6 +19,8 @@ from gpmetric.loading import load_model, quiet_transformers
 from gpmetric.models import Model
 from gpmetric.pruning.checkpoint import tensors
 from gpmetric.slim_models import SLIM_FILE, SLIM_MODELS
+from gpmetric.stored_names import stored_names
+from gpmetric.structured.fewer_experts import experts_left, fewer_experts, keep_names, set_experts
 from gpmetric.structured.groups import SUBLAYERS, Groups, find_groups
 from gpmetric.structured.request import FORMATS
 from gpmetric.structured.shrink import Repair, Shrinker
@@ -51,7 +53,9 @@ class Slimmed:
     repairs: Mapping[int, Repair]  # by index of a sublayer
 
     def widths(self) -> list[dict[str, Any]]:
-        """By block, heads and channels that stay, and whether an output has a bias that it had not."""
+        """By block, heads and channels that stay, and whether an output has a bias that it had not; or experts."""
+        if self.groups.mixtures:
+            return experts_left(self.groups, self.kept)
         counts: list[dict[str, int]] = [{} for _ in self.groups.by_block]
         biased: list[dict[str, bool]] = [{} for _ in self.groups.by_block]
         for index, (one, mine) in enumerate(zip(self.groups.sublayers, self.groups.split(self.kept), strict=True)):
@@ -92,6 +96,7 @@ def stored_dtypes(model: Model) -> tuple[dict[str, torch.dtype], torch.dtype]:
     prefix = f"{model.module.base_model_prefix}."
     known = model.module.state_dict().keys()
     found: dict[str, torch.dtype] = {}
+    stored: dict[str, torch.dtype] = {}  # by name in the files
     sizes: dict[torch.dtype, int] = {}
     others: set[str] = set()
     for name, file in tensors(model.folder).items():
@@ -99,11 +104,12 @@ def stored_dtypes(model: Model) -> tuple[dict[str, torch.dtype], torch.dtype]:
         if place.dtype not in _DTYPES:
             others.add(dtype_name(place.dtype))
             continue
-        found[name if name in known else prefix + name] = place.dtype
+        found[name if name in known else prefix + name] = stored[name] = place.dtype
         sizes[place.dtype] = max(sizes.get(place.dtype, 0), math.prod(place.shape))
     if not sizes:
         accepted = ", ".join(map(dtype_name, _DTYPES))
         raise ModelError(f"{model.name!r} is stored as {', '.join(sorted(others))}: accepted are {accepted}")
+    found |= {own: stored[name] for own, name in stored_names(model.module, stored).items()}
     return found, max(sizes, key=lambda dtype: sizes[dtype])
 
 
@@ -140,6 +146,8 @@ def write_model(model: Model, shrinker: Shrinker, slimmed: Slimmed, kind: str, f
     module.generation_config = model.module.generation_config
     with quiet_transformers():
         module.save_pretrained(folder)
+    if slimmed.groups.mixtures:
+        keep_names(_settings(model), folder / "config.json")
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors' files are their owner's alone
     model.tokenizer.save_pretrained(folder)
@@ -173,6 +181,8 @@ def make_hetero(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> Made:
 
 def make_uniform(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> Made:
     """A stock model of smaller shapes, of units that are as many in every block, or of fewer blocks."""
+    if slimmed.groups.mixtures:
+        return _make_sparser(model, shrinker, slimmed)
     stays = [index for index, width in enumerate(slimmed.widths()) if any(width.values())]
     widths = [slimmed.widths()[index] for index in stays]
     settings, dense = _settings(model) | _numbers(model, stays), model.module.config
@@ -189,6 +199,15 @@ def make_uniform(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> Made:
     with shrinker.keeping(slimmed.kept, slimmed.repairs):
         state = _renumbered(model, _state(model), stays)
     return _stock(model, settings, state, widths)
+
+
+def _make_sparser(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> Made:
+    """A stock model of as many experts less in every block."""
+    shrinker.dense()
+    groups, kept, made = slimmed.groups, slimmed.kept, type(model.module)
+    (count,) = {int(mine.sum()) for mine in groups.split(kept)}
+    config = set_experts(_settings(model), type(model.module.config), count)
+    return config, fewer_experts(model, groups, kept, _state(model)), made
 
 
 def make_padded(model: Model, shrinker: Shrinker, slimmed: Slimmed) -> Made:

@@ -1,7 +1,7 @@
-"""What structured pruning removes as one: channels of an MLP, heads of an attention with their key/value group.
+"""What structured pruning removes as one: channels, heads with their key/value group, experts.
 
 A sublayer is the attention or the MLP of one block. Its units are removed by taking rows out of the layers that write
-its inner features, and columns out of the layer that reads them.
+its inner features, and columns out of the layer that reads them. Experts are in `mixtures`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from gpmetric.blockwise.families import (
 )
 from gpmetric.errors import InputError, ModelError
 from gpmetric.models import Model
+from gpmetric.structured.mixtures import ROUTERS, Mixture, find_mixtures
 from gpmetric.structured.request import UNIT_KINDS
 
 __all__ = ["SUBLAYERS", "Groups", "Sublayer", "SublayerKind", "find_groups"]
@@ -87,35 +88,47 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Groups:
-    """Every unit of a model, sublayer by sublayer, the attention of a block before its MLP."""
+    """Every unit of a model, sublayer by sublayer, the attention of a block before its MLP; or its experts."""
 
     sublayers: tuple[Sublayer, ...]
     parameters: int  # inside the blocks
     cost: Tensor  # parameters of each unit, [units], fp64
-    sublayer_of: Tensor  # index of each unit's sublayer, [units]
+    sublayer_of: Tensor  # index of each unit's sublayer or mixture, [units]
+    blocks: int
+    mixtures: tuple[Mixture, ...] = ()  # where units are experts; there are no sublayers then
 
     @property
     def units(self) -> int:
         return len(self.cost)
 
     @property
+    def parts(self) -> tuple[Sublayer | Mixture, ...]:
+        """What units are parts of: sublayers, or mixtures."""
+        return self.mixtures or self.sublayers
+
+    @property
+    def outputs(self) -> list[Any]:
+        """The layers that read inner features: one of each sublayer, or one of each expert."""
+        return [one.output for one in self.sublayers] + [output for one in self.mixtures for output in one.outputs]
+
+    @property
     def kinds(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(one.unit for one in self.sublayers))
+        return tuple(dict.fromkeys(one.unit for one in self.parts))
 
     @cached_property
     def by_block(self) -> list[list[int]]:
-        """Indices of the sublayers of each block."""
-        blocks = range(1 + max(one.block for one in self.sublayers))
-        return [[index for index, one in enumerate(self.sublayers) if one.block == block] for block in blocks]
+        """Indices of the parts of each block."""
+        blocks = range(self.blocks)
+        return [[index for index, one in enumerate(self.parts) if one.block == block] for block in blocks]
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Values [units] by sublayer."""
-        found: tuple[Tensor, ...] = torch.split(values, [one.units for one in self.sublayers])
+        """Values [units] by part."""
+        found: tuple[Tensor, ...] = torch.split(values, [one.units for one in self.parts])
         return found
 
     def removed(self, kept: Tensor) -> int:
         """Parameters that go with the units [units] that are not kept."""
-        gone = sum(one.rest for one, mine in zip(self.sublayers, self.split(kept), strict=True) if not mine.any())
+        gone = sum(one.rest for one, mine in zip(self.parts, self.split(kept), strict=True) if not mine.any())
         return gone + int(self.cost[~kept].sum())
 
 
@@ -123,17 +136,23 @@ def find_groups(model: Model, kinds: Sequence[str] = ()) -> Groups:
     """The units of a model as it came.
 
     Args:
-        kinds: keys of UNIT_KINDS; a sublayer that none is of is cut into the first kind that there is.
+        kinds: keys of UNIT_KINDS; a sublayer that none is of is cut into the first kind that there is. Experts go
+            alone.
 
     Raises:
-        ModelError: an architecture that is not in FAMILIES.
+        ModelError: an architecture that is not in FAMILIES, or for experts not in `mixtures.ROUTERS`.
         InputError: a sublayer cannot be cut into units of a kind.
     """
+    if "expert" in kinds:
+        mixtures = find_mixtures(model)
+        return _grouped(model, (), mixtures)
     architecture = model.module.config.model_type
     if architecture not in FAMILIES:
+        others = "; its experts can go (--granularity expert)" if architecture in ROUTERS else ""
         raise ModelError(
             f"{model.name!r} is a {architecture} model, whose channels and heads cannot be removed yet: accepted are "
             + ", ".join(FAMILIES)
+            + others
         )
     family = FAMILIES[architecture]
     units = {UNIT_KINDS[unit].sublayer: unit for unit in [*reversed(UNIT_KINDS), *kinds]}
@@ -143,11 +162,18 @@ def find_groups(model: Model, kinds: Sequence[str] = ()) -> Groups:
         for name in SUBLAYERS
         if name in family.places
     ]
+    return _grouped(model, tuple(sublayers), ())
+
+
+def _grouped(model: Model, sublayers: tuple[Sublayer, ...], mixtures: tuple[Mixture, ...]) -> Groups:
+    parts: tuple[Sublayer | Mixture, ...] = mixtures or sublayers
     return Groups(
-        tuple(sublayers),
+        sublayers,
         sum(parameter.numel() for block in model.blocks for parameter in block.module.parameters()),
-        torch.cat([torch.full((one.units,), float(one.cost), dtype=torch.float64) for one in sublayers]),
-        torch.cat([torch.full((one.units,), index) for index, one in enumerate(sublayers)]),
+        torch.cat([torch.full((one.units,), float(one.cost), dtype=torch.float64) for one in parts]),
+        torch.cat([torch.full((one.units,), index) for index, one in enumerate(parts)]),
+        len(model.blocks),
+        mixtures,
     )
 
 

@@ -37,15 +37,18 @@ class UnitKind:
     """What is removed as one; the first kind of a sublayer is what it consists of where no kind of it is named."""
 
     meaning: str
-    sublayer: str | None  # that it is a part of, a key of `groups.SUBLAYERS`; None for whole sublayers and whole blocks
+    # that it is a part of: a key of `groups.SUBLAYERS`, or "experts"; None for whole sublayers and whole blocks
+    sublayer: str | None
     together: int = 1  # neighbouring heads, or channels, that are one unit
+    alone: bool = False  # whether nothing else goes with it; then the format is uniform, and nothing is repaired
 
 
 UNIT_KINDS: dict[str, UnitKind] = {
     "channel": UnitKind("channels of an MLP", "mlp"),
     "head": UnitKind("attention heads, with their key/value group", "attention"),
     "layer": UnitKind("whole attentions, whole MLPs and whole blocks", None),
-    "block": UnitKind("whole blocks and nothing else", None),
+    "block": UnitKind("whole blocks and nothing else", None, alone=True),
+    "expert": UnitKind("whole experts of mixtures, the same share in every block, nothing else", "experts", alone=True),
 }
 
 
@@ -131,9 +134,14 @@ class UnitRule:
     placing: Literal["uniform", "global"]  # the same share of every sublayer, or all sublayers against each other
     metric: str | None = None  # of the output layer's weights, where a unit is scored by them
     score: Callable[..., Any] | None = None  # (UnitSession) -> score of each unit, where it is scored otherwise
+    experts: Callable[..., Any] | None = None  # the same of experts, where these are not scored by a metric
     blocks: bool = False  # whether it tells blocks apart, and not the units of a sublayer
     loss: bool = False  # whether scores are in nats, to be weighed against what a unit costs
     tried: bool = True  # whether `--start auto` measures it
+
+    def tells(self, *, experts: bool) -> bool:
+        """Whether it has scores of experts, or of channels, heads and blocks."""
+        return self.metric is not None or (self.experts if experts else self.score) is not None
 
 
 UNIT_RULES: dict[str, UnitRule] = {
@@ -150,12 +158,28 @@ UNIT_RULES: dict[str, UnitRule] = {
         "global",
         score=lazy("gpmetric.structured.scores:fluctuation"),
     ),
-    "random": UnitRule("uniform noise", "global", score=lazy("gpmetric.structured.scores:noise"), tried=False),
+    "random": UnitRule(
+        "uniform noise",
+        "global",
+        score=lazy("gpmetric.structured.scores:noise"),
+        experts=lazy("gpmetric.structured.scores:noise"),
+        tried=False,
+    ),
     "block_influence": UnitRule(
         "Men et al. 2024 (ShortGPT), equation 1: blocks that turn their input least",
         "global",
         score=lazy("gpmetric.structured.scores:block_influence"),
         blocks=True,
+    ),
+    "reap": UnitRule(
+        "Lasby et al. 2025 (REAP): mean over an expert's tokens of its gate times the norm of its output",
+        "uniform",
+        experts=lazy("gpmetric.structured.expert_scores:router_weighted_activation"),
+    ),
+    "frequency": UnitRule(
+        "share of the tokens that are routed to an expert",
+        "uniform",
+        experts=lazy("gpmetric.structured.expert_scores:routing_frequency"),
     ),
 }
 
@@ -181,14 +205,20 @@ class SlimRequest(SearchInputs):
     search: Annotated[str | None, Option("Text that smaller models are measured on.", reads=True)] = None
     validation: Annotated[str | None, Option("Text the perplexity is reported on.", reads=True)] = None
     sparsity: Annotated[
-        float, Option("Share of the parameters inside the blocks that is removed.", above=0, below=1)
+        float,
+        Option(
+            "Share of the parameters inside the blocks that is removed; of experts, share of those of every block.",
+            above=0,
+            below=1,
+        ),
     ] = 0.3
     granularity: Annotated[tuple[str, ...], Option("What goes as one: {choices}.", choices=UNIT_KINDS, listed=True)] = (
         "channel",
         "head",
     )
     format: Annotated[
-        str | None, Option(f"{_meanings(FORMATS)}; where blocks go as a whole uniform, else hetero.", choices=FORMATS)
+        str | None,
+        Option(f"{_meanings(FORMATS)}; where blocks or experts go as a whole uniform, else hetero.", choices=FORMATS),
     ] = None
     budget: Annotated[str, _told(BUDGETS)] = "global"
     cost: Annotated[str, Option("What the budget counts: {choices}.", choices=COSTS)] = "parameters"
@@ -205,7 +235,9 @@ class SlimRequest(SearchInputs):
     add_bias: Annotated[
         bool, Option("Give a bias to outputs that have none, for the repair.", names=("--add-bias/--no-add-bias",))
     ] = False
-    steps: Annotated[int | None, Option("Steps of the search at most; 6 minutes if no limit.", least=1)] = None
+    steps: Annotated[
+        int | None, Option("Steps of the search at most, 0 for the start alone; 6 minutes if no limit.", least=0)
+    ] = None
     draws: Annotated[int, Option("Models drawn per step of a policy.")] = 2
     batch: Annotated[int, Option("Windows that models are measured on together.", least=1)] = 1
     rate: Annotated[float | None, Option("Of the first step; the estimator's own by default.", above=0)] = None
@@ -235,9 +267,11 @@ class SlimRequest(SearchInputs):
         if twice:
             named = ",".join(name for name in self.granularity if UNIT_KINDS[name].sublayer == twice)
             raise InputError(f"--granularity {named}: an {twice} is cut into units of one kind; name one of them")
-        if self.blocks and len(self.granularity) > 1:
+        if self.alone and len(self.granularity) > 1:
             named = ",".join(self.granularity)
-            raise InputError(f"--granularity {named}: whole blocks go alone; slim what is left once more for the rest")
+            told = f"whole {self.alone}s go alone; slim what is left once more for the rest"
+            raise InputError(f"--granularity {named}: {told}")
+        self._check_experts()
         same = equal and not self.blocks
         if None in sublayers and (same or self.budget != "global"):
             named, other = ",".join(self.granularity), form if same else f"--budget {self.budget}"
@@ -247,8 +281,31 @@ class SlimRequest(SearchInputs):
         if (self.budget, self.cost) == ("block", "macs"):
             raise InputError("--budget block counts parameters: --cost macs does not apply")
         if self.add_bias and self.mended == "none":
-            told = "--granularity block repairs nothing" if self.blocks else "--repair is none"
+            told = f"--granularity {self.alone} repairs nothing" if self.alone else "--repair is none"
             raise InputError(f"--add-bias gives --repair a place, and {told}")
+
+    def _check_experts(self) -> None:
+        """Refuses what cannot hold or draw fewer experts, and a start that tells apart other units than go."""
+        if self.experts and not (FORMATS[self.form].equal and FORMATS[self.form].stock):
+            accepted = " or ".join(name for name, row in FORMATS.items() if row.equal and row.stock)
+            raise InputError(
+                f"--granularity expert: a config has one number of experts for all blocks, so --format {self.form} "
+                f"cannot hold fewer; accepted is {accepted}"
+            )
+        if self.experts and ESTIMATORS[self.estimator].rate is not None:
+            accepted = " or ".join(name for name, row in ESTIMATORS.items() if row.rate is None)
+            raise InputError(
+                f"--granularity expert: --estimator {self.estimator} draws models whose blocks keep unequal numbers of "
+                f"experts; accepted is {accepted}"
+            )
+        rule = UNIT_RULES.get(self.start)
+        if rule is not None and not rule.tells(experts=self.experts):
+            told = "no experts" if self.experts else "experts only"
+            accepted = ", ".join(name for name, one in UNIT_RULES.items() if one.tells(experts=self.experts))
+            raise InputError(
+                f"--start {self.start} tells {told} apart, but --granularity is {','.join(self.granularity)}; accepted "
+                f"are auto, constant, {accepted}, or a metric or formula of weights"
+            )
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -266,11 +323,21 @@ class SlimRequest(SearchInputs):
         return "block" in self.granularity
 
     @property
+    def experts(self) -> bool:
+        """Whether experts go as a whole, and nothing else."""
+        return "expert" in self.granularity
+
+    @property
+    def alone(self) -> str | None:
+        """The kind of units that nothing else goes with, if it is asked for."""
+        return next((name for name in self.granularity if UNIT_KINDS[name].alone), None)
+
+    @property
     def form(self) -> str:
         """The format that is written, a key of FORMATS."""
-        return self.format or ("uniform" if self.blocks else "hetero")
+        return self.format or ("uniform" if self.alone else "hetero")
 
     @property
     def mended(self) -> str:
-        """The repair of what stays, a key of REPAIRS; a whole block leaves no output that lost some of its inputs."""
-        return "none" if self.blocks else self.repair
+        """The repair of what stays, a key of REPAIRS; whole blocks and experts leave no output with fewer inputs."""
+        return "none" if self.alone else self.repair

@@ -19,7 +19,7 @@ from torch import Tensor
 from gpmetric.calibration.collect import collect, token_batches
 from gpmetric.errors import GpmetricError
 from gpmetric.metrics import resolve_metric
-from gpmetric.models import Block, Model
+from gpmetric.models import Block, Layer, Model
 from gpmetric.operands import shape_of
 from gpmetric.session.session import Session
 from gpmetric.structured.groups import Groups, find_groups
@@ -107,7 +107,9 @@ class UnitSession:
             self.model.module.base_model(input_ids=batch.to(self.model.device), use_cache=False)
 
     def by_unit(self, features: Sequence[Tensor]) -> Tensor:
-        """Scores of features, [features] by sublayer, as means over those of each unit, [units]."""
+        """Scores of features, [features] by output layer, as means over those of each unit, [units]."""
+        if self.groups.mixtures:
+            return torch.stack([mine.cpu().mean() for mine in features])
         pairs = zip(self.groups.sublayers, features, strict=True)
         return torch.cat([mine.cpu()[one.columns].mean(dim=1) for one, mine in pairs])
 
@@ -127,7 +129,7 @@ def unit_scores(name: str, units: UnitSession) -> Tensor:
     place = name, frozenset(units.request.kinds), means
     if place not in units.known:
         rule = UNIT_RULES.get(name)
-        by_rule = None if rule is None else rule.score
+        by_rule = None if rule is None else rule.experts if units.groups.mixtures else rule.score
         found: Tensor = _by_metric(_metric_of(name), units) if by_rule is None else by_rule(units)
         if not found.isfinite().all():
             raise GpmetricError(f"{name!r} gives units scores that are not finite")
@@ -138,13 +140,13 @@ def unit_scores(name: str, units: UnitSession) -> Tensor:
 def read_by(name: str) -> frozenset[str]:
     """Names of the statistics that units are scored by."""
     rule = UNIT_RULES.get(name)
-    scored = name not in ("auto", "constant") and (rule is None or rule.score is None)
+    scored = name not in ("auto", "constant") and (rule is None or rule.metric is not None)
     return frozenset(resolve_metric(_metric_of(name)).operands if scored else ())
 
 
 def score_bytes(name: str, groups: Groups, *, products: bool) -> int:
     """Memory of what units are scored and repaired by: statistics of output layers, moments of pairs of features."""
-    shapes = [one.weight.shape for one in groups.sublayers]
+    shapes = [Layer("", one).weight.shape for one in groups.outputs]
     statistics = sum(4 * math.prod(shape_of(one, shape)) for one in read_by(name) for shape in shapes)
     return statistics + (sum(8 * shape[1] ** 2 for shape in shapes) if products else 0)
 
@@ -205,7 +207,7 @@ def _by_metric(text: str, units: UnitSession) -> Tensor:
     """A metric's scores of the output layers' weights, summed over outputs, [units], fp64."""
     model, metric = units.model, resolve_metric(text, *units.session.tokens.shape)
     known = {layer.module: layer for layer in model.layers}
-    layers = [known[one.output] for one in units.groups.sublayers]
+    layers = [known[one] for one in units.groups.outputs]
     outputs = tuple(Block(block.module, tuple(one for one in layers if one in block.layers)) for block in model.blocks)
     statistics = collect(replace(model, blocks=outputs), units.session.tokens, metric.operands).layers
     scores = (metric(layer.weight, **statistics[layer.name].operands) for layer in layers)

@@ -49,7 +49,7 @@ class Schedule:
     def over(self, state: State) -> float:
         """How much of the search is over."""
         used = ((state.step, self.steps), (state.seconds / 60, self.minutes))
-        return max((amount / limit for amount, limit in used if limit is not None), default=0.0)
+        return max((amount / limit if limit else 1.0 for amount, limit in used if limit is not None), default=0.0)
 
 
 class Search(ABC):

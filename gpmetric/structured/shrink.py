@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from gpmetric.models import Model
 from gpmetric.slim_models import Absent
 from gpmetric.structured.groups import Groups, Sublayer
+from gpmetric.structured.routing import Routing
 
 __all__ = ["Repair", "Shrinker"]
 
@@ -45,6 +46,7 @@ class Shrinker:
         self._biases = [one.output.bias for one in groups.sublayers]
         self._norms = [getattr(self._block(one), one.place.norm) for one in groups.sublayers]
         self._taken: set[int] = set()  # indices of sublayers that are not as they came
+        self._routings = [Routing(one) for one in groups.mixtures]
 
     @contextmanager
     def keeping(self, kept: Tensor, repairs: Mapping[int, Repair] | None = None) -> Iterator[None]:
@@ -76,6 +78,9 @@ class Shrinker:
     def _keep(self, indices: Sequence[int], kept: Tensor, repairs: Mapping[int, Repair]) -> None:
         masks = self.groups.split(kept)
         for index in indices:
+            if self._routings:
+                self._routings[index].keep(masks[index].nonzero()[:, 0])
+                continue
             sublayer, repair = self.groups.sublayers[index], repairs.get(index, Repair())
             units = masks[index].nonzero()[:, 0]
             if len(units) < sublayer.units or index in repairs:
@@ -86,6 +91,8 @@ class Shrinker:
                 self._narrow(index, units, repair)
 
     def _widen(self, indices: Sequence[int]) -> None:
+        for index in indices if self._routings else ():
+            self._routings[index].widen()
         for index in self._taken.intersection(indices):
             self._taken.remove(index)
             sublayer = self.groups.sublayers[index]
@@ -99,7 +106,14 @@ class Shrinker:
 
     @contextmanager
     def masking(self, kept: Tensor, repairs: Mapping[int, Repair]) -> Iterator[None]:
-        """The same function by other means, for comparison: dense shapes, and output layers blind to what is gone."""
+        """The same function by other means, for comparison: dense shapes, and output layers blind to what is gone.
+
+        Experts are as `keeping` has them, all where they were and some never chosen.
+        """
+        if self._routings:
+            with self.keeping(kept):
+                yield
+            return
         self.dense()
         with ExitStack() as hooks:
             for index, (one, mine) in enumerate(zip(self.groups.sublayers, self.groups.split(kept), strict=True)):

@@ -1,4 +1,4 @@
-"""`gpmetric slim`: channels, heads and layers removed, chosen by measured exchanges, and a smaller model written."""
+"""`gpmetric slim`: channels, heads, layers or experts removed, by measured exchanges; a smaller model written."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.session import Listener, Session, open_session
 from gpmetric.session.work import Work
-from gpmetric.structured.cost_budgets import accepted_heads, macs, pools_of, uniform_counts, uniform_pools
+from gpmetric.structured.cost_budgets import find_pools, macs
 from gpmetric.structured.draw_objective import REFERENCE_BYTES, DrawObjective
 from gpmetric.structured.exchange import PIECES, ExchangeSearch
+from gpmetric.structured.expert_scores import unreached
 from gpmetric.structured.export import Slimmed, check_format, stored_dtypes, written_bytes
 from gpmetric.structured.groups import find_groups
+from gpmetric.structured.mixtures import experts_kept
 from gpmetric.structured.policy import Policy
 from gpmetric.structured.repair import DAMPINGS, Repairer
 from gpmetric.structured.request import ESTIMATORS, FORMATS, SlimRequest
@@ -137,7 +139,7 @@ def slim_work(session: Session) -> Work:
     request, windows, model = session.inputs, session.windows, session.model
     assert isinstance(request, SlimRequest)
     search, validated = windows["search"].tokens, windows["validation"].tokens.numel()
-    steps, groups = request.steps or STEPS, find_groups(model, request.kinds)
+    steps, groups = STEPS if request.steps is None else request.steps, find_groups(model, request.kinds)
     length, names = session.tokens.shape[1], started_from(request)
     models = PIECES if ESTIMATORS[request.estimator].rate is None else 2  # of a step; those given up early take less
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
@@ -212,7 +214,8 @@ def run_slim(
         with replacing(output, request.force) as partial:
             manifest = write_slimmed(model, shrinker, best, request.form, partial, validation, made)
     figures = {"initial": perplexity(initial), "found": perplexity(found), "written": manifest["perplexity"]}
-    warnings = few_tokens(units.session) + above_start(bool(cost["share"]), **figures)
+    warnings = unreached(units) if request.experts else few_tokens(units.session)
+    warnings += above_start(bool(cost["share"]) or request.steps == 0, **figures)
     return {key: value for key, value in manifest.items() if key not in ("files", "tensors")} | {
         "output": str(output),
         "parameters_before": before,
@@ -276,22 +279,18 @@ def begin(request: SlimRequest, units: UnitSession, repairer: Repairer | None = 
     model, groups = units.model, units.groups
     cost = groups.cost if request.cost == "parameters" else macs(groups, units.session.tokens.shape[1])
     space = find_space(groups, request.kinds, layers=request.layers, blocks=request.blocks, cost=cost)
-    if (FORMATS[request.form].equal and not request.blocks) or request.budget == "block":
-        heads = list(range(groups.sublayers[0].units + 1))
-        accepted = accepted_heads(groups, model.module.config) if FORMATS[request.form].equal else heads
-        pools = uniform_pools(groups, space, uniform_counts(groups, request.sparsity, request.kinds, accepted))
-    else:
-        pools = pools_of(groups, space, request.sparsity, cost, by_kind=request.budget == "kind")
+    pools = find_pools(request, groups, space, cost, model.module.config)
     name = started_from(request)[0]
     start = make_start(name, units, space, pools, request.estimator)
     kept = top_units(space.stays(start.probabilities), space, pools)
     removed = float(cost[~kept].sum() / cost.sum())
-    if removed < request.sparsity / 2:
+    if removed < request.sparsity / 2 and not groups.mixtures:
         raise InputError(
             f"--sparsity {request.sparsity:g} cannot be met by --granularity {','.join(request.granularity)} in "
             f"--format {request.form}: the nearest below it removes {removed:.4f}"
         )
-    repairer = repairer or Repairer(groups, units.features, request.mended, add_bias=request.add_bias)
+    features = [] if request.mended == "none" else units.features
+    repairer = repairer or Repairer(groups, features, request.mended, add_bias=request.add_bias)
     shrinker, probabilities = Shrinker(model, groups), start.probabilities
     return SearchStart(units, shrinker, repairer, space, pools, probabilities, start.worth, name)
 
@@ -369,6 +368,9 @@ def identify(request: SlimRequest, units: UnitSession) -> dict[str, Any]:
     """All that a search depends on but its length."""
     names = ("sparsity", "budget", "cost", "estimator", "objective", "start", "repair", "add_bias", "draws", "batch")
     found = {name: getattr(request, name) for name in (*names, "rate", "seed")}
+    if mixtures := units.groups.mixtures:
+        kept = experts_kept(mixtures, request.sparsity)
+        found["experts"] = [{"block": one.block, "of": one.units, "kept": kept * one.groups} for one in mixtures]
     return found | {
         "granularity": sorted(request.granularity),
         "equal": FORMATS[request.form].equal,

@@ -33,7 +33,9 @@ def started_from(request: SlimRequest) -> tuple[str, ...]:
     if request.start != "auto":
         return (request.start,)
     whole = request.layers or request.blocks
-    tried = {name: rule for name, rule in UNIT_RULES.items() if rule.tried}
+    tried = {name: rule for name, rule in UNIT_RULES.items() if rule.tried and rule.tells(experts=request.experts)}
+    if request.experts:
+        return tuple(tried)
     # a rule that is standardised in a sublayer says nothing of whole ones
     return tuple(name for name, rule in tried.items() if (whole if rule.blocks else request.kinds or rule.loss))
 

@@ -75,13 +75,13 @@ def find_space(
     """
     cost = groups.cost if cost is None else cost
     if blocks:
-        atom = torch.tensor([one.block for one in groups.sublayers])[groups.sublayer_of]
+        atom = torch.tensor([one.block for one in groups.parts])[groups.sublayer_of]
         count = len(groups.by_block)
         sums = torch.zeros(count, dtype=torch.float64).index_add_(0, atom, cost)
         return UnitSpace(atom, sums, torch.full((2, count), count), count)
     atom = torch.full((groups.units,), -1)
     sublayer_of: list[int] = []
-    for index, (one, places) in enumerate(zip(groups.sublayers, groups.split(torch.arange(groups.units)), strict=True)):
+    for index, (one, places) in enumerate(zip(groups.parts, groups.split(torch.arange(groups.units)), strict=True)):
         if one.unit in kinds:
             atom[places] = len(sublayer_of) + torch.arange(one.units)
             sublayer_of += [index] * one.units
@@ -93,11 +93,11 @@ def find_space(
     gates = torch.full((2, atoms), atoms)
     if not layers:
         return UnitSpace(atom, sums, gates, atoms)
-    split = [index for index, one in enumerate(groups.sublayers) if one.unit in kinds]  # with a gate of their own
+    split = [index for index, one in enumerate(groups.parts) if one.unit in kinds]  # with a gate of their own
     entries = atoms + len(split) + len(groups.by_block)
     for place, index in enumerate(sublayer_of):
         gates[0, place] = atoms + split.index(index) if index in split else entries
-        gates[1, place] = atoms + len(split) + groups.sublayers[index].block
+        gates[1, place] = atoms + len(split) + groups.parts[index].block
     return UnitSpace(atom, sums, gates, entries)
 
 

@@ -258,10 +258,14 @@ def print_analysis(console: Console, result: Mapping[str, Any], request: Request
 def print_slim(console: Console, result: Mapping[str, Any], request: Request) -> None:
     """What stays of every block, and what that costs in perplexity."""
     table = Table(title=Text(f"{Path(result['model']).name}, what stays"), title_justify="left")
-    for heading in ("block", "key/value groups", "channels"):
-        table.add_column(heading, justify="right")
+    experts = "expert" in result["granularity"]
+    for heading in ("block", *(("experts", "removed") if experts else ("key/value groups", "channels"))):
+        table.add_column(heading, justify="right", overflow="fold")
     for index, width in enumerate(result["widths"]):
-        table.add_row(str(index), str(width["heads"]), str(width["channels"]))
+        if experts:
+            table.add_row(str(index), str(width["experts"]), " ".join(map(str, width["removed"])))
+        else:
+            table.add_row(str(index), str(width["heads"]), str(width["channels"]))
     console.print(table)
     before, after = result["parameters_before"], result["parameters_after"]
     figures = ", ".join(f"{name} {number(result[name]):.3f}" for name in ("dense", "initial", "perplexity"))
@@ -274,7 +278,8 @@ def print_slim(console: Console, result: Mapping[str, Any], request: Request) ->
         told = f"begun from {result['begun']}, the best start on the search text ({result['objective']}: {told})"
         console.print(Text(told), soft_wrap=True)
     _print_warnings(console, result)
-    share = f"{result['sparsity']:.4f} of the parameters inside the blocks removed ({result['asked']:g} asked for)"
+    asked = f"{result['asked']:g} of the experts" if experts else f"{result['asked']:g}"
+    share = f"{result['sparsity']:.4f} of the parameters inside the blocks removed ({asked} asked for)"
     console.print(Text(f"{result['output']}: {before:,} -> {after:,} parameters, {share}; verified"), soft_wrap=True)
 
 

@@ -169,7 +169,7 @@ def _kinds() -> dict[str | None, list[str]]:
     """Kinds of units that may go together, by the sublayer that they are parts of; None for whole layers."""
     found: dict[str | None, list[str]] = {}
     for name, kind in UNIT_KINDS.items():
-        if name == _BLOCK:
+        if kind.alone:
             continue
         found.setdefault(kind.sublayer, []).append(name)
     return found
