@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import MISSING, replace
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -176,6 +177,8 @@ def main() -> None:
     shown = logging.StreamHandler(sys.stderr)
     shown.setFormatter(_OneLine("gpmetric: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[shown])
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does with what a terminal cannot show
     watch_signals()
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)

@@ -175,6 +175,20 @@ def test_a_layer_that_is_read_but_not_called_stays_dense(save_model: Callable[..
     assert whys["backbone.layers.0.mixer.conv1d.weight"] == "a convolution"
 
 
+def test_attention_to_an_encoder_that_is_not_there_stays_dense(save_model: Callable[..., Path]) -> None:
+    """As it is told when the model is opened; an expert that reads no token is another matter."""
+    sizes = {"d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 24}
+    folder = save_model("bart", **sizes, is_decoder=True, is_encoder_decoder=False)
+    told = layers(folder)
+    pruned = [one["name"].partition("layers.")[2] for one in told["layers"] if one["prunable"]]
+    own = [f"self_attn.{name}_proj" for name in ("k", "v", "q", "out")] + ["fc1", "fc2"]
+    assert pruned == [f"{index}.{name}" for index in (0, 1) for name in own]
+    whys = {one["name"]: one["reason"] for one in told["layers"] if not one["prunable"]}
+    unused = [name for name in whys if "encoder_attn." in name and name.endswith("weight")]
+    assert len(unused) == 8
+    assert {whys[name] for name in unused} == {"never called, so that nothing is known of its inputs"}
+
+
 def test_layers_left_dense_are_told_and_some_must_stay(tiny_llama: Path) -> None:
     model = load_model(str(tiny_llama), include="q_proj")
     first, *others = [layer.name for layer in model.layers]

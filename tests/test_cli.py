@@ -621,6 +621,18 @@ def test_the_console_script(arguments: list[str], code: int) -> None:
     assert len((done.stdout + done.stderr).splitlines()) == 1
 
 
+def test_a_terminal_that_cannot_show_a_name_is_told_its_escapes(tiny_llama: Path, tiny_text: Path) -> None:
+    """In an old locale; before, a traceback in place of the result."""
+    text = tiny_text.with_name("\u6587.txt")
+    text.write_bytes(tiny_text.read_bytes())
+    command = [sys.executable, "-m", "gpmetric", "evaluate", str(tiny_llama), "--text", str(text)]
+    command += ["--windows", "1", "--sequence-length", "8", "--device", "cpu"]
+    surroundings = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=surroundings, check=False)
+    assert done.returncode == 0, done.stderr
+    assert r"\u6587.txt: perplexity " in done.stdout
+
+
 @pytest.mark.slow
 def test_the_module_runs_too(tiny_llama: Path, tiny_text: Path) -> None:
     command = [sys.executable, "-m", "gpmetric", "evaluate", str(tiny_llama), "--text", str(tiny_text), "--json", "-"]

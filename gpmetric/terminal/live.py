@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress import (
     BarColumn,
@@ -32,6 +32,7 @@ from gpmetric.session.plan import Plan
 from gpmetric.session.session import Listener
 from gpmetric.structured.slim import SlimListener
 from gpmetric.terminal.figures import duration, figures_of, needs_of, number, recipe_name
+from gpmetric.terminal.narrow import fitted
 from gpmetric.terminal.text import Text
 from gpmetric.tuning.steps import TuneListener
 from gpmetric.tuning.trial_log import Measurement
@@ -215,11 +216,11 @@ class DiscoverReport(_Bars, DiscoverListener):
         self._live.start()
         self._live.update(self._table(line, front), refresh=True)
 
-    def _table(self, title: str, front: Sequence[Individual]) -> Table:
+    def _table(self, title: str, front: Sequence[Individual]) -> RenderableType:
         table = Table(title=Text(title + "; excess log-loss on the search text"), title_justify="left")
         for heading in ("mean", *(front[0].excess if front else ()), "nodes"):
             table.add_column(Text(heading), justify="right")
-        table.add_column("formula (bold: the best without gradients)", overflow="fold")
+        table.add_column("formula (bold: the best without gradients)")
         free = _without_gradients(front)
         shown = list(front[:_SHOWN])
         if free is not None and free not in shown:
@@ -228,7 +229,7 @@ class DiscoverReport(_Bars, DiscoverListener):
             figures = (f"{value:.4f}" for value in (mean_excess(one.excess), *one.excess.values()))
             style = "bold" if one is free else ""
             table.add_row(*figures, str(len(one.expression)), Text(one.text, style))
-        return table
+        return fitted(table, self._console.width)
 
 
 def _without_gradients(front: Sequence[Individual]) -> Individual | None:
