@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -593,6 +594,21 @@ def test_interrupted_is_130(run: Run, monkeypatch: pytest.MonkeyPatch, number: s
     assert outcome.code == 130
     assert outcome.error == "interrupted"
     check_stop()  # it is answered: the next command of this process runs
+
+
+def test_interrupted_is_130_where_a_library_swallows_it(
+    run: Run, quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run would have gone on to its end, and written its result."""
+
+    def swallow(*_: object, **__: object) -> dict[str, Any]:
+        with suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGINT)
+        return {"results": [], "dense": {}}
+
+    monkeypatch.setattr("gpmetric.pruning.bench.run_bench", swallow)
+    outcome = run("bench", *quick, "--json", tmp_path / "x.json")
+    assert (outcome.code, outcome.error, list(tmp_path.iterdir())) == (130, "interrupted", [])
 
 
 @pytest.mark.parametrize(

@@ -344,6 +344,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config cut short": (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON file"),
     "list for config": (lambda folder: (folder / "config.json").write_text("[]"), "Unrecognized model"),
     "unknown type": (lambda folder: edit_config(folder, model_type="nope"), "`nope`"),
+    "no language model": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "clip"}'),
+        r"^model '.*' is of type 'clip', for which transformers has no causal language model$",
+    ),
     "unknown activation": (lambda folder: edit_config(folder, hidden_act="nope"), "cannot be loaded: KeyError 'nope'"),
     "quantised": (
         lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq"}),
