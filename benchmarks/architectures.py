@@ -16,6 +16,7 @@ import random
 import re
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -48,19 +49,31 @@ Row = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="model types; all by default")
+    parser.add_argument("names", nargs="*", help="model types, whose rows are replaced; all by default")
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).with_suffix(".csv"))
-    parser.add_argument("--seconds", type=int, default=90, help="for each")
+    parser.add_argument("--seconds", type=int, default=120, help="for each")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    with asked.output.open("w", newline="", encoding="utf-8") as file:
+    rows = read_table(asked.output) if asked.names and asked.output.exists() else {}
+    for name in asked.names or architectures():
+        rows[name] = measured_apart(name, asked.seconds)
+        write_table(asked.output, rows)
+        print(*rows[name].values(), sep="\t", flush=True)
+    for column in ("opened", *TRIED):
+        told = Counter(re.sub(r"^\d.*", "as the loop", row[column]) or "not tried" for row in rows.values())
+        print(f"{column}:", ", ".join(f"{count} {what}" for what, count in told.most_common()))
+
+
+def read_table(path: Path) -> dict[str, Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return {row["architecture"]: row for row in csv.DictReader(file)}
+
+
+def write_table(path: Path, rows: dict[str, Row]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         table.writeheader()
-        for name in asked.names or architectures():
-            row = measured_apart(name, asked.seconds)
-            table.writerow(row)
-            file.flush()
-            print(*row.values(), sep="\t", flush=True)
+        table.writerows(rows[name] for name in sorted(rows))
 
 
 def measured_apart(name: str, seconds: int) -> Row:

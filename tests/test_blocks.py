@@ -72,6 +72,17 @@ def test_a_list_elsewhere_is_a_list_of_blocks_if_its_classes_are() -> None:
     ]
 
 
+def test_a_decoder_without_lists_is_the_output_layer() -> None:
+    """ModernBERT's decoder calls its output layer so: its blocks are in the base model."""
+
+    class Headed(Body):
+        def get_decoder(self) -> nn.Module:
+            return self.decoder
+
+    body = Headed(base_model=Body(layers=blocks_of(2)), decoder=nn.Linear(2, 9))
+    assert names(body) == [["base_model.layers.0.up"], ["base_model.layers.1.up"]]
+
+
 def test_routers_by_name() -> None:
     routers = ["router", "modality_router", "gate", "shared_expert_gate"]
     inside = ["gate.wg", "router.layer", "router.classifier"]

@@ -56,7 +56,7 @@ _SHOWN = 12  # rows of the live table
 
 
 class _Bars:
-    """Progress bars with the time left, which vanish when done; elsewhere than on a terminal, a line now and then."""
+    """Progress bars with the time left, each there until it is done; elsewhere than on a terminal, a line now and then."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -80,10 +80,11 @@ class _Bars:
     def progress(self, what: str, done: int, total: int) -> None:
         if what not in self._tasks:
             self._tasks[what] = self._bar.add_task(plain(what), total=total)
-        self._bar.update(self._tasks[what], completed=done, total=total)
         now = time.monotonic()
         if done <= self._latest.get(what, done):  # it begins, maybe again
             self._began[what] = now
+            self._bar.reset(self._tasks[what])
+        self._bar.update(self._tasks[what], completed=done, total=total, visible=done < total)
         self._latest[what] = done
         began = self._began[what]
         if not self._console.is_terminal and now - self._told > _QUIET and began < now:

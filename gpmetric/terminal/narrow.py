@@ -53,7 +53,7 @@ def _least(column: Column) -> int:
 
 def _lines(table: Table) -> list[text.Text]:
     """`metric wanda, update none, a.txt 12.345` for each row, without its empty cells."""
-    lines = []
+    lines: list[text.Text] = []
     for row, cells in zip(table.rows, zip(*(column.cells for column in table.columns), strict=True), strict=True):
         line = Text(style=str(row.style or ""))
         for column, cell in zip(table.columns, cells, strict=True):
