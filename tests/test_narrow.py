@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gpmetric.pruning.requests import BenchRequest
+from gpmetric.session.requests import LayersRequest
+from gpmetric.terminal.layers import print_layers
 from gpmetric.terminal.narrow import fitted
 from gpmetric.terminal.tables import print_bench
 from gpmetric.terminal.text import Text
@@ -48,6 +50,23 @@ def test_no_number_is_cut(texts: int, width: int) -> None:
         ]
     words = shown.replace(",", " ").split()
     assert [words.count(number) for number in numbers] == [1] * len(numbers)
+    assert "\u2026" not in shown
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_no_shape_is_cut(width: int) -> None:
+    names = [f"model.language_model.layers.{index}.mlp.down_proj" for index in range(12)]
+    layers = [{"name": name, "shape": [12288, 49152], "prunable": True, "reason": None} for name in names]
+    layers.append(
+        {"name": "a\x1b[31m.bias", "shape": [7], "prunable": False, "reason": "a vector that is no weight of a layer"}
+    )
+    document = {"layers": layers, "blocks": 12, "weights": 10, "parameters": 20, "share": 0.5}
+    console = Console(file=io.StringIO(), width=width)
+    print_layers(console, document, LayersRequest())
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, shown.splitlines()[:-1])) <= width
+    assert shown.count("12288 x 49152") == 1
+    assert "\x1b" not in shown  # which a terminal would obey
     assert "\u2026" not in shown
 
 

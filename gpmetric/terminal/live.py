@@ -56,7 +56,7 @@ _SHOWN = 12  # rows of the live table
 
 
 class _Bars:
-    """Progress bars with the time left, each there until it is done; elsewhere than on a terminal, a line now and then."""
+    """Progress bars with the time left, each there until it is done; a line now and then where there is no terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
