@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from gpmetric import layers
 from gpmetric.blocks import find_blocks, find_layers, leave_dense
 from gpmetric.blockwise.choosing import Choosing
+from gpmetric.blockwise.replay import check_blocks
 from gpmetric.calibration.collect import collect
 from gpmetric.errors import GpmetricError, ModelError
 from gpmetric.loading import load_model
+from gpmetric.models import Model
 from gpmetric.stored_names import stored_names
 from tests.test_blockwise import make_tokens, toy
 
@@ -184,6 +186,19 @@ def test_a_layer_that_is_read_but_not_called_stays_dense(save_model: Callable[..
     whys = {one["name"]: one["reason"] for one in told["layers"] if not one["prunable"]}
     assert whys["backbone.layers.0.mixer.dt_proj.weight"] == "never called, so that nothing is known of its inputs"
     assert whys["backbone.layers.0.mixer.conv1d.weight"] == "a convolution"
+
+
+def test_what_no_token_reaches_stays_dense_unless_it_may_be_an_expert() -> None:
+    """An expert is a member of a list, or is called one."""
+    module = toy().module
+    others = {"cross": Body(k=nn.Linear(8, 8)), "expert_1": Body(k=nn.Linear(8, 8)), "many": blocks_of(2, 8)}
+    for name, other in others.items():
+        setattr(module.base_model.blocks[0], name, other)
+    type(module).get_decoder = lambda self: self.base_model
+    model = Model("toy", module, None, find_blocks(module))
+    assert len(model.layers) == 3 + 4
+    told = "never called, so that nothing is known of its inputs"
+    assert check_blocks(model) == {"base_model.blocks.0.cross.k": told}
 
 
 def test_attention_to_an_encoder_that_is_not_there_stays_dense(save_model: Callable[..., Path]) -> None:
