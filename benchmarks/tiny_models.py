@@ -40,7 +40,8 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"hidden_size_per_layer_input", 8),
     (r"mamba_d_ssm|mamba_intermediate_size", 64),
     (r"hidden_size|hidden_dim|n_embd|d_model|emb_dim|embedding_size|embedding_dim|attention_hidden_size|lru_width"
-     r"|dim|d_embed|word_embed_proj_dim|dim_model|block_size_width|output_hidden_size|ple_hidden_size", 32),
+     r"|dim|d_embed|word_embed_proj_dim|dim_model|block_size_width|output_hidden_size|ple_hidden_size"
+     r"|adapter_(in|out)_dim|adapter_input_size", 32),
     (r".*intermediate_size.*|.*ffn_dim|n_inner|d_?ff|d_inner|ffn_hidden_size|mlp_hidden_size|ff_proj_dim|dim_ff"
      r"|feed_forward_size|feedforward_size|.*mlp_dim|block_ff_dim|expert_ffn_hidden_size|ffn_embed_dim", 48),
     (r"(mamba_|ssm_)?(d_state|state_size)|ssm_state_size", 8),
@@ -60,10 +61,37 @@ _OTHERWISE: tuple[dict[str, Any], ...] = (
 # What no pattern can know, by model type.
 _INDEXER = {"n_heads": 4, "kv_heads": 1, "head_dim": 8, "budget": 8, "compress_ratio": 2}
 _QWEN4 = {f"indexer_{name}": size for name, size in _INDEXER.items()}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_BLT = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 48,
+}
+_DOTS = {"q_lora_rank": 8, "kv_lora_rank": 8, "head_dim": 16, "qk_nope_head_dim": 8, "v_head_dim": 8}
+_DOTS = {f"swa_{name}": size for name, size in _DOTS.items()}
 _OWN: dict[str, dict[str, Any]] = {
-    "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"] * 2},
+    "blt": {
+        "vocab_size": 300,
+        "encoder_hash_byte_group_vocab": 302,
+        "encoder_config": _BLT | {"hidden_size_global": 32},
+        "decoder_config": _BLT | {"hidden_size_global": 32, "num_hidden_layers": LAYERS, "head_dim": 8},
+        "patcher_config": _BLT | {"num_hidden_layers": 1, "head_dim": 8},
+    },
+    "cohere_compass_text": {
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE),
+    },
+    "cpmant": {"prompt_types": 4, "prompt_length": 2},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note": {"text_config": _DOTS},
+    "dots3_note_text": _DOTS,
     "gemma4": {"text_config": {"num_kv_shared_layers": 2}},
     "gemma4_text": {"num_kv_shared_layers": 2},
     "gemma4_unified": {"text_config": {"num_kv_shared_layers": 2}},
@@ -75,7 +103,12 @@ _OWN: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_shape": (8, 16), "axial_pos_embds_dim": (16, 16)},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
 }
 _KEYS = ("num_key_value_heads", "num_kv_heads")
 _LISTS = re.compile(r".*layer.*|.*types?|block_.*|.*pattern|.*_per_layer")

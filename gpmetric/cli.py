@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import MISSING, replace
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -174,6 +175,8 @@ app.add_typer(_planned, name="plan")
 def main() -> None:
     """Runs the command line; exit status 0 done, 1 the work failed, 2 bad input or usage, 130 interrupted."""
     log_plainly()
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does with what a terminal cannot show
     watch_signals()
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)

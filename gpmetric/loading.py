@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import cached_file  # type: ignore[attr-defined]
 from transformers.utils import logging as transformers_logging
 
@@ -238,9 +238,10 @@ def _load(path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
             )
         if config.is_encoder_decoder:
             raise ModelError(f"model {path!r} ({config.model_type}) is an encoder-decoder; a causal model is wanted")
-        if type(config) not in AutoModelForCausalLM._model_mapping:  # whose message is a page of classes
-            told = "for which transformers has no causal language model"
-            raise ModelError(f"model {path!r} is of architecture {config.model_type}, {told}")
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ModelError(
+                f"model {path!r} is of type {config.model_type!r}, for which transformers has no causal language model"
+            )
         module, info = _mapped(path, config, dtype, options)
     with _explained(f"tokenizer of model {place}"):
         tokenizer = AutoTokenizer.from_pretrained(path, **options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
@@ -183,13 +184,26 @@ def check_request(
     request.check()
     written = {} if json is None else {"--json": (json, "json")}
     read = [] if config is None else [(str(config), config)]
+    _check_home("--json", json)
     for field in described(type(request)):
         value = getattr(request, field.name)
+        if field.option.reads or field.option.writes is not None:
+            for one in value if isinstance(value, tuple) else (value,):
+                _check_home(field.spelled, one)
         if field.option.writes is not None and value is not None:
             written[field.spelled] = (value, field.option.writes)
         if field.option.reads:
             read += _places(value)
     check_outputs(written | request.beside, read, force=getattr(request, "force", force))
+
+
+def _check_home(option: str, value: Any) -> None:
+    """Refuses a path that begins with ~, which a shell has not expanded: it was quoted, or stands behind `=`."""
+    if re.match(r"~(/|$)", str(value)):
+        raise InputError(
+            f"{option} {str(value)!r}: ~ stands for the home folder only where a shell expands it; "
+            f"write {os.path.expanduser(str(value))!r}"
+        )
 
 
 def _places(value: Any) -> Iterator[tuple[str, Path]]:

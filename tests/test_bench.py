@@ -366,6 +366,68 @@ def test_failures_are_told_with_their_model() -> None:
     assert first_failure(several) == "b: no"
 
 
+def test_a_stopped_bench_goes_on_and_measures_nothing_twice(
+    tiny_llama: Path, tiny_gpt2: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C behind each of the rows but the last, of two models; resumed, it ends as one that was not stopped."""
+
+    class Stopping(BenchListener):
+        def __init__(self, after: int) -> None:
+            self.after = after
+
+        def row(self, row: BenchRow) -> None:
+            self.after -= 1
+            if not self.after:
+                raise KeyboardInterrupt
+
+    names, ledger = [tiny_llama, tiny_gpt2], tmp_path / "rows.jsonl"
+    options: dict[str, Any] = {"metric": ["magnitude_row", "wanda"], "target": ["0.5", "2:4"]}
+    whole = figures(run(names, tiny_text, **options))
+    for _ in range(7):
+        resume = {"ledger": ledger, "resume": ledger.exists()}
+        done = len(ledger.read_text().splitlines()) - 1 if ledger.exists() else 0
+        with pytest.raises(KeyboardInterrupt):
+            run(names, tiny_text, **options, **resume, listener=Stopping(done + 1))
+    assert len(ledger.read_text().splitlines()) == 1 + 7
+    measured: list[int] = []
+    plain = Protocol.measure
+
+    def counted(self: Protocol, rules: Sequence[Rule], *arguments: Any) -> list[Measured]:
+        measured.append(len(rules))
+        return plain(self, rules, *arguments)
+
+    monkeypatch.setattr(Protocol, "measure", counted)
+    found = run(names, tiny_text, **options, ledger=ledger, resume=True)
+    assert (figures(found), measured) == (whole, [1])
+    again = run(names, tiny_text, **options, ledger=ledger, resume=True)
+    assert (again["models"][0]["results"], measured) == (found["models"][0]["results"], [1])  # the same seconds, too
+    with pytest.raises(InputError, match=r"^--ledger '.*' exists: go on with --resume, or name another$"):
+        run(names, tiny_text, **options, ledger=ledger)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"samples": 7}, {"windows": 5}, {"update": "obs"}, {"one_shot": True}, {"exclude": "mlp"}, {"dtype": "bfloat16"}],
+)
+def test_rows_of_other_settings_are_measured(
+    change: dict[str, Any], tiny_llama: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"metric": ["wanda"], "ledger": tmp_path / "rows.jsonl", "resume": True}
+    run(tiny_llama, tiny_text, **options)
+    assert figures(run(tiny_llama, tiny_text, **options | change)) == figures(
+        run(tiny_llama, tiny_text, metric=["wanda"], **change)
+    )
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 3
+
+
+def figures(result: dict[str, Any]) -> list[Any]:
+    """A document without what is measured in seconds."""
+    documents = result.get("models", [result])
+    return [
+        [one["model"], one["dense"], *({**row, "seconds": 0} for row in one["results"])] for one in documents
+    ]  # fmt: skip
+
+
 def test_row_beats_a_metrics_own_group(tiny_llama: Path, tiny_text: Path) -> None:
     """`magnitude` compares within the matrix unless the target says otherwise."""
     result = run(tiny_llama, tiny_text, metric=["magnitude", "magnitude_row"], target=["0.5", "row:0.5", "layer:0.5"])

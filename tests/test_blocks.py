@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from gpmetric import layers
 from gpmetric.blocks import find_blocks, find_layers, leave_dense
 from gpmetric.blockwise.choosing import Choosing
+from gpmetric.blockwise.replay import check_blocks
 from gpmetric.calibration.collect import collect
 from gpmetric.errors import GpmetricError, ModelError
 from gpmetric.loading import load_model
+from gpmetric.models import Model
 from gpmetric.pruning.prune import prune
 from gpmetric.stored_names import stored_names
 from tests.mixtures import MIXTURES
@@ -72,6 +74,17 @@ def test_a_list_elsewhere_is_a_list_of_blocks_if_its_classes_are() -> None:
     assert [name for (name,) in names(body)] == [
         f"{part}.layers.{index}.up" for part in ("high", "low") for index in (0, 1)
     ]
+
+
+def test_a_decoder_without_lists_is_the_output_layer() -> None:
+    """ModernBERT's decoder calls its output layer so: its blocks are in the base model."""
+
+    class Headed(Body):
+        def get_decoder(self) -> nn.Module:
+            return self.decoder
+
+    body = Headed(base_model=Body(layers=blocks_of(2)), decoder=nn.Linear(2, 9))
+    assert names(body) == [["base_model.layers.0.up"], ["base_model.layers.1.up"]]
 
 
 def test_routers_by_name() -> None:
@@ -199,6 +212,33 @@ def test_a_layer_that_is_read_but_not_called_stays_dense(
         zeros = int((weight == 0).sum() - (before[name] == 0).sum())
         assert zeros == (weight.numel() // 2 if name.removesuffix(".weight") in pruned else 0) or ".experts." in name
     assert after[f"{mixer}.dt_proj.weight"].equal(before[f"{mixer}.dt_proj.weight"])
+
+
+def test_what_no_token_reaches_stays_dense_unless_it_may_be_an_expert() -> None:
+    """An expert is a member of a list, or is called one."""
+    module = toy().module
+    others = {"cross": Body(k=nn.Linear(8, 8)), "expert_1": Body(k=nn.Linear(8, 8)), "many": blocks_of(2, 8)}
+    for name, other in others.items():
+        setattr(module.base_model.blocks[0], name, other)
+    type(module).get_decoder = lambda self: self.base_model
+    model = Model("toy", module, None, find_blocks(module))
+    assert len(model.layers) == 3 + 4
+    told = "never called, so that nothing is known of its inputs"
+    assert check_blocks(model) == {"base_model.blocks.0.cross.k": told}
+
+
+def test_attention_to_an_encoder_that_is_not_there_stays_dense(save_model: Callable[..., Path]) -> None:
+    """As it is told when the model is opened; an expert that reads no token is another matter."""
+    sizes = {"d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 24}
+    folder = save_model("bart", **sizes, is_decoder=True, is_encoder_decoder=False)
+    told = layers(folder)
+    pruned = [one["name"].partition("layers.")[2] for one in told["layers"] if one["prunable"]]
+    own = [f"self_attn.{name}_proj" for name in ("k", "v", "q", "out")] + ["fc1", "fc2"]
+    assert pruned == [f"{index}.{name}" for index in (0, 1) for name in own]
+    whys = {one["name"]: one["reason"] for one in told["layers"] if not one["prunable"]}
+    unused = [name for name in whys if "encoder_attn." in name and name.endswith("weight")]
+    assert len(unused) == 8
+    assert {whys[name] for name in unused} == {"never called, so that nothing is known of its inputs"}
 
 
 def test_layers_left_dense_are_told_and_some_must_stay(tiny_llama: Path) -> None:

@@ -305,7 +305,8 @@ class ToyBlock(nn.Module):
             states = states + states.flip(1)
         if self.kind in ("alone", "ahead"):
             return states
-        return states, states.mean(dim=-1, keepdim=True)
+        output = states, states.mean(dim=-1, keepdim=True)
+        return list(output) if self.kind == "list" else output
 
 
 class ToyBody(nn.Module):
@@ -320,7 +321,7 @@ class ToyBody(nn.Module):
         for _ in range(2 if self.kind == "twice" else 1):
             for block in self.blocks:
                 output = block(states, gate=gate)
-                states, rest = output if isinstance(output, tuple) else (output, None)
+                states, rest = output if isinstance(output, (tuple, list)) else (output, None)
                 gate = rest if self.kind == "gate" else None
                 if self.kind == "between":
                     states = states * 1.5
@@ -353,7 +354,7 @@ def toy(kind: str = "alone") -> Model:
     return Model("toy", module, None, tuple(blocks))
 
 
-@pytest.mark.parametrize("kind", ["alone", "beside"])
+@pytest.mark.parametrize("kind", ["alone", "beside", "list"])
 def test_a_model_without_embeddings_for_input_is_run(kind: str) -> None:
     """Its end is run with the token ids; what blocks return beside the states and nobody reads is no matter."""
     model, tokens = toy(kind), make_tokens(3, 5)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -621,6 +622,21 @@ def test_interrupted_is_130(run: Run, monkeypatch: pytest.MonkeyPatch, number: s
     check_stop()  # it is answered: the next command of this process runs
 
 
+def test_interrupted_is_130_where_a_library_swallows_it(
+    run: Run, quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run would have gone on to its end, and written its result."""
+
+    def swallow(*_: object, **__: object) -> dict[str, Any]:
+        with suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGINT)
+        return {"results": [], "dense": {}}
+
+    monkeypatch.setattr("gpmetric.pruning.bench.run_bench", swallow)
+    outcome = run("bench", *quick, "--json", tmp_path / "x.json")
+    assert (outcome.code, outcome.error, list(tmp_path.iterdir())) == (130, "interrupted", [])
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -645,6 +661,18 @@ def test_the_console_script(arguments: list[str], code: int) -> None:
     done = subprocess.run([CONSOLE_SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == code
     assert len((done.stdout + done.stderr).splitlines()) == 1
+
+
+def test_a_terminal_that_cannot_show_a_name_is_told_its_escapes(tiny_llama: Path, tiny_text: Path) -> None:
+    """In an old locale; before, a traceback in place of the result."""
+    text = tiny_text.with_name("\u6587.txt")
+    text.write_bytes(tiny_text.read_bytes())
+    command = [sys.executable, "-m", "gpmetric", "evaluate", str(tiny_llama), "--text", str(text)]
+    command += ["--windows", "1", "--sequence-length", "8", "--device", "cpu"]
+    surroundings = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=surroundings, check=False)
+    assert done.returncode == 0, done.stderr
+    assert r"\u6587.txt: perplexity " in done.stdout
 
 
 @pytest.mark.slow

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -10,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
-from gpmetric import allocate
+from gpmetric import allocate, prune
 from gpmetric.blockwise.backward import run_backward
 from gpmetric.blockwise.ends import backward_of_loss
 from gpmetric.blockwise.hidden import Hidden
@@ -50,17 +54,56 @@ def sharing(request: pytest.FixtureRequest, matrix: ModuleType, tmp_path_factory
 @pytest.mark.slow
 def test_all_are_opened_or_refused_in_one_line(matrix: ModuleType) -> None:
     """Of those that the installed transformers can build tiny; what is told of each is in the benchmark's table."""
-    rows = [matrix.measured(name, until="loaded") for name in matrix.architectures()]
-    odd = [row for row in rows if row["reached"] == "built" and not row["why"].startswith("ModelError: ")]
-    assert not odd
-    assert sum(row["reached"] == "loaded" for row in rows) >= LOADED
+    rows = [matrix.measured(name, ()) for name in matrix.architectures()]
+    assert not [row for row in rows if row["opened"] == "fails"]
+    refused = [row["why"] for row in rows if row["opened"] == "refused"]
+    assert all(why.startswith("opened: ModelError: ") for why in refused)
+    assert sum(row["opened"] == "yes" for row in rows) >= LOADED
 
 
 @pytest.mark.parametrize("name", PRUNED)
 def test_pruned_as_an_independent_loop_prunes(name: str, matrix: ModuleType) -> None:
-    """Perplexity under both protocols, in memory and of the files, to 1e-6; zeros counted in the files."""
-    row = matrix.measured(name, until="sequential")
-    assert row["reached"] == "sequential", row["why"]
+    """Weights and perplexity under both protocols, in memory and of the files; zeros counted in the files."""
+    row = matrix.measured(name, ("one_shot", "sequential"))
+    assert not row["why"]
+    assert float(row["one_shot"]) <= 1e-6
+    assert float(row["sequential"]) <= 1e-6
+
+
+def test_the_loop_tells_another_mask(matrix: ModuleType, tmp_path: Path) -> None:
+    """Of as many zeros: those of the least weights are not Wanda's."""
+    model, text, out = tmp_path / "model", tmp_path / "text.txt", tmp_path / "out"
+    matrix.save_tiny("llama", model)
+    matrix.write_text(text)
+    options = {"target": "0.5", "calibration": str(text), "text": str(text), **matrix.SIZES}
+    told = prune(str(model), metric="magnitude_row", output=out, **options)
+    with pytest.raises(AssertionError, match=r"\d+ weights are not those of the loop"):
+        matrix.compare(model, text, told, out, one_shot=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_one_that_hangs_or_dies_costs_its_own_row(matrix: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def begun(name: str, tried: object, report: Callable[[dict[str, Any]], None]) -> None:
+        report(matrix.empty_row(name) | {"opened": "yes"})
+        if name == "dies":
+            os._exit(3)
+        time.sleep(60)
+
+    monkeypatch.setattr(matrix, "measured", begun)
+    for name, told in (("hangs", "TimeoutError: not done in 1 s"), ("dies", "ended with status 3")):
+        row = matrix.measured_apart(name, 1)
+        assert (row["architecture"], row["opened"], row["why"]) == (name, "yes", told)
+
+
+def test_the_table_has_every_architecture_and_no_fault(matrix: ModuleType) -> None:
+    """`benchmarks/architectures.csv`, as it was made last, if that was of the transformers that is installed."""
+    with (BENCHMARKS / "architectures.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == matrix.COLUMNS
+    assert not [row["architecture"] for row in rows if "fails" in row.values()]
+    assert all(row["why"] for row in rows if row["opened"] != "yes")
+    if {row["transformers"] for row in rows} == {transformers.__version__}:
+        assert [row["architecture"] for row in rows] == matrix.architectures()
 
 
 # Keys and values that blocks share

@@ -279,7 +279,7 @@ def test_encoders_are_refused(save_model: Callable[..., Path], damaged: Path) ->
 def test_what_is_no_language_model_is_refused(model_type: str, damaged: Path) -> None:
     """Step 3.7, a mixture with a vision tower that transformers has no causal language model of; no page of classes."""
     (damaged / "config.json").write_text(json.dumps({"model_type": model_type}))
-    refused(damaged, rf"is of architecture {model_type}, for which transformers has no causal language model$")
+    refused(damaged, rf"is of type '{model_type}', for which transformers has no causal language model$")
 
 
 def no_config(folder: Path) -> None:
@@ -356,6 +356,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config cut short": (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON file"),
     "list for config": (lambda folder: (folder / "config.json").write_text("[]"), "Unrecognized model"),
     "unknown type": (lambda folder: edit_config(folder, model_type="nope"), "`nope`"),
+    "no language model": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "clip"}'),
+        r"^model '.*' is of type 'clip', for which transformers has no causal language model$",
+    ),
     "unknown activation": (lambda folder: edit_config(folder, hidden_act="nope"), "cannot be loaded: KeyError 'nope'"),
     "quantised": (
         lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq"}),

@@ -31,7 +31,7 @@ from gpmetric.options import Request, check_request, described
 from gpmetric.outputs import OURS
 from gpmetric.packing.pack import run_pack
 from gpmetric.packing.requests import PackRequest
-from gpmetric.pruning.requests import PruneRequest, VerifyRequest
+from gpmetric.pruning.requests import BenchRequest, PruneRequest, VerifyRequest
 from gpmetric.tuning.request import TuneRequest
 
 PAIRS = [
@@ -180,6 +180,23 @@ def test_a_ledger_is_not_exported_over_itself(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "gpmetric", *words], capture_output=True, text=True, check=False)
     assert (done.returncode, path.read_bytes()) == (2, before), done.stderr
     assert f"--output {str(path)!r} is also read" in done.stderr
+
+
+def test_a_home_that_no_shell_expanded_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whatever is read or written; a name that only begins with the sign is a name."""
+    monkeypatch.setenv("HOME", "/home/me")
+    told = "stands for the home folder only where a shell expands it; write '/home/me/x'$"
+    for request, spelled in (
+        (PruneRequest(output=Path("~/x")), "--output"),
+        (PruneRequest(model="~/x", output=Path("y")), "--model"),
+        (AllocateRequest(calibration="~/x"), "--calibration"),
+        (BenchRequest(text=("t.txt", "~/x")), "--text"),
+    ):
+        with pytest.raises(InputError, match=rf"^{spelled} '~/x': ~ {told}"):
+            check_request(request)
+    with pytest.raises(InputError, match=rf"^--json '~/x': ~ {told}"):
+        check_request(BenchRequest(), Path("~/x"))
+    check_request(BenchRequest(model="~x"))
 
 
 def written(kind: str, path: Path) -> None:

@@ -67,6 +67,21 @@ def test_bars_show_names_as_they_are_spelled() -> None:
     assert "\x9b" not in text
 
 
+def test_a_bar_that_is_done_vanishes_and_begins_again_at_no_time() -> None:
+    def show(console: Console) -> None:
+        with EvaluateReport(console) as report:
+            seen = []
+            for what, done in (("calibration", 1), ("calibration", 2), ("windows", 1), ("calibration", 1)):
+                report.progress(what, done, 2)
+                seen.append({task.description for task in report._bar.tasks if task.visible})
+            assert seen == [{"calibration"}, set(), {"windows"}, {"calibration", "windows"}]
+            assert report._bar.tasks[0].start_time is not None
+            assert report._bar.tasks[1].start_time is not None
+            assert report._bar.tasks[0].start_time >= report._bar.tasks[1].start_time
+
+    printed(show)
+
+
 def test_errors_and_warnings_show_names_as_they_are_spelled(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -127,16 +127,20 @@ class Trial:
 
 
 def _never_called(model: Model, called: set[nn.Module]) -> dict[str, str]:
-    """Layers that are not called although the module that holds them is: Mamba reads one's weight itself.
+    """Layers that are not called although what holds them is: Mamba reads one's weight itself, and a decoder that was
+    made for an encoder has attention to it that no text reaches.
 
-    An expert that no token was given to is not called as a whole.
+    An expert that no token was given to is not called as a whole: a member of a list, or told by its name.
     """
     parents = {child: parent for parent in model.module.modules() for child in parent.children()}
-    return {
-        layer.name: "never called, so that nothing is known of its inputs"
-        for layer in model.layers
-        if layer.module not in called and parents[layer.module] in called
-    }
+    found = {}
+    for layer in model.layers:
+        above, expert = layer.module, "expert" in layer.name and parents[layer.module] not in called
+        while above not in called and not isinstance(above, (nn.ModuleList, nn.ModuleDict)):
+            above = parents[above]
+        if above is not layer.module and above in called and not expert:
+            found[layer.name] = "never called, so that nothing is known of its inputs"
+    return found
 
 
 def _unchanged(before: dict[Any, Any], after: dict[Any, Any]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -15,6 +15,7 @@ from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.loading import check_path
 from gpmetric.metrics import Metric
 from gpmetric.options import as_function
+from gpmetric.pruning.bench_log import BenchLog, BenchRow
 from gpmetric.pruning.protocol import Measured, Protocol, Rule, check_targets
 from gpmetric.pruning.requests import BenchRequest
 from gpmetric.pruning.updaters import needed_statistics
@@ -43,26 +44,6 @@ __all__ = [
 _UNKNOWN = 4.0  # times the others, what the first row of another updater is thought to take; see evolution.tasks
 
 
-@dataclass(frozen=True)
-class BenchRow:
-    """One pruned model: perplexity by text name, the sparsity reached, and the seconds pruning took.
-
-    `permuted` says whether inputs of any layer are in another order than the model's, so that N:M keeps more there.
-    `error` says why a metric could not be applied at this target; its perplexities are infinite then.
-    """
-
-    metric: str
-    target: str
-    update: str
-    formula: str
-    ppl: dict[str, float]
-    seconds: float
-    sparsity: float
-    error: str | None = None
-    fit: str = "own"
-    permuted: bool = False
-
-
 class BenchListener(Listener):
     """What a bench tells while it runs; every method may be overridden."""
 
@@ -82,30 +63,35 @@ def bench_rows(
     first: bool = True,
     fit: str = "own",
     permute: bool = False,
+    known: Mapping[tuple[str, str], BenchRow] = {},
 ) -> Iterator[BenchRow]:
     """One row for each distinct (metric, target); one that fails costs the others nothing.
 
     What needs fewer statistics of the dense model comes first, so that what can be measured is, before more is
     collected; of those that need the same, target by target. A row that would not end in time, if it takes as long as
-    others of its updater, is not begun: it has an error. The `first` of all is measured whatever the time.
+    others of its updater, is not begun: it has an error. The `first` of all is measured whatever the time. A row that
+    is `known`, by target and metric, is not measured.
     """
     check_targets(protocol.session.model, targets)
     model, limit = protocol.session.model, deadline or Deadline.starting(None)
     together = protocol.session.plan.together
     seconds: dict[str, float] = {}  # of the longest row by updater
     for alike in _by_needs(protocol, metrics, update):
+        pairs = {
+            (target.text, metric.name): Rule(metric, target, update, fit, permute and target.group > 0)
+            for target in targets
+            for metric in alike
+        }
+        yield from (known[pair] for pair in pairs if pair in known)
+        rules = [rule for pair, rule in pairs.items() if pair not in known]
+        if not rules:
+            continue
         failure = GpmetricError(limit.refusal) if not first and limit.left <= 0 else None
         try:
             if failure is None:
                 retried(model, partial(protocol.prepare, alike, update), protocol.session.forget_calls)
         except GpmetricError as error:
             failure = error
-        pairs = {
-            (target.text, metric.name): Rule(metric, target, update, fit, permute and target.group > 0)
-            for target in targets
-            for metric in alike
-        }
-        rules = list(pairs.values())
         for start in range(0, len(rules), together):
             group = rules[start : start + together]
             kinds = [rule.metric.update or update for rule in group]
@@ -166,7 +152,7 @@ def run_bench(
     """Every metric at every target under one protocol, the dense model first.
 
     Args:
-        request: what to measure on what.
+        request: what to measure on what; rows that its ledger has are taken from there.
         listener: told of progress and of every row.
         started: time.monotonic() at which `minutes` began; now by default.
 
@@ -182,11 +168,12 @@ def run_bench(
     """
     told, deadline = listener or BenchListener(), Deadline.starting(request.minutes, started)
     sources = open_sources(request)
-    if len(request.models) > 1:
-        return _bench_several(request, sources, told, deadline)
-    document: dict[str, Any] = {}
-    _bench_model(request, request.models[0], sources, told, document, deadline)
-    return document
+    with BenchLog(request.ledger, resume=request.resume) as log:
+        if len(request.models) > 1:
+            return _bench_several(request, sources, told, deadline, log)
+        document: dict[str, Any] = {}
+        _bench_model(request, request.models[0], sources, told, document, deadline, log)
+        return document
 
 
 bench = as_function("bench", BenchRequest, run_bench, "model")
@@ -199,6 +186,7 @@ def _bench_model(
     told: BenchListener,
     document: dict[str, Any],
     deadline: Deadline,
+    log: BenchLog,
     first: bool = True,
 ) -> None:
     """Fills the document of one model; its `results` grow row by row, so that what stops it leaves them there."""
@@ -217,7 +205,13 @@ def _bench_model(
     read = frozenset[str]().union(*(needed_statistics([metric], request.update) for metric in metrics))
     document |= _described(session, request) | {"dense": dense, "warnings": few_tokens(session, read), "results": []}
     order = {(target.text, metric.name): place for place, (target, metric) in enumerate(product(targets, metrics))}
-    for row in bench_rows(protocol, metrics, targets, request.update, deadline, first, request.fit, request.permute):
+    named = {metric.name: metric for metric in metrics}
+    known = log.known(session, metrics, [target.text for target in targets])
+    for row in bench_rows(
+        protocol, metrics, targets, request.update, deadline, first, request.fit, request.permute, known
+    ):
+        if (row.target, row.metric) not in known:
+            log.keep(session, named[row.metric], row)
         told.row(row)
         document["results"].append(asdict(row))
         document["results"].sort(key=lambda one: order[one["target"], one["metric"]])
@@ -235,7 +229,9 @@ def _described(session: Session, request: BenchRequest) -> dict[str, Any]:
     }
 
 
-def _bench_several(request: BenchRequest, sources: Sources, told: BenchListener, deadline: Deadline) -> dict[str, Any]:
+def _bench_several(
+    request: BenchRequest, sources: Sources, told: BenchListener, deadline: Deadline, log: BenchLog
+) -> dict[str, Any]:
     names = [name for name in request.models if name is not None]
     for name in names:
         check_path(name)
@@ -248,7 +244,7 @@ def _bench_several(request: BenchRequest, sources: Sources, told: BenchListener,
             documents[-1]["error"] = deadline.refusal
             continue
         try:
-            _bench_model(request, name, sources, told, documents[-1], deadline, first=len(documents) == 1)
+            _bench_model(request, name, sources, told, documents[-1], deadline, log, first=len(documents) == 1)
         except (GpmetricError, RuntimeError) as failure:  # RuntimeError: torch's
             documents[-1]["error"] = str(failure)
             failures.append(failure.with_traceback(None))  # whose frames hold the model

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from gpmetric.catalogue import CATALOGUE, PREFIX
 from gpmetric.errors import InputError, one_of
+from gpmetric.journal import check_ledger
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
 from gpmetric.options import Common, Option
 from gpmetric.pruning.published import PUBLISHED
@@ -86,9 +87,16 @@ class BenchRequest(Inputs):
     fit: Annotated[str, FIT] = "own"
     permute: Annotated[bool, PERMUTE] = False
     one_shot: Annotated[bool, ONE_SHOT] = False
+    ledger: Annotated[
+        Path | None, Option("JSON Lines file that keeps every row as it is measured.", metavar="FILE", writes="ledger")
+    ] = None
+    resume: Annotated[
+        bool, Option("Go on with the ledger: what it has is not measured again.", names=("--resume",))
+    ] = False
 
     def check(self) -> None:
         super().check()
+        check_ledger(self.ledger, self.resume)
         check_fit(self.fit, [resolve_metric(name) for name in self.metrics], self.update, one_shot=self.one_shot)
         targets = [parse_target(text) for text in self.target]
         if self.permute:

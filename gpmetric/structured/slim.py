@@ -143,7 +143,6 @@ def slim_work(session: Session) -> Work:
     length, names = session.tokens.shape[1], started_from(request)
     models = PIECES if ESTIMATORS[request.estimator].rate is None else 2  # of a step; those given up early take less
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
-    disk = written_bytes(model, request.form, request.sparsity * groups.parameters)
     return Work(
         length=length,
         calibration=session.tokens.numel(),
@@ -152,7 +151,7 @@ def slim_work(session: Session) -> Work:
         one_graph="taylor2" in names,
         fixed=score_bytes(request.start, groups, products=request.mended == "least-squares"),
         copied=True,  # the rows and columns of a drawn model
-        disk=disk,
+        disk=written_bytes(model, request.form, request.sparsity * groups.parameters),
         kept=min(REFERENCE_BYTES, reference_bytes(request.objective, model, search)),
         forward=2 * session.tokens.numel() + models * steps * search.shape[1] + 5 * validated,
         resident=True,

@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from gpmetric.options import Request
+from gpmetric.terminal.narrow import fitted
+from gpmetric.terminal.text import Text
 
 __all__ = ["print_layers"]
 
@@ -20,10 +21,13 @@ def print_layers(console: Console, result: Mapping[str, Any], request: Request) 
     """What is pruned, and what stays dense and why."""
     prunable = [one for one in result["layers"] if one["prunable"]]
     rows = _rows(prunable, "pruned") + _rows([one for one in result["layers"] if not one["prunable"]])
-    table = Table("parameters", "shape", "number", "", box=None, pad_edge=False)
+    table = Table("parameters", box=None, pad_edge=False)
+    for heading in ("shape", "number"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
     for name, shape, number, why in rows:
-        table.add_row(Text(name, overflow="fold"), shape, str(number), why)
-    console.print(table)
+        table.add_row(Text(name), shape, str(number), why)
+    console.print(fitted(table, console.width))
     told = f"{len(prunable)} layers in {result['blocks']} blocks: {result['weights']:,} of"
     console.print(Text(f"{told} {result['parameters']:,} parameters, {result['share']:.1%}"), soft_wrap=True)
 

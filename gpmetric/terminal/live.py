@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress import (
     BarColumn,
@@ -32,6 +32,7 @@ from gpmetric.session.plan import Plan
 from gpmetric.session.session import Listener
 from gpmetric.structured.slim import SlimListener
 from gpmetric.terminal.figures import duration, figures_of, needs_of, number, recipe_name
+from gpmetric.terminal.narrow import fitted
 from gpmetric.terminal.text import Text
 from gpmetric.tuning.steps import TuneListener
 from gpmetric.tuning.trial_log import Measurement
@@ -55,7 +56,7 @@ _SHOWN = 12  # rows of the live table
 
 
 class _Bars:
-    """Progress bars with the time left, which vanish when done; elsewhere than on a terminal, a line now and then."""
+    """Progress bars with the time left, each there until it is done; a line now and then where there is no terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -79,10 +80,11 @@ class _Bars:
     def progress(self, what: str, done: int, total: int) -> None:
         if what not in self._tasks:
             self._tasks[what] = self._bar.add_task(plain(what), total=total)
-        self._bar.update(self._tasks[what], completed=done, total=total)
         now = time.monotonic()
         if done <= self._latest.get(what, done):  # it begins, maybe again
             self._began[what] = now
+            self._bar.reset(self._tasks[what])
+        self._bar.update(self._tasks[what], completed=done, total=total, visible=done < total)
         self._latest[what] = done
         began = self._began[what]
         if not self._console.is_terminal and now - self._told > _QUIET and began < now:
@@ -215,11 +217,11 @@ class DiscoverReport(_Bars, DiscoverListener):
         self._live.start()
         self._live.update(self._table(line, front), refresh=True)
 
-    def _table(self, title: str, front: Sequence[Individual]) -> Table:
+    def _table(self, title: str, front: Sequence[Individual]) -> RenderableType:
         table = Table(title=Text(title + "; excess log-loss on the search text"), title_justify="left")
         for heading in ("mean", *(front[0].excess if front else ()), "nodes"):
             table.add_column(Text(heading), justify="right")
-        table.add_column("formula (bold: the best without gradients)", overflow="fold")
+        table.add_column("formula (bold: the best without gradients)")
         free = _without_gradients(front)
         shown = list(front[:_SHOWN])
         if free is not None and free not in shown:
@@ -228,7 +230,7 @@ class DiscoverReport(_Bars, DiscoverListener):
             figures = (f"{value:.4f}" for value in (mean_excess(one.excess), *one.excess.values()))
             style = "bold" if one is free else ""
             table.add_row(*figures, str(len(one.expression)), Text(one.text, style))
-        return table
+        return fitted(table, self._console.width)
 
 
 def _without_gradients(front: Sequence[Individual]) -> Individual | None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gpmetric.options import Request
+from gpmetric.terminal.narrow import fitted
 from gpmetric.terminal.text import Text
 
 __all__ = ["print_reproduce"]
@@ -31,4 +32,4 @@ def print_reproduce(console: Console, result: Mapping[str, Any], request: Reques
             verdict = "" if ours is None else "agrees" if row["within"] else "differs"
             figures = (f"{row['published']:.2f}", f"+-{row['tolerance']:.2f}", shown, verdict)
             table.add_row(Text(row["metric"]), Text(row["target"] or ""), *figures)
-        console.print(table)
+        console.print(fitted(table, console.width))

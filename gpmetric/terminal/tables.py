@@ -13,6 +13,7 @@ from rich.table import Table
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.options import Request, command_line
 from gpmetric.terminal.figures import experts_of, figure, needs_of, number, recipe_name
+from gpmetric.terminal.narrow import fitted
 from gpmetric.terminal.text import Text
 
 __all__ = [
@@ -94,7 +95,7 @@ def _print_tested(console: Console, result: Mapping[str, Any]) -> None:
     model, dense = result["model"], result["dense"]["test"]
     name = model if isinstance(model, str) else ", ".join(model)
     table = Table(title=Text(f"perplexity on test, {name}, dense {figure(dense)}"), title_justify="left")
-    table.add_column("metric", overflow="fold")
+    table.add_column("metric")
     for heading in (*result["targets"], "mean excess"):
         table.add_column(Text(heading), justify="right")
     rows = {**({"winner": result["winner"]} if result.get("better", True) else {}), **result["baselines"]}
@@ -106,7 +107,7 @@ def _print_tested(console: Console, result: Mapping[str, Any]) -> None:
         figures = [_or_dash(row["ppl"][target], 3) for target in result["targets"]]
         style = "bold" if name in ("winner", result["winner"]["formula"]) else ""
         table.add_row(Text(name), *figures, _or_dash(row["mean_excess"], 4), style=style)
-    console.print(table)
+    console.print(fitted(table, console.width))
 
 
 def _or_dash(figure: float | None, digits: int) -> str:
@@ -126,7 +127,7 @@ def _print_rungs(console: Console, result: Mapping[str, Any]) -> None:
     for row in result["screening"]:
         correlation = "" if row["spearman"] is None else f"{row['spearman']:.2f}"
         table.add_row(Text(row["rung"]), Text(row["measured"]), f"{seconds.get(row['rung'], 0.0):.3f}", correlation)
-    console.print(table)
+    console.print(fitted(table, console.width))
 
 
 def print_bench(console: Console, result: Mapping[str, Any], request: Request) -> None:
@@ -145,7 +146,7 @@ def _print_model(console: Console, result: Mapping[str, Any]) -> None:
     texts = list(result["dense"])
     table = Table(title=Text(f"perplexity, {result['model']}, {result['protocol']}"), title_justify="left")
     for heading in ("target", "metric", "update"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading)
     for heading in (*texts, "sparsity", "seconds"):
         table.add_column(Text(heading), justify="right")
     table.add_row("dense", "", "", *(f"{value:.3f}" for value in result["dense"].values()), "", "")
@@ -159,7 +160,7 @@ def _print_model(console: Console, result: Mapping[str, Any]) -> None:
             f"{row['sparsity']:.4f}",
             f"{row['seconds']:.1f}",
         )
-    console.print(table)
+    console.print(fitted(table, console.width))
     _print_warnings(console, result)
 
 
@@ -172,17 +173,17 @@ def _print_win_loss(console: Console, rows: Sequence[Mapping[str, Any]]) -> None
     title = "mean excess log-loss by model" + "; targets and texts won against wanda" * bool(duels)
     table = Table(title=title, title_justify="left")
     for heading in ("metric", "update"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading)
     for heading in models.values():
-        table.add_column(Text(heading), justify="right", overflow="fold", min_width=6)
+        table.add_column(Text(heading), justify="right")
     for heading in ("won", "lost", "tied", "ratio") if duels else ():
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")
     best = {name: min(row["mean_excess"][name] for row in rows) for name in models}
     for row in rows:
         means = [(row["mean_excess"][name], best[name]) for name in models]
         figures = [Text(f"{mean:.4f}", "bold" if mean == lowest else "") for mean, lowest in means]
         table.add_row(Text(row["metric"]), Text(row["update"]), *figures, *_standing(duels.get(row["metric"])))
-    console.print(table)
+    console.print(fitted(table, console.width))
     for metric, duel in duels.items():
         if duel["lost_at"]:
             console.print(Text(f"{metric} loses to wanda on {_where(duel['lost_at'], models)}"), soft_wrap=True)
@@ -219,7 +220,7 @@ def print_allocation(console: Console, result: Mapping[str, Any], request: Reque
     for name, point in rows.items():
         figures = (f"{point['sparsity']:.4f}", f"{point['sparsity_total']:.4f}", f"{point['perplexity']:.3f}")
         table.add_row(name, *figures, f"{point['excess']:.4f}", style="bold" if point is picked else "")
-    console.print(table)
+    console.print(fitted(table, console.width))
     _print_warnings(console, result)
     if "in_use" in picked:
         told = ", ".join(f"{name} {number(point['excess']):.4f}" for name, point in picked["in_use"].items())
@@ -237,7 +238,7 @@ def print_analysis(console: Console, result: Mapping[str, Any], request: Request
     """The strongest parts of formulas by their effect, significant ones in bold, and the principles in words."""
     title = f"parts of {result['formulas']} formulas by effect on fitness, 1 for always better; bold: q < 0.05"
     table = Table(title=title, title_justify="left")
-    table.add_column("part", overflow="fold", min_width=12)
+    table.add_column("part")
     for heading in ("with", "without", "effect", "q", *(f"at {target}" for target in result["targets"])):
         table.add_column(Text(heading), justify="right")
     told = [row for row in result["parts"] if row["same_as"] is None and row["effect"] is not None]
@@ -247,7 +248,7 @@ def print_analysis(console: Console, result: Mapping[str, Any], request: Request
         style = "bold" if row["q"] < 0.05 else ""
         counts = (str(row["with"]), str(row["without"]))
         table.add_row(Text(row["name"]), *counts, overall, f"{row['q']:.2g}", *each, style=style)
-    console.print(table)
+    console.print(fitted(table, console.width))
     if result["masks"] is None:
         console.print(Text("this ledger holds no mask sketches: nothing is said about masks"))
     principles = result["principles"] or ["no finding is significant (q < 0.05)"]
@@ -266,7 +267,7 @@ def print_slim(console: Console, result: Mapping[str, Any], request: Request) ->
             table.add_row(str(index), str(width["experts"]), " ".join(map(str, width["removed"])))
         else:
             table.add_row(str(index), str(width["heads"]), str(width["channels"]))
-    console.print(table)
+    console.print(fitted(table, console.width))
     before, after = result["parameters_before"], result["parameters_after"]
     figures = ", ".join(f"{name} {number(result[name]):.3f}" for name in ("dense", "initial", "perplexity"))
     console.print(Text(f"perplexity on validation: {figures}"), soft_wrap=True)
@@ -293,14 +294,14 @@ def print_catalogue(console: Console, result: Mapping[str, Any], request: Reques
     metrics = dict.fromkeys(name for model in result["models"] for name in model["metrics"])
     rows = [(name, target) for name in metrics for target in ("mean", *(_targets_of(result, name) if alone else ()))]
     table = Table(title="excess log-loss in units of sparsegpt's", title_justify="left")
-    table.add_column("formula", overflow="fold")
+    table.add_column("formula")
     for model in result["models"]:
         table.add_column(Text(model["model"]), justify="right")
     for name, target in rows:
         told = [_ratio(model["metrics"], name, target) for model in result["models"]]
         table.add_row(Text(name if target == "mean" else f"  at {target}"), *told)
     if result["models"]:
-        console.print(table)
+        console.print(fitted(table, console.width))
     for name, entry in result["entries"].items():
         use = f"{entry['update']}, fit {entry['fit']}" if entry["update"] != "none" else "masks only"
         console.print(Text(f"{name}: {entry['formula']} ({use}); {entry['found']}"), soft_wrap=True)
@@ -327,13 +328,13 @@ def print_tune(console: Console, result: Mapping[str, Any], request: Request) ->
     title = f"excess log-loss, {Path(result['model']).name} at {result['target']}"
     table = Table(title=Text(title), title_justify="left")
     for heading in ("recipe", "on validation", *texts):
-        table.add_column(Text(heading), justify="left" if heading == "recipe" else "right", overflow="fold")
+        table.add_column(Text(heading), justify="left" if heading == "recipe" else "right")
     for row in result["table"]:
         excess = [row["excess"], *row.get("text_excess", [None] * len(texts))]
         style = "bold" if row["what"] == "recipe" else ""
         name = recipe_name(row["recipe"]) if row["what"] == "recipe" else row["what"]
         table.add_row(Text(name), *(_or_dash(one, 4) for one in excess), style=style)
-    console.print(table)
+    console.print(fitted(table, console.width))
     for line in result["cut"]:
         console.print(Text(f"cut: {line}"), soft_wrap=True)
     _print_warnings(console, result)
