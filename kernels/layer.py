@@ -1,9 +1,11 @@
 """Exactly k entries of a whole matrix, scored twice and written once, without its scores ever being in memory.
 
 A sample of the scores gives two bounds with the k-th lowest score between them, save for bad luck. The first pass
-counts what is below and gathers the few scores in between; sorted, they give the k-th. The second pass scores again and
-masks. Of equal scores the lower place in row-major order goes first: where not all of them go, one more pass counts
-them tile by tile.
+counts what is below and gathers the few scores in between, with their places; one program finds the k-th among them,
+and of those equal to it the place of the last that goes. The second pass scores again and masks. Of equal scores the
+lower place in row-major order goes first. Nothing of this waits for the host, which looks once in the end; where luck
+was bad, it moves the bounds and the passes are made again. Where too many are alike to be gathered, one more pass
+counts them tile by tile.
 
     pruned = prune_layer(weight, weight.numel() // 2, wanda, Operands(columns=(X,)))
 """
@@ -28,6 +30,7 @@ _MARGIN = 0.005  # of all entries, on either side of the k-th
 _ROOM = 32  # one entry in so many may lie between the bounds
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly and hit no column more than others
 _LEAST, _MOST = -(2**31), 2**31 - 1  # of all keys
+_PICKED = 4096  # entries that the one program reads at once
 
 
 @triton.jit
@@ -60,54 +63,139 @@ def _sample(
     tl.store(KEYS + index, keys, mask=inside)
 
 
-@triton.jit(do_not_specialize=["which", "low", "high", "room"])
+@triton.jit(do_not_specialize=["which", "room"])
 def _gather(
-    W, FOUND, COUNTS, matrices, columns, rows, numbers, which, n_in, total, low, high, room,
+    W, KEYS, PLACES, COUNTS, BOUNDS, matrices, columns, rows, numbers, which, n_in, total, room,
     SCORE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """COUNTS: entries below `low`, entries from `low` to `high`, scores not finite. FOUND: keys of the second."""
-    _, row, column, inside = _here(n_in, total, TILE)
+    """COUNTS: entries below two bounds, between them, and scores not finite. KEYS, PLACES: of what is between."""
+    place, row, column, inside = _here(n_in, total, TILE)
     _, keys, bad = _keys(W, matrices, columns, rows, numbers, which, row, column, n_in, inside, SCORE)
+    low, high = tl.load(BOUNDS), tl.load(BOUNDS + 1)
     below = inside & (keys < low)
     between = (inside & (keys >= low) & (keys <= high)).to(tl.int32)
     tl.atomic_add(COUNTS, tl.sum(below.to(tl.int32), axis=0).to(tl.int64), sem="relaxed")
     first = tl.atomic_add(COUNTS + 1, tl.sum(between, axis=0).to(tl.int64), sem="relaxed")
     at = first + tl.cumsum(between, axis=0) - 1
-    tl.store(FOUND + at, keys, mask=(between == 1) & (at < room))
+    found = (between == 1) & (at < room)
+    tl.store(KEYS + at, keys, mask=found)
+    tl.store(PLACES + at, place, mask=found)
     wrong = tl.sum(bad.to(tl.int32), axis=0)
     if wrong > 0:
         tl.atomic_add(COUNTS + 2, wrong.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["which", "threshold"])
+@triton.jit
+def _nth(KEYS, PLACES, count, wanted, low, high, among, only, BY_PLACE: tl.constexpr, PICKED: tl.constexpr):
+    """(value, how many are lower, how many are not higher): the `wanted`-th lowest of the keys, or the places of one.
+
+    Args:
+        count: of entries that are read.
+        low, high: values below the lowest, and not below the highest.
+        among: how many values there are.
+        only: the key whose places are searched.
+
+    At every step `below` < wanted <= `above`, the numbers of values at or below `low` and `high`; four values between
+    them are counted at once, about where the wanted one is if values lie evenly, or evenly in every second step.
+    """
+    below, above = count * 0, among
+    even = count < 0
+    while (high - low > 1) & (above > wanted):
+        width = (high - low).to(tl.float32)
+        number = (above - below).to(tl.float32)
+        share = (wanted - below).to(tl.float32) / number
+        step = tl.maximum(tl.sqrt(tl.maximum(share * (1.0 - share), 0.0) / number), 0.35 / number)
+        a = low + tl.minimum(tl.maximum(width * tl.where(even, 0.2, share - 1.5 * step), 0.0), width).to(tl.int64)
+        b = low + tl.minimum(tl.maximum(width * tl.where(even, 0.4, share - 0.45 * step), 0.0), width).to(tl.int64)
+        c = low + tl.minimum(tl.maximum(width * tl.where(even, 0.6, share + 0.45 * step), 0.0), width).to(tl.int64)
+        d = low + tl.minimum(tl.maximum(width * tl.where(even, 0.8, share + 1.5 * step), 0.0), width).to(tl.int64)
+        least, most = low + 1, high - 1
+        values = (
+            tl.minimum(tl.maximum(a, least), most), tl.minimum(tl.maximum(b, least), most),
+            tl.minimum(tl.maximum(c, least), most), tl.minimum(tl.maximum(d, least), most),
+        )  # fmt: skip
+        first = tl.zeros((PICKED,), tl.int32)
+        second, third, fourth = first, first, first
+        for start in range(0, count, PICKED):
+            index = start + tl.arange(0, PICKED)
+            there = index < count
+            value = tl.load(KEYS + index, mask=there, other=0).to(tl.int64)
+            if BY_PLACE:
+                there &= value == only
+                value = tl.load(PLACES + index, mask=there, other=0)
+            first += (there & (value <= values[0])).to(tl.int32)
+            second += (there & (value <= values[1])).to(tl.int32)
+            third += (there & (value <= values[2])).to(tl.int32)
+            fourth += (there & (value <= values[3])).to(tl.int32)
+        counts = (tl.sum(first, axis=0), tl.sum(second, axis=0), tl.sum(third, axis=0), tl.sum(fourth, axis=0))
+        for one in tl.static_range(4):
+            rises = (counts[one] < wanted) & (values[one] > low)
+            falls = (counts[one] >= wanted) & (values[one] < high)
+            below, low = tl.where(rises, counts[one], below), tl.where(rises, values[one], low)
+            above, high = tl.where(falls, counts[one], above), tl.where(falls, values[one], high)
+        even = even == 0
+    return high, below, above
+
+
+@triton.jit(do_not_specialize=["removed", "room"])
+def _pick(KEYS, PLACES, COUNTS, BOUNDS, CHOSEN, total, removed, room, PICKED: tl.constexpr):
+    """CHOSEN: a key, the last place of that key that goes, and whether both are known; lower keys go wherever they are.
+
+    They are not where the bounds are wrong, or more is between them than there was room for.
+    """
+    below, between = tl.load(COUNTS), tl.load(COUNTS + 1)
+    wanted = (removed - below).to(tl.int32)
+    known = (removed == 0) | ((wanted > 0) & (removed <= below + between) & (between <= room))
+    if removed == 0:
+        tl.store(CHOSEN, wanted.to(tl.int64) * 0 - (1 << 32))  # below every key
+    elif known:
+        count = between.to(tl.int32)
+        low, high = tl.load(BOUNDS).to(tl.int64) - 1, tl.load(BOUNDS + 1).to(tl.int64)
+        value, fewer, number = _nth(KEYS, PLACES, count, wanted, low, high, count, low, False, PICKED)
+        last = value * 0 + total
+        if number > wanted:
+            wanted -= fewer
+            last, _, _ = _nth(KEYS, PLACES, count, wanted, value * 0 - 1, last, number - fewer, value, True, PICKED)
+        tl.store(CHOSEN, value)
+        tl.store(CHOSEN + 1, last)
+    tl.store(CHOSEN + 2, known.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["which"])
 def _count_ties(
-    W, TIES, matrices, columns, rows, numbers, which, n_in, total, threshold, SCORE: tl.constexpr, TILE: tl.constexpr
+    W, TIES, CHOSEN, matrices, columns, rows, numbers, which, n_in, total, SCORE: tl.constexpr, TILE: tl.constexpr
 ):
     _, row, column, inside = _here(n_in, total, TILE)
     _, keys, _ = _keys(W, matrices, columns, rows, numbers, which, row, column, n_in, inside, SCORE)
-    tl.store(TIES + tl.program_id(0), tl.sum((inside & (keys == threshold)).to(tl.int32), axis=0))
+    tl.store(TIES + tl.program_id(0), tl.sum((inside & (keys == tl.load(CHOSEN))).to(tl.int32), axis=0))
 
 
-@triton.jit(do_not_specialize=["which", "threshold", "ties"])
+@triton.jit(do_not_specialize=["which"])
 def _apply(
-    W, OUT, BEFORE, matrices, columns, rows, numbers, which, n_in, total, threshold, ties,
+    W, OUT, CHOSEN, BEFORE, matrices, columns, rows, numbers, which, n_in, total,
     SCORE: tl.constexpr, BITS: tl.constexpr, RANKED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """BEFORE: ties in the tiles before each, read where RANKED: otherwise all ties go."""
+    """CHOSEN: as `_pick` has it; the number of ties that go instead of the last one's place where RANKED.
+
+    BEFORE: ties in the tiles before each, read where RANKED.
+    """
+    known = tl.load(CHOSEN + 2) != 0
     place, row, column, inside = _here(n_in, total, TILE)
     w, keys, _ = _keys(W, matrices, columns, rows, numbers, which, row, column, n_in, inside, SCORE)
-    gone = keys <= threshold
+    threshold, last = tl.load(CHOSEN), tl.load(CHOSEN + 1)
+    equal = (keys == threshold) & inside
     if RANKED:
-        equal = ((keys == threshold) & inside).to(tl.int32)
-        rank = tl.load(BEFORE + tl.program_id(0)).to(tl.int64) + tl.cumsum(equal, axis=0)
-        gone = (keys < threshold) | ((equal == 1) & (rank <= ties))
+        place_or_rank = tl.load(BEFORE + tl.program_id(0)).to(tl.int64) + tl.cumsum(equal.to(tl.int32), axis=0)
+    else:
+        place_or_rank = place
+    gone = (keys < threshold) | (equal & (place_or_rank <= last))
     if BITS:
         kept = tl.where(gone | (inside == 0), 0, 1).reshape(TILE // 8, 8)
         packed = tl.sum(kept << tl.arange(0, 8)[None, :], axis=1)
         byte = tl.program_id(0).to(tl.int64) * (TILE // 8) + tl.arange(0, TILE // 8)
-        tl.store(OUT + byte, packed.to(tl.uint8), mask=byte < (total + 7) // 8)
+        tl.store(OUT + byte, packed.to(tl.uint8), mask=(byte < (total + 7) // 8) & known)
     else:
-        tl.store(OUT + place, tl.where(gone, 0.0, w), mask=inside)
+        tl.store(OUT + place, tl.where(gone, 0.0, w), mask=inside & known)
 
 
 def prune_layer(
@@ -122,7 +210,7 @@ def prune_layer(
 ) -> Tensor:
     """The weight with its `removed` lowest scores set to zero, of equal ones the lower place in row-major order first.
 
-    Besides `out` it takes a 32nd of the weight's entries in int32.
+    Besides `out` it takes 12 bytes for a 32nd of the weight's entries.
 
     Args:
         weight: [out, in], contiguous, bf16, fp16 or fp32.
@@ -143,52 +231,43 @@ def prune_layer(
     given = (*operands, width, total)
     grid = (triton.cdiv(total, _TILE),)
     options = {"SCORE": score, "TILE": _TILE, "num_warps": 4, "enable_fp_fusion": False}
+    room = max(_SAMPLE, total // _ROOM)
     with on(weight):
-        threshold, ties, equal, wrong = _search(weight, removed, (*operands, width), options)
-        bad += wrong
-        before = bad  # not read
-        if ties < equal:
-            counted = torch.empty(grid[0], dtype=torch.int32, device=weight.device)
-            _count_ties[grid](weight, counted, *given, threshold, **options)
-            before = counted.cumsum(0, dtype=torch.int64) - counted
-        _apply[grid](weight, out, before, *given, threshold, ties, BITS=bits, RANKED=ties < equal, **options)
+        keys = torch.empty(room, dtype=torch.int32, device=weight.device)
+        places = torch.empty(room, dtype=torch.int64, device=weight.device)
+        bounds = _first_bounds(weight, removed, (*operands, width), options)
+        least, most = _LEAST, _MOST  # the key lies between these for certain
+        while True:
+            counts, chosen = torch.zeros(2, 3, dtype=torch.int64, device=weight.device)
+            _gather[grid](weight, keys, places, counts, bounds, *given, room, **options)
+            _pick[(1,)](keys, places, counts, bounds, chosen, total, removed, room, PICKED=_PICKED, num_warps=16)
+            _apply[grid](weight, out, chosen, chosen, *given, BITS=bits, RANKED=False, **options)
+            below, between, known = torch.stack([counts[0], counts[1], chosen[2]]).tolist()  # the host waits here
+            if known:
+                break
+            low, high = bounds.tolist()
+            if removed <= below:
+                low, high, most = least, low - 1, low - 1
+            elif removed > below + between:
+                low, high, least = high + 1, most, high + 1
+            elif low < high:  # many are alike
+                least, most = low, high
+                nearer = _bounds(keys, (removed - below) / between).tolist()
+                low, high = nearer if nearer != [low, high] else (low, (low + high) // 2)
+            else:  # all of those between are, and there is no room for their places
+                chosen = torch.tensor([low, removed - below, 1], device=weight.device)
+                ties = torch.empty(grid[0], dtype=torch.int32, device=weight.device)
+                _count_ties[grid](weight, ties, chosen, *given, **options)
+                before = ties.cumsum(0, dtype=torch.int64) - ties
+                _apply[grid](weight, out, chosen, before, *given, BITS=bits, RANKED=True, **options)
+                break
+            bounds = torch.tensor([low, high], dtype=torch.int32, device=weight.device)
+    bad += counts[2]
     return out
 
 
-def _search(weight: Tensor, removed: int, given: tuple[Any, ...], options: dict[str, Any]) -> tuple[int, int, int, int]:
-    """(key, ties, equal, wrong): to go are scores below the key and the first `ties` of the `equal` ones at it; `wrong`
-    scores are not finite.
-    """
-    total = weight.numel()
-    low, high = _first_bounds(weight, removed, given, options) if removed else (_LEAST, _LEAST)
-    least, most = _LEAST, _MOST  # the key lies between these for certain
-    found = torch.empty(max(_SAMPLE, total // _ROOM), dtype=torch.int32, device=weight.device)
-    while True:
-        counts = torch.zeros(3, dtype=torch.int64, device=weight.device)
-        grid = (triton.cdiv(total, _TILE),)
-        _gather[grid](weight, found, counts, *given, total, low, high, len(found), **options)
-        below, between, wrong = counts.tolist()
-        if not removed:
-            return _LEAST, 0, 0, wrong
-        if removed <= below:
-            low, high, most = least, low - 1, low - 1
-        elif removed > below + between:
-            low, high, least = high + 1, most, high + 1
-        elif between > len(found) and low < high:  # many are alike
-            least, most = low, high
-            nearer = _bounds(found, (removed - below) / between)
-            low, high = nearer if nearer != (low, high) else (low, (low + high) // 2)
-        else:
-            break
-    if low == high:
-        return low, removed - below, between, wrong
-    order = found[:between].sort().values
-    threshold = int(order[removed - below - 1])
-    lower = int((order < threshold).sum())
-    return threshold, removed - below - lower, int((order == threshold).sum()), wrong
-
-
-def _first_bounds(weight: Tensor, removed: int, given: tuple[Any, ...], options: dict[str, Any]) -> tuple[int, int]:
+def _first_bounds(weight: Tensor, removed: int, given: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
+    """By a sample of the scores."""
     count = min(_SAMPLE, weight.numel())
     spread = torch.arange(count, dtype=torch.float64, device=weight.device) * _GOLDEN % 1
     keys = torch.empty(count, dtype=torch.int32, device=weight.device)
@@ -197,11 +276,11 @@ def _first_bounds(weight: Tensor, removed: int, given: tuple[Any, ...], options:
     return _bounds(keys, removed / weight.numel())
 
 
-def _bounds(keys: Tensor, share: float) -> tuple[int, int]:
-    """The keys a little below and above a quantile."""
+def _bounds(keys: Tensor, share: float) -> Tensor:
+    """The keys a little below and above a quantile, [2], where the keys are."""
     order = keys.sort().values
     low, high = (min(max(int((share + margin) * len(order)), 0), len(order) - 1) for margin in (-_MARGIN, _MARGIN))
-    return int(order[low]), int(order[high])
+    return torch.stack([order[low], order[high]])
 
 
 def reference(weight: Tensor, removed: int, scores: Tensor) -> Tensor:

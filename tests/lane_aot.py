@@ -36,11 +36,10 @@ TOGETHER = 8  # random formulas of one score
 DTYPES = ["bf16", "fp16", "fp32"]
 WANDA = launch.Layout(columns=("X",))
 TYPES = {  # what is no operand, as the launchers give it
-    **dict.fromkeys(("which", "n_in", "n_out", "removed", "count", "room", "share", "low", "high"), "i32"),
-    **dict.fromkeys(("threshold", "ties"), "i32"),
+    **dict.fromkeys(("which", "n_in", "n_out", "removed", "count", "room", "share"), "i32"),
     "total": "i64",
-    **dict.fromkeys(("BAD", "PLACES", "COUNTS", "BEFORE"), "*i64"),
-    **dict.fromkeys(("KEYS", "FOUND", "TIES"), "*i32"),
+    **dict.fromkeys(("BAD", "PLACES", "COUNTS", "CHOSEN", "BEFORE"), "*i64"),
+    **dict.fromkeys(("KEYS", "BOUNDS", "TIES"), "*i32"),
     **dict.fromkeys(("SUM", "LOW", "HIGH", "PART", "mean", "reach"), "*fp32"),
 }
 SIZES = ("n_in", "n_out", "total", "count", "share")  # compiled anew where 16 divides them, or where they are 1
@@ -206,6 +205,13 @@ def test_passes_over_a_layer(total: str, capability: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("capability", TARGETS)
+def test_the_key_is_picked_by_one_program(capability: int, tmp_path: Path) -> None:
+    for total in ("i32", "i64"):
+        types = TYPES | {"total": total, "removed": total}
+        within(compiled(layer._pick, types, {"PICKED": layer._PICKED}, 16, capability, tmp_path), 128)
+
+
+@pytest.mark.parametrize("capability", TARGETS)
 def test_reductions(capability: int, tmp_path: Path) -> None:
     for squares in (False, True):
         constants = {"SCORE": launch.wanda, "SQUARES": squares, "BLOCK": 1024}
@@ -239,5 +245,5 @@ def test_enough_was_compiled() -> None:
     for capability in TARGETS:
         for kernel in ("_prune_rows", "_prune_pattern", "_apply"):
             assert counted[kernel, capability] >= 15
-        for kernel in ("_sample", "_gather", "_count_ties", "_reduce_rows", "_sum_columns"):
+        for kernel in ("_sample", "_gather", "_pick", "_count_ties", "_reduce_rows", "_sum_columns"):
             assert counted[kernel, capability] >= 2

@@ -11,6 +11,7 @@ import importlib
 from itertools import product
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -167,6 +168,25 @@ def test_a_layer_of_few_samples_and_little_room(monkeypatch: pytest.MonkeyPatch,
         for removed in (1, 700, 1050, 2099):
             pruned = layer.prune_layer(W, removed, score, Operands((G,), (X,)))
             assert torch.equal(pruned, layer.reference(W, removed, scores)), (kind, removed)
+
+
+def test_the_host_looks_once_at_a_layer(monkeypatch: pytest.MonkeyPatch, score: object) -> None:
+    """When all is done; before that, nothing waits for what a kernel finds."""
+    looks: list[str] = []
+    for name in ("tolist", "item", "__int__", "__bool__", "__float__", "__index__"):
+        kept = getattr(Tensor, name)
+
+        def looking(one: Tensor, name: str = name, kept: Any = kept) -> Any:
+            looks.append(name)
+            return kept(one)
+
+        monkeypatch.setattr(Tensor, name, looking)
+    for kind in ("normal", "ties", "zeros"):
+        W, X, G = sample((7, 300), kind, torch.float32)
+        looks.clear()
+        pruned = layer.prune_layer(W, 1000, score, Operands((G,), (X,)))
+        assert looks == ["tolist"]
+        assert torch.equal(pruned, layer.reference(W, 1000, W.abs() * X + G))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
