@@ -20,7 +20,7 @@ from gpmetric.errors import GpmetricError
 from gpmetric.loading import DEMO_MODEL, load_model
 from gpmetric.structured.slim import slim
 
-TOKENS = 512  # of the prefill that is timed
+TOKENS = 512  # of the prefill that is timed, at most
 DECODED = 32  # tokens that are generated, one by one, after a few
 
 
@@ -79,7 +79,8 @@ def measure(folder: str, repeats: int) -> dict[str, Any]:
     The latter of a prefill, and of decoding with a cache.
     """
     model = load_model(folder)
-    tokens = torch.arange(TOKENS, device=model.device)[None] % model.vocabulary
+    length = min(TOKENS, model.context)
+    tokens = torch.arange(length, device=model.device)[None] % model.vocabulary
     speeds, decoded = [], []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -87,7 +88,7 @@ def measure(folder: str, repeats: int) -> dict[str, Any]:
         between = time.perf_counter()
         model.module.generate(tokens[:, :8], min_new_tokens=DECODED, max_new_tokens=DECODED, do_sample=False)
         decoded.append(DECODED / (time.perf_counter() - between))
-        speeds.append(TOKENS / (between - start))
+        speeds.append(length / (between - start))
     return {
         "parameters": [sum(one.numel() for one in model.module.parameters())],
         "bytes": [sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))],

@@ -19,7 +19,7 @@ from results import RESULTS, append, row
 from structured_speed import in_process
 
 from gpmetric.errors import GpmetricError
-from gpmetric.packing import pack
+from gpmetric.packing.pack import pack
 
 UNITS = ("bytes", "bytes packed", "MiB peak", "tokens/s", "tokens/s decoded")
 

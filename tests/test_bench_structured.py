@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -115,3 +116,26 @@ def test_size_and_speed_of_a_small_llama(bench: ModuleType, tmp_path: Path, monk
         assert float(rows[f"{form}, bytes"]["ratio"]) < 0.95
         assert float(rows[f"{form}, tokens/s"]["median"]) > 0
         assert float(rows[f"{form}, tokens/s decoded"]["median"]) > 0
+
+
+def test_what_sparsity_buys(
+    tiny_llama: Path,
+    tiny_gpt2: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each beside the dense model: sizes of files and archives as they are."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("what_sparsity_buys")
+    speed = importlib.import_module("structured_speed")
+    monkeypatch.setattr(script, "in_process", lambda folder, repeats: speed.measure(str(folder), repeats))
+    monkeypatch.setattr(speed, "DECODED", 2)
+    table = tmp_path / "b.csv"
+    monkeypatch.setattr(sys, "argv", ["", str(tiny_llama), str(tiny_gpt2), "--repeats", "1", "--csv", str(table)])
+    assert script.main() == 0
+    rows = {row["case"]: row for row in csv.DictReader(table.read_text(encoding="utf-8").splitlines())}
+    dense, other = ((one / "model.safetensors").stat().st_size for one in (tiny_llama, tiny_gpt2))
+    found = rows[f"{tiny_gpt2.name}, bytes"]
+    assert (float(found["median"]), float(found["ratio"])) == pytest.approx((other, other / dense), rel=0.01)
+    assert f"| {tiny_llama.name} | 1.00 | " in capsys.readouterr().out
