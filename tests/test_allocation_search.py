@@ -258,12 +258,12 @@ def test_a_search_goes_on_wherever_it_was_killed(pruned: PrunedModel, tokens: Te
     for cut in cuts:
         path = tmp_path / "cut.jsonl"
         path.write_bytes(content[:cut])
-        whole_lines = content[: max(end for end in (0, *ends) if end <= cut)] or content[: ends[0]]
+        whole_lines = content[: max(end for end in (0, *ends) if end <= cut)]  # settings come with the first record
         EvaluationLog(pruned.table, CandidateObjective(pruned, tokens), path, MINE, resume=True).__exit__(
             None, None, None
         )
         assert path.read_bytes() == whole_lines, cut
-        known = len(records(whole_lines)) - 1
+        known = max(0, len(records(whole_lines)) - 1)
         found, more = search(pruned, tokens, path, resume=True)
         assert found == expected, cut
         assert more == asked[known:], cut
