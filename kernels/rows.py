@@ -7,7 +7,7 @@ they lie about where the last rows of the program had theirs, as seen from the m
 place the wanted one between the ends. Where no threshold tells scores between the ends apart, the ends move to the
 lowest and highest value that occur there, at which the search of ties ends. Keys of half-precision weights alone, of
 which many are equal, are searched in their own steps. Where ties leave no threshold, the lower column goes first, as a
-stable sort has it. NaN comes last.
+stable sort has it: a second search, of columns. NaN comes last.
 
     pruned = prune_rows(weight, weight.shape[1] // 2, wanda, Operands(columns=(X,)))
 """

@@ -61,6 +61,18 @@ def stock(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
 
 
+@pytest.mark.usefixtures("here")
+def test_channels_are_a_multiple(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    """The next one above what stays without the option, in every block and in the config."""
+    options = {"format": "uniform", "repair": "none", "granularity": "channel", "sparsity": 0.25, "steps": 0}
+    widths = []
+    for multiple in (1, 8):
+        found = run(tiny_llama, tiny_text, tmp_path / str(multiple), **options, multiple_of=multiple)
+        widths.append([one["channels"] for one in found["widths"]])
+        assert stock(tmp_path / str(multiple)).config.intermediate_size == widths[-1][0]
+    assert all(one % 8 == 0 and one - 8 < other <= one for other, one in zip(*widths, strict=True))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
@@ -478,6 +490,9 @@ def test_nothing_but_the_checkpoint_is_left_where_all_is_well(
         ({"granularity": "block", "budget": "kind"}, "--granularity block: --budget kind gives all layers the same"),
         ({"granularity": "head", "format": "uniform", "sparsity": 0.05}, "cannot be met by --granularity head"),
         ({"format": "uniform", "cost": "macs"}, "--budget and --cost do not apply"),
+        ({"multiple_of": 8}, "--multiple-of 8 is of --granularity channel with equal widths"),
+        ({"multiple_of": 8, "format": "uniform", "granularity": "head"}, "--multiple-of 8 is of --granularity channel"),
+        ({"multiple_of": 0, "format": "uniform"}, "--multiple-of must be at least 1"),
         ({"granularity": "layer", "budget": "block"}, "--budget block gives all layers the same share"),
         ({"budget": "block", "cost": "macs"}, "--cost macs does not apply"),
         ({"sparsity": 0.98, "granularity": "head"}, "--sparsity 0.98 is out of reach"),

@@ -215,6 +215,14 @@ def test_equal_counts(model: Model, groups: Groups) -> None:
     assert 0 <= 0.3 * groups.parameters - groups.removed(kept) < 3 * groups.sublayers[1].cost
     with pytest.raises(InputError, match="no channel would be left"):
         uniform_counts(groups, 0.9, ("channel",), heads)
+    some = uniform_counts(groups, 0.3, ("channel",), heads)["mlp"]
+    for multiple in (2, 3, 4, 8):
+        stays = uniform_counts(groups, 0.3, ("channel",), heads, multiple)["mlp"]
+        assert some <= stays < some + multiple
+        assert stays % multiple == 0
+    whole = groups.sublayers[1].units
+    with pytest.raises(InputError, match=rf"of {whole} channels, none if what stays is a multiple of 1000 \("):
+        uniform_counts(groups, 0.3, ("channel",), heads, 1000)
 
 
 def test_multiply_accumulates_of_a_head(groups: Groups) -> None:

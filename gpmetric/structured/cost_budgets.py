@@ -43,7 +43,8 @@ def find_pools(request: SlimRequest, groups: Groups, space: UnitSpace, cost: Ten
     equal = FORMATS[request.form].equal
     if (equal and not request.blocks) or request.budget == "block":
         accepted = accepted_heads(groups, config) if equal else list(range(groups.sublayers[0].units + 1))
-        return uniform_pools(groups, space, uniform_counts(groups, request.sparsity, request.kinds, accepted))
+        counts = uniform_counts(groups, request.sparsity, request.kinds, accepted, request.multiple_of)
+        return uniform_pools(groups, space, counts)
     return pools_of(groups, space, request.sparsity, cost, by_kind=request.budget == "kind")
 
 
@@ -74,12 +75,15 @@ def pools_of(groups: Groups, space: UnitSpace, sparsity: float, cost: Tensor, *,
     return found
 
 
-def uniform_counts(groups: Groups, sparsity: float, kinds: Sequence[str], heads: Sequence[int]) -> dict[str, int]:
+def uniform_counts(
+    groups: Groups, sparsity: float, kinds: Sequence[str], heads: Sequence[int], multiple_of: int = 1
+) -> dict[str, int]:
     """By sublayer, the units that every block keeps: of the attention in proportion, of the MLP to meet the budget.
 
     Args:
         kinds: of the units that may go.
         heads: counts of units of an attention that are possible, rising; the last is all.
+        multiple_of: what the units of an MLP that stay are a multiple of, the next above.
 
     Raises:
         InputError: blocks differ already, or no counts remove that much.
@@ -97,7 +101,13 @@ def uniform_counts(groups: Groups, sparsity: float, kinds: Sequence[str], heads:
     gone = max(0, int(left / (blocks * mlp.cost) + 1e-9)) if mlp.unit in kinds else 0
     if gone >= mlp.units:
         raise InputError(f"--sparsity {sparsity:g} is out of reach of equal widths: no {mlp.unit} would be left")
-    return {attention.name: kept, mlp.name: mlp.units - gone}
+    stays = min(mlp.units, -(-(mlp.units - gone) // multiple_of) * multiple_of)
+    if gone and stays == mlp.units:
+        raise InputError(
+            f"--sparsity {sparsity:g} removes {gone} of {mlp.units} {mlp.unit}s, none if what stays is a multiple of "
+            f"{multiple_of} (--multiple-of)"
+        )
+    return {attention.name: kept, mlp.name: stays}
 
 
 def uniform_pools(groups: Groups, space: UnitSpace, counts: Mapping[str, int]) -> list[Pool]:

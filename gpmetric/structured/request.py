@@ -222,6 +222,12 @@ class SlimRequest(SearchInputs):
     ] = None
     budget: Annotated[str, _told(BUDGETS)] = "global"
     cost: Annotated[str, Option("What the budget counts: {choices}.", choices=COSTS)] = "parameters"
+    multiple_of: Annotated[
+        int,
+        Option(
+            "Of equal widths: channels that stay are a multiple of this; runtimes and GPUs are fast at 32.", least=1
+        ),
+    ] = 1
     estimator: Annotated[str, _told(ESTIMATORS)] = "exchange"
     objective: Annotated[str, Option("What models are compared by: {choices}.", choices=OBJECTIVES)] = "kl"
     start: Annotated[
@@ -278,6 +284,11 @@ class SlimRequest(SearchInputs):
             raise InputError(f"--granularity {named}: {other} gives all layers the same share; none can go as a whole")
         if equal and (self.budget, self.cost) != ("global", "parameters"):
             raise InputError(f"{form} counts parameters, the same in every layer: --budget and --cost do not apply")
+        if self.multiple_of > 1 and ("channel" not in self.granularity or not (equal or self.budget == "block")):
+            raise InputError(
+                f"--multiple-of {self.multiple_of} is of --granularity channel with equal widths: --format uniform or "
+                "--budget block"
+            )
         if (self.budget, self.cost) == ("block", "macs"):
             raise InputError("--budget block counts parameters: --cost macs does not apply")
         if self.add_bias and self.mended == "none":

@@ -366,7 +366,7 @@ def _search_minutes(
 def identify(request: SlimRequest, units: UnitSession) -> dict[str, Any]:
     """All that a search depends on but its length."""
     names = ("sparsity", "budget", "cost", "estimator", "objective", "start", "repair", "add_bias", "draws", "batch")
-    found = {name: getattr(request, name) for name in (*names, "rate", "seed")}
+    found = {name: getattr(request, name) for name in (*names, "rate", "seed", "multiple_of")}
     if mixtures := units.groups.mixtures:
         kept = experts_kept(mixtures, request.sparsity)
         found["experts"] = [{"block": one.block, "of": one.units, "kept": kept * one.groups} for one in mixtures]
@@ -383,7 +383,7 @@ def identify(request: SlimRequest, units: UnitSession) -> dict[str, Any]:
 
 def describe_slim(request: SlimRequest, units: UnitSession) -> dict[str, Any]:
     """What the manifest says of how a model was made."""
-    names = ("budget", "cost", "estimator", "objective", "start", "add_bias")
+    names = ("budget", "cost", "estimator", "objective", "start", "add_bias", "multiple_of")
     windows = units.session.windows
     described = {name: value for name, value in units.session.describe().items() if name != "device"}
     described |= {name: getattr(request, name) for name in names}
