@@ -104,7 +104,8 @@ def test_a_text_that_contradicts_the_choice_of_tune() -> None:
 def test_warnings_are_shown() -> None:
     result = {
         "model": "m", "widths": [], "granularity": ["channel"], "parameters_before": 2, "parameters_after": 1,
-        "dense": 1.0, "initial": 2.0, "perplexity": 2.0, "repair": "none", "repaired": False, "starts": {}, "share": 0.0, "sparsity": 0.5,
+        "dense": 1.0, "initial": 2.0, "perplexity": 2.0,
+        "repair": "none", "repaired": False, "starts": {}, "share": 0.0, "sparsity": 0.5,
         "asked": 0.5, "output": "o", "warnings": ["the first", "[red]the second"],
     }  # fmt: skip
     console = Console(file=io.StringIO(), width=80)
