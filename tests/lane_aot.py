@@ -127,14 +127,17 @@ BASELINE_FORMULAS = list(dict.fromkeys(str(resolve_metric(name, 128, 2048).expre
 FORMULAS = [*BASELINE_FORMULAS, *random_formulas()[:ALONE]]
 
 
-@pytest.mark.parametrize("capability", TARGETS)
-@pytest.mark.parametrize(
-    ("width", "formula", "bits"),
-    [(width, formula, False) for width in (1024, 4096, 8192, 11008) for formula in ("abs(W)*X", "W*W*G")]
-    + [(8192, "W*W*G", True), (11008, "abs(W)*X", True), (28672, "W*W*G", False)],
-)
-def test_rows_stay_in_registers(width: int, formula: str, bits: bool, capability: int, tmp_path: Path) -> None:
-    """With and without gradients, at the widths of Llama-2-7B and 70B; 28,672 columns may spill a little."""
+WIDE = [(width, formula, False) for width in (1024, 4096, 8192, 11008) for formula in ("abs(W)*X", "W*W*G")]
+WIDE += [(8192, "W*W*G", True), (11008, "abs(W)*X", True), (28672, "W*W*G", False)]
+
+
+@pytest.mark.parametrize("number", range(len(WIDE)), ids=map(str, WIDE))
+def test_rows_stay_in_registers(number: int, tmp_path: Path) -> None:
+    """With and without gradients, at the widths of Llama-2-7B and 70B; 28,672 columns may spill a little.
+
+    Architectures in turn.
+    """
+    (width, formula, bits), capability = WIDE[number], TARGETS[(number + number // 2) % 2]
     functions = load_functions([parse(formula)], tmp_path)
     block, chunks, warps, registers = rows._plan(width)
     constants = {"SCORE": functions.score, "BITS": bits, "BLOCK": block, "CHUNKS": chunks}
