@@ -132,6 +132,7 @@ def _threshold(scores, wanted, low, below, high, above, guess, bits, CHUNKS: tl.
     ties = wanted * 0 + _ALL
     stride = reach
     even = wanted < 0
+    tries = wanted * 0
     searching = (wanted > below) & (wanted < above)
     while searching:
         inside = (above - below).to(tl.float32)
@@ -161,9 +162,12 @@ def _threshold(scores, wanted, low, below, high, above, guess, bits, CHUNKS: tl.
             above, high = tl.where(falls, count, above), tl.where(falls, place, high)
         even = (even == 0) & ((above - below) * 3 > most - least)
         first = below < 0
-        if searching & (split == 0) & (low >= _BOTTOM) & (high < _TOP):
+        if searching & (split == 0) & (low >= _BOTTOM) & (high < _TOP) & (tries < 4):  # without, every step is nearer
             lowest, highest = _extremes(scores, low, high, CHUNKS)
-            low, high = lowest - 1, highest
+            # key -1 is -0, at which 0 counts, too
+            low = tl.where(lowest == highest, highest - 1, lowest - 1 - (lowest == 0).to(tl.int32))
+            high = highest
+            tries += 1
         if searching & (((high >> bits) - (low >> bits)).to(tl.uint32, bitcast=True) <= 1):
             searching = below < 0
             found, ties = high, wanted - below

@@ -118,6 +118,15 @@ def test_rows_of_one_program_follow_each_other() -> None:
         assert torch.equal(mask_of(bits, 21), rows.reference(torch.ones(9, 21), removed, score) != 0)
 
 
+def test_zeros_among_scores_of_both_signs() -> None:
+    """-0 has a key of its own, at which 0 counts: an end of the search there holds other scores than it did before."""
+    draw = torch.Generator().manual_seed(1)
+    score = torch.randn(24, 30, generator=draw).mul(2).round()  # -0 and 0
+    for removed in (9, 14, 19):
+        bits = rows.prune_rows(score, removed, weight_itself, Operands(), bits=True)
+        assert torch.equal(mask_of(bits, 30), rows.reference(torch.ones(24, 30), removed, score) != 0)
+
+
 @pytest.mark.parametrize(("kind", "most"), [("abs(W)*X", 5), ("abs(W) in bf16", 7), ("rounded", 9)])
 def test_few_reductions_find_a_threshold(kind: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of rows of 576 on average; a binary search of the keys takes 32."""
