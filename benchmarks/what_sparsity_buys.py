@@ -2,8 +2,8 @@
 
     python benchmarks/what_sparsity_buys.py DENSE PRUNED SLIM...
 
-Each model is measured in a process of its own, all of them in turn, so that a busy machine slows all. The table of
-docs/what-sparsity-buys.md is what this prints.
+Each model is measured in a process of its own, all of them in turn, so that a busy machine slows all. It prints shares
+of the dense model's figures, which are the sizes and torch's columns in docs/what-sparsity-buys.md.
 """
 
 from __future__ import annotations

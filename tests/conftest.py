@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import random
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,18 @@ def architecture(request: pytest.FixtureRequest, save_model: Callable[..., Path]
     from gpmetric.loading import load_model
 
     return load_model(str(save_model(request.param, **ARCHITECTURES[request.param])))
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What slim writes is read again in this process: a fresh one takes seconds to begin."""
+    from gpmetric.structured import reload, slim_checkpoint
+
+    def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        reload.main(*command[3:])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(slim_checkpoint.subprocess, "run", run_here)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,18 +92,11 @@ def test_bad_input_is_exit_2(
     assert told in error
 
 
+@pytest.mark.usefixtures("here")
 def test_size_and_speed_of_a_small_llama(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The smaller ones have fewer parameters and smaller files; all in this process, to save the time of others."""
     speed = importlib.import_module("structured_speed")
     monkeypatch.setattr(speed, "in_process", lambda folder, repeats: speed.measure(str(folder), repeats))
-    checkpoint = importlib.import_module("gpmetric.structured.slim_checkpoint")
-    reload = importlib.import_module("gpmetric.structured.reload")
-
-    def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        reload.main(*command[3:])
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(checkpoint.subprocess, "run", run_here)
     table = tmp_path / "b.csv"
     small = ["--speed", "0.4", "--blocks", "2", "--width", "256", "--repeats", "1", "--csv", str(table)]
     assert bench.main(small) == 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from gpmetric.allocation.allocate import allocate
 from gpmetric.errors import InputError
 from gpmetric.loading import load_model
 from gpmetric.pruning.allocation import check_allocation, read_allocation
-from gpmetric.structured import reload, slim_checkpoint
 from gpmetric.structured.slim import slim
 from gpmetric.targets import parse_target
 
@@ -56,13 +54,9 @@ def test_an_allocation_search_goes_on(ledger: Path, tmp_path: Path) -> None:
         allocate(None, sparsity=0.6, **options | {"genes": "module"})
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("ledger", ["slim"], indirect=True)
-def test_a_structured_search_goes_on(ledger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        reload.main(*command[3:])
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(slim_checkpoint.subprocess, "run", run_here)
+def test_a_structured_search_goes_on(ledger: Path, tmp_path: Path) -> None:
     content = ledger.read_bytes()
     options: dict[str, Any] = {"output": tmp_path / "small", "ledger": ledger, "repair": "none", "start": "wanda_sp"}
     options |= SIZE | {"estimator": "rloo"}

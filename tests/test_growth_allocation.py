@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from gpmetric.errors import InputError
 from gpmetric.evaluation.objectives import OBJECTIVES, Objective
 from gpmetric.pruning.allocation import read_allocation
 from gpmetric.pruning.prune import prune
-from gpmetric.structured import reload, slim_checkpoint
 from gpmetric.structured.request import UNIT_KINDS, UnitKind
 from gpmetric.structured.slim import slim
 from gpmetric.targets import GRANULARITIES, Granularity, parse_target
@@ -39,15 +37,7 @@ def wide(save_model: Callable[..., Path]) -> Path:
     )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `slim` writes is read again in this process."""
-
-    def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        reload.main(*command[3:])
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(slim_checkpoint.subprocess, "run", run_here)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def late(problem: Problem, sparsity: float) -> Levels:

@@ -28,7 +28,7 @@ from gpmetric.pruning.verify import verify
 from gpmetric.session import session
 from gpmetric.session.evaluate import evaluate
 from gpmetric.slim_models import SLIM_FILE, SLIM_MODELS
-from gpmetric.structured import reload, slim_checkpoint
+from gpmetric.structured import slim_checkpoint
 from gpmetric.structured.draw_objective import DrawObjective
 from gpmetric.structured.export import Slimmed
 from gpmetric.structured.repair import DAMPINGS
@@ -43,17 +43,6 @@ SMALL: dict[str, Any] = {
 
 def run(model: Path | None, text: Path, output: Path, **options: Any) -> dict[str, Any]:
     return slim(None if model is None else str(model), output=output, calibration=str(text), **SMALL | options)
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written is read again in this process: a fresh one takes seconds to begin."""
-
-    def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        reload.main(*command[3:])
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(slim_checkpoint.subprocess, "run", run_here)
 
 
 def stock(folder: Path) -> Any:

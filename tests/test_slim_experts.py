@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import StringIO
@@ -22,7 +21,6 @@ from gpmetric.errors import GpmetricError
 from gpmetric.files import read_object
 from gpmetric.loading import load_model
 from gpmetric.pruning.verify import verify
-from gpmetric.structured import reload, slim_checkpoint
 from gpmetric.structured.groups import find_groups
 from gpmetric.structured.mixtures import ROUTERS
 from gpmetric.structured.request import SlimRequest
@@ -68,17 +66,6 @@ def mixture(save_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
         return made[kind]
 
     return make
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written is read again in this process: a fresh one takes seconds to begin."""
-
-    def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        reload.main(*command[3:])
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(slim_checkpoint.subprocess, "run", run_here)
 
 
 def run(folder: Path, text: Path, output: Path, **options: Any) -> dict[str, Any]:

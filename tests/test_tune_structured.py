@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from gpmetric.cli import app
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.session import open_session
-from gpmetric.structured import reload, slim_checkpoint
 from gpmetric.structured.groups import find_groups
 from gpmetric.structured.request import FORMATS, UNIT_KINDS, UNIT_RULES, UnitKind, UnitRule
 from gpmetric.structured.scores import UnitSession
@@ -45,17 +43,6 @@ QUICK: dict[str, Any] = {
     "samples": 8, "windows": 8, "search_windows": 8, "sequence_length": 32, "device": "cpu", "structured": True,
 }  # fmt: skip
 BEST = UnitRecipe("taylor2", ("channel", "head"), "hetero", "global", "least-squares", damping=0.1)
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written is read again in this process: a fresh one takes seconds to begin."""
-
-    def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        reload.main(*command[3:])
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(slim_checkpoint.subprocess, "run", run_here)
 
 
 # Recipes

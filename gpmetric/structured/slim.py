@@ -37,12 +37,12 @@ from gpmetric.structured.scores import UnitSession, read_by, score_bytes
 from gpmetric.structured.search import PolicySearch, Schedule
 from gpmetric.structured.search_log import SearchLog, State, kept_search
 from gpmetric.structured.shrink import Repair, Shrinker
-from gpmetric.structured.slim_checkpoint import COMPARED, write_slimmed
+from gpmetric.structured.slim_checkpoint import COMPARED, describe_slim, write_slimmed
 from gpmetric.structured.starts import Start, best_start, make_start, started_from
 from gpmetric.structured.unit_space import Pool, UnitSpace, find_space, project, top_units
 
 __all__ = [
-    "SHARES", "STEPS", "SearchStart", "SlimListener", "begin", "describe_slim", "explore", "identify", "open_units",
+    "SHARES", "STEPS", "SearchStart", "SlimListener", "begin", "explore", "identify", "open_units",
     "prepare", "run_slim", "search", "slim", "slim_work",
 ]  # fmt: skip
 
@@ -366,7 +366,9 @@ def _search_minutes(
 def identify(request: SlimRequest, units: UnitSession) -> dict[str, Any]:
     """All that a search depends on but its length."""
     names = ("sparsity", "budget", "cost", "estimator", "objective", "start", "repair", "add_bias", "draws", "batch")
-    found = {name: getattr(request, name) for name in (*names, "rate", "seed", "multiple_of")}
+    found = {name: getattr(request, name) for name in (*names, "rate", "seed")}
+    if request.multiple_of > 1:  # so that searches from before it was an option go on
+        found["multiple_of"] = request.multiple_of
     if mixtures := units.groups.mixtures:
         kept = experts_kept(mixtures, request.sparsity)
         found["experts"] = [{"block": one.block, "of": one.units, "kept": kept * one.groups} for one in mixtures]
@@ -378,23 +380,4 @@ def identify(request: SlimRequest, units: UnitSession) -> dict[str, Any]:
         "device": units.model.device.type,
         "calibration": units.session.windows["calibration"].tokens_digest,
         "search": units.session.windows["search"].tokens_digest,
-    }
-
-
-def describe_slim(request: SlimRequest, units: UnitSession) -> dict[str, Any]:
-    """What the manifest says of how a model was made."""
-    names = ("budget", "cost", "estimator", "objective", "start", "add_bias", "multiple_of")
-    windows = units.session.windows
-    described = {name: value for name, value in units.session.describe().items() if name != "device"}
-    described |= {name: getattr(request, name) for name in names}
-    return described | {
-        "digest": units.model.digest,
-        "format": request.form,
-        "repair": request.mended,
-        "granularity": list(request.granularity),
-        "asked": request.sparsity,
-        "update": "none",
-        "calibration": windows["calibration"].describe(),
-        "search": windows["search"].describe(),
-        "text": windows["validation"].describe(),
     }

@@ -23,10 +23,11 @@ from gpmetric.pruning.manifest import write_manifest
 from gpmetric.pruning.output_folder import MANIFEST, files_of
 from gpmetric.pruning.taken_over import copy_licence, front_matter, measured, printable
 from gpmetric.structured.export import Slimmed, in_float32, write_model
-from gpmetric.structured.request import FORMATS
+from gpmetric.structured.request import FORMATS, SlimRequest
+from gpmetric.structured.scores import UnitSession
 from gpmetric.structured.shrink import Shrinker
 
-__all__ = ["COMPARED", "write_slimmed"]
+__all__ = ["COMPARED", "describe_slim", "write_slimmed"]
 
 Json = Mapping[str, Any]
 
@@ -45,6 +46,25 @@ Made by gpmetric {version}; `{manifest}` says how. {opening}
 
 {table}
 """
+
+
+def describe_slim(request: SlimRequest, units: UnitSession) -> dict[str, Any]:
+    """What the manifest says of how a model was made."""
+    names = ("budget", "cost", "estimator", "objective", "start", "add_bias", "multiple_of")
+    windows = units.session.windows
+    described = {name: value for name, value in units.session.describe().items() if name != "device"}
+    described |= {name: getattr(request, name) for name in names}
+    return described | {
+        "digest": units.model.digest,
+        "format": request.form,
+        "repair": request.mended,
+        "granularity": list(request.granularity),
+        "asked": request.sparsity,
+        "update": "none",
+        "calibration": windows["calibration"].describe(),
+        "search": windows["search"].describe(),
+        "text": windows["validation"].describe(),
+    }
 
 
 def write_slimmed(

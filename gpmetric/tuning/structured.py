@@ -16,8 +16,8 @@ from gpmetric.structured.export import check_format, stored_dtypes, written_byte
 from gpmetric.structured.groups import find_groups
 from gpmetric.structured.scores import UnitSession
 from gpmetric.structured.shrink import Shrinker
-from gpmetric.structured.slim import STEPS, describe_slim, slim_work
-from gpmetric.structured.slim_checkpoint import write_slimmed
+from gpmetric.structured.slim import STEPS, slim_work
+from gpmetric.structured.slim_checkpoint import describe_slim, write_slimmed
 from gpmetric.tuning.request import TuneRequest
 from gpmetric.tuning.steps import Steps, TuneListener
 from gpmetric.tuning.trial_log import Measurement
