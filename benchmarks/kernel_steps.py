@@ -1,9 +1,10 @@
-"""How often a row is gone over until its threshold is found, counted in Triton's interpreter: no GPU is needed.
+"""What kernels do, counted in Triton's interpreter: no GPU is needed.
 
     python benchmarks/kernel_steps.py
 
-Every pass over the scores of a row ends in a reduction over the program's threads, which is what rows wait for on a
-GPU. The scores are those of a metric, heavy-tailed ones, signed ones, ones with many ties, and ones with zeros.
+How often a row is gone over until its threshold is found: every pass over its scores ends in a reduction over the
+program's threads, which is what rows wait for on a GPU. The scores are those of a metric, heavy-tailed ones, signed
+ones, ones with many ties, and ones with zeros. And how many launches the solver makes for 128 columns.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import numpy as np
 import torch
 from results import RESULTS, append, row
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import KernelInterface
 
-from gpmetric.kernels import rows
-from gpmetric.kernels.launch import Operands, weight_itself
+from gpmetric.kernels import rows, solver
+from gpmetric.kernels.launch import Operands, wanda, weight_itself
 
 REDUCTIONS = {"_survey": 1, "_counts": 1, "_valid": 1, "_extremes": 2}  # by function of `rows`
 
@@ -59,6 +62,11 @@ def main() -> None:
             print(f"{kind}, {width} columns, half: {found.mean():.2f} reductions a row")
             if str(options.csv) != "-":
                 append([row("kernel steps", f"{kind}, {width} columns, half", found, unit="reductions")], options.csv)
+    for target in ("obs", "0.5", "2:4"):
+        found = np.array([launches(target)])
+        print(f"solver, {target}, of any number of layers and copies: {found[0]:.2f} launches for 128 columns")
+        if str(options.csv) != "-":
+            append([row("kernel steps", f"solver, {target}, for 128 columns", found, unit="launches")], options.csv)
 
 
 def steps(score: Tensor, removed: int) -> list[float]:
@@ -84,6 +92,52 @@ def steps(score: Tensor, removed: int) -> list[float]:
             setattr(rows, name, function)
     assert torch.equal(pruned, rows.reference(score, removed, score))
     return counted
+
+
+def launches(target: str) -> float:
+    """Kernels and tensor operations that 128 more columns take; masks are given where the target is `obs`."""
+    return (_launches(target, 768) - _launches(target, 256)) / 4
+
+
+def _launches(target: str, width: int, layers: int = 4, rows: int = 8, copies: int = 4) -> int:
+    """Of the whole solver; kernels are counted and not run."""
+    weights, operands = torch.ones(layers, rows, width), Operands(columns=(torch.ones(layers, width),))
+    kept = torch.ones(layers, copies, rows, width, dtype=torch.bool)
+    group = int(target.partition(":")[2] or 0)
+    choice = solver.Choice(weights, wanda, operands, [lambda size: size // 2] * copies, group)
+
+    def rule(block: solver.Block) -> solver.Rule:
+        if target == "obs":
+            return solver.Given(kept[..., block.first : block.first + block.size])
+        return choice(block)
+
+    count = _Counted()
+    names = [name for name, one in vars(solver).items() if isinstance(one, KernelInterface) and name[0] == "_"]
+    plain = {name: getattr(solver, name) for name in names}
+    try:
+        for name in names:
+            setattr(solver, name, count)
+        with count:
+            solver.solve(weights, torch.eye(width).repeat(layers, 1, 1), copies, rule)
+    finally:
+        for name, kernel in plain.items():
+            setattr(solver, name, kernel)
+    return count.launches
+
+
+class _Counted(TorchDispatchMode):
+    """Counts operations on tensors, but for those that allocate or make a view; and kernels that it stands for."""
+
+    launches = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        self.launches += not function.is_view and name not in ("empty", "new_empty", "_unsafe_view", "detach")
+        return function(*arguments, **(options or {}))
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        self.launches += 1
+        return lambda *arguments, **options: None
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import Tensor
 from gpmetric.kernels.launch import Operands, on, outputs, scored
 from gpmetric.kernels.ops import LAST, key
 
-__all__ = ["prune_layer", "reference"]
+__all__ = ["nth", "prune_layer", "reference"]
 
 _TILE = 2048
 _SAMPLE = 2**16  # scores that the bounds are taken from
@@ -86,10 +86,11 @@ def _gather(
 
 
 @triton.jit
-def _nth(KEYS, PLACES, count, wanted, low, high, among, only, BY_PLACE: tl.constexpr, PICKED: tl.constexpr):
+def nth(KEYS, PLACES, count, wanted, low, high, among, only, BY_PLACE: tl.constexpr, PICKED: tl.constexpr):
     """(value, how many are lower, how many are not higher): the `wanted`-th lowest of the keys, or the places of one.
 
     Args:
+        PLACES: of the keys; None where they are 0, 1, 2, ...
         count: of entries that are read.
         low, high: values below the lowest, and not below the highest.
         among: how many values there are.
@@ -122,7 +123,7 @@ def _nth(KEYS, PLACES, count, wanted, low, high, among, only, BY_PLACE: tl.const
             value = tl.load(KEYS + index, mask=there, other=0).to(tl.int64)
             if BY_PLACE:
                 there &= value == only
-                value = tl.load(PLACES + index, mask=there, other=0)
+                value = index.to(tl.int64) if PLACES is None else tl.load(PLACES + index, mask=there, other=0)
             first += (there & (value <= values[0])).to(tl.int32)
             second += (there & (value <= values[1])).to(tl.int32)
             third += (there & (value <= values[2])).to(tl.int32)
@@ -151,11 +152,11 @@ def _pick(KEYS, PLACES, COUNTS, BOUNDS, CHOSEN, total, removed, room, PICKED: tl
     elif known:
         count = between.to(tl.int32)
         low, high = tl.load(BOUNDS).to(tl.int64) - 1, tl.load(BOUNDS + 1).to(tl.int64)
-        value, fewer, number = _nth(KEYS, PLACES, count, wanted, low, high, count, low, False, PICKED)
+        value, fewer, number = nth(KEYS, PLACES, count, wanted, low, high, count, low, False, PICKED)
         last = value * 0 + total
         if number > wanted:
             wanted -= fewer
-            last, _, _ = _nth(KEYS, PLACES, count, wanted, value * 0 - 1, last, number - fewer, value, True, PICKED)
+            last, _, _ = nth(KEYS, PLACES, count, wanted, value * 0 - 1, last, number - fewer, value, True, PICKED)
         tl.store(CHOSEN, value)
         tl.store(CHOSEN + 1, last)
     tl.store(CHOSEN + 2, known.to(tl.int64))

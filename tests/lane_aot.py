@@ -20,10 +20,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
-from gpmetric.codegen.loading import load_functions
+from gpmetric.codegen.loading import load_functions, load_remaining_score
 from gpmetric.evolution.variation import Variation
 from gpmetric.expression import PRIMITIVES, parse
-from gpmetric.kernels import launch, layer, pattern, reduce, rows
+from gpmetric.kernels import launch, layer, pattern, reduce, rows, solver
 from gpmetric.metrics import BASELINES, resolve_metric
 from gpmetric.operands import OPERANDS
 
@@ -40,9 +40,15 @@ TYPES = {  # what is no operand, as the launchers give it
     "total": "i64",
     **dict.fromkeys(("BAD", "PLACES", "COUNTS", "CHOSEN", "BEFORE"), "*i64"),
     **dict.fromkeys(("KEYS", "BOUNDS", "TIES"), "*i32"),
+    **dict.fromkeys(("first", "size", "copies", "next_kept"), "i32"),
+    **dict.fromkeys(("next_removed",), "i64"),
+    **dict.fromkeys(("QUOTA", "EXTREMES"), "*i32"),
+    **dict.fromkeys(("REMOVED", "SHARES"), "*fp32"),
+    **dict.fromkeys(("KEPT",), "*u8"),
     **dict.fromkeys(("SUM", "LOW", "HIGH", "PART", "mean", "reach"), "*fp32"),
 }
-SIZES = ("n_in", "n_out", "total", "count", "share")  # compiled anew where 16 divides them, or where they are 1
+# Compiled anew where 16 divides them, or where they are 1
+SIZES = ("n_in", "n_out", "total", "count", "share", "first", "next_kept", "next_removed")
 
 counted: Counter[tuple[str, int]] = Counter()  # (kernel, capability) -> compilations
 seen: set[str] = set()
@@ -214,6 +220,31 @@ def test_the_key_is_picked_by_one_program(capability: int, tmp_path: Path) -> No
         within(compiled(layer._pick, types, {"PICKED": layer._PICKED}, 16, capability, tmp_path), 128)
 
 
+REMAINING = [  # tokens of a formula, and where its parts without W are
+    (("mul", "abs", "W", "part0"), {"part0": "columns"}),
+    (("div", "mul", "pow", "W", "part0", "part1", "part2"), {"part0": "numbers", "part1": "matrices", "part2": "rows"}),
+]
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+def test_the_solver(capability: int, tmp_path: Path) -> None:
+    """Given masks, thresholds, and every M, of scores that read each kind of operand."""
+    solving = {"ROWS": solver._ROWS, "PART": solver._PART}
+    scoring = {"ROWS": solver._ROWS, "BLOCK": solver.COLUMNS}
+    types = TYPES | {"W": "*fp32", "matrices": (), "columns": (), "rows": (), "numbers": (), "total": "i32"}
+    for rule in ("Given", "Threshold"):
+        constants = solving | {"SCORE": None, "RULE": rule, "STEP": solver._STEP}
+        within(compiled(solver._remove, types, constants, 1, capability, tmp_path))
+    within(compiled(solver._pick_block, types, {"PICKED": solver._PICKED}, 16, capability, tmp_path), 128)
+    for tokens, fields in REMAINING:
+        score = {"SCORE": load_remaining_score(tokens, fields).score}
+        its = types | dict.fromkeys(fields.values(), ("*fp32",))
+        within(compiled(solver._score_block, its, scoring | score, 8, capability, tmp_path), 128)
+        for group in (2, 8) if capability == 80 else (4,):
+            constants = solving | score | {"RULE": "Pattern", "STEP": group}
+            within(compiled(solver._remove, its, constants, 1, capability, tmp_path), 255, 128)
+
+
 @pytest.mark.parametrize("capability", TARGETS)
 def test_reductions(capability: int, tmp_path: Path) -> None:
     for squares in (False, True):
@@ -248,5 +279,6 @@ def test_enough_was_compiled() -> None:
     for capability in TARGETS:
         for kernel in ("_prune_rows", "_prune_pattern", "_apply"):
             assert counted[kernel, capability] >= 15
+        assert counted["_remove", capability] >= 4
         for kernel in ("_sample", "_gather", "_pick", "_count_ties", "_reduce_rows", "_sum_columns"):
             assert counted[kernel, capability] >= 2

@@ -62,7 +62,11 @@ def test_pruned_as_without_kernels(metric: str, update: str, monkeypatch: pytest
     assert not fused.usable(weight, TARGETS[:1])
     expected = prune_weights([weight], rule, targets, [statistics], update)
     for (one,), (other,) in zip(found, expected, strict=True):
-        assert torch.equal(one, other)
+        if rule.update or update != "none":  # sums of fp32 in another order
+            assert torch.equal(one != 0, other != 0)
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("row", [Granularity("", columns=32), Granularity("", columns=48, across_rows=True)])

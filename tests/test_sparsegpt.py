@@ -12,6 +12,8 @@ from torch import Tensor
 
 from gpmetric.calibration.accumulators import LayerStatistics, curvature, inverse_factor
 from gpmetric.errors import MaskError, SolverError
+from gpmetric.expression import parse
+from gpmetric.expression.columns import ColumnScores
 from gpmetric.metrics import resolve_metric
 from gpmetric.pruning import obs
 from gpmetric.pruning import sparsegpt as sparsegpt_file
@@ -218,11 +220,13 @@ def test_the_score_sees_the_updated_weights() -> None:
     weight, gram = make_layer(2, 256)
     seen: list[tuple[Tensor, int, int]] = []
 
-    def score(weights: Tensor, start: int, end: int) -> Tensor:
-        seen.append((weights.clone(), start, end))
-        return weights[..., start:end].abs()
+    class Seen(ColumnScores):
+        def __call__(self, weights: Tensor, start: int, end: int) -> Tensor:
+            seen.append((weights.clone(), start, end))
+            return super().__call__(weights, start, end)
 
-    (pruned,) = reconstruct_blockwise(weight[None], inverse_factor(gram)[None], [parse_target("0.5")], score)[0]
+    scores = Seen(parse("abs(W)"), [{"W": weight}])
+    (pruned,) = reconstruct_blockwise(weight[None], inverse_factor(gram)[None], [parse_target("0.5")], scores)[0]
     assert [(start, end) for _, start, end in seen] == [(0, 128), (128, 256)]
     assert torch.equal(seen[0][0][0, 0], weight)
     ((updated,),) = seen[1][0]

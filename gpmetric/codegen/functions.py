@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gpmetric.expression import torch_forms
@@ -15,7 +15,7 @@ from gpmetric.expression.primitives import ATOM, PRIMITIVES, Primitive
 from gpmetric.expression.tree import Expression, Token, Tokens, arity, fold, rooted, subtree_end
 from gpmetric.operands import OPERANDS, Axes
 
-__all__ = ["operands_with", "prune_parameters", "torch_functions", "triton_functions"]
+__all__ = ["operands_with", "prune_parameters", "remaining_score", "torch_functions", "triton_functions"]
 
 _WIDTH = 72  # a part longer than this becomes a line of its own
 _OUT_AFTER = "D"  # files are called by position: `out` stays where it was when this was the last operand
@@ -177,6 +177,21 @@ def triton_functions(expressions: Sequence[Expression]) -> str:
     return _TritonWriter(expressions).text
 
 
+def remaining_score(tokens: Tokens, fields: Mapping[str, str]) -> str:
+    """Text of a `score` whose parts without W are operands too.
+
+    Args:
+        tokens: of the formula, each such part being one token; W is in no reduction.
+        fields: by that token, the field of `launch.Operands` where the part is; in the field they are in this order.
+    """
+    places: Counter[str] = Counter()
+    names = {"W": "w"}
+    for token, field in fields.items():
+        names[token] = _read(field, places[field])
+        places[field] += 1
+    return _choice("score", [_lines(tokens, names)]).replace("'", '"')
+
+
 class _TritonWriter:
     """Writes the functions of some formulas; inner reductions before what contains them."""
 
@@ -192,7 +207,7 @@ class _TritonWriter:
         self._numbered: dict[Tokens, tuple[int, str, int]] = {}  # the same -> its step
         self._parts: list[list[str]] = []  # lines of what each step goes over
         steps = tuple(tuple(map(self._step, _reductions(expression.tokens))) for expression in expressions)
-        functions = [_choice("score", [self._lines(expression.tokens) for expression in expressions])]
+        functions = [_choice("score", [self._score(expression.tokens) for expression in expressions])]
         functions += [_choice("part", self._parts)] if self._parts else []
         self.text = "\n\n".join([*functions, f"LAYOUT = Layout({self._layout(steps)})\n"]).replace("'", '"')
 
@@ -211,37 +226,48 @@ class _TritonWriter:
             assert step is not None
             place = self._taken[field]
             self._numbered[subtree] = len(self._parts), step.name, place
-            self._parts.append(self._lines(subtree[1:], step.squares))
+            self._parts.append(self._score(subtree[1:], step.squares))
             self._results[subtree] = [_read(field, place + index) for index in range(step.results)]
             self._taken[field] += step.results
         return self._numbered[subtree]
 
-    def _lines(self, tokens: Tokens, squared: bool = False) -> list[str]:
-        """Lines that return a subtree, every shared sub-expression computed once."""
-        lines: dict[str, str] = {}  # right side -> variable
+    def _score(self, tokens: Tokens, squared: bool = False) -> list[str]:
+        return _lines(tokens, self._names, self._results, squared)
 
-        def variable(text: str) -> str:
-            return lines.setdefault(text, f"v{len(lines)}")
 
-        stack: list[str] = []
-        skipped = {inside for start in range(len(tokens)) for inside in _not_computed(tokens, start)}
-        for index in reversed(range(len(tokens))):
-            token = tokens[index]
-            if index in skipped:
-                continue
-            if isinstance(token, float):
-                stack.append(variable(f"tl.full(w.shape, {token!r}, tl.float32)"))
-            elif token in self._names:
-                stack.append(variable(self._names[token]))
-            else:
-                computed = not _not_computed(tokens, index)
-                inputs = [stack.pop() for _ in range(arity(token))] if computed else []
-                reduced = self._results.get(tokens[index : subtree_end(tokens, index)], [])
-                stack.append(variable(PRIMITIVES[token].triton.format(*inputs, *map(variable, reduced))))
-        result = stack.pop()
-        if squared:
-            result = variable(f"{result} * {result}")
-        return [*(f"{name} = {text}" for text, name in lines.items()), f"return {result}"]
+def _lines(
+    tokens: Tokens, names: Mapping[str, str], results: Mapping[Tokens, list[str]] | None = None, squared: bool = False
+) -> list[str]:
+    """Lines that return a subtree, every shared sub-expression computed once.
+
+    Args:
+        names: by leaf, the text that reads it.
+        results: by subtree that is a reduction, the texts that read its results.
+    """
+    lines: dict[str, str] = {}  # right side -> variable
+
+    def variable(text: str) -> str:
+        return lines.setdefault(text, f"v{len(lines)}")
+
+    stack: list[str] = []
+    skipped = {inside for start in range(len(tokens)) for inside in _not_computed(tokens, start)}
+    for index in reversed(range(len(tokens))):
+        token = tokens[index]
+        if index in skipped:
+            continue
+        if isinstance(token, float):
+            stack.append(variable(f"tl.full(w.shape, {token!r}, tl.float32)"))
+        elif token in names:
+            stack.append(variable(names[token]))
+        else:
+            computed = not _not_computed(tokens, index)
+            inputs = [stack.pop() for _ in range(arity(token))] if computed else []
+            reduced = (results or {}).get(tokens[index : subtree_end(tokens, index)], [])
+            stack.append(variable(PRIMITIVES[token].triton.format(*inputs, *map(variable, reduced))))
+    result = stack.pop()
+    if squared:
+        result = variable(f"{result} * {result}")
+    return [*(f"{name} = {text}" for text, name in lines.items()), f"return {result}"]
 
 
 def _reductions(tokens: Tokens) -> list[Tokens]:

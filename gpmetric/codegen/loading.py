@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.machinery import SourceFileLoader
@@ -13,12 +13,12 @@ from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import CodeType, ModuleType
 
-from gpmetric.codegen.functions import triton_functions
+from gpmetric.codegen.functions import remaining_score, triton_functions
 from gpmetric.errors import GpmetricError
-from gpmetric.expression.tree import Expression
+from gpmetric.expression.tree import Expression, Tokens
 from gpmetric.files import cache_folder, write_text
 
-__all__ = ["load_functions", "load_module"]
+__all__ = ["load_functions", "load_module", "load_remaining_score"]
 
 _IMPORTS = '''"""Triton functions of pruning metrics, written by gpmetric."""
 
@@ -54,7 +54,20 @@ def load_functions(expressions: Sequence[Expression], folder: Path | None = None
         ImportError: Triton is not installed.
         GpmetricError: the folder cannot be written.
     """
-    text = _IMPORTS + triton_functions(expressions)
+    return _loaded(triton_functions(expressions), folder)
+
+
+def load_remaining_score(tokens: Tokens, fields: Mapping[str, str]) -> ModuleType:
+    """The module of `remaining_score`, kept in the same place.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
+    return _loaded(remaining_score(tokens, fields))
+
+
+def _loaded(functions: str, folder: Path | None = None) -> ModuleType:
+    text = _IMPORTS + functions
     name = f"metric_{hashlib.sha256(text.encode()).hexdigest()[:32]}.py"
     if folder is not None:
         return load_module(_kept(folder / name, text))

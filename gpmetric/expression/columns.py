@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gpmetric.expression.evaluate import compute, prepare_operands
 from gpmetric.expression.primitives import PRIMITIVES
-from gpmetric.expression.tree import Expression, arity, subtree_end
+from gpmetric.expression.tree import Expression, Token, Tokens, arity, subtree_end
 
 __all__ = ["ColumnScores"]
 
@@ -47,6 +47,28 @@ class ColumnScores:
             if arity(tokens[index]) and PRIMITIVES[str(tokens[index])].reduces:
                 self._whole.update(range(index + 1, end))
             index += 1
+
+    def parts(self) -> tuple[Tokens, dict[str, Tensor]] | None:
+        """The formula with each part without W as one token, `part0` and so on, and what these are worth.
+
+        A value is [n, in or 1, out or 1], contiguous. None where a part with W is reduced.
+        """
+        tokens: list[Token] = []
+        parts = dict[str, Tensor]()
+        names = dict[Tokens, str]()
+        index = 0
+        while index < len(self._tokens):
+            token, end = self._tokens[index], index + 1
+            if index in self._fixed:
+                end = subtree_end(self._tokens, index)
+                subtree = self._tokens[index:end]
+                token = names.setdefault(subtree, f"part{len(names)}")
+                parts[token] = self._fixed[index][:, 0].transpose(1, 2)
+            elif token != "W" and PRIMITIVES[str(token)].reduces:
+                return None
+            tokens.append(token)
+            index = end
+        return tuple(tokens), parts
 
     def __call__(self, weights: Tensor, start: int, end: int) -> Tensor:
         """Scores [n, copies, out, end - start] of those columns.

@@ -14,19 +14,20 @@ import torch
 from torch import Tensor
 
 from gpmetric.errors import MaskError
+from gpmetric.expression.columns import ColumnScores
+from gpmetric.pruning import fused_solver
 from gpmetric.pruning.mask import select_mask
 from gpmetric.targets import BLOCK, Target
 
-__all__ = ["ColumnScore", "block_columns", "reconstruct", "reconstruct_blockwise"]
+__all__ = ["block_columns", "reconstruct", "reconstruct_blockwise"]
 
 # Columns removed one by one before the rest of their block is updated by one product. Four targets of eight 512x192,
 # one AMD EPYC thread: at 4, 8, 16 and 32 columns 0.77, 0.76, 0.77 and 0.82 of the seconds at 128
 # (benchmarks/bench_solver.py).
 _STEP = 16
 
-# (copies of the weights as updated so far [n, copies, out, in], first column, end column) -> the scores or the masks of
-# those columns, [n, copies, out, end - first]
-ColumnScore = Callable[[Tensor, int, int], Tensor]
+# (copies of the weights as updated so far [n, copies, out, in], first column, end column) -> the masks of those
+# columns, [n, copies, out, end - first]
 _Masks = Callable[[Tensor, int, int], Tensor]
 
 
@@ -43,7 +44,7 @@ def reconstruct(weights: Tensor, factors: Tensor, masks: Tensor) -> Tensor:
     return _solve(weights, factors, masks.shape[1], BLOCK, BLOCK, lambda _, start, end: masks[..., start:end])
 
 
-def reconstruct_blockwise(weights: Tensor, factors: Tensor, targets: Sequence[Target], score: ColumnScore) -> Tensor:
+def reconstruct_blockwise(weights: Tensor, factors: Tensor, targets: Sequence[Target], scores: ColumnScores) -> Tensor:
     """The pruned weights [n, targets, out, in], masks re-chosen on the updated weights, inside each 128-column block.
 
     One threshold per block holds over all rows of a layer and removes exactly int(block size * sparsity) weights (the
@@ -52,7 +53,7 @@ def reconstruct_blockwise(weights: Tensor, factors: Tensor, targets: Sequence[Ta
     Args:
         weights, factors: as for `reconstruct`.
         targets: those that choose at the same columns, all plain numbers for one, are solved together.
-        score: called with a copy of each weight for every target that is solved together.
+        scores: of a formula and these layers.
 
     Raises:
         MaskError: a score is not finite, or `in` is not divisible by M.
@@ -67,11 +68,15 @@ def reconstruct_blockwise(weights: Tensor, factors: Tensor, targets: Sequence[Ta
         alike = [target for target in targets if target.group == group]
 
         def choose(copies: Tensor, start: int, end: int, alike: Sequence[Target] = alike) -> Tensor:
-            scores = score(copies, start, end).unbind(1)
-            return torch.stack([_select(one, target) for one, target in zip(scores, alike, strict=True)], dim=1)
+            found = scores(copies, start, end).unbind(1)
+            return torch.stack([_select(one, target) for one, target in zip(found, alike, strict=True)], dim=1)
 
         columns = block_columns(alike[0])
-        solved = _solve(weights, factors, len(alike), columns, group or columns, choose)
+        solved = None
+        if fused_solver.usable(weights, columns):
+            solved = fused_solver.solve_by_scores(weights, factors, alike, columns, scores)
+        if solved is None:
+            solved = _solve(weights, factors, len(alike), columns, group or columns, choose)
         pruned |= zip(alike, solved.unbind(1), strict=True)
     return torch.stack([pruned[target] for target in targets], dim=1)
 
@@ -93,6 +98,8 @@ def _solve(weights: Tensor, factors: Tensor, count: int, columns: int, width: in
 
     What lies beyond a block of `columns` is updated when the block is done.
     """
+    if fused_solver.usable(weights, columns):
+        return fused_solver.solve_by_masks(weights, factors, count, columns, width, choose)
     layers, rows, inputs = weights.shape
     # [n, in, count * out]: a column of all copies is contiguous, which is 6 times faster at 1024x1024
     stacked = weights.detach().float().transpose(1, 2).repeat(1, 1, count)
