@@ -1,21 +1,25 @@
-"""Seconds of SparseGPT's solver on one CPU thread; `python benchmarks/bench_solver.py` appends to results.csv.
+"""Seconds of SparseGPT's solver; `python benchmarks/bench_solver.py` appends to results.csv.
 
-`prune_weights` under obs-blockwise, all targets of a search at once, against one plain column loop per weight and
+    --device cuda [--quick]   layers of a 135M and of a 7B model by the kernels, beside the published loop on that GPU
+
+Without, on one CPU thread: `prune_weights` under obs-blockwise, all targets of a search at once, against one plain column loop per weight and
 target; an evolved metric against the same with every weight scored whenever some columns are; and the evidence for the
 constants: `_STEP` against 128, `_TOGETHER` against one weight at a time.
 """
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+import published
 import torch
 from results import append, in_turn, row
 from torch import Tensor
 
-from gpmetric.calibration.accumulators import LayerStatistics
+from gpmetric.calibration.accumulators import LayerStatistics, curvature
 from gpmetric.expression import Expression
 from gpmetric.expression.evaluate import evaluate
 from gpmetric.metrics import Metric, resolve_metric
@@ -30,8 +34,60 @@ SEARCH = [parse_target(text) for text in ("0.5", "0.6", "0.7", "2:4")]
 WANDA = resolve_metric("wanda")
 
 
+# out, in: the layers of a block of SmolLM2-135M, then two of Llama-2-7B
+QUICK = [(576, 576), (192, 576), (1536, 576), (576, 1536), (4096, 4096)]
+ALL = [*QUICK, (11008, 4096), (4096, 11008)]
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--quick", action="store_true", help="on a GPU fewer layers, on a CPU fewer repeats and cases")
+    options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.device == "cuda":
+        for found in on_device("cuda", QUICK if options.quick else ALL):
+            append([found])
+    elif options.quick:
+        append([blockwise("8 of 512x192", [make_layer(512, 192) for _ in range(8)], 3)])
+    else:
+        on_cpu()
+
+
+def on_device(device: str, shapes: Sequence[tuple[int, int]], repeats: int = 3) -> Iterator[dict[str, str]]:
+    """Rows of one weight at a time, SparseGPT's metric; the published loop is the baseline. Factors are at hand."""
+    metric = resolve_metric("sparsegpt")
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    for shape in shapes:
+        weight, statistics = make_layer(*shape, device)
+        for target in (SEARCH[0], SEARCH[3]):
+
+            def ours(target: Target = target) -> Tensor:
+                return prune_weights([weight], metric, [target], [statistics], "obs-blockwise")[0][0]
+
+            def theirs(target: Target = target) -> Tensor:
+                return published.solver(weight, statistics.factor, target)
+
+            errors = [float(((one - weight) @ statistics["gram"] * (one - weight)).sum()) for one in (ours(), theirs())]
+            if abs(errors[0] / errors[1] - 1) > 0.01:
+                raise SystemExit(f"{shape}, {target.text}: squared errors {errors[0]:.4g} and {errors[1]:.4g}")
+            times, others = in_turn([_waited(ours, device), _waited(theirs, device)], repeats, time.perf_counter)
+            baseline = float(np.median(others))
+            case = f"{shape[0]}x{shape[1]}, {target.text}, against the published loop"
+            yield row("solver", case, times, baseline, device=name)
+            print(f"{case}: {1e3 * np.median(times):.2f} ms of {1e3 * baseline:.2f} ms", flush=True)
+
+
+def _waited(run: Callable[[], Tensor], device: str) -> Callable[[], None]:
+    def waited() -> None:
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return waited
+
+
+def on_cpu() -> None:
     small = [make_layer(*shape) for shape in [(64, 64)] * 20 + [(192, 64)] * 10 + [(64, 192)] * 5]
     large = [make_layer(512, 192) for _ in range(8)]
     rows = [
@@ -128,15 +184,16 @@ def plain_solver(weight: Tensor, statistics: LayerStatistics, target: Target) ->
     return weights
 
 
-def make_layer(rows: int, columns: int) -> tuple[Tensor, LayerStatistics]:
+def make_layer(rows: int, columns: int, device: str = "cpu") -> tuple[Tensor, LayerStatistics]:
     """A weight and the statistics of correlated inputs."""
-    generator = torch.Generator().manual_seed(0)
-    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
-    inputs = torch.randn(4 * columns, columns, generator=generator) @ mixing
+    generator = torch.Generator(device).manual_seed(0)
+    mixing = torch.randn(columns, columns, generator=generator, device=device) / columns**0.5
+    inputs = torch.randn(4 * columns, columns, generator=generator, device=device)
+    inputs = inputs + inputs @ mixing
     gram = inputs.t() @ inputs / len(inputs)
-    weight = torch.randn(rows, columns, generator=generator)
-    G, F = torch.rand(2, rows, columns, generator=generator)
-    return weight, LayerStatistics(X=gram.diagonal().sqrt(), G=G, F=F, gram=gram)
+    weight = torch.randn(rows, columns, generator=generator, device=device)
+    G, F = torch.rand(2, rows, columns, generator=generator, device=device)
+    return weight, LayerStatistics(X=gram.diagonal().sqrt(), D=curvature(gram), G=G, F=F, gram=gram)
 
 
 def compare(

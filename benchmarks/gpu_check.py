@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_solver import QUICK, on_device
 from kernel_checks import CheckError, check_all, choices, other_choices
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -111,6 +112,7 @@ def main() -> None:
 
 def _steps(place: Place) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     yield "kernels choose as a stable sort", lambda: _kernels(place.device)
+    yield "solver, times of the published loop", lambda: _solver(place.device)
     masks = ("wanda", "sparsegpt", "gblm_l1", "ria", "W*W*F")
     yield "demo: device and CPU agree", partial(_agree, place.device, masks, 1e-3, samples=16, windows=16)
     for update, fit in _UPDATES:  # a support may differ in a tie
@@ -160,6 +162,12 @@ def _kernels(device: str) -> dict[str, Any]:
     shapes = [(4096, 4096), (11008, 4096)] if device == "cuda" else [(96, 256)]
     found = [*choices(device, False), *other_choices(device, False)]
     return {"told": list(check_all(found, shapes, device))}
+
+
+def _solver(device: str) -> dict[str, Any]:
+    """Seconds of the solver by layer and target, and what part of the published loop's they are; errors agree."""
+    shapes = QUICK if device == "cuda" else [(24, 160)]
+    return {found["case"]: (found["median"], found["ratio"]) for found in on_device(device, shapes)}
 
 
 def _agree(device: str, metric: tuple[str, ...], within: float, **options: Any) -> dict[str, Any]:

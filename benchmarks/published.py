@@ -71,6 +71,35 @@ def compiled() -> Step:
     return torch.compile(published, dynamic=False)
 
 
+def solver(weight: Tensor, factor: Tensor, target: Target) -> Tensor:
+    """SparseGPT's columns, by the launches of `fasterprune` in its sparsegpt.py; `factor` is its `Hinv`."""
+    weight = weight.clone()
+    for start in range(0, weight.shape[1], 128):
+        end = min(start + 128, weight.shape[1])
+        block, inverse = weight[:, start:end].clone(), factor[start:end, start:end]
+        pruned, errors, losses = torch.zeros_like(block), torch.zeros_like(block), torch.zeros_like(block)
+        mask = torch.zeros_like(block) == 1
+        if not target.group:
+            score = block**2 / torch.diag(inverse).reshape(1, -1) ** 2
+            mask = score <= torch.sort(score.flatten())[0][int(score.numel() * target.sparsity)]
+        for i in range(end - start):
+            column, curvature = block[:, i], inverse[i, i]
+            if target.group and i % target.group == 0:
+                reach = slice(i, i + target.group)
+                score = block[:, reach] ** 2 / torch.diag(inverse)[reach].reshape(1, -1) ** 2
+                mask.scatter_(1, i + torch.topk(score, target.group - target.keep, dim=1, largest=False)[1], True)
+            kept = column.clone()
+            kept[mask[:, i]] = 0
+            pruned[:, i] = kept
+            losses[:, i] = (column - kept) ** 2 / curvature**2
+            error = (column - kept) / curvature
+            block[:, i:] -= error.unsqueeze(1).matmul(inverse[i, i:].unsqueeze(0))
+            errors[:, i] = error
+        weight[:, start:end] = pruned
+        weight[:, end:] -= errors.matmul(factor[start:end, end:])
+    return weight
+
+
 # granularity -> name of the step beside the published one -> how it is made
 OTHERS: dict[str, dict[str, Callable[[], Step]]] = {
     "row": {"torch.compile": compiled, "kthvalue": lambda: kthvalue},

@@ -234,7 +234,7 @@ def test_the_solver(capability: int, tmp_path: Path) -> None:
     types = TYPES | {"W": "*fp32", "matrices": (), "columns": (), "rows": (), "numbers": (), "total": "i32"}
     for rule in ("Given", "Threshold"):
         constants = solving | {"SCORE": None, "RULE": rule, "STEP": solver._STEP}
-        within(compiled(solver._remove, types, constants, 1, capability, tmp_path))
+        within(compiled(solver._remove, types, constants, 1, capability, tmp_path), 255)
     within(compiled(solver._pick_block, types, {"PICKED": solver._PICKED}, 16, capability, tmp_path), 128)
     for tokens, fields in REMAINING:
         score = {"SCORE": load_remaining_score(tokens, fields).score}
