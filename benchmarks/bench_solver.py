@@ -2,9 +2,9 @@
 
     --device cuda [--quick]   layers of a 135M and of a 7B model by the kernels, beside the published loop on that GPU
 
-Without, on one CPU thread: `prune_weights` under obs-blockwise, all targets of a search at once, against one plain column loop per weight and
-target; an evolved metric against the same with every weight scored whenever some columns are; and the evidence for the
-constants: `_STEP` against 128, `_TOGETHER` against one weight at a time.
+Without, on one CPU thread: `prune_weights` under obs-blockwise, all targets of a search at once, against one plain
+column loop per weight and target; an evolved metric against the same with every weight scored whenever some columns
+are; and the evidence for the constants: `_STEP` against 128, `_TOGETHER` against one weight at a time.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import published
@@ -56,18 +57,12 @@ def main() -> None:
 
 def on_device(device: str, shapes: Sequence[tuple[int, int]], repeats: int = 3) -> Iterator[dict[str, str]]:
     """Rows of one weight at a time, SparseGPT's metric; the published loop is the baseline. Factors are at hand."""
-    metric = resolve_metric("sparsegpt")
     name = torch.cuda.get_device_name() if device == "cuda" else ""
     for shape in shapes:
         weight, statistics = make_layer(*shape, device)
         for target in (SEARCH[0], SEARCH[3]):
-
-            def ours(target: Target = target) -> Tensor:
-                return prune_weights([weight], metric, [target], [statistics], "obs-blockwise")[0][0]
-
-            def theirs(target: Target = target) -> Tensor:
-                return published.solver(weight, statistics.factor, target)
-
+            ours = partial(_ours, weight, statistics, target)
+            theirs = partial(published.solver, weight, statistics.factor, target)
             errors = [float(((one - weight) @ statistics["gram"] * (one - weight)).sum()) for one in (ours(), theirs())]
             if abs(errors[0] / errors[1] - 1) > 0.01:
                 raise SystemExit(f"{shape}, {target.text}: squared errors {errors[0]:.4g} and {errors[1]:.4g}")
@@ -76,6 +71,10 @@ def on_device(device: str, shapes: Sequence[tuple[int, int]], repeats: int = 3) 
             case = f"{shape[0]}x{shape[1]}, {target.text}, against the published loop"
             yield row("solver", case, times, baseline, device=name)
             print(f"{case}: {1e3 * np.median(times):.2f} ms of {1e3 * baseline:.2f} ms", flush=True)
+
+
+def _ours(weight: Tensor, statistics: LayerStatistics, target: Target) -> Tensor:
+    return solve([(weight, statistics)], [target], resolve_metric("sparsegpt"))[0]
 
 
 def _waited(run: Callable[[], Tensor], device: str) -> Callable[[], None]:

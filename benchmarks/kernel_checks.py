@@ -19,7 +19,7 @@ from gpmetric.expression import Expression, parse
 from gpmetric.expression.evaluate import evaluate
 from gpmetric.metrics import BASELINES, resolve_metric
 from gpmetric.operands import OPERANDS
-from gpmetric.pruning.fused import _prune, _unpacked
+from gpmetric.pruning.fused import _unpacked
 from gpmetric.pruning.mask import select_mask
 from gpmetric.targets import Target, parse_target
 
@@ -64,6 +64,22 @@ def on_cpu(expression: Expression) -> Prune:
     return lambda named, target: named["W"].where(select_mask(evaluate(expression, named), target), 0)
 
 
+def by_kernel(weight: Tensor, score: Any, operands: Any, target: Target, **to: Any) -> Tensor:
+    """What the launcher of a target's kernel gives; `to` are its `out`, `bits` and `bad`."""
+    from gpmetric.kernels.layer import prune_layer  # needs Triton
+    from gpmetric.kernels.pattern import prune_pattern
+    from gpmetric.kernels.rows import prune_rows
+
+    ((_, size),) = target.groups(weight.shape)
+    found: Tensor
+    if target.group:
+        found = prune_pattern(weight, target.keep, target.group, score, operands, **to)
+    else:
+        prune = prune_layer if target.across_rows else prune_rows
+        found = prune(weight, target.removed(size), score, operands, **to)
+    return found
+
+
 def fused(functions: ModuleType, which: int = 0, form: str = "new") -> Prune:
     """Prunes by the kernel of the target's granularity, into a `new` tensor, `in place` or by the mask's `bits`."""
     from gpmetric.kernels.reduce import prepare  # needs Triton
@@ -74,12 +90,12 @@ def fused(functions: ModuleType, which: int = 0, form: str = "new") -> Prune:
         bad = torch.zeros(1, dtype=torch.int64, device=weight.device)
         if form == "in place":
             weight = weight.clone()
-            pruned = _prune(weight, functions.score, operands, target, out=weight, bad=bad)
+            pruned = by_kernel(weight, functions.score, operands, target, out=weight, bad=bad)
         elif form == "bits":
-            bits = _prune(weight, functions.score, operands, target, bits=True)
-            pruned = weight.where(_unpacked(bits, weight.shape), 0)
+            bits = by_kernel(weight, functions.score, operands, target, bits=True)
+            pruned = weight.where(_unpacked(bits, *weight.shape), 0)
         else:
-            pruned = _prune(weight, functions.score, operands, target, bad=bad)
+            pruned = by_kernel(weight, functions.score, operands, target, bad=bad)
         if bad:
             raise CheckError(f"{int(bad)} scores of {tuple(weight.shape)} are not finite")
         return pruned

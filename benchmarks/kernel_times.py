@@ -13,14 +13,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from kernel_checks import DTYPES, draw
+from kernel_checks import DTYPES, by_kernel, draw
 from published import OTHERS, Step, published
 from results import row
 from torch import Tensor
 
 from gpmetric.codegen.loading import load_functions
 from gpmetric.expression import parse
-from gpmetric.pruning.fused import _prune
 from gpmetric.targets import Target, parse_target
 
 Shape = tuple[int, int]
@@ -195,7 +194,7 @@ class _Drawn:
         self.bad = torch.zeros(1, dtype=torch.int64, device=device)
 
     def run(self, target: Target) -> Run:
-        return partial(_prune, self.weight, self.score, self.operands, target, out=self.out, bad=self.bad)
+        return partial(by_kernel, self.weight, self.score, self.operands, target, out=self.out, bad=self.bad)
 
 
 def compare(result: Result, weight: Tensor, square: Tensor, target: Target, machine: Machine) -> None:

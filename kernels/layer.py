@@ -12,6 +12,7 @@ counts them tile by tile.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from gpmetric.kernels.launch import Operands, on, outputs, scored
 from gpmetric.kernels.ops import LAST, key
 
-__all__ = ["nth", "prune_layer", "reference"]
+__all__ = ["Search", "nth", "prune_layer", "reference"]
 
 _TILE = 2048
 _SAMPLE = 2**16  # scores that the bounds are taken from
@@ -199,6 +200,83 @@ def _apply(
         tl.store(OUT + place, tl.where(gone, 0.0, w), mask=inside & known)
 
 
+class Search:
+    """A matrix on its way to being pruned: all is launched, and the host has not waited.
+
+    Attributes:
+        out: the pruned weight, or the mask, once `finish` was called.
+        state: [2, 3], int64, what `finish` wants to know.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        removed: int,
+        score: triton.JITFunction,
+        operands: Operands,
+        out: Tensor | None = None,
+        bits: bool = False,
+        bad: Tensor | None = None,
+    ) -> None:
+        """Arguments and errors as of `prune_layer`."""
+        total, width = weight.numel(), weight.shape[1]
+        self.out, bad = outputs(weight, operands, out, ((total + 7) // 8,) if bits else None, bad)
+        if not 0 <= removed <= total:
+            raise ValueError(f"removed must be from 0 to {total}, but got {removed}")
+        self._weight, self._removed, self._bits = weight, removed, bits
+        self._given = (*operands, width, total)
+        self._grid = (triton.cdiv(total, _TILE),)
+        self._options = {"SCORE": score, "TILE": _TILE, "num_warps": 4, "enable_fp_fusion": False}
+        room = max(_SAMPLE, total // _ROOM)
+        with on(weight):
+            self._keys = torch.empty(room, dtype=torch.int32, device=weight.device)
+            self._places = torch.empty(room, dtype=torch.int64, device=weight.device)
+            self.state = self._passes(_first_bounds(weight, removed, (*operands, width), self._options))
+            bad += self.state[0, 2]
+
+    def _passes(self, bounds: Tensor) -> Tensor:
+        """(below the bounds, between them, not finite), (key, last place, whether these are known)."""
+        self._bounds, state = bounds, torch.zeros(2, 3, dtype=torch.int64, device=bounds.device)
+        counts, chosen = state
+        weight, keys, places, total, room = self._weight, self._keys, self._places, self._given[-1], len(self._keys)
+        _gather[self._grid](weight, keys, places, counts, bounds, *self._given, room, **self._options)
+        _pick[(1,)](keys, places, counts, bounds, chosen, total, self._removed, room, PICKED=_PICKED, num_warps=16)
+        self._apply(chosen, chosen, ranked=False)
+        return state
+
+    def _apply(self, chosen: Tensor, before: Tensor, ranked: bool) -> None:
+        _apply[self._grid](
+            self._weight, self.out, chosen, before, *self._given, BITS=self._bits, RANKED=ranked, **self._options
+        )
+
+    def finish(self, state: Sequence[Sequence[int]]) -> None:
+        """Moves the bounds and makes the passes again where luck was bad; `state` as the host has read it."""
+        least, most = _LEAST, _MOST  # the key lies between these for certain
+        with on(self._weight):
+            while not state[1][2]:
+                (below, between, _), (low, high) = state[0], self._bounds.tolist()
+                if self._removed <= below:
+                    low, high, most = least, low - 1, low - 1
+                elif self._removed > below + between:
+                    low, high, least = high + 1, most, high + 1
+                elif low < high:  # many are alike
+                    least, most = low, high
+                    nearer = _bounds(self._keys, (self._removed - below) / between).tolist()
+                    low, high = nearer if nearer != [low, high] else (low, (low + high) // 2)
+                else:  # all of those between are, and there is no room for their places
+                    self._by_rank(low, self._removed - below)
+                    return
+                bounds = torch.tensor([low, high], dtype=torch.int32, device=self._weight.device)
+                state = self._passes(bounds).tolist()
+
+    def _by_rank(self, key: int, ties: int) -> None:
+        """With so many of the entries of that key, the first ones."""
+        chosen = torch.tensor([key, ties, 1], device=self._weight.device)
+        counts = torch.empty(self._grid[0], dtype=torch.int32, device=self._weight.device)
+        _count_ties[self._grid](self._weight, counts, chosen, *self._given, **self._options)
+        self._apply(chosen, counts.cumsum(0, dtype=torch.int64) - counts, ranked=True)
+
+
 def prune_layer(
     weight: Tensor,
     removed: int,
@@ -225,54 +303,18 @@ def prune_layer(
     Raises:
         ValueError: a tensor or number that the kernels cannot take.
     """
-    total, width = weight.numel(), weight.shape[1]
-    out, bad = outputs(weight, operands, out, ((total + 7) // 8,) if bits else None, bad)
-    if not 0 <= removed <= total:
-        raise ValueError(f"removed must be from 0 to {total}, but got {removed}")
-    given = (*operands, width, total)
-    grid = (triton.cdiv(total, _TILE),)
-    options = {"SCORE": score, "TILE": _TILE, "num_warps": 4, "enable_fp_fusion": False}
-    room = max(_SAMPLE, total // _ROOM)
-    with on(weight):
-        keys = torch.empty(room, dtype=torch.int32, device=weight.device)
-        places = torch.empty(room, dtype=torch.int64, device=weight.device)
-        bounds = _first_bounds(weight, removed, (*operands, width), options)
-        least, most = _LEAST, _MOST  # the key lies between these for certain
-        while True:
-            counts, chosen = torch.zeros(2, 3, dtype=torch.int64, device=weight.device)
-            _gather[grid](weight, keys, places, counts, bounds, *given, room, **options)
-            _pick[(1,)](keys, places, counts, bounds, chosen, total, removed, room, PICKED=_PICKED, num_warps=16)
-            _apply[grid](weight, out, chosen, chosen, *given, BITS=bits, RANKED=False, **options)
-            below, between, known = torch.stack([counts[0], counts[1], chosen[2]]).tolist()  # the host waits here
-            if known:
-                break
-            low, high = bounds.tolist()
-            if removed <= below:
-                low, high, most = least, low - 1, low - 1
-            elif removed > below + between:
-                low, high, least = high + 1, most, high + 1
-            elif low < high:  # many are alike
-                least, most = low, high
-                nearer = _bounds(keys, (removed - below) / between).tolist()
-                low, high = nearer if nearer != [low, high] else (low, (low + high) // 2)
-            else:  # all of those between are, and there is no room for their places
-                chosen = torch.tensor([low, removed - below, 1], device=weight.device)
-                ties = torch.empty(grid[0], dtype=torch.int32, device=weight.device)
-                _count_ties[grid](weight, ties, chosen, *given, **options)
-                before = ties.cumsum(0, dtype=torch.int64) - ties
-                _apply[grid](weight, out, chosen, before, *given, BITS=bits, RANKED=True, **options)
-                break
-            bounds = torch.tensor([low, high], dtype=torch.int32, device=weight.device)
-    bad += counts[2]
-    return out
+    search = Search(weight, removed, score, operands, out, bits, bad)
+    search.finish(search.state.tolist())
+    return search.out
 
 
 def _first_bounds(weight: Tensor, removed: int, given: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
-    """By a sample of the scores."""
+    """By a sample of the scores, or by all of few."""
     count = min(_SAMPLE, weight.numel())
-    spread = torch.arange(count, dtype=torch.float64, device=weight.device) * _GOLDEN % 1
+    places = torch.arange(count, device=weight.device)
+    if count < weight.numel():
+        places = (places.double() * _GOLDEN % 1 * weight.numel()).long()
     keys = torch.empty(count, dtype=torch.int32, device=weight.device)
-    places = (spread * weight.numel()).long()
     _sample[(triton.cdiv(count, _TILE),)](weight, keys, places, *given, count, **options)
     return _bounds(keys, removed / weight.numel())
 

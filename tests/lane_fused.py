@@ -99,8 +99,8 @@ def test_what_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weights_keep_their_dtype_and_views_are_read(dtype: torch.dtype) -> None:
     weight, statistics = sample(dtype)
     stored = weight.t().contiguous()
-    pruned = fused.prune(stored.t(), parse("abs(W)*X"), statistics.operands, TARGETS)
-    kept = fused.masks(stored.t(), parse("abs(W)*X"), statistics.operands, TARGETS)
+    (pruned,) = fused.prune([stored.t()], parse("abs(W)*X"), [statistics.operands], TARGETS)
+    (kept,) = fused.masks([stored.t()], parse("abs(W)*X"), [statistics.operands], TARGETS)
     for target, one, mask in zip(TARGETS, pruned, kept, strict=True):
         assert one.dtype == dtype
         assert torch.equal(mask, select_mask(weight.float().abs() * statistics["X"], target))
@@ -112,11 +112,25 @@ def test_bad_scores_and_operands() -> None:
     weight[2, 7], weight[3, 1] = torch.nan, torch.inf
     for target in TARGETS:
         with pytest.raises(MaskError, match=r"^2 of 800 scores are NaN or infinite$"):
-            fused.prune(weight, parse("abs(W)*X"), statistics.operands, [TARGETS[0], target])
+            fused.prune([weight], parse("abs(W)*X"), [statistics.operands], [TARGETS[0], target])
     with pytest.raises(MaskError, match="2 of 800 scores"):
         select_mask(weight, TARGETS[0])
     with pytest.raises(ExpressionError, match="needs the operand D"):
-        fused.prune(weight, parse("abs(W)*D"), {}, TARGETS)
+        fused.prune([weight], parse("abs(W)*D"), [{}], TARGETS)
+
+
+def test_the_host_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all weights and targets, also where scores compete over the layer; nothing else reads a tensor's values."""
+    weight, statistics = sample()
+    waits: list[str] = []
+    for name in ("tolist", "item", "__bool__", "__int__"):
+        plain = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda one, name=name, plain=plain: [waits.append(name), plain(one)][1])
+    found = fused.prune([weight] * 3, parse("abs(W)*X"), [statistics.operands] * 3, TARGETS)
+    assert waits == ["tolist"]
+    for one in found:
+        for pruned, target in zip(one, TARGETS, strict=True):
+            assert int((pruned == 0).sum()) == target.removes(weight.shape)
 
 
 def test_formulas_compiled_together_prune_as_alone() -> None:
@@ -124,12 +138,12 @@ def test_formulas_compiled_together_prune_as_alone() -> None:
     operands = statistics.operands
     formulas = [parse(text) for text in ("abs(W)*X", "W*W*G/rowsum(G)", "log(abs(W))*X")]
     targets = TARGETS[:4]  # one of each group
-    alone = [fused.prune(weight, formula, operands, targets) for formula in formulas]
+    alone = [fused.prune([weight], formula, [operands], targets)[0] for formula in formulas]
     fused._groups.clear()
     fused.compile_together(formulas, [(weight, operands)], targets, bits=False)
     assert [fused._find(formula, operands)[1] for formula in formulas] == [0, 1, 2]
     for formula, expected in zip(formulas, alone, strict=True):
-        found = fused.prune(weight, formula, operands, targets)
+        (found,) = fused.prune([weight], formula, [operands], targets)
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
@@ -140,7 +154,7 @@ def test_a_group_that_does_not_serve_is_left(monkeypatch: pytest.MonkeyPatch) ->
     fused.compile_together(formulas, [(weight, operands)], TARGETS, bits=False)
     few = {"X": operands["X"]}
     assert fused._find(formulas[0], few)[0] is not fused._find(formulas[0], operands)[0]
-    pruned = [fused.prune(weight, formulas[0], named, TARGETS) for named in (few, operands)]
+    pruned = [fused.prune([weight], formulas[0], [named], TARGETS)[0] for named in (few, operands)]
     assert all(torch.equal(*pair) for pair in zip(*pruned, strict=True))
 
     def broken(*arguments: object) -> None:
@@ -167,7 +181,7 @@ def test_no_cache_folder_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, statistics = sample()
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     expected = weight.abs() * statistics["X"]
-    (pruned,) = fused.prune(weight, parse("X*abs(W)*1"), statistics.operands, TARGETS[:1])
+    ((pruned,),) = fused.prune([weight], parse("X*abs(W)*1"), [statistics.operands], TARGETS[:1])
     assert torch.equal(pruned != 0, select_mask(expected, TARGETS[0]))
 
 

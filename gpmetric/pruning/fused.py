@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from gpmetric.errors import ExpressionError, GpmetricError, MaskError
 from gpmetric.expression import Expression
 from gpmetric.targets import Target
 
-__all__ = ["compile_together", "mask_of_scores", "masks", "prune", "usable"]
+__all__ = ["compile_together", "masks", "masks_of_scores", "prune", "usable"]
 
 _WIDEST = 2**16 - 1  # inputs of a row that is held in registers, MOST_COLUMNS; beyond 2**15 some of it spills
 _GROUPS = (2, 4, 8, 16)  # M of N:M
@@ -49,41 +49,47 @@ def usable(weight: Tensor, targets: Sequence[Target]) -> bool:
 
 
 def prune(
-    weight: Tensor, expression: Expression, operands: Mapping[str, Tensor], targets: Sequence[Target]
-) -> list[Tensor]:
-    """The pruned copies of a weight, in its dtype, by target.
+    weights: Sequence[Tensor],
+    expression: Expression,
+    operands: Sequence[Mapping[str, Tensor]],
+    targets: Sequence[Target],
+) -> list[list[Tensor]]:
+    """The pruned copies of weights, in their dtypes, by weight and target; the host waits for the device once.
 
     Args:
-        weight: [out, in], `usable` at the targets.
+        weights: [out, in] each, `usable` at the targets.
         expression: the formula.
-        operands: by name, on any device, those that the formula uses at least.
+        operands: of each weight by name, on any device, those that the formula uses at least.
         targets: where scores compete is what they say.
 
     Raises:
         MaskError: a score is NaN or infinite.
         ExpressionError: an operand is missing or has another shape.
     """
-    functions, which = _find(expression, operands)
-    return _launch(weight, functions.score, functions.LAYOUT, which, operands, targets, bits=False)
+    return _launch([_job(weight, expression, one) for weight, one in zip(weights, operands, strict=True)], targets)
 
 
 def masks(
-    weight: Tensor, expression: Expression, operands: Mapping[str, Tensor], targets: Sequence[Target]
-) -> list[Tensor]:
+    weights: Sequence[Tensor],
+    expression: Expression,
+    operands: Sequence[Mapping[str, Tensor]],
+    targets: Sequence[Target],
+) -> list[list[Tensor]]:
     """The same as boolean masks [out, in], True = kept."""
-    functions, which = _find(expression, operands)
-    return _launch(weight, functions.score, functions.LAYOUT, which, operands, targets, bits=True)
+    jobs = [_job(weight, expression, one) for weight, one in zip(weights, operands, strict=True)]
+    return _launch(jobs, targets, bits=True)
 
 
-def mask_of_scores(score: Tensor, target: Target) -> Tensor:
-    """The mask of scores [out, in] that are there already, `usable` at the target.
+def masks_of_scores(scores: Sequence[Tensor], target: Target) -> list[Tensor]:
+    """The masks of scores [out, in] each that are there already, `usable` at the target.
 
     Raises:
         MaskError: a score is NaN or infinite.
     """
     from gpmetric.kernels import launch  # needs Triton
 
-    return _launch(score, launch.weight_itself, launch.Layout(), 0, {}, [target], bits=True)[0]
+    jobs = [_Job(score, launch.weight_itself, launch.Layout(), 0, {}) for score in scores]
+    return [mask for (mask,) in _launch(jobs, [target], bits=True)]
 
 
 def compile_together(
@@ -106,8 +112,9 @@ def compile_together(
         for weight, operands in layers:
             few = {name: one[:_TRIED] if one.dim() == 2 else one for name, one in operands.items()}
             for which in range(len(expressions)):  # their reductions differ
+                job = _Job(weight[:_TRIED], functions.score, functions.LAYOUT, which, few)
                 with suppress(Exception):  # a trial only: what fails here fails again where it is told
-                    _launch(weight[:_TRIED], functions.score, functions.LAYOUT, which, few, targets, bits)
+                    _launch([job], targets, bits)
         return functions
 
     def run() -> None:
@@ -159,62 +166,92 @@ def _find(expression: Expression, named: Mapping[str, Tensor]) -> tuple[ModuleTy
     return _alone(expression), 0
 
 
-def _launch(
-    weight: Tensor,
-    score: Any,
-    layout: Any,
-    which: int,
-    named: Mapping[str, Tensor],
-    targets: Sequence[Target],
-    bits: bool,
-) -> list[Tensor]:
-    """The pruned weight or its mask by target."""
+class _Job(NamedTuple):
+    """A weight, or scores, to be pruned by the formula of that number among those of the functions."""
+
+    weight: Tensor
+    score: Any
+    layout: Any
+    which: int
+    named: Mapping[str, Tensor]
+
+
+def _job(weight: Tensor, expression: Expression, named: Mapping[str, Tensor]) -> _Job:
+    functions, which = _find(expression, named)
+    return _Job(weight, functions.score, functions.LAYOUT, which, named)
+
+
+def _launch(jobs: Sequence[_Job], targets: Sequence[Target], bits: bool = False) -> list[list[Tensor]]:
+    """The pruned weights or their masks, by job and target: all is launched before the host waits, once."""
     from triton.errors import TritonError
 
-    from gpmetric.kernels.launch import pieces
-    from gpmetric.kernels.reduce import prepare
-
-    weight = weight.detach().contiguous()
-    bad = torch.zeros(1, dtype=torch.int64, device=weight.device)
-    results = []
+    # 16 bytes each: Triton compiles anew for what is aligned otherwise
+    bad = torch.zeros(len(jobs), 2, dtype=torch.int64, device=jobs[0].weight.device)
     try:
-        operands = prepare(weight, named, layout, which)
-        for target in targets:
-            bad.zero_()  # all targets have the same scores
-            whole = [(weight, operands)]
-            width = target.width(weight.shape[1])
-            parts = []
-            for piece, its in whole if target.group or width == weight.shape[1] else pieces(weight, operands, width):
-                found = _prune(piece, score, its, target, bits=bits, bad=bad)
-                parts.append(_unpacked(found, piece.shape) if bits else found)
-            results.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+        started = [_started(job, targets, bits, counted[:1]) for job, counted in zip(jobs, bad, strict=True)]
+        searches = [one for by_target in started for parts in by_target for one in parts if not _is_done(one)]
+        states = [one.state for one in searches]
+        told = torch.cat([bad.flatten(), *(state.flatten() for state in states)]).tolist()
+        for place, search in enumerate(searches):
+            first = 2 * len(jobs) + 6 * place
+            search.finish((told[first : first + 3], told[first + 3 : first + 6]))
     except ValueError as error:
         raise ExpressionError(str(error)) from error
     except TritonError as error:
         raise GpmetricError(f"a Triton kernel failed; GPMETRIC_KERNELS=0 does without: {error}") from error
-    if bad:
-        raise MaskError(f"{int(bad)} of {weight.numel()} scores are NaN or infinite")
-    return results
+    for job, count in zip(jobs, told[: 2 * len(jobs) : 2], strict=True):
+        if count:  # all targets have the same scores
+            raise MaskError(f"{count // len(targets)} of {job.weight.numel()} scores are NaN or infinite")
+    return [
+        [_joined(parts, job.weight.shape, target, bits) for parts, target in zip(by_target, targets, strict=True)]
+        for job, by_target in zip(jobs, started, strict=True)
+    ]
 
 
-def _prune(weight: Tensor, score: Any, operands: Any, target: Target, **to: Any) -> Tensor:
-    """The weight pruned by the kernel of a target, or mask bits; `to` are the launchers' `out`, `bits` and `bad`."""
-    from gpmetric.kernels.layer import prune_layer
+def _started(job: _Job, targets: Sequence[Target], bits: bool, bad: Tensor) -> list[list[Any]]:
+    """By target, for each piece of the weight, what is being written, or the search that writes it."""
+    from gpmetric.kernels.launch import pieces
+    from gpmetric.kernels.layer import Search
     from gpmetric.kernels.pattern import prune_pattern
+    from gpmetric.kernels.reduce import prepare
     from gpmetric.kernels.rows import prune_rows
 
-    ((_, size), *_) = target.groups(weight.shape)
-    found: Tensor
-    if target.group:
-        found = prune_pattern(weight, target.keep, target.group, score, operands, **to)
-    else:
-        prune = prune_layer if target.across_rows else prune_rows
-        found = prune(weight, target.removed(size), score, operands, **to)
+    weight = job.weight.detach().contiguous()
+    operands = prepare(weight, job.named, job.layout, job.which)
+    to = {"bits": bits, "bad": bad}
+    found: list[list[Any]] = []
+    for target in targets:
+        if target.group:
+            found.append([prune_pattern(weight, target.keep, target.group, job.score, operands, **to)])
+            continue
+        width, start = target.width(weight.shape[1]), Search if target.across_rows else prune_rows
+        cut = [(weight, operands)] if width == weight.shape[1] else pieces(weight, operands, width)
+        sizes = [part.numel() if target.across_rows else part.shape[1] for part, _ in cut]
+        found.append(
+            [
+                start(part, target.removed(size), job.score, its, **to)
+                for (part, its), size in zip(cut, sizes, strict=True)
+            ]
+        )
     return found
 
 
-def _unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
+def _is_done(one: Any) -> bool:
+    return isinstance(one, Tensor)
+
+
+def _joined(parts: Sequence[Any], shape: torch.Size, target: Target, bits: bool) -> Tensor:
+    """The weight, or the boolean mask, of the pieces that competed apart."""
+    written = [one if _is_done(one) else one.out for one in parts]
+    if bits:
+        widths = [target.width(shape[1])] * (len(parts) - 1)
+        widths.append(shape[1] - sum(widths))
+        written = [_unpacked(one, shape[0], width) for one, width in zip(written, widths, strict=True)]
+    return written[0] if len(written) == 1 else torch.cat(written, dim=1)
+
+
+def _unpacked(bits: Tensor, rows: int, columns: int) -> Tensor:
     """Boolean [out, in] of bytes [out, (in + 7) // 8], or of the bytes [(out * in + 7) // 8] of a whole layer."""
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     whole = ((bits[..., None] >> places) & 1).bool().flatten(-2)
-    return whole[:, : shape[1]] if bits.dim() == 2 else whole[: shape.numel()].view(shape)
+    return whole[:, :columns] if bits.dim() == 2 else whole[: rows * columns].view(rows, columns)

@@ -35,14 +35,13 @@ def prune_by_mask(
     scores: Sequence[Tensor] | None = None,
 ) -> list[list[Tensor]]:
     """The masked copies of weights by target and weight, in their dtype: the updater `none`."""
-    by_weight = []
-    for index, (weight, measured) in enumerate(zip(weights, statistics, strict=True)):
-        if scores is None and fused.usable(weight, targets):
-            by_weight.append(fused.prune(weight, metric.expression, measured.operands, targets))
-        else:
-            score = None if scores is None else scores[index]
-            masks = choose_masks(weight, metric, targets, measured, score)
-            by_weight.append([weight.masked_fill(~mask, 0) for mask in masks])
+    if scores is None and _by_kernels(weights, targets):
+        by_weight = fused.prune(weights, metric.expression, [one.operands for one in statistics], targets)
+    else:
+        found = choose_masks(weights, metric, targets, statistics, scores)
+        by_weight = [
+            [weight.masked_fill(~mask, 0) for mask in masks] for weight, masks in zip(weights, found, strict=True)
+        ]
     return [list(pruned) for pruned in zip(*by_weight, strict=True)]
 
 
@@ -60,22 +59,34 @@ def compile_ahead(
         fused.compile_together([metric.expression for metric in metrics], found, targets, bits)
 
 
+def _by_kernels(weights: Sequence[Tensor], targets: Sequence[Target]) -> bool:
+    """Whether the kernels prune all of them, in one place."""
+    here = {weight.device for weight in weights}
+    return len(here) == 1 and all(fused.usable(weight, targets) for weight in weights)
+
+
 def choose_masks(
-    weight: Tensor, metric: Metric, targets: Sequence[Target], statistics: LayerStatistics, score: Tensor | None = None
-) -> list[Tensor]:
-    """The masks [out, in] of one weight by target, True = kept.
+    weights: Sequence[Tensor],
+    metric: Metric,
+    targets: Sequence[Target],
+    statistics: Sequence[LayerStatistics],
+    scores: Sequence[Tensor] | None = None,
+) -> list[list[Tensor]]:
+    """The masks [out, in] by weight and target, True = kept.
 
     Args:
-        score: of the weight, when the caller has it already.
+        scores: of the weights, when the caller has them already.
 
     Raises:
         MaskError: as `select_mask`.
     """
-    if score is None and fused.usable(weight, targets):
-        return fused.masks(weight, metric.expression, statistics.operands, targets)
-    if score is None:
-        score = evaluate(metric.expression, statistics.operands | {"W": weight})
-    return [select_mask(score, target) for target in targets]
+    if scores is None and _by_kernels(weights, targets):
+        return fused.masks(weights, metric.expression, [one.operands for one in statistics], targets)
+    found = []
+    for index, (weight, measured) in enumerate(zip(weights, statistics, strict=True)):
+        score = scores[index] if scores else evaluate(metric.expression, measured.operands | {"W": weight})
+        found.append([select_mask(score, target) for target in targets])
+    return found
 
 
 def select_mask(score: Tensor, target: Target | str | float) -> Tensor:
@@ -101,7 +112,7 @@ def select_mask(score: Tensor, target: Target | str | float) -> Tensor:
     if not target.fits(score.shape[1]):
         raise MaskError(f"in = {score.shape[1]} is not divisible by {target.group} (target {target.text})")
     if fused.usable(score, [target]):
-        return fused.mask_of_scores(score, target)
+        return fused.masks_of_scores([score], target)[0]
     # The sum first: 0.1 ms against 5 ms for every score at 512x4096 (AMD EPYC). It may overflow, hence the count.
     if not math.isfinite(score.sum().item()):
         bad = int((~torch.isfinite(score)).sum())

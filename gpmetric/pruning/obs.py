@@ -36,10 +36,8 @@ def prune_obs(
 
     Source: Frantar and Alistarh 2023 (SparseGPT), section 3.3 with a mask given.
     """
-    masks = [
-        torch.stack(choose_masks(weight, metric, targets, statistics[index], scores[index] if scores else None))
-        for index, weight in enumerate(weights)
-    ]  # [targets, out, in] each
+    # [targets, out, in] each
+    masks = [torch.stack(found) for found in choose_masks(weights, metric, targets, statistics, scores)]
 
     def solve(alike: Tensor, places: Sequence[int]) -> Tensor:
         factors = torch.stack([statistics[place].factor for place in places])
