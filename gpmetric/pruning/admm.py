@@ -11,7 +11,7 @@ from gpmetric.calibration.accumulators import LayerStatistics, damped
 from gpmetric.errors import SolverError
 from gpmetric.expression.columns import ColumnScores
 from gpmetric.metrics import Metric
-from gpmetric.pruning.mask import select_mask
+from gpmetric.pruning.mask import select_masks
 from gpmetric.targets import Target
 
 __all__ = ["fit_on_support", "prune_admm"]
@@ -58,8 +58,7 @@ def _prune(weight: Tensor, metric: Metric, targets: Sequence[Target], statistics
     def masks(values: Tensor) -> Tensor:
         """[targets, out, in], 0 or 1, of as many copies of the scaled weight."""
         found = layer((values / scale)[None], 0, values.shape[2])[0]
-        kept = [select_mask(score, target) for score, target in zip(found, targets, strict=True)]
-        return torch.stack(kept).to(values.dtype)
+        return torch.stack(select_masks(found.unbind(), targets)).to(values.dtype)
 
     goal = dense @ gram
     mask = masks(dense.expand(len(targets), -1, -1))

@@ -66,7 +66,8 @@ def prune(
         MaskError: a score is NaN or infinite.
         ExpressionError: an operand is missing or has another shape.
     """
-    return _launch([_job(weight, expression, one) for weight, one in zip(weights, operands, strict=True)], targets)
+    jobs = [_job(weight, expression, one) for weight, one in zip(weights, operands, strict=True)]
+    return _launch(jobs, [targets] * len(jobs))
 
 
 def masks(
@@ -77,11 +78,11 @@ def masks(
 ) -> list[list[Tensor]]:
     """The same as boolean masks [out, in], True = kept."""
     jobs = [_job(weight, expression, one) for weight, one in zip(weights, operands, strict=True)]
-    return _launch(jobs, targets, bits=True)
+    return _launch(jobs, [targets] * len(jobs), bits=True)
 
 
-def masks_of_scores(scores: Sequence[Tensor], target: Target) -> list[Tensor]:
-    """The masks of scores [out, in] each that are there already, `usable` at the target.
+def masks_of_scores(scores: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
+    """The masks of scores [out, in] that are there already, each `usable` at its target.
 
     Raises:
         MaskError: a score is NaN or infinite.
@@ -89,7 +90,7 @@ def masks_of_scores(scores: Sequence[Tensor], target: Target) -> list[Tensor]:
     from gpmetric.kernels import launch  # needs Triton
 
     jobs = [_Job(score, launch.weight_itself, launch.Layout(), 0, {}) for score in scores]
-    return [mask for (mask,) in _launch(jobs, [target], bits=True)]
+    return [mask for (mask,) in _launch(jobs, [[target] for target in targets], bits=True)]
 
 
 def compile_together(
@@ -114,7 +115,7 @@ def compile_together(
             for which in range(len(expressions)):  # their reductions differ
                 job = _Job(weight[:_TRIED], functions.score, functions.LAYOUT, which, few)
                 with suppress(Exception):  # a trial only: what fails here fails again where it is told
-                    _launch([job], targets, bits)
+                    _launch([job], [targets], bits)
         return functions
 
     def run() -> None:
@@ -181,14 +182,14 @@ def _job(weight: Tensor, expression: Expression, named: Mapping[str, Tensor]) ->
     return _Job(weight, functions.score, functions.LAYOUT, which, named)
 
 
-def _launch(jobs: Sequence[_Job], targets: Sequence[Target], bits: bool = False) -> list[list[Tensor]]:
-    """The pruned weights or their masks, by job and target: all is launched before the host waits, once."""
+def _launch(jobs: Sequence[_Job], targets: Sequence[Sequence[Target]], bits: bool = False) -> list[list[Tensor]]:
+    """The pruned weights or masks, by job and each of its targets: all is launched before the host waits, once."""
     from triton.errors import TritonError
 
     # 16 bytes each: Triton compiles anew for what is aligned otherwise
     bad = torch.zeros(len(jobs), 2, dtype=torch.int64, device=jobs[0].weight.device)
     try:
-        started = [_started(job, targets, bits, counted[:1]) for job, counted in zip(jobs, bad, strict=True)]
+        started = [_started(job, its, bits, counted[:1]) for job, its, counted in zip(jobs, targets, bad, strict=True)]
         searches = [one for by_target in started for parts in by_target for one in parts if not _is_done(one)]
         states = [one.state for one in searches]
         told = torch.cat([bad.flatten(), *(state.flatten() for state in states)]).tolist()
@@ -199,12 +200,12 @@ def _launch(jobs: Sequence[_Job], targets: Sequence[Target], bits: bool = False)
         raise ExpressionError(str(error)) from error
     except TritonError as error:
         raise GpmetricError(f"a Triton kernel failed; GPMETRIC_KERNELS=0 does without: {error}") from error
-    for job, count in zip(jobs, told[: 2 * len(jobs) : 2], strict=True):
+    for job, its, count in zip(jobs, targets, told[: 2 * len(jobs) : 2], strict=True):
         if count:  # all targets have the same scores
-            raise MaskError(f"{count // len(targets)} of {job.weight.numel()} scores are NaN or infinite")
+            raise MaskError(f"{count // len(its)} of {job.weight.numel()} scores are NaN or infinite")
     return [
-        [_joined(parts, job.weight.shape, target, bits) for parts, target in zip(by_target, targets, strict=True)]
-        for job, by_target in zip(jobs, started, strict=True)
+        [_joined(parts, job.weight.shape, target, bits) for parts, target in zip(by_target, its, strict=True)]
+        for job, its, by_target in zip(jobs, targets, started, strict=True)
     ]
 
 
