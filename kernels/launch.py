@@ -6,7 +6,7 @@ is to read them at, and the number of the formula where it holds several. It giv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 __all__ = [
+    "Job",
     "Layout",
     "Operands",
     "check",
@@ -27,7 +28,11 @@ __all__ = [
     "on",
     "outputs",
     "pieces",
+    "processors",
     "scored",
+    "table",
+    "together",
+    "told",
     "wanda",
     "weight_itself",
 ]
@@ -70,6 +75,74 @@ class Layout(NamedTuple):
     numbers: int = 0
     part: triton.JITFunction | None = None
     steps: tuple[tuple[tuple[int, str, int], ...], ...] = ()
+
+
+class Job(NamedTuple):
+    """One of several weights that a launch prunes; tensors are as for a launch of its own, all of them given.
+
+    Attributes:
+        weight: [out, in].
+        out: what is written to.
+        bad: [1], int64.
+        removed: how many entries go of what competes.
+        operands: of the weight.
+    """
+
+    weight: Tensor
+    out: Tensor
+    bad: Tensor
+    removed: int
+    operands: Operands
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, the operands' last."""
+        return (self.weight, self.out, self.bad, *(one for field in self.operands[:4] for one in field))
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What those have in common that a launch can take."""
+        return self.weight.shape[1], self.operands.which, self.weight.device, *(one.dtype for one in self.tensors)
+
+
+def together(jobs: Sequence[Job]) -> list[list[int]]:
+    """The places of jobs that a launch each can take."""
+    found: dict[object, list[int]] = {}
+    for place, job in enumerate(jobs):
+        aligned = all(one.data_ptr() % 16 == 0 for one in job.tensors)
+        found.setdefault(job.kind if aligned else place, []).append(place)
+    return list(found.values())
+
+
+def table(jobs: Sequence[Job], programs: int) -> tuple[Tensor, int]:
+    """What tells each program of a launch its rows, int64, one number after the other; and how many programs.
+
+    For every program the place of its job here, its first row, and how many rows on its next one is; then for every job
+    the rows of its weight, how many entries go, and the addresses of `Job.tensors`. At least `programs` of them share
+    the rows of all jobs evenly, as far as there are rows.
+    """
+    heights = [job.weight.shape[0] for job in jobs]
+    shares = [min(height, max(1, programs * height // sum(heights))) for height in heights]
+    begin, fields = 3 * sum(shares), 2 + len(jobs[0].tensors)
+    numbers = [
+        number
+        for place, share in enumerate(shares)
+        for first in range(share)
+        for number in (begin + place * fields, first, share)
+    ]
+    for job, height in zip(jobs, heights, strict=True):
+        numbers += [height, job.removed, *(one.data_ptr() for one in job.tensors)]
+    found, device = torch.tensor(numbers), jobs[0].weight.device
+    # from pinned memory, which the host need not wait for
+    if device.type == "cuda":
+        found = found.pin_memory().to(device, non_blocking=True)
+    return found, sum(shares)
+
+
+def processors(weight: Tensor) -> int:
+    """Multiprocessors of the CUDA device that it is on."""
+    count: int = torch.cuda.get_device_properties(weight.device).multi_processor_count
+    return count
 
 
 def gathered(weight: Tensor, named: Mapping[str, Tensor | None], layout: Layout) -> Operands:
@@ -160,6 +233,32 @@ def pieces(weight: Tensor, operands: Operands, width: int) -> list[tuple[Tensor,
 def on(weight: Tensor) -> AbstractContextManager[object]:
     """The weight's device as the current one, which Triton launches on."""
     return torch.cuda.device(weight.device) if weight.device.type == "cuda" else nullcontext()
+
+
+@triton.jit
+def _pointers(place, like):
+    """The addresses from a place of a table on, divisible by 16 each, as pointers of the types of others."""
+    found = ()
+    for i in tl.static_range(len(like)):
+        found = found + (tl.multiple_of(tl.load(place + i).to(like[i].dtype), 16),)
+    return found
+
+
+@triton.jit
+def told(TABLE, tensors, matrices, columns, rows, numbers):
+    """What `table` tells this program: (first row, rows to the next, rows, how many go, the pointers of each kind)."""
+    program = TABLE + 3 * tl.program_id(0)
+    job = TABLE + tl.load(program)
+    first, second = job + 2 + len(tensors), job + 2 + len(tensors) + len(matrices)
+    third = second + len(columns)
+    pointers = (
+        _pointers(job + 2, tensors), _pointers(first, matrices), _pointers(second, columns), _pointers(third, rows),
+        _pointers(third + len(rows), numbers),
+    )  # fmt: skip
+    return (
+        tl.load(program + 1).to(tl.int32), tl.load(program + 2).to(tl.int32), tl.load(job).to(tl.int32),
+        tl.load(job + 1).to(tl.int32), pointers,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -9,14 +9,16 @@ column goes first. NaN ranks last.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpmetric.kernels.launch import Operands, on, outputs, scored
+from gpmetric.kernels.launch import Job, Operands, on, outputs, processors, scored, table, told
 from gpmetric.kernels.ops import LAST, key
 
-__all__ = ["prune_pattern", "reference"]
+__all__ = ["prune_pattern", "prune_pattern_together", "reference"]
 
 _BLOCK = 2048  # columns of a tile at most
 
@@ -57,13 +59,13 @@ def _tile(parts, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     return parts[0].reshape(BLOCK)
 
 
-@triton.jit(do_not_specialize=["which"])
-def _prune_pattern(
-    W, OUT, BAD, matrices, columns, rows, numbers, which, n_in,
-    SCORE: tl.constexpr, BITS: tl.constexpr, REMOVED: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _prune_block(
+    W, OUT, BAD, matrices, columns, rows, numbers, which, n_in, row, start, removed,
+    SCORE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """Some columns of a row; `start` is divisible by BLOCK."""
+    column = start + tl.arange(0, BLOCK)
     inside = column < n_in
     w, score = scored(W, matrices, columns, rows, numbers, which, row, column, n_in, inside, SCORE)
     bad = tl.sum((inside & ((tl.abs(score) < float("inf")) == 0)).to(tl.int32), axis=0)
@@ -78,15 +80,42 @@ def _prune_pattern(
                 rank += (keys[j] <= keys[i]).to(tl.int32)
             if j > i:
                 rank += (keys[j] < keys[i]).to(tl.int32)
-        kept = kept + ((rank >= REMOVED).to(tl.int32),)
+        kept = kept + ((rank >= removed).to(tl.int32),)
     keep = _tile(kept, GROUP, BLOCK)
     if BITS:
         packed = tl.sum(tl.where(inside, keep, 0).reshape(BLOCK // 8, 8) << tl.arange(0, 8)[None, :], axis=1)
-        byte = tl.program_id(1) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+        byte = start // 8 + tl.arange(0, BLOCK // 8)
         width = (n_in + 7) // 8
         tl.store(OUT + row * width + byte, packed.to(tl.uint8), mask=byte < width)
     else:
         tl.store(OUT + row * n_in + column, tl.where(keep != 0, w, 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["which"])
+def _prune_pattern(
+    W, OUT, BAD, matrices, columns, rows, numbers, which, n_in,
+    SCORE: tl.constexpr, BITS: tl.constexpr, REMOVED: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    _prune_block(
+        W, OUT, BAD, matrices, columns, rows, numbers, which, n_in, tl.program_id(0).to(tl.int64),
+        tl.program_id(1) * BLOCK, REMOVED, SCORE, BITS, GROUP, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["which"])
+def _prune_pattern_together(
+    TABLE, W, OUT, BAD, matrices, columns, rows, numbers, which, n_in,
+    SCORE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """TABLE: as `launch.table` has it; the pointers tell the types of those in it."""
+    first, step, n_out, removed, pointers = told(TABLE, (W, OUT, BAD), matrices, columns, rows, numbers)
+    for row in range(first, n_out, step):
+        row += tl.full((), 0, tl.int64)  # a place may be beyond 32 bits
+        for start in range(0, n_in, BLOCK):
+            _prune_block(
+                pointers[0][0], pointers[0][1], pointers[0][2], pointers[1], pointers[2], pointers[3], pointers[4],
+                which, n_in, row, start, removed, SCORE, BITS, GROUP, BLOCK,
+            )  # fmt: skip
 
 
 def prune_pattern(
@@ -121,13 +150,39 @@ def prune_pattern(
         raise ValueError(
             f"{keep}:{group} of {width} inputs: group must be 2, 4, 8 or 16 and divide them, 0 < keep < group"
         )
-    block = min(_BLOCK, triton.next_power_of_2(max(width, 128)))
+    block = _block(width)
     with on(weight):
         _prune_pattern[(height, triton.cdiv(width, block))](
             weight, out, bad, *operands, width,
             SCORE=score, BITS=bits, REMOVED=group - keep, GROUP=group, BLOCK=block, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out
+
+
+def prune_pattern_together(
+    jobs: Sequence[Job], group: int, score: triton.JITFunction, *, bits: bool = False
+) -> None:
+    """`prune_pattern` of several weights of one width in one launch; jobs that `launch.together` has in one list.
+
+    Of each `group` columns as many go as a job says.
+    """
+    first, width = jobs[0], jobs[0].weight.shape[1]
+    found, programs = table(jobs, _programs(first.weight))
+    with on(first.weight):
+        _prune_pattern_together[(programs,)](
+            found, first.weight, first.out, first.bad, *first.operands, width,
+            SCORE=score, BITS=bits, GROUP=group, BLOCK=_block(width), num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _block(width: int) -> int:
+    """Columns of a tile."""
+    return min(_BLOCK, triton.next_power_of_2(max(width, 128)))
+
+
+def _programs(weight: Tensor) -> int:
+    """As many as a device holds at once; two where there is none."""
+    return 2 if weight.device.type != "cuda" else 16 * processors(weight)
 
 
 def reference(weight: Tensor, keep: int, group: int, scores: Tensor) -> Tensor:

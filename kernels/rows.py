@@ -14,6 +14,7 @@ stable sort has it: a second search, of columns. NaN comes last.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpmetric.kernels.launch import Operands, on, outputs, scored
+from gpmetric.kernels.launch import Job, Operands, on, outputs, processors, scored, table, told
 from gpmetric.kernels.ops import key, number
 
-__all__ = ["MOST_COLUMNS", "prune_rows", "reference"]
+__all__ = ["MOST_COLUMNS", "prune_rows", "prune_rows_together", "reference"]
 
 MOST_COLUMNS = 2**16 - 1  # of a row: a count has 16 bits
 _ALL = tl.constexpr(1 << 30)  # ties: all of them
@@ -202,17 +203,18 @@ def _write(OUT, W, row, n_in, column, dropped, BITS: tl.constexpr, BLOCK: tl.con
         tl.store(OUT + row * n_in + column, tl.where(dropped, 0.0, w.to(tl.float32)), mask=inside)
 
 
-@triton.jit(do_not_specialize=["which", "n_out", "removed"])
-def _prune_rows(
-    W, OUT, BAD, matrices, columns, rows, numbers, which, n_in, n_out, removed,
+@triton.jit
+def _prune_some(
+    W, OUT, BAD, matrices, columns, rows, numbers, which, n_in, n_out, removed, first, step,
     SCORE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
+    """Every `step`-th row from the first."""
     GRID: tl.constexpr = 16 if W.dtype.element_ty == tl.bfloat16 else 13 if W.dtype.element_ty == tl.float16 else 0
     share = tl.minimum(tl.maximum(removed.to(tl.float32) / n_in, 0.001), 0.999)
     shift = tl.log(share / (1.0 - share)) * (0.7 * _OCTAVE)  # from the mean key to the threshold: of a smooth density
     reach = shift * 0.0 + _OCTAVE  # and how far it varies
     fresh = removed >= 0
-    for row in range(tl.program_id(0), n_out, tl.num_programs(0)):
+    for row in range(first, n_out, step):
         row += tl.full((), 0, tl.int64)  # a place may be beyond 32 bits
         scores = _scores(W, matrices, columns, rows, numbers, which, row, n_in, SCORE, BLOCK, CHUNKS)
         mean, finite, alike = _survey(scores, GRID, CHUNKS)
@@ -249,6 +251,30 @@ def _prune_rows(
             _write(OUT, W, row, n_in, column, order[chunk] <= last, BITS, BLOCK)
 
 
+@triton.jit(do_not_specialize=["which", "n_out", "removed"])
+def _prune_rows(
+    W, OUT, BAD, matrices, columns, rows, numbers, which, n_in, n_out, removed,
+    SCORE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    _prune_some(
+        W, OUT, BAD, matrices, columns, rows, numbers, which, n_in, n_out, removed, tl.program_id(0),
+        tl.num_programs(0), SCORE, BITS, BLOCK, CHUNKS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["which"])
+def _prune_rows_together(
+    TABLE, W, OUT, BAD, matrices, columns, rows, numbers, which, n_in,
+    SCORE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """TABLE: as `launch.table` has it; the pointers tell the types of those in it."""
+    first, step, n_out, removed, pointers = told(TABLE, (W, OUT, BAD), matrices, columns, rows, numbers)
+    _prune_some(
+        pointers[0][0], pointers[0][1], pointers[0][2], pointers[1], pointers[2], pointers[3], pointers[4], which,
+        n_in, n_out, removed, first, step, SCORE, BITS, BLOCK, CHUNKS,
+    )  # fmt: skip
+
+
 class _Plan(NamedTuple):
     """How a row is held: columns of a chunk, eight to a thread; chunks; warps; registers of a thread."""
 
@@ -269,8 +295,7 @@ def _programs(weight: Tensor, plan: _Plan) -> int:
     """As many as the device holds at once; two where there is none, so that each has several rows."""
     if weight.device.type != "cuda":
         return 2
-    count: int = torch.cuda.get_device_properties(weight.device).multi_processor_count
-    return count * (65536 // (32 * plan.warps * plan.registers))
+    return processors(weight) * (65536 // (32 * plan.warps * plan.registers))
 
 
 def prune_rows(
@@ -314,6 +339,19 @@ def prune_rows(
             num_warps=plan.warps, maxnreg=plan.registers, enable_fp_fusion=False,
         )  # fmt: skip
     return out
+
+
+def prune_rows_together(jobs: Sequence[Job], score: triton.JITFunction, *, bits: bool = False) -> None:
+    """`prune_rows` of several weights of one width in one launch; jobs that `launch.together` has in one list."""
+    first, width = jobs[0], jobs[0].weight.shape[1]
+    plan = _plan(width)
+    found, programs = table(jobs, _programs(first.weight, plan))
+    with on(first.weight):
+        _prune_rows_together[(programs,)](
+            found, first.weight, first.out, first.bad, *first.operands, width,
+            SCORE=score, BITS=bits, BLOCK=plan.block, CHUNKS=plan.chunks,
+            num_warps=plan.warps, maxnreg=plan.registers, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def reference(weight: Tensor, removed: int, scores: Tensor) -> Tensor:
