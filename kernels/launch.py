@@ -30,6 +30,7 @@ __all__ = [
     "pieces",
     "processors",
     "scored",
+    "sent",
     "table",
     "together",
     "told",
@@ -114,29 +115,34 @@ def together(jobs: Sequence[Job]) -> list[list[int]]:
     return list(found.values())
 
 
-def table(jobs: Sequence[Job], programs: int) -> tuple[Tensor, int]:
+def table(jobs: Sequence[Job], programs: int, tile: int = 0) -> tuple[Tensor, int]:
     """What tells each program of a launch its rows, int64, one number after the other; and how many programs.
 
-    For every program the place of its job here, its first row, and how many rows on its next one is; then for every job
-    the rows of its weight, how many entries go, and the addresses of `Job.tensors`. At least `programs` of them share
-    the rows of all jobs evenly, as far as there are rows.
+    For every program where its job's numbers are here, its first row, and how many rows on its next one is. Then for
+    every job how many rows there are, as often as which entries go, its place, and the addresses of `Job.tensors`. At
+    least `programs` of them share the rows of all jobs evenly, as far as there are rows.
+
+    Args:
+        tile: entries that are taken in place of a row; then the rows of the weight stand where `removed` does.
     """
-    heights = [job.weight.shape[0] for job in jobs]
+    heights = [-(-job.weight.numel() // tile) if tile else job.weight.shape[0] for job in jobs]
     shares = [min(height, max(1, programs * height // sum(heights))) for height in heights]
-    begin, fields = 3 * sum(shares), 2 + len(jobs[0].tensors)
+    begin, fields = 3 * sum(shares), 3 + len(jobs[0].tensors)
     numbers = [
         number
         for place, share in enumerate(shares)
         for first in range(share)
         for number in (begin + place * fields, first, share)
     ]
-    for job, height in zip(jobs, heights, strict=True):
-        numbers += [height, job.removed, *(one.data_ptr() for one in job.tensors)]
-    found, device = torch.tensor(numbers), jobs[0].weight.device
-    # from pinned memory, which the host need not wait for
-    if device.type == "cuda":
-        found = found.pin_memory().to(device, non_blocking=True)
-    return found, sum(shares)
+    for place, (job, height) in enumerate(zip(jobs, heights, strict=True)):
+        number = job.weight.shape[0] if tile else job.removed
+        numbers += [height, number, place, *(one.data_ptr() for one in job.tensors)]
+    return sent(torch.tensor(numbers), jobs[0].weight.device), sum(shares)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, from pinned memory, so that the host need not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def processors(weight: Tensor) -> int:
@@ -181,16 +187,18 @@ def gathered(weight: Tensor, named: Mapping[str, Tensor | None], layout: Layout)
 def outputs(
     weight: Tensor, operands: Operands, out: Tensor | None, bits: tuple[int, ...] | None, bad: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What a launcher writes to, (`out` or the mask of shape `bits`, `bad`), made where it is not given.
+    """What a launcher writes to, (`out`, or the mask of shape `bits`; `bad`), made where it is not given.
 
     Raises:
         ValueError: as `check`.
     """
-    check(weight, operands, out)
-    if bits is not None:
-        out = torch.empty(bits, dtype=torch.uint8, device=weight.device)
-    elif out is None:
-        out = torch.empty_like(weight)
+    check(weight, operands, None if bits is not None else out)
+    if out is None:
+        out = torch.empty_like(weight) if bits is None else torch.empty(bits, dtype=torch.uint8, device=weight.device)
+    elif bits is not None and (out.shape != bits or out.dtype != torch.uint8 or not out.is_contiguous()):
+        raise ValueError(
+            f"out must be uint8 {list(bits)} where bits are asked for, but got {out.dtype} {list(out.shape)}"
+        )
     return out, torch.zeros(1, dtype=torch.int64, device=weight.device) if bad is None else bad
 
 
@@ -246,18 +254,18 @@ def _pointers(place, like):
 
 @triton.jit
 def told(TABLE, tensors, matrices, columns, rows, numbers):
-    """What `table` tells this program: (first row, rows to the next, rows, how many go, the pointers of each kind)."""
+    """What `table` tells this program: (first row, rows to the next, rows, how many go, place, pointers by kind)."""
     program = TABLE + 3 * tl.program_id(0)
     job = TABLE + tl.load(program)
-    first, second = job + 2 + len(tensors), job + 2 + len(tensors) + len(matrices)
+    first, second = job + 3 + len(tensors), job + 3 + len(tensors) + len(matrices)
     third = second + len(columns)
     pointers = (
-        _pointers(job + 2, tensors), _pointers(first, matrices), _pointers(second, columns), _pointers(third, rows),
+        _pointers(job + 3, tensors), _pointers(first, matrices), _pointers(second, columns), _pointers(third, rows),
         _pointers(third + len(rows), numbers),
     )  # fmt: skip
     return (
         tl.load(program + 1).to(tl.int32), tl.load(program + 2).to(tl.int32), tl.load(job).to(tl.int32),
-        tl.load(job + 1).to(tl.int32), pointers,
+        tl.load(job + 1).to(tl.int32), tl.load(job + 2), pointers,
     )  # fmt: skip
 
 

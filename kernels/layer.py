@@ -23,15 +23,15 @@ from torch import Tensor
 from gpmetric.kernels.launch import Operands, on, outputs, scored
 from gpmetric.kernels.ops import LAST, key
 
-__all__ = ["Search", "nth", "prune_layer", "reference"]
+__all__ = ["LEAST", "MOST", "PICKED", "Search", "pick", "prune_layer", "reference"]
 
 _TILE = 2048
 _SAMPLE = 2**16  # scores that the bounds are taken from
 _MARGIN = 0.005  # of all entries, on either side of the k-th
 _ROOM = 32  # one entry in so many may lie between the bounds
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly and hit no column more than others
-_LEAST, _MOST = -(2**31), 2**31 - 1  # of all keys
-_PICKED = 4096  # entries that the one program reads at once
+LEAST, MOST = -(2**31), 2**31 - 1  # of all keys
+PICKED = 4096  # entries that the one program reads at once
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def _gather(
 
 
 @triton.jit
-def nth(KEYS, PLACES, count, wanted, low, high, among, only, BY_PLACE: tl.constexpr, PICKED: tl.constexpr):
+def _nth(KEYS, PLACES, count, wanted, low, high, among, only, BY_PLACE: tl.constexpr, PICKED: tl.constexpr):
     """(value, how many are lower, how many are not higher): the `wanted`-th lowest of the keys, or the places of one.
 
     Args:
@@ -139,6 +139,24 @@ def nth(KEYS, PLACES, count, wanted, low, high, among, only, BY_PLACE: tl.conste
     return high, below, above
 
 
+@triton.jit
+def pick(KEYS, total, wanted, low, high, CHOSEN, PICKED: tl.constexpr):
+    """CHOSEN: the `wanted`-th lowest of all keys, and the place of the last of that value that goes as lower ones do.
+
+    `low` and `high` are the lowest and the highest key.
+    """
+    value, last = low.to(tl.int64) * 0 - (1 << 32), low.to(tl.int64) * 0  # a value below every key
+    if wanted > 0:
+        begin, end = low.to(tl.int64) - 1, high.to(tl.int64)
+        value, fewer, number = _nth(KEYS, None, total, wanted, begin, end, total, begin, False, PICKED)
+        last += total
+        if number > wanted:
+            wanted -= fewer
+            last, _, _ = _nth(KEYS, None, total, wanted, begin * 0 - 1, last, number - fewer, value, True, PICKED)
+    tl.store(CHOSEN, value)
+    tl.store(CHOSEN + 1, last)
+
+
 @triton.jit(do_not_specialize=["removed", "room"])
 def _pick(KEYS, PLACES, COUNTS, BOUNDS, CHOSEN, total, removed, room, PICKED: tl.constexpr):
     """CHOSEN: a key, the last place of that key that goes, and whether both are known; lower keys go wherever they are.
@@ -153,11 +171,11 @@ def _pick(KEYS, PLACES, COUNTS, BOUNDS, CHOSEN, total, removed, room, PICKED: tl
     elif known:
         count = between.to(tl.int32)
         low, high = tl.load(BOUNDS).to(tl.int64) - 1, tl.load(BOUNDS + 1).to(tl.int64)
-        value, fewer, number = nth(KEYS, PLACES, count, wanted, low, high, count, low, False, PICKED)
+        value, fewer, number = _nth(KEYS, PLACES, count, wanted, low, high, count, low, False, PICKED)
         last = value * 0 + total
         if number > wanted:
             wanted -= fewer
-            last, _, _ = nth(KEYS, PLACES, count, wanted, value * 0 - 1, last, number - fewer, value, True, PICKED)
+            last, _, _ = _nth(KEYS, PLACES, count, wanted, value * 0 - 1, last, number - fewer, value, True, PICKED)
         tl.store(CHOSEN, value)
         tl.store(CHOSEN + 1, last)
     tl.store(CHOSEN + 2, known.to(tl.int64))
@@ -240,7 +258,7 @@ class Search:
         counts, chosen = state
         weight, keys, places, total, room = self._weight, self._keys, self._places, self._given[-1], len(self._keys)
         _gather[self._grid](weight, keys, places, counts, bounds, *self._given, room, **self._options)
-        _pick[(1,)](keys, places, counts, bounds, chosen, total, self._removed, room, PICKED=_PICKED, num_warps=16)
+        _pick[(1,)](keys, places, counts, bounds, chosen, total, self._removed, room, PICKED=PICKED, num_warps=16)
         self._apply(chosen, chosen, ranked=False)
         return state
 
@@ -251,7 +269,7 @@ class Search:
 
     def finish(self, state: Sequence[Sequence[int]]) -> None:
         """Moves the bounds and makes the passes again where luck was bad; `state` as the host has read it."""
-        least, most = _LEAST, _MOST  # the key lies between these for certain
+        least, most = LEAST, MOST  # the key lies between these for certain
         with on(self._weight):
             while not state[1][2]:
                 (below, between, _), (low, high) = state[0], self._bounds.tolist()

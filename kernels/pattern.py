@@ -108,7 +108,7 @@ def _prune_pattern_together(
     SCORE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """TABLE: as `launch.table` has it; the pointers tell the types of those in it."""
-    first, step, n_out, removed, pointers = told(TABLE, (W, OUT, BAD), matrices, columns, rows, numbers)
+    first, step, n_out, removed, _, pointers = told(TABLE, (W, OUT, BAD), matrices, columns, rows, numbers)
     for row in range(first, n_out, step):
         row += tl.full((), 0, tl.int64)  # a place may be beyond 32 bits
         for start in range(0, n_in, BLOCK):
@@ -159,15 +159,15 @@ def prune_pattern(
     return out
 
 
-def prune_pattern_together(
-    jobs: Sequence[Job], group: int, score: triton.JITFunction, *, bits: bool = False
-) -> None:
-    """`prune_pattern` of several weights of one width in one launch; jobs that `launch.together` has in one list.
+def prune_pattern_together(jobs: Sequence[Job], group: int, score: triton.JITFunction, *, bits: bool = False) -> None:
+    """`prune_pattern` of several weights of one width in one launch.
 
-    Of each `group` columns as many go as a job says.
+    Args:
+        jobs: that `launch.check` accepts and `launch.together` has in one list; of each `group` columns `removed` go.
+        group, score, bits: as for `prune_pattern`.
     """
     first, width = jobs[0], jobs[0].weight.shape[1]
-    found, programs = table(jobs, _programs(first.weight))
+    found, programs = table(jobs, _resident(first.weight))
     with on(first.weight):
         _prune_pattern_together[(programs,)](
             found, first.weight, first.out, first.bad, *first.operands, width,
@@ -180,7 +180,7 @@ def _block(width: int) -> int:
     return min(_BLOCK, triton.next_power_of_2(max(width, 128)))
 
 
-def _programs(weight: Tensor) -> int:
+def _resident(weight: Tensor) -> int:
     """As many as a device holds at once; two where there is none."""
     return 2 if weight.device.type != "cuda" else 16 * processors(weight)
 

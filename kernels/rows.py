@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -268,7 +267,7 @@ def _prune_rows_together(
     SCORE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """TABLE: as `launch.table` has it; the pointers tell the types of those in it."""
-    first, step, n_out, removed, pointers = told(TABLE, (W, OUT, BAD), matrices, columns, rows, numbers)
+    first, step, n_out, removed, _, pointers = told(TABLE, (W, OUT, BAD), matrices, columns, rows, numbers)
     _prune_some(
         pointers[0][0], pointers[0][1], pointers[0][2], pointers[1], pointers[2], pointers[3], pointers[4], which,
         n_in, n_out, removed, first, step, SCORE, BITS, BLOCK, CHUNKS,
@@ -285,7 +284,13 @@ class _Plan(NamedTuple):
 
 
 def _plan(width: int) -> _Plan:
-    """For rows of that width; a power of two of columns would waste 49 % of a row of 11,008."""
+    """For rows of that width; a power of two of columns would waste 49 % of a row of 11,008.
+
+    Raises:
+        ValueError: they are too wide.
+    """
+    if width > MOST_COLUMNS:
+        raise ValueError(f"a row must have at most {MOST_COLUMNS} columns, but has {width}")
     warps, registers = next((plan for widest, plan in _PLANS.items() if width <= widest), _WIDEST)
     block = 256 * warps  # of half as many, LLVM takes twice the time
     return _Plan(block, triton.cdiv(width, block), warps, registers)
@@ -329,8 +334,6 @@ def prune_rows(
     out, bad = outputs(weight, operands, out, (height, (width + 7) // 8) if bits else None, bad)
     if not 0 <= removed <= width:
         raise ValueError(f"removed must be from 0 to {width}, but got {removed}")
-    if width > MOST_COLUMNS:
-        raise ValueError(f"a row must have at most {MOST_COLUMNS} columns, but has {width}")
     plan = _plan(width)
     with on(weight):
         _prune_rows[(min(height, _programs(weight, plan)),)](
@@ -342,7 +345,12 @@ def prune_rows(
 
 
 def prune_rows_together(jobs: Sequence[Job], score: triton.JITFunction, *, bits: bool = False) -> None:
-    """`prune_rows` of several weights of one width in one launch; jobs that `launch.together` has in one list."""
+    """`prune_rows` of several weights of one width in one launch.
+
+    Args:
+        jobs: that `launch.check` accepts and `launch.together` has in one list.
+        score, bits: as for `prune_rows`.
+    """
     first, width = jobs[0], jobs[0].weight.shape[1]
     plan = _plan(width)
     found, programs = table(jobs, _programs(first.weight, plan))

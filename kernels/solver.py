@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpmetric.kernels.launch import Operands, on
-from gpmetric.kernels.layer import nth
+from gpmetric.kernels.launch import Operands, on, sent
+from gpmetric.kernels.layer import LEAST, MOST, PICKED, pick
 from gpmetric.kernels.ops import LAST, key
 
 __all__ = ["COLUMNS", "GROUPS", "Block", "Choice", "Given", "Pattern", "Rule", "Threshold", "reference", "solve"]
@@ -32,7 +32,6 @@ GROUPS = (2, 4, 8)  # M of N:M; 16 takes 20 s to compile, and spills
 _ROWS = 32  # of a program, each held by one thread
 _PART = 32  # columns that a thread holds of its row at a time
 _STEP = 4  # of them that are looked at together
-_PICKED = 4096  # keys that the one program of a copy reads at once
 
 
 class Block(NamedTuple):
@@ -141,19 +140,8 @@ def _score_block(
 def _pick_block(KEYS, EXTREMES, QUOTA, CHOSEN, copies, total, PICKED: tl.constexpr):
     """The threshold of one copy's block, of `total` entries."""
     one = tl.program_id(0).to(tl.int64)
-    wanted = tl.load(QUOTA + one % copies)
-    high = tl.load(EXTREMES + 2 * one + 1).to(tl.int64)
-    value, last = high * 0 - (1 << 32), high * 0  # a value below every key
-    if wanted > 0:
-        low = tl.load(EXTREMES + 2 * one).to(tl.int64) - 1
-        keys = KEYS + one * total
-        value, fewer, number = nth(keys, None, total, wanted, low, high, total, low, False, PICKED)
-        last += total
-        if number > wanted:
-            wanted -= fewer
-            last, _, _ = nth(keys, None, total, wanted, low * 0 - 1, last, number - fewer, value, True, PICKED)
-    tl.store(CHOSEN + 2 * one, value)
-    tl.store(CHOSEN + 2 * one + 1, last)
+    low, high = tl.load(EXTREMES + 2 * one), tl.load(EXTREMES + 2 * one + 1)
+    pick(KEYS + one * total, total, tl.load(QUOTA + one % copies), low, high, CHOSEN + 2 * one, PICKED)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -259,22 +247,21 @@ class Choice:
         layers, self._rows, width = weights.shape
         self._score, self._operands, self._removed, self._group = score, operands, removed, group
         self.bad = torch.zeros(1, dtype=torch.int64, device=weights.device)
-        span = torch.iinfo(torch.int32)
-        ends = torch.tensor([span.max, span.min], dtype=torch.int32, device=weights.device)
-        self._extremes = ends.repeat(width, layers, len(removed), 1) if not group else ends
+        ends = torch.tensor([MOST, LEAST], dtype=torch.int32)
+        self._extremes = ends if group else sent(ends.repeat(width, layers, len(removed), 1), weights.device)
         self._counts: dict[int, Tensor] = {}
 
     def __call__(self, block: Block) -> Rule:
         if self._group:
             return Pattern(self._count(self._group), self._group, self._score, self._operands, self.bad)
         counts = self._count(self._rows * block.size)
-        return _threshold(block, counts, self._score, self._operands, self._extremes[block.first], self.bad)
+        return _by_threshold(block, counts, self._score, self._operands, self._extremes[block.first], self.bad)
 
     def _count(self, size: int) -> Tensor:
         """How many of so many entries go, by copy."""
         if size not in self._counts:
             numbers = [removed(size) for removed in self._removed]
-            self._counts[size] = torch.tensor(numbers, dtype=torch.int32, device=self.bad.device)
+            self._counts[size] = sent(torch.tensor(numbers, dtype=torch.int32), self.bad.device)
         return self._counts[size]
 
 
@@ -326,7 +313,7 @@ def solve(
     return block.copied().contiguous()
 
 
-def _threshold(
+def _by_threshold(
     block: Block, counts: Tensor, score: triton.JITFunction, operands: Operands, extremes: Tensor, bad: Tensor
 ) -> Threshold:
     """In two launches; `extremes` [n, copies, 2], a key above and one below all others, are written to."""
@@ -341,7 +328,7 @@ def _threshold(
             SCORE=score, ROWS=_ROWS, BLOCK=COLUMNS, num_warps=8,
         )  # fmt: skip
         _pick_block[(layers * block.copies,)](
-            keys, extremes, counts, chosen, block.copies, total, PICKED=_PICKED, num_warps=16
+            keys, extremes, counts, chosen, block.copies, total, PICKED=PICKED, num_warps=16
         )
     return Threshold(keys, chosen)
 

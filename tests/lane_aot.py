@@ -23,7 +23,7 @@ from triton.compiler import compile as compile_kernel
 from gpmetric.codegen.loading import load_functions, load_remaining_score
 from gpmetric.evolution.variation import Variation
 from gpmetric.expression import PRIMITIVES, parse
-from gpmetric.kernels import launch, layer, pattern, reduce, rows, solver
+from gpmetric.kernels import launch, layer, layers, pattern, reduce, rows, solver
 from gpmetric.metrics import BASELINES, resolve_metric
 from gpmetric.operands import OPERANDS
 
@@ -42,7 +42,8 @@ TYPES = {  # what is no operand, as the launchers give it
     **dict.fromkeys(("KEYS", "BOUNDS", "TIES"), "*i32"),
     **dict.fromkeys(("first", "size", "copies", "next_kept"), "i32"),
     **dict.fromkeys(("next_removed",), "i64"),
-    **dict.fromkeys(("QUOTA", "EXTREMES"), "*i32"),
+    **dict.fromkeys(("QUOTA", "EXTREMES", "ENDS"), "*i32"),
+    **dict.fromkeys(("TABLE", "PICKS"), "*i64"),
     **dict.fromkeys(("REMOVED", "SHARES"), "*fp32"),
     **dict.fromkeys(("KEPT",), "*u8"),
     **dict.fromkeys(("SUM", "LOW", "HIGH", "PART", "mean", "reach"), "*fp32"),
@@ -217,12 +218,35 @@ def test_passes_over_a_layer(total: str, capability: int, tmp_path: Path) -> Non
 def test_the_key_is_picked_by_one_program(capability: int, tmp_path: Path) -> None:
     for total in ("i32", "i64"):
         types = TYPES | {"total": total, "removed": total}
-        within(compiled(layer._pick, types, {"PICKED": layer._PICKED}, 16, capability, tmp_path), 128)
+        within(compiled(layer._pick, types, {"PICKED": layer.PICKED}, 16, capability, tmp_path), 128)
 
 
-REMAINING = [  # tokens of a formula, and where its parts without W are
-    (("mul", "abs", "W", "part0"), {"part0": "columns"}),
-    (("div", "mul", "pow", "W", "part0", "part1", "part2"), {"part0": "numbers", "part1": "matrices", "part2": "rows"}),
+@pytest.mark.parametrize("capability", TARGETS)
+def test_many_weights_in_one_launch(capability: int, tmp_path: Path) -> None:
+    """Their pointers come from a table; what they point at is read and written by 16 bytes all the same."""
+    types = types_of(WANDA) | {"KEYS": "*i32", "place": "i32"}
+    score = {"SCORE": launch.wanda}
+    plan = rows._plan(1024)
+    held = {"BITS": False, "BLOCK": plan.block, "CHUNKS": plan.chunks}
+    for kernel, constants, warps, most in (
+        (rows._prune_rows_together, score | held, plan.warps, plan.registers),
+        (pattern._prune_pattern_together, score | {"BITS": False, "GROUP": 4, "BLOCK": 1024}, 4, None),
+        (layers._write_keys, score | {"TILE": 2048}, 4, None),
+    ):
+        within(compiled(kernel, types, constants, warps, capability, tmp_path, registers=most), 80)
+    for bits in (False, True):
+        its = types | {"numbers": ("*i32",)}
+        within(compiled(layers._mask_many, its, {"BITS": bits, "TILE": 2048}, 4, capability, tmp_path), 80)
+    within(compiled(layers._pick_many, types, {"PICKED": layer.PICKED}, 16, capability, tmp_path), 128)
+
+
+REMAINING = [  # tokens of a formula, where its parts without W are, and an M
+    (("mul", "abs", "W", "part0"), {"part0": "columns"}, 2),
+    (
+        ("div", "mul", "pow", "W", "part0", "part1", "part2"),
+        {"part0": "numbers", "part1": "matrices", "part2": "rows"},
+        8,
+    ),
 ]
 
 
@@ -235,14 +259,13 @@ def test_the_solver(capability: int, tmp_path: Path) -> None:
     for rule in ("Given", "Threshold"):
         constants = solving | {"SCORE": None, "RULE": rule, "STEP": solver._STEP}
         within(compiled(solver._remove, types, constants, 1, capability, tmp_path), 255)
-    within(compiled(solver._pick_block, types, {"PICKED": solver._PICKED}, 16, capability, tmp_path), 128)
-    for tokens, fields in REMAINING:
+    within(compiled(solver._pick_block, types, {"PICKED": layer.PICKED}, 16, capability, tmp_path), 128)
+    for tokens, fields, group in REMAINING:
         score = {"SCORE": load_remaining_score(tokens, fields).score}
         its = types | dict.fromkeys(fields.values(), ("*fp32",))
         within(compiled(solver._score_block, its, scoring | score, 8, capability, tmp_path), 128)
-        for group in (2, 8) if capability == 80 else (4,):
-            constants = solving | score | {"RULE": "Pattern", "STEP": group}
-            within(compiled(solver._remove, its, constants, 1, capability, tmp_path), 255, 128)
+        constants = solving | score | {"RULE": "Pattern", "STEP": group if capability == 80 else 4}
+        within(compiled(solver._remove, its, constants, 1, capability, tmp_path), 255, 128)
 
 
 @pytest.mark.parametrize("capability", TARGETS)

@@ -17,7 +17,10 @@ CHOOSING = ("TRITON_INTERPRET", "TRITON_CACHE_DIR", "TRITON_ALWAYS_COMPILE", "GP
 
 # process -> its lanes, and its variables; one for all in the interpreter, since it takes seconds to begin
 PROCESSES = {
-    "interpret": (("interpret", "interpret_values", "fused", "export", "solver"), {"TRITON_INTERPRET": "1"}),
+    "interpret": (
+        ("interpret", "interpret_values", "fused", "export", "solver", "together"),
+        {"TRITON_INTERPRET": "1"},
+    ),
     "aot": (("aot",), {}),
     "cpu": (("cpu",), {"GPMETRIC_KERNELS": "0"}),
 }

