@@ -156,7 +156,7 @@ def _remove(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < n_out
     index = tl.arange(0, PART)
-    apart = (copies * n_out).to(tl.int64)  # from column to column
+    apart = tl.full((), 0, tl.int64) + copies * n_out  # from column to column
     W += (layer * n_in + first) * apart + copy * n_out + row
     REMOVED += layer * next_removed + copy * n_out + row
     SHARES += (layer * n_in + first) * n_in + first

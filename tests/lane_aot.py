@@ -259,6 +259,8 @@ def test_the_solver(capability: int, tmp_path: Path) -> None:
     for rule in ("Given", "Threshold"):
         constants = solving | {"SCORE": None, "RULE": rule, "STEP": solver._STEP}
         within(compiled(solver._remove, types, constants, 1, capability, tmp_path), 255)
+    one = {"SCORE": None, "RULE": "Given", "STEP": solver._STEP, "copies": 1, "n_out": 1, "n_in": 1}
+    within(compiled(solver._remove, types, solving | one, 1, capability, tmp_path, odd=True), 255)
     within(compiled(solver._pick_block, types, {"PICKED": layer.PICKED}, 16, capability, tmp_path), 128)
     for tokens, fields, group in REMAINING:
         score = {"SCORE": load_remaining_score(tokens, fields).score}
