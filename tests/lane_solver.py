@@ -14,10 +14,12 @@ from torch import Tensor
 
 from gpmetric.calibration.accumulators import LayerStatistics, curvature, inverse_factor
 from gpmetric.errors import MaskError
+from gpmetric.expression import parse
 from gpmetric.kernels import solver
 from gpmetric.kernels.launch import Operands, wanda
 from gpmetric.metrics import resolve_metric
 from gpmetric.pruning import fused_solver
+from gpmetric.pruning.sparsegpt import compile_solver
 from gpmetric.pruning.updaters import prune_weights
 from gpmetric.targets import parse_target
 from tests.pruning_helpers import make_layer
@@ -108,6 +110,23 @@ def test_blocks_that_are_too_wide_are_refused() -> None:
     assert not fused_solver.usable(torch.ones(1, 2, 200), 200)
     with pytest.raises(ValueError, match="columns must be from 1 to 128, but got 200"):
         solver.solve(torch.ones(1, 2, 200), torch.eye(200)[None], 1, lambda block: None, 200)
+
+
+def test_kernels_of_formulas_are_made_before_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the first rows and columns of a layer; a formula that fails there does not stop the others."""
+    weights, statistics = layers("3x136")
+    targets = [parse_target("block:0.5"), parse_target("2:4")]
+    formulas = [parse("abs(W)*F"), parse("abs(W)**1.25*X")]
+    seen: list[tuple[int, ...]] = []
+    solve = fused_solver.solve_by_scores
+    monkeypatch.setattr(
+        fused_solver, "solve_by_scores", lambda weights, *rest: [seen.append(weights.shape), solve(weights, *rest)][1]
+    )
+    compile_solver(formulas, statistics[0].operands | {"W": weights[0]}, targets)
+    assert seen == [(1, 3, 128)] * 2
+    monkeypatch.setenv("GPMETRIC_KERNELS", "0")
+    compile_solver(formulas, statistics[0].operands | {"W": weights[0]}, targets)
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize(("target", "most"), [("obs", 2), ("0.5", 4), ("2:4", 2)])

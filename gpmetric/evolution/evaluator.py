@@ -42,6 +42,7 @@ from gpmetric.models import Layer
 from gpmetric.placement import HEAD
 from gpmetric.pruning.mask import compile_ahead
 from gpmetric.pruning.protocol import Protocol, Rule
+from gpmetric.pruning.sparsegpt import compile_solver
 from gpmetric.pruning.updaters import UPDATERS, prune_weights, resolve_target
 from gpmetric.session.memory import retried
 from gpmetric.session.session import Session
@@ -126,7 +127,11 @@ class Evaluator:
         updater = UPDATERS[self._update]
         settled = (resolve_target(target, metric, self._update) for metric in metrics for target in self._targets)
         targets = list(dict.fromkeys(settled))
-        if self._model.resident and not updater.rescores:
+        if self._model.resident and self._update == "obs-blockwise":
+            first = self._model.layers[0]
+            layer = self._statistics.layers[first.name].operands | {"W": first.weight}
+            compile_solver([metric.expression for metric in metrics], layer, targets)
+        elif self._model.resident and not updater.rescores:
             layers = {(layer.weight.shape[1], layer.weight.dtype): layer for layer in self._model.layers}.values()
             found = [(layer.weight, self._statistics.layers[layer.name]) for layer in layers]
             compile_ahead(metrics, found, targets, bits=updater.solves)

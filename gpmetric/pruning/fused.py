@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import cache, lru_cache
@@ -25,7 +25,7 @@ from gpmetric.errors import ExpressionError, GpmetricError, MaskError
 from gpmetric.expression import Expression
 from gpmetric.targets import Target
 
-__all__ = ["compile_together", "masks", "masks_of_scores", "prune", "usable"]
+__all__ = ["compile_together", "in_background", "masks", "masks_of_scores", "prune", "usable"]
 
 _WIDEST = 2**16 - 1  # inputs of a row that is held in registers, MOST_COLUMNS; beyond 2**15 some of it spills
 _GROUPS = (2, 4, 8, 16)  # M of N:M
@@ -119,20 +119,29 @@ def compile_together(
         return functions
 
     def run() -> None:
-        with _compiling:
-            functions.set_running_or_notify_cancel()
-            try:
-                functions.set_result(build())
-            except Exception as error:
-                functions.set_exception(error)
+        functions.set_running_or_notify_cancel()
+        try:
+            functions.set_result(build())
+        except Exception as error:
+            functions.set_exception(error)
 
     functions: Future[ModuleType] = Future()
     for which, expression in enumerate(expressions):
         _groups[expression] = functions, which
     while len(_groups) > _KEPT:
         _groups.popitem(last=False)
+    in_background(run)
+
+
+def in_background(compile_some: Callable[[], None]) -> None:
+    """Compiles kernels in a thread, one after the other; at once in the interpreter, which runs one at a time."""
+
+    def run() -> None:
+        with _compiling:
+            compile_some()
+
     if os.environ.get("TRITON_INTERPRET") == "1":
-        run()  # the interpreter runs one kernel at a time
+        run()
     else:
         threading.Thread(target=run, name="gpmetric-kernels", daemon=True).start()
 

@@ -7,24 +7,28 @@ masks are solved together: for small layers the time goes into calls, not arithm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpmetric.errors import MaskError
+from gpmetric.expression import Expression
 from gpmetric.expression.columns import ColumnScores
-from gpmetric.pruning import fused_solver
+from gpmetric.pruning import fused, fused_solver
 from gpmetric.pruning.mask import select_mask
 from gpmetric.targets import BLOCK, Target
 
-__all__ = ["block_columns", "reconstruct", "reconstruct_blockwise"]
+__all__ = ["block_columns", "compile_solver", "reconstruct", "reconstruct_blockwise"]
 
 # Columns removed one by one before the rest of their block is updated by one product. Four targets of eight 512x192,
 # one AMD EPYC thread: at 4, 8, 16 and 32 columns 0.77, 0.76, 0.77 and 0.82 of the seconds at 128
 # (benchmarks/bench_solver.py).
 _STEP = 16
+
+_TRIED = 16  # rows that kernels are tried on; 1 would be compiled for 1
 
 # (copies of the weights as updated so far [n, copies, out, in], first column, end column) -> the masks of those
 # columns, [n, copies, out, end - first]
@@ -79,6 +83,27 @@ def reconstruct_blockwise(weights: Tensor, factors: Tensor, targets: Sequence[Ta
             solved = _solve(weights, factors, len(alike), columns, group or columns, choose)
         pruned |= zip(alike, solved.unbind(1), strict=True)
     return torch.stack([pruned[target] for target in targets], dim=1)
+
+
+def compile_solver(expressions: Sequence[Expression], layer: Mapping[str, Tensor], targets: Sequence[Target]) -> None:
+    """Begins to compile the kernels that solve by formulas at these targets, where kernels do, in the background.
+
+    Args:
+        layer: the operands of a layer, of which the first rows and columns are tried.
+    """
+    rows, columns = (min(size, most) for size, most in zip(layer["W"].shape, (_TRIED, BLOCK), strict=True))
+    few = {name: one[:rows, :columns] if one.dim() == 2 else one[:columns] for name, one in layer.items()}
+    weights = few["W"].detach().float()[None]
+    if not fused_solver.usable(weights, columns):
+        return
+
+    def run() -> None:
+        for expression in expressions:
+            with suppress(Exception):  # a trial only: what fails here fails again where it is told
+                scores = ColumnScores(expression, [few])
+                reconstruct_blockwise(weights, torch.eye(columns, device=weights.device)[None], targets, scores)
+
+    fused.in_background(run)
 
 
 def _select(score: Tensor, target: Target) -> Tensor:
