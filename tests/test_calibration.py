@@ -553,6 +553,19 @@ def test_damping_grows_until_the_matrix_is_regular() -> None:
     assert torch.allclose(curvature(gram).double(), 1 / inverse.diagonal())
 
 
+def test_factors_of_several_layers() -> None:
+    """The same bits as one by one, also where one needs more damping; each is factorised once, whoever asks."""
+    grams = [make_gram(2, 9), torch.tensor([[1.0, 1.5], [1.5, 1.0]]), torch.zeros(2, 2), make_gram(2, 5)]
+    several = [LayerStatistics(gram=gram) for gram in grams]
+    known = several[3].factor
+    found = LayerStatistics.factors([*several, several[0]])
+    assert all(torch.equal(one, inverse_factor(gram)) for one, gram in zip(found, [*grams, grams[0]], strict=True))
+    assert several[3].factor is known
+    assert torch.equal(several[0].factor, found[0])
+    with pytest.raises(SolverError, match="holds NaN or infinity"):
+        LayerStatistics.factors([several[0], *(LayerStatistics(gram=torch.full((2, 2), torch.nan)) for _ in range(2))])
+
+
 @pytest.mark.parametrize("solve", [curvature, inverse_factor])
 def test_gram_matrices_without_an_inverse(solve: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(SolverError, match=r"^a Gram matrix \[2, 2\] is not positive definite even at 100 times"):

@@ -91,6 +91,21 @@ class LayerStatistics:
         assert self.gram is not None, "an update needs the Gram matrix"
         return inverse_factor(self.gram)
 
+    @staticmethod
+    def factors(several: Sequence[LayerStatistics]) -> Tensor:
+        """`factor` of each, [n, in, in], of layers with as many inputs; those that are missing are found together.
+
+        Raises:
+            SolverError: as `factor`.
+        """
+        missing = {id(one): one for one in several if "factor" not in vars(one)}
+        if len(missing) > 1:
+            found, fine = _inverse_factors(torch.stack([one[GRAM] for one in missing.values()]))
+            for one, factor, known in zip(missing.values(), found, fine.tolist(), strict=True):
+                if known:  # what needs more damping, or has none, is for `factor`
+                    vars(one)["factor"] = factor
+        return torch.stack([one.factor for one in several])
+
 
 class InputMoments:
     """Second moments of a layer's input; `gram` is kept only when asked for."""
@@ -271,6 +286,13 @@ def inverse_factor(gram: Tensor) -> Tensor:
     return factor
 
 
+def _inverse_factors(grams: Tensor) -> tuple[Tensor, Tensor]:
+    """`inverse_factor` of each of [n, in, in] with the least damping, and for which of them that served, [n]."""
+    lower, first = torch.linalg.cholesky_ex(_with_damping(grams, 1))
+    factors, second = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return factors, (first == 0) & (second == 0) & torch.isfinite(factors).flatten(1).all(dim=1)
+
+
 def damped(gram: Tensor, times: int = 1) -> Tensor:
     """A Gram matrix [in, in] with 0.01 of its mean diagonal, or that many times as much, added to the diagonal.
 
@@ -279,9 +301,14 @@ def damped(gram: Tensor, times: int = 1) -> Tensor:
     """
     if not torch.isfinite(gram).all():
         raise SolverError("a Gram matrix holds NaN or infinity: the model's activations overflow")
-    mean = gram.diagonal().mean()
+    return _with_damping(gram, times)
+
+
+def _with_damping(grams: Tensor, times: int) -> Tensor:
+    """`damped` of [..., in, in]."""
+    mean = grams.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
     mean = mean.where(mean > 1e-30, 1)  # all inputs zero: any damping will do, but its inverse must be finite in fp32
-    return gram + DAMPING * times * mean * torch.eye(len(gram), device=gram.device)
+    return grams + DAMPING * times * mean * torch.eye(grams.shape[-1], device=grams.device)
 
 
 def damped_factor(gram: Tensor, times: int = 1) -> Tensor:

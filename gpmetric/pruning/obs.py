@@ -40,7 +40,7 @@ def prune_obs(
     masks = [torch.stack(found) for found in choose_masks(weights, metric, targets, statistics, scores)]
 
     def solve(alike: Tensor, places: Sequence[int]) -> Tensor:
-        factors = torch.stack([statistics[place].factor for place in places])
+        factors = LayerStatistics.factors([statistics[place] for place in places])
         return reconstruct(alike, factors, torch.stack([masks[place] for place in places]))
 
     return _solved_together(weights, solve)
@@ -60,7 +60,7 @@ def prune_blockwise(
 
     def solve(alike: Tensor, places: Sequence[int]) -> Tensor:
         found = [statistics[place] for place in places]
-        factors = torch.stack([one.factor for one in found])
+        factors = LayerStatistics.factors(found)
         # D on the updated weights is SparseGPT's 1 / d^2, d the diagonal of the factor (algorithm 1)
         layers = [
             one.operands | {"W": weight, "D": 1 / one.factor.diagonal().square()}
