@@ -24,18 +24,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from bench_kernels import CASES, MODELS
 from bench_solver import QUICK, on_device
-from kernel_checks import CheckError, check_all, choices, other_choices
+from kernel_checks import CheckError, check_all, choices, draw, other_choices
+from kernel_times import PUBLISHED, Cuda, measure, measure_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gpmetric import allocate, bench, discover, evaluate, prune, slim, tune
+from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.demo.text import demo_text
 from gpmetric.errors import GpmetricError
 from gpmetric.loading import DEMO_MODEL
+from gpmetric.metrics import resolve_metric
 from gpmetric.provenance import versions
+from gpmetric.pruning.updaters import prune_weights
 from gpmetric.session.plan import Plan
 from gpmetric.session.session import Listener
+from gpmetric.targets import parse_target
 from gpmetric.tensor_file import write_tensors
 
 _HEADS = 128  # wide
@@ -44,6 +51,7 @@ _UPDATES = (
     ("none", "own"), ("obs", "own"), ("obs-blockwise", "dense"), ("admm", "own"), ("admm", "dense"), ("block", "own"),
     ("admm+block", "dense"),
 )  # fmt: skip
+_SMOLLM2 = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]  # of a block
 _SHARD = 4 * 10**9  # bytes
 
 
@@ -112,7 +120,10 @@ def main() -> None:
 
 def _steps(place: Place) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     yield "kernels choose as a stable sort", lambda: _kernels(place.device)
-    yield "solver, times of the published loop", lambda: _solver(place.device)
+    if place.device == "cuda":
+        yield "kernels: times of a copy and of the published step", _kernel_times
+    yield "kernels: all layers of a small model at four targets", lambda: _small_model(place.device)
+    yield "solver: times of the published loop", lambda: _solver(place.device)
     masks = ("wanda", "sparsegpt", "gblm_l1", "ria", "W*W*F")
     yield "demo: device and CPU agree", partial(_agree, place.device, masks, 1e-3, samples=16, windows=16)
     for update, fit in _UPDATES:  # a support may differ in a tie
@@ -162,6 +173,44 @@ def _kernels(device: str) -> dict[str, Any]:
     shapes = [(4096, 4096), (11008, 4096)] if device == "cuda" else [(96, 256)]
     found = [*choices(device, False), *other_choices(device, False)]
     return {"told": list(check_all(found, shapes, device))}
+
+
+def _kernel_times() -> dict[str, Any]:
+    """Of a layer of a 7B model: microseconds, share of a copy's bandwidth, and times that the published step takes."""
+    machine = Cuda()
+    results = [measure(case, (4096, 4096), machine) for case in CASES]
+    found: dict[str, Any] = {}
+    for one in results:
+        times = round(one.speedup, 1) if PUBLISHED in one.others else None
+        found[one.name] = round(1e6 * float(np.median(one.seconds)), 1), round(one.share, 3), times
+    blocks, shapes = MODELS["Llama-2-7B"]
+    for how, seconds in measure_model(CASES[0], shapes, blocks, machine).items():
+        found[f"7B, all linear layers, rows, {how}"] = f"{1e3 * float(np.median(seconds)):.2f} ms"
+    return found
+
+
+def _small_model(device: str) -> dict[str, Any]:
+    """Milliseconds of all layers of SmolLM2-135M at 0.5, 0.6, 0.7 and 2:4, by rows and over whole layers."""
+    blocks, shapes = (30, _SMOLLM2) if device == "cuda" else (1, [(4, 64), (2, 64)])
+    drawn = [draw(shape, torch.bfloat16, device, names="WX") for shape in shapes * blocks]
+    weights, operands = [one["W"] for one in drawn], [{"X": one["X"]} for one in drawn]
+    found = {}
+    for group in ("", "layer:"):
+        targets = [parse_target(f"{group}{text}").resolved("row") for text in ("0.5", "0.6", "0.7")]
+        targets.append(parse_target("2:4"))
+        for _ in range(2):  # the first compiles
+            start = time.perf_counter()
+            pruned = prune_weights(
+                weights, resolve_metric("abs(W)*X"), targets, [LayerStatistics(**one) for one in operands]
+            )
+            if device == "cuda":
+                torch.cuda.synchronize()
+        found[group.rstrip(":") or "rows"] = round(1e3 * (time.perf_counter() - start), 2)
+        for target, copies in zip(targets, pruned, strict=True):
+            for weight, copy in zip(weights, copies, strict=True):
+                if int((copy == 0).sum()) < target.removes(weight.shape):
+                    raise CheckError(f"{target.text} of {tuple(weight.shape)}: too few zeros")
+    return found
 
 
 def _solver(device: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from tests.pruning_helpers import make_layer
 pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # sums of up to 300 fp32 products in another order
-LAYERS = {"two of 5x70": [(5, 70)] * 2, "35x40": [(35, 40)], "3x136": [(3, 136)], "two of 1x260": [(1, 260)] * 2}
+LAYERS = {"two of 5x70": [(5, 70)] * 2, "35x40": [(35, 40)], "3x136": [(3, 136)], "1x260": [(1, 260)]}
 
 
 def layers(name: str) -> tuple[list[Tensor], list[LayerStatistics]]:
@@ -62,7 +62,7 @@ def test_given_masks_are_kept_and_made_up_for(name: str) -> None:
         ("35x40", "obs", "wanda", ("0.6", "layer:0.5", "3:4")),
         ("3x136", "obs-blockwise", "W*W*D+mms(H)*X", ("0.3", "2:4")),
         ("3x136", "obs-blockwise", "abs(W)*2", ("3:8",)),
-        ("two of 1x260", "obs-blockwise", "wanda", ("0", "0.999", "1:4")),
+        ("1x260", "obs-blockwise", "wanda", ("0.999", "1:4")),
         # W in a reduction, and an M that is no power of two: torch chooses, the kernels solve
         ("two of 5x70", "obs-blockwise", "abs(W)/rownorm(W)", ("0.5", "1:2")),
         ("two of 5x70", "obs-blockwise", "wanda", ("2:5",)),
@@ -133,3 +133,10 @@ def test_kernels_of_formulas_are_made_before_they_are_asked_for(monkeypatch: pyt
 def test_few_launches_for_a_block(target: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     assert importlib.import_module("kernel_steps").launches(target) == most
+
+
+def test_steps_of_the_check_on_a_gpu_run_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    check = importlib.import_module("gpu_check")
+    assert check._small_model("cpu").keys() == {"rows", "layer"}
+    assert [case.partition(",")[0] for case in check._solver("cpu")] == ["24x160"] * 2
