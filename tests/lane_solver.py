@@ -139,4 +139,4 @@ def test_steps_of_the_check_on_a_gpu_run_without_one(monkeypatch: pytest.MonkeyP
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     check = importlib.import_module("gpu_check")
     assert check._small_model("cpu").keys() == {"rows", "layer"}
-    assert [case.partition(",")[0] for case in check._solver("cpu")] == ["24x160"] * 2
+    assert [case.partition(",")[0] for case in check._solver("cpu")] == ["4x40"] * 2
