@@ -60,7 +60,7 @@ class Block(NamedTuple):
 
 
 class Given(NamedTuple):
-    """`kept`: masks [n, copies, out, size] of a block's columns, boolean; columns follow each other in memory."""
+    """`kept`: masks [n, copies, out, size] of a block's columns, boolean."""
 
     kept: Tensor
 
@@ -291,7 +291,7 @@ def solve(
     if not 0 < columns <= COLUMNS:
         raise ValueError(f"columns must be from 1 to {COLUMNS}, but got {columns}")
     stacked = weights.detach().float().transpose(1, 2).repeat(1, 1, copies)
-    shares = factors / factors.diagonal(dim1=1, dim2=2)[:, :, None]
+    shares = (factors / factors.diagonal(dim1=1, dim2=2)[:, :, None]).contiguous()
     removed = stacked.new_empty(layers, columns, copies * rows)
 
     def update(start: int, last: int, end: int) -> None:
@@ -341,7 +341,10 @@ def _take_out(block: Block, rule: Rule) -> None:
     kept = keys = chosen = counts = bad = removed  # where the rule has none, none is read
     operands, score, step = Operands(), None, _STEP
     if isinstance(rule, Given):
-        kept = rule.kept.view(torch.uint8)
+        kept, apart = rule.kept, rule.kept.stride(2)
+        if kept.stride() != (copies * rows * apart, rows * apart, apart, 1):
+            kept = kept.contiguous()
+        kept = kept.view(torch.uint8)
     elif isinstance(rule, Threshold):
         keys, chosen = rule
     else:

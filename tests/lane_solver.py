@@ -45,6 +45,8 @@ def test_given_masks_are_kept_and_made_up_for(name: str) -> None:
     weights, statistics = layers(name)
     factors = torch.stack([inverse_factor(one.gram) for one in statistics])
     masks = torch.rand(len(weights), 2, *weights[0].shape, generator=torch.Generator().manual_seed(1)) > 0.5
+    if name == "35x40":  # however they lie in memory
+        masks, factors = masks.transpose(2, 3).contiguous().transpose(2, 3), factors.mT.contiguous().mT
     solved = solver.solve(
         torch.stack(weights), factors, 2, lambda block: solver.Given(masks[..., block.first : block.first + block.size])
     )
