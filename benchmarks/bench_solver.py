@@ -135,6 +135,9 @@ class WholeMatrix:
     def __init__(self, expression: Expression, layers: Sequence[Mapping[str, Tensor]]) -> None:
         self.expression, self.layers = expression, layers
 
+    def parts(self) -> None:
+        """None: there is nothing that kernels could choose by."""
+
     def __call__(self, weights: Tensor, start: int, end: int) -> Tensor:
         scores = [
             torch.stack([evaluate(self.expression, {**layer, "W": one})[:, start:end] for one in copies])

@@ -173,7 +173,8 @@ def gathered(weight: Tensor, named: Mapping[str, Tensor | None], layout: Layout)
         return tensor.detach().to(weight.device, None if kept else torch.float32).contiguous()
 
     def empty(count: int, size: int) -> tuple[Tensor, ...]:
-        return torch.empty(count, size, dtype=torch.float32, device=weight.device).unbind()
+        aligned = -(-size // 4) * 4  # at 16 bytes each, as `together` wants them
+        return torch.empty(count, aligned, dtype=torch.float32, device=weight.device)[:, :size].unbind()
 
     height, width = weight.shape
     return Operands(

@@ -18,9 +18,8 @@ from gpmetric.kernels.launch import Job, Operands, on, processors, scored, sent,
 from gpmetric.kernels.layer import LEAST, MOST, PICKED, pick
 from gpmetric.kernels.ops import LAST, key
 
-__all__ = ["LARGEST", "prune_layers_together"]
+__all__ = ["prune_layers_together"]
 
-LARGEST = 2**21  # entries of a matrix: one program goes over all of their keys about six times
 _AT_ONCE = 2048  # entries of a program
 
 
@@ -80,25 +79,26 @@ def _mask_many(TABLE, CHOSEN, W, OUT, BAD, numbers, n_in, BITS: tl.constexpr, TI
 
 
 def prune_layers_together(jobs: Sequence[Job], score: triton.JITFunction, *, bits: bool = False) -> None:
-    """`layer.prune_layer` of several matrices of one width and at most LARGEST entries, in three launches.
+    """`layer.prune_layer` of several matrices of one width in three launches; one program goes over all keys of each.
 
     Args:
-        jobs: that `launch.check` accepts and `launch.together` has in one list; those of one weight differ in `removed`
-            and `out` only.
+        jobs: that `launch.check` accepts and `launch.together` has in one list; a weight with the same operands is
+            scored once for all of them, and what is not finite counted once.
         score, bits: as for `layer.prune_layer`.
     """
     first, device = jobs[0], jobs[0].weight.device
-    places: dict[int, int] = {}  # by address of a weight
+    places: dict[object, int] = {}  # what is scored -> its place
     matrices: list[Job] = []
+    of = []
     for job in jobs:
-        if places.setdefault(job.weight.data_ptr(), len(matrices)) == len(matrices):
-            matrices.append(job)
+        read = (job.weight, *job.tensors[3:])
+        of.append(places.setdefault(tuple((one.data_ptr(), one.shape) for one in read), len(matrices)))
+        matrices += [job] * (of[-1] == len(matrices))
     begins = [0]
     for job in matrices:
         begins.append(begins[-1] + triton.cdiv(job.weight.numel(), 4) * 4)  # aligned
     keys = torch.empty(begins[-1], dtype=torch.int32, device=device)
     parts = [keys[begin : begin + one.weight.numel()] for begin, one in zip(begins, matrices, strict=False)]
-    of = [places[job.weight.data_ptr()] for job in jobs]
     picks = [(begins[at], job.weight.numel(), job.removed, at) for job, at in zip(jobs, of, strict=True)]
     scoring = [job._replace(out=part) for job, part in zip(matrices, parts, strict=True)]
     masking = [job._replace(operands=Operands(numbers=(parts[at],))) for job, at in zip(jobs, of, strict=True)]

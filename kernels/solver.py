@@ -113,7 +113,7 @@ def _score_here(w, matrices, columns, rows, numbers, layer, row, column, n_in, n
     return tl.where(score == score, key(score), LAST), bad
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["copies", "size"])
 def _score_block(
     W, KEYS, EXTREMES, BAD, matrices, columns, rows, numbers, n_in, n_out, copies, first, size,
     SCORE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -136,7 +136,7 @@ def _score_block(
         tl.atomic_add(BAD, wrong.to(tl.int64), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(do_not_specialize=["copies", "total"])
 def _pick_block(KEYS, EXTREMES, QUOTA, CHOSEN, copies, total, PICKED: tl.constexpr):
     """The threshold of one copy's block, of `total` entries."""
     one = tl.program_id(0).to(tl.int64)
@@ -144,7 +144,7 @@ def _pick_block(KEYS, EXTREMES, QUOTA, CHOSEN, copies, total, PICKED: tl.constex
     pick(KEYS + one * total, total, tl.load(QUOTA + one % copies), low, high, CHOSEN + 2 * one, PICKED)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["copies", "size"])
 def _remove(
     W, REMOVED, SHARES, KEPT, QUOTA, KEYS, CHOSEN, BAD, matrices, columns, rows, numbers, n_in, n_out, copies,
     next_kept, next_removed, first, size, SCORE: tl.constexpr, RULE: tl.constexpr, STEP: tl.constexpr,
@@ -234,6 +234,9 @@ class Choice:
 
     Attributes:
         bad: [1], int64, the number of scores that were not finite.
+
+    Raises:
+        ValueError: `group` is none of GROUPS or leaves a remainder; called for another number of copies.
     """
 
     def __init__(
@@ -245,6 +248,8 @@ class Choice:
         group: int = 0,
     ) -> None:
         layers, self._rows, width = weights.shape
+        if group and (group not in GROUPS or width % group):
+            raise ValueError(f"group must be of {GROUPS} and divide {width} inputs, but is {group}")
         self._score, self._operands, self._removed, self._group = score, operands, removed, group
         self.bad = torch.zeros(1, dtype=torch.int64, device=weights.device)
         ends = torch.tensor([MOST, LEAST], dtype=torch.int32)
@@ -252,6 +257,8 @@ class Choice:
         self._counts: dict[int, Tensor] = {}
 
     def __call__(self, block: Block) -> Rule:
+        if block.copies != len(self._removed):
+            raise ValueError(f"there are {block.copies} copies, but numbers for {len(self._removed)}")
         if self._group:
             return Pattern(self._count(self._group), self._group, self._score, self._operands, self.bad)
         counts = self._count(self._rows * block.size)
@@ -285,11 +292,17 @@ def solve(
         columns: of a block, COLUMNS at most; what lies right of it is updated when it is done.
         width: divides `columns`, which it is by default.
 
+    Raises:
+        ValueError: one of the numbers is wrong.
+
     Source: Frantar and Alistarh 2023 (SparseGPT), algorithm 1.
     """
     layers, rows, inputs = weights.shape
+    width = width or columns
     if not 0 < columns <= COLUMNS:
         raise ValueError(f"columns must be from 1 to {COLUMNS}, but got {columns}")
+    if width < 0 or columns % width:
+        raise ValueError(f"width must divide {columns} columns, but is {width}")
     stacked = weights.detach().float().transpose(1, 2).repeat(1, 1, copies)
     shares = (factors / factors.diagonal(dim1=1, dim2=2)[:, :, None]).contiguous()
     removed = stacked.new_empty(layers, columns, copies * rows)
@@ -301,8 +314,8 @@ def solve(
 
     for start in range(0, inputs, columns):
         end = min(start + columns, inputs)
-        for first in range(start, end, width or columns):
-            last = min(first + (width or columns), end)
+        for first in range(start, end, width):
+            last = min(first + width, end)
             here = removed[:, first - start : last - start]
             block = Block(stacked, here, shares, copies, first, last - first)
             _take_out(block, rule(block))

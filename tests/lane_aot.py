@@ -252,7 +252,7 @@ REMAINING = [  # tokens of a formula, where its parts without W are, and an M
 
 @pytest.mark.parametrize("capability", TARGETS)
 def test_the_solver(capability: int, tmp_path: Path) -> None:
-    """Given masks, thresholds, and every M, of scores that read each kind of operand."""
+    """Given masks, thresholds, and N:M, of scores that read each kind of operand."""
     solving = {"ROWS": solver._ROWS, "PART": solver._PART}
     scoring = {"ROWS": solver._ROWS, "BLOCK": solver.COLUMNS}
     types = TYPES | {"W": "*fp32", "matrices": (), "columns": (), "rows": (), "numbers": (), "total": "i32"}
@@ -305,5 +305,9 @@ def test_enough_was_compiled() -> None:
         for kernel in ("_prune_rows", "_prune_pattern", "_apply"):
             assert counted[kernel, capability] >= 15
         assert counted["_remove", capability] >= 4
+        for kernel in ("_prune_rows_together", "_prune_pattern_together", "_write_keys", "_pick_many", "_mask_many"):
+            assert counted[kernel, capability] >= 1
+        for kernel in ("_score_block", "_pick_block"):
+            assert counted[kernel, capability] >= 1
         for kernel in ("_sample", "_gather", "_pick", "_count_ties", "_reduce_rows", "_sum_columns"):
             assert counted[kernel, capability] >= 2

@@ -6,6 +6,7 @@ A column takes milliseconds there, hence few rows; parts of 32 columns and block
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,18 @@ def test_scores_that_are_not_finite_are_counted(target: str) -> None:
     weights[0][3, 7], weights[0][30, 33] = torch.nan, torch.inf
     with pytest.raises(MaskError, match=r"[0-9]+ of 2800 scores are NaN or infinite"):
         prune_weights(weights, resolve_metric("wanda"), [parse_target(target)] * 2, statistics, "obs-blockwise")
+
+
+def test_numbers_that_do_not_go_together_are_refused() -> None:
+    weights, score = torch.ones(1, 2, 12), Operands(columns=(torch.ones(1, 12),))
+    for group, told in ((8, "divide 12 inputs, but is 8"), (3, "must be of (2, 4, 8) and divide 12 inputs, but is 3")):
+        with pytest.raises(ValueError, match=re.escape(told)):
+            solver.Choice(weights, wanda, score, [lambda size: 1], group)
+    choice = solver.Choice(weights, wanda, score, [lambda size: 1])
+    with pytest.raises(ValueError, match="there are 2 copies, but numbers for 1"):
+        solver.solve(weights, torch.eye(12)[None], 2, choice)
+    with pytest.raises(ValueError, match="width must divide 12 columns, but is 5"):
+        solver.solve(weights, torch.eye(12)[None], 1, choice, 12, 5)
 
 
 def test_blocks_that_are_too_wide_are_refused() -> None:

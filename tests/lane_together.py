@@ -6,13 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.errors import MaskError
 from gpmetric.expression import parse
 from gpmetric.expression.evaluate import evaluate
 from gpmetric.kernels import layer, layers, pattern, rows
 from gpmetric.kernels.launch import Job, Operands, table, together, wanda, weight_itself
+from gpmetric.metrics import resolve_metric
 from gpmetric.pruning import fused
-from gpmetric.pruning.mask import select_mask
+from gpmetric.pruning.mask import select_mask, select_masks
+from gpmetric.pruning.updaters import prune_weights
 from gpmetric.targets import Target, parse_target
 
 pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -71,6 +74,34 @@ def test_small_layers_choose_as_a_stable_sort(kind: str) -> None:
     assert sum(int(one.bad) for one in jobs) == wrong
 
 
+@pytest.mark.parametrize("target", TARGETS[-3:] + TARGETS[:3], ids=lambda target: target.text)
+def test_a_weight_that_is_shared_has_the_statistics_of_each(target: Target) -> None:
+    """And views that begin at one address are weights of their own."""
+    weight = weights()[2]
+    operands = [{"X": one} for one in torch.rand(3, 48, generator=torch.Generator().manual_seed(3))]
+    found = fused.prune([weight, weight, weight[:5]], parse("abs(W)*X"), operands, [target])
+    for one, its, (pruned,) in zip((weight, weight, weight[:5]), operands, found, strict=True):
+        assert torch.equal(pruned, one.masked_fill(~select_mask(one.abs() * its["X"], target), 0))
+
+
+def test_nothing_to_prune() -> None:
+    assert fused.prune([], parse("abs(W)*X"), [], TARGETS) == []
+    assert fused.prune(weights(), parse("abs(W)*X"), [{"X": torch.ones(48)}] * 3, []) == [[], [], []]
+    assert select_masks([], []) == []
+
+
+def test_one_that_kernels_cannot_take_leaves_the_others_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [*weights(), torch.rand(2, 48, dtype=torch.float64)]
+    statistics = [LayerStatistics(X=torch.ones(48))] * 4
+    taken: list[int] = []
+    prune = fused.prune
+    monkeypatch.setattr(fused, "prune", lambda some, *rest: [taken.append(len(some)), prune(some, *rest)][1])
+    pruned = prune_weights(found, resolve_metric("wanda"), TARGETS, statistics)
+    assert taken == [1, 1, 1]
+    for target, by_weight in zip(TARGETS, pruned, strict=True):
+        assert [int((one == 0).sum()) for one in by_weight] == [target.removes(one.shape) for one in found]
+
+
 def test_jobs_are_launched_together_where_they_are_alike() -> None:
     first, second, third = weights()
     X = torch.rand(48)
@@ -96,7 +127,8 @@ def test_every_row_has_one_program(programs: int) -> None:
     assert sorted(seen) == [(place, row) for place, one in enumerate(jobs) for row in range(one.weight.shape[0])]
 
 
-def test_few_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("formula", ["abs(W)*X", "mms(abs(W))*X/rownorm(W)"])
+def test_few_launches(formula: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three weights at eight targets: one for rows, one for each M, three for whole layers."""
     launched: list[str] = []
 
@@ -113,7 +145,7 @@ def test_few_launches(monkeypatch: pytest.MonkeyPatch) -> None:
                           (layers, ("_write_keys", "_pick_many", "_mask_many"))):  # fmt: skip
         for name in names:
             monkeypatch.setattr(module, name, Counted(name))
-    fused.prune(weights(), parse("abs(W)*X"), [{"X": torch.ones(48)}] * 3, TARGETS)
+    fused.prune(weights(), parse(formula), [{"X": torch.ones(48)}] * 3, TARGETS)
     assert sorted(launched) == sorted(
         ["_prune_rows_together", *["_prune_pattern_together"] * 2, "_write_keys", "_pick_many", "_mask_many"]
     )

@@ -127,7 +127,7 @@ class Evaluator:
         updater = UPDATERS[self._update]
         settled = (resolve_target(target, metric, self._update) for metric in metrics for target in self._targets)
         targets = list(dict.fromkeys(settled))
-        if self._model.resident and self._update == "obs-blockwise":
+        if self._model.resident and updater.granularity == "block":  # the solver's own choice
             first = self._model.layers[0]
             layer = self._statistics.layers[first.name].operands | {"W": first.weight}
             compile_solver([metric.expression for metric in metrics], layer, targets)

@@ -30,6 +30,8 @@ __all__ = ["compile_together", "in_background", "masks", "masks_of_scores", "pru
 _WIDEST = 2**16 - 1  # inputs of a row that is held in registers, MOST_COLUMNS; beyond 2**15 some of it spills
 _GROUPS = (2, 4, 8, 16)  # M of N:M
 _KEPT = 512  # formulas whose functions are at hand
+# Entries of a weight whose keys are all kept where scores compete over it: one program goes over them about six times.
+_LARGEST = 2**21
 _TRIED = 16  # rows of a weight that a kernel is tried on; 1 would be compiled for 1
 
 _compiling = threading.Lock()  # groups are compiled one at a time
@@ -89,7 +91,7 @@ def masks_of_scores(scores: Sequence[Tensor], targets: Sequence[Target]) -> list
     """
     from gpmetric.kernels import launch  # needs Triton
 
-    jobs = [_Job(score, launch.weight_itself, launch.Layout(), 0, {}) for score in scores]
+    jobs = [_Job(one, launch.weight_itself, launch.Layout(), 0, {}, one.numel() > _LARGEST) for one in scores]
     return [mask for (mask,) in _launch(jobs, [[target] for target in targets], bits=True)]
 
 
@@ -113,9 +115,11 @@ def compile_together(
         for weight, operands in layers:
             few = {name: one[:_TRIED] if one.dim() == 2 else one for name, one in operands.items()}
             for which in range(len(expressions)):  # their reductions differ
-                job = _Job(weight[:_TRIED], functions.score, functions.LAYOUT, which, few)
-                with suppress(Exception):  # a trial only: what fails here fails again where it is told
-                    _launch([job], [targets], bits)
+                large = weight.numel() > _LARGEST
+                job = _Job(weight[:_TRIED], functions.score, functions.LAYOUT, which, few, large)
+                for jobs in ([job], [job] * 2):  # several are launched together
+                    with suppress(Exception):  # a trial only: what fails here fails again where it is told
+                        _launch(jobs, [targets] * len(jobs), bits)
         return functions
 
     def run() -> None:
@@ -184,11 +188,12 @@ class _Job(NamedTuple):
     layout: Any
     which: int
     named: Mapping[str, Tensor]
+    large: bool  # whether scores that compete over the whole weight are not all kept
 
 
 def _job(weight: Tensor, expression: Expression, named: Mapping[str, Tensor]) -> _Job:
     functions, which = _find(expression, named)
-    return _Job(weight, functions.score, functions.LAYOUT, which, named)
+    return _Job(weight, functions.score, functions.LAYOUT, which, named, weight.numel() > _LARGEST)
 
 
 class _Piece(NamedTuple):
@@ -197,10 +202,13 @@ class _Piece(NamedTuple):
     score: Any
     target: Target
     job: Any  # a `launch.Job`
+    large: bool
 
 
 def _launch(jobs: Sequence[_Job], targets: Sequence[Sequence[Target]], bits: bool = False) -> list[list[Tensor]]:
     """The pruned weights or masks, by job and each of its targets: all is launched before the host waits, once."""
+    if not jobs or not any(targets):
+        return [[] for _ in jobs]
     from triton.errors import TritonError
 
     # 16 bytes each: Triton compiles anew for what is aligned otherwise
@@ -231,17 +239,19 @@ def _pieces(job: _Job, targets: Sequence[Target], bits: bool, bad: Tensor) -> li
     weight = job.weight.detach().contiguous()
     operands = prepare(weight, job.named, job.layout, job.which)
     found = []
+    cut = {weight.shape[1]: [(weight, operands)]}  # by columns that compete apart
     for target, slot in zip(targets, bad, strict=False):
-        width = target.width(weight.shape[1])
-        whole = target.group or width == weight.shape[1]
-        cut = [(weight, operands)] if whole else launch.pieces(weight, operands, width)
+        width = weight.shape[1] if target.group else target.width(weight.shape[1])
+        if width not in cut:
+            cut[width] = launch.pieces(weight, operands, width)
         pieces = []
-        for part, its in cut:
+        for part, its in cut[width]:
             rows, columns = part.shape
             size = part.numel() if target.across_rows else columns
             shape = ((part.numel() + 7) // 8,) if target.across_rows else (rows, (columns + 7) // 8)
             out = torch.empty(shape, dtype=torch.uint8, device=part.device) if bits else torch.empty_like(part)
-            pieces.append(_Piece(job.score, target, launch.Job(part, out, slot[:1], target.removed(size), its)))
+            one = launch.Job(part, out, slot[:1], target.removed(size), its)
+            pieces.append(_Piece(job.score, target, one, job.large and len(cut[width]) == 1))
         found.append(pieces)
     return found
 
@@ -249,14 +259,15 @@ def _pieces(job: _Job, targets: Sequence[Target], bits: bool, bad: Tensor) -> li
 def _started(pieces: Sequence[_Piece], bits: bool) -> list[Any]:
     """Begins to write them all, alike ones in one launch; the searches that are to be finished."""
     from gpmetric.kernels.launch import together
-    from gpmetric.kernels.layers import LARGEST, prune_layers_together
+    from gpmetric.kernels.layers import prune_layers_together
     from gpmetric.kernels.pattern import prune_pattern_together
     from gpmetric.kernels.rows import prune_rows_together
 
     alike: dict[Any, list[_Piece]] = {}
     for piece in pieces:
-        target, large = piece.target, piece.target.across_rows and piece.job.weight.numel() > LARGEST
-        alike.setdefault((id(piece.score), target.group, target.across_rows, large), []).append(piece)
+        target = piece.target
+        kind = id(piece.score), target.group, target.across_rows, target.across_rows and piece.large
+        alike.setdefault(kind, []).append(piece)
     alone: list[_Piece] = []
     for (_, group, across_rows, large), same in alike.items():
         score = same[0].score
@@ -279,7 +290,7 @@ def _started_alone(piece: _Piece, bits: bool) -> Any:
     from gpmetric.kernels.pattern import prune_pattern
     from gpmetric.kernels.rows import prune_rows
 
-    (score, target, job), search = piece, None
+    (score, target, job, _), search = piece, None
     to = {"out": job.out, "bits": bits, "bad": job.bad}
     if target.group:
         prune_pattern(job.weight, target.keep, target.group, score, job.operands, **to)
@@ -292,7 +303,7 @@ def _started_alone(piece: _Piece, bits: bool) -> Any:
 
 def _joined(pieces: Sequence[_Piece], bits: bool) -> Tensor:
     """The weight, or the boolean mask, of the pieces that competed apart."""
-    written = [_unpacked(job.out, *job.weight.shape) if bits else job.out for _, _, job in pieces]
+    written = [_unpacked(job.out, *job.weight.shape) if bits else job.out for _, _, job, _ in pieces]
     return written[0] if len(written) == 1 else torch.cat(written, dim=1)
 
 

@@ -35,6 +35,9 @@ def prune_by_mask(
     scores: Sequence[Tensor] | None = None,
 ) -> list[list[Tensor]]:
     """The masked copies of weights by target and weight, in their dtype: the updater `none`."""
+    if scores is None and len(weights) > 1 and not _by_kernels(weights, targets):  # maybe some of them
+        by_one = [prune_by_mask([one], metric, targets, [its]) for one, its in zip(weights, statistics, strict=True)]
+        return [[pruned for (pruned,) in found] for found in zip(*by_one, strict=True)]
     if scores is None and _by_kernels(weights, targets):
         by_weight = fused.prune(weights, metric.expression, [one.operands for one in statistics], targets)
     else:
@@ -80,6 +83,8 @@ def choose_masks(
     Raises:
         MaskError: as `select_mask`.
     """
+    if scores is None and len(weights) > 1 and not _by_kernels(weights, targets):  # maybe some of them
+        return [choose_masks([one], metric, targets, [its])[0] for one, its in zip(weights, statistics, strict=True)]
     if scores is None and _by_kernels(weights, targets):
         return fused.masks(weights, metric.expression, [one.operands for one in statistics], targets)
     found = []
@@ -123,7 +128,7 @@ def select_mask(score: Tensor, target: Target | str | float) -> Tensor:
 
 def select_masks(scores: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
     """`select_mask` of scores [out, in] in one place, each at its target."""
-    if all(fused.usable(score, [target]) for score, target in zip(scores, targets, strict=True)):
+    if scores and all(fused.usable(score, [target]) for score, target in zip(scores, targets, strict=True)):
         return fused.masks_of_scores(scores, targets)
     return [select_mask(score, target) for score, target in zip(scores, targets, strict=True)]
 

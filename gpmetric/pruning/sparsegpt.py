@@ -93,7 +93,7 @@ def compile_solver(expressions: Sequence[Expression], layer: Mapping[str, Tensor
     """
     rows, columns = (min(size, most) for size, most in zip(layer["W"].shape, (_TRIED, BLOCK), strict=True))
     few = {name: one[:rows, :columns] if one.dim() == 2 else one[:columns] for name, one in layer.items()}
-    weights = few["W"].detach().float()[None]
+    weights, tried = few["W"].detach().float()[None], [target for target in targets if target.fits(columns)]
     if not fused_solver.usable(weights, columns):
         return
 
@@ -101,7 +101,7 @@ def compile_solver(expressions: Sequence[Expression], layer: Mapping[str, Tensor
         for expression in expressions:
             with suppress(Exception):  # a trial only: what fails here fails again where it is told
                 scores = ColumnScores(expression, [few])
-                reconstruct_blockwise(weights, torch.eye(columns, device=weights.device)[None], targets, scores)
+                reconstruct_blockwise(weights, torch.eye(columns, device=weights.device)[None], tried, scores)
 
     fused.in_background(run)
 
