@@ -4,14 +4,15 @@
 
 How often a row is gone over until its threshold is found: every pass over its scores ends in a reduction over the
 program's threads, which is what rows wait for on a GPU. The scores are those of a metric, heavy-tailed ones, signed
-ones, ones with many ties, and ones with zeros. And how many launches the solver makes for 128 columns.
+ones, ones with many ties, and ones with zeros. How many launches the solver makes for 128 columns. And how many
+operations the updater `admm` takes for the linear layers of a 7B model.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from triton.runtime.jit import KernelInterface
 
 from gpmetric.kernels import rows, solver
 from gpmetric.kernels.launch import Operands, wanda, weight_itself
+from gpmetric.pruning import admm
 
+LLAMA_7B = ([(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]) * 32
 REDUCTIONS = {"_survey": 1, "_counts": 1, "_valid": 1, "_extremes": 2}  # by function of `rows`
 
 
@@ -62,11 +65,20 @@ def main() -> None:
             print(f"{kind}, {width} columns, half: {found.mean():.2f} reductions a row")
             if str(options.csv) != "-":
                 append([row("kernel steps", f"{kind}, {width} columns, half", found, unit="reductions")], options.csv)
+    taken = alps_operations(LLAMA_7B)
+    print(f"admm, linear layers of a 7B: {taken:.3g} operations, {taken / 60e12:.0f} s at 60 TFLOP/s")
     for target in ("obs", "0.5", "2:4"):
         found = np.array([launches(target)])
         print(f"solver, {target}, of any number of layers and copies: {found[0]:.2f} launches for 128 columns")
         if str(options.csv) != "-":
             append([row("kernel steps", f"solver, {target}, for 128 columns", found, unit="launches")], options.csv)
+
+
+def alps_operations(shapes: Sequence[tuple[int, int]]) -> float:
+    """Multiplications and additions of `admm` for layers [out, in]: its products, its Cholesky factors and inverses."""
+    products = 1 + admm._STEPS + admm._FITTING + 1  # with the goal and the first residual
+    inverses = admm._STEPS // admm._EVERY
+    return float(sum(2 * products * rows * width**2 + inverses * width**3 for rows, width in shapes))
 
 
 def steps(score: Tensor, removed: int) -> list[float]:

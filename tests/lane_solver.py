@@ -150,6 +150,12 @@ def test_few_launches_for_a_block(target: str, most: int, monkeypatch: pytest.Mo
     assert importlib.import_module("kernel_steps").launches(target) == most
 
 
+def test_operations_of_admm_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """62 products of 3x5 by 5x5, and ten inverses."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    assert importlib.import_module("kernel_steps").alps_operations([(3, 5)]) == 62 * 2 * 75 + 10 * 125
+
+
 def test_steps_of_the_check_on_a_gpu_run_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     check = importlib.import_module("gpu_check")
