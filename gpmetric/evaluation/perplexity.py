@@ -143,7 +143,7 @@ class Teacher:
         losses, crossed = [], []
         for part, its, expected in _log_softmax(logits, self._labels, self._expected):
             losses.append(nll_loss(part, its, reduction="none"))
-            crossed.append(part.mul_(expected.float()).sum(dim=1).double())  # in place: no temporary
+            crossed.append(part.mul_(expected.float()).sum(dim=1))  # in place: no temporary
         told = [_summed(losses) - self._loss, -_summed(crossed) - self._entropy]
         return torch.tensor(told, dtype=torch.float64)
 
@@ -188,7 +188,8 @@ def _log_softmax(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]
 
 
 def _summed(parts: Iterable[Tensor]) -> float:
-    return torch.cat(list(parts)).sum().item()
+    """In fp64: a sum of many losses in fp32 depends on its order by a millionth."""
+    return torch.cat(list(parts)).double().sum().item()
 
 
 def perplexity(loss: float) -> float:
