@@ -118,11 +118,11 @@ def together(jobs: Sequence[Job]) -> list[list[int]]:
 def table(jobs: Sequence[Job], programs: int, tile: int = 0) -> tuple[Tensor, int]:
     """What tells each program of a launch its rows, int64, one number after the other; and how many programs.
 
-    For every program where its job's numbers are here, its first row, and how many rows on its next one is. Then for
-    every job how many rows there are, as often as which entries go, its place, and the addresses of `Job.tensors`. At
-    least `programs` of them share the rows of all jobs evenly, as far as there are rows.
+    For every program: where its job's numbers are here, its first row, and how many rows on its next one is. Then for
+    every job: how many rows there are, `removed`, its place, and the addresses of `Job.tensors`.
 
     Args:
+        programs: that are to share the rows evenly; each job has one at least, and no more than it has rows.
         tile: entries that are taken in place of a row; then the rows of the weight stand where `removed` does.
     """
     heights = [-(-job.weight.numel() // tile) if tile else job.weight.shape[0] for job in jobs]

@@ -253,7 +253,9 @@ class Choice:
         self._score, self._operands, self._removed, self._group = score, operands, removed, group
         self.bad = torch.zeros(1, dtype=torch.int64, device=weights.device)
         ends = torch.tensor([MOST, LEAST], dtype=torch.int32)
-        self._extremes = ends if group else sent(ends.repeat(width, layers, len(removed), 1), weights.device)
+        # for each block, twice as many as it writes, so that all of them begin at 16 bytes
+        blocks = 1 if group else triton.cdiv(width, COLUMNS)
+        self._extremes = sent(ends.repeat(blocks, layers, len(removed), 2), weights.device)
         self._counts: dict[int, Tensor] = {}
 
     def __call__(self, block: Block) -> Rule:
@@ -262,7 +264,9 @@ class Choice:
         if self._group:
             return Pattern(self._count(self._group), self._group, self._score, self._operands, self.bad)
         counts = self._count(self._rows * block.size)
-        return _by_threshold(block, counts, self._score, self._operands, self._extremes[block.first], self.bad)
+        return _by_threshold(
+            block, counts, self._score, self._operands, self._extremes[block.first // COLUMNS], self.bad
+        )
 
     def _count(self, size: int) -> Tensor:
         """How many of so many entries go, by copy."""
@@ -329,7 +333,7 @@ def solve(
 def _by_threshold(
     block: Block, counts: Tensor, score: triton.JITFunction, operands: Operands, extremes: Tensor, bad: Tensor
 ) -> Threshold:
-    """In two launches; `extremes` [n, copies, 2], a key above and one below all others, are written to."""
+    """In two launches; `extremes` holds a key above and one below all others for each copy, and is written to."""
     layers, width, _ = block.weights.shape
     rows = block.weights.shape[2] // block.copies
     total = rows * block.size

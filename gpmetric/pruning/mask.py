@@ -35,16 +35,17 @@ def prune_by_mask(
     scores: Sequence[Tensor] | None = None,
 ) -> list[list[Tensor]]:
     """The masked copies of weights by target and weight, in their dtype: the updater `none`."""
-    if scores is None and len(weights) > 1 and not _by_kernels(weights, targets):  # maybe some of them
-        by_one = [prune_by_mask([one], metric, targets, [its]) for one, its in zip(weights, statistics, strict=True)]
-        return [[pruned for (pruned,) in found] for found in zip(*by_one, strict=True)]
     if scores is None and _by_kernels(weights, targets):
         by_weight = fused.prune(weights, metric.expression, [one.operands for one in statistics], targets)
-    else:
-        found = choose_masks(weights, metric, targets, statistics, scores)
-        by_weight = [
-            [weight.masked_fill(~mask, 0) for mask in masks] for weight, masks in zip(weights, found, strict=True)
-        ]
+        return [list(pruned) for pruned in zip(*by_weight, strict=True)]
+    by_weight = []
+    for index, (weight, measured) in enumerate(zip(weights, statistics, strict=True)):
+        if scores is None and fused.usable(weight, targets):
+            by_weight += fused.prune([weight], metric.expression, [measured.operands], targets)
+        else:
+            score = [scores[index]] if scores else None
+            (masks,) = choose_masks([weight], metric, targets, [measured], score)
+            by_weight.append([weight.masked_fill(~mask, 0) for mask in masks])
     return [list(pruned) for pruned in zip(*by_weight, strict=True)]
 
 
@@ -83,12 +84,13 @@ def choose_masks(
     Raises:
         MaskError: as `select_mask`.
     """
-    if scores is None and len(weights) > 1 and not _by_kernels(weights, targets):  # maybe some of them
-        return [choose_masks([one], metric, targets, [its])[0] for one, its in zip(weights, statistics, strict=True)]
     if scores is None and _by_kernels(weights, targets):
         return fused.masks(weights, metric.expression, [one.operands for one in statistics], targets)
     found = []
     for index, (weight, measured) in enumerate(zip(weights, statistics, strict=True)):
+        if scores is None and fused.usable(weight, targets):
+            found += fused.masks([weight], metric.expression, [measured.operands], targets)
+            continue
         score = scores[index] if scores else evaluate(metric.expression, measured.operands | {"W": weight})
         found.append([select_mask(score, target) for target in targets])
     return found
