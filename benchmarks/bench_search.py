@@ -49,15 +49,14 @@ from gpmetric.errors import GpmetricError
 from gpmetric.evolution import breeding, screening
 from gpmetric.evolution.campaign import Campaign
 from gpmetric.evolution.evaluator import Evaluator
-from gpmetric.evolution.executors import Serial
 from gpmetric.evolution.fitness import mean_excess
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.rungs import PROBE, Rung
 from gpmetric.evolution.search_config import SearchConfig, make_config
-from gpmetric.evolution.task_clock import OutOfTime
 from gpmetric.evolution.tasks import ExcessTask, Task
 from gpmetric.evolution.workplace import collect_statistics, open_sessions
+from gpmetric.executors import OutOfTime, Serial
 from gpmetric.metrics import BASELINES, masks_only
 from gpmetric.provenance import versions
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import random
+import signal
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +29,33 @@ def make_squarer(delay: float = 0.0) -> Callable[[int], int]:
     return square
 
 
-def make_clumsy(folder: str) -> Callable[[str], str]:
-    """Acts on the word it gets: "crash once", "crash", "hang", "wait", "bug", "slow"; answers any other."""
-    calls = {"count": 0}
+class Clumsy:
+    """Acts on the word it gets: "crash once", "hang once", "starve once", "bug", "slow ..."; answers any other."""
 
-    def act(word: str) -> str:
-        calls["count"] += 1
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    def smaller(self) -> None:
+        self("smaller")
+
+    def __call__(self, word: str) -> str:
+        folder = self._folder
         with Path(folder, word.replace(" ", "_")).open("a", encoding="utf-8") as log:
             log.write(f"{os.getpid()}\n")
         if word == "crash" or (word == "crash once" and attempts(folder, word) == 1):
             os._exit(7)
         if word in ("hang", "hang once") and (word == "hang" or attempts(folder, word) == 1):
             time.sleep(600)
-        if word == "slow":
+        if word.startswith("slow"):
             time.sleep(0.6)
+        if word == "starve" or (word == "starve once" and attempts(folder, word) == 1):
+            os.kill(os.getpid(), signal.SIGKILL)
         if word == "bug":
             raise KeyError("a bug")
         return f"{word} done"
 
-    return act
+
+make_clumsy = Clumsy
 
 
 def make_teller() -> Callable[[str], str]:
@@ -80,18 +91,56 @@ def make_broken() -> Callable[[Any], Any]:
     raise OSError("disk on fire")
 
 
-def make_late_crash(folder: str) -> Callable[[Any], Any]:
-    """The first worker dies while it starts; the others work."""
+def make_late(folder: str, first: str) -> Callable[[Any], Any]:
+    """The first worker dies or hangs while it starts; the others work."""
     path = Path(folder, "started")
     if not path.exists():
         path.touch()
-        os._exit(9)
+        if first == "crash":
+            os._exit(9)
+        time.sleep(600)
     return make_squarer()
+
+
+def make_only_one(folder: str) -> Callable[[Any], Any]:
+    """The first worker works, all others die while they start."""
+    with suppress(FileExistsError), Path(folder, "started").open("x"):
+        return make_squarer(0.2)
+    time.sleep(0.2)  # until that one has begun
+    os._exit(9)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A number that belongs somewhere."""
+
+    place: str
+    number: int
+
+
+def make_holder(delay: float) -> Callable[[Placed], tuple[str, int, bool]]:
+    """Tells place and number, and whether it had to move there."""
+    held = [""]
+
+    def hold(one: Placed) -> tuple[str, int, bool]:
+        time.sleep(delay)
+        moved, held[0] = held[0] != one.place, one.place
+        return one.place, one.number, moved
+
+    return hold
+
+
+def make_environment(delay: float) -> Callable[[str], str | None]:
+    def read(name: str) -> str | None:
+        time.sleep(delay)
+        return os.environ.get(name)
+
+    return read
 
 
 DRIVER = """
 import sys
-from gpmetric.evolution.executors import LocalProcesses
+from gpmetric.executors import LocalProcesses
 from tests import executor_helpers
 
 if __name__ == "__main__":

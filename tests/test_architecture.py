@@ -22,6 +22,7 @@ LAYERS = [
     {"evolution", "allocation", "structured", "packing"},
     {"pruning"},
     {"session"},
+    {"executors"},
     {"calibration", "evaluation", "export"},
     {"codegen", "loading", "metrics", "options"},
     {"blockwise", "blocks"},

@@ -19,7 +19,6 @@ from gpmetric.errors import GpmetricError, LedgerError, MaskError
 from gpmetric.evolution import breeding, sqlite_schema
 from gpmetric.evolution.breeding import _rounded
 from gpmetric.evolution.campaign import Campaign
-from gpmetric.evolution.executors import Executor, LocalProcesses, Outcome, Serial
 from gpmetric.evolution.fitness import best_of, hinge_penalty
 from gpmetric.evolution.grammar import nests
 from gpmetric.evolution.ledger import Ledger
@@ -27,8 +26,8 @@ from gpmetric.evolution.refinement import neighbours
 from gpmetric.evolution.rungs import PROBE, Rung
 from gpmetric.evolution.search_config import SearchConfig, named
 from gpmetric.evolution.selection import Individual, select_survivors
-from gpmetric.evolution.task_clock import OutOfTime
 from gpmetric.evolution.tasks import ExcessTask, MaskFingerprint, ProbeTask, Task
+from gpmetric.executors import Executor, LocalProcesses, Outcome, OutOfTime, Serial
 from gpmetric.expression import PRIMITIVES, parse
 from gpmetric.metrics import Metric, resolve_metric
 from gpmetric.targets import plain_granularities

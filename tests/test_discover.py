@@ -31,6 +31,7 @@ from gpmetric.evolution.workplace import open_sessions
 from gpmetric.export.request import ExportRequest
 from gpmetric.metrics import BASELINES, masks_only, resolve_metric
 from gpmetric.options import check_request, command_line
+from gpmetric.session import workers as workers_of
 from gpmetric.session.session import Session
 from gpmetric.terminal.tables import print_discover
 
@@ -310,7 +311,7 @@ def test_compensation_is_known_where_kept_weights_are_updated(
 def test_without_gram_matrices_and_with_one_window(
     request_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workplace, "_SMALL", 0)  # a large model's are collected only where they are needed
+    monkeypatch.setattr(workers_of, "_SMALL", 0)  # a large model's are collected only where they are needed
     few = {"operands": ("W", "X"), "search_windows": 1, "evaluations": 8}
     result = run_campaign(request_for(**few))
     assert [row["rung"] for row in result["screening"]] == ["reconstruction", "1 windows"]
@@ -324,12 +325,12 @@ def test_a_large_model_has_all_cores(
     request_for: Any, monkeypatch: pytest.MonkeyPatch, workers: int, small: bool, threads: int
 ) -> None:
     """Its workers share them, and its calibration has them; a small model's have one thread each."""
-    monkeypatch.setattr(workplace, "_cores", lambda: 6)
-    monkeypatch.setattr(workplace, "_SMALL", 10**9 if small else 0)
+    for module in (workplace, workers_of):
+        monkeypatch.setattr(module, "cores", lambda: 6)
+    monkeypatch.setattr(workers_of, "_SMALL", 10**9 if small else 0)
     seen: list[int] = []
-    monkeypatch.setattr(workplace, "open_workplaces", lambda places, threads, models=None: seen.append(threads))
-    monkeypatch.setattr(workplace, "LocalProcesses", lambda opened, arguments, *_, **__: opened(*arguments))
-    monkeypatch.setattr(workplace, "Serial", lambda evaluator: evaluator)
+    monkeypatch.setattr(workplace, "open_workplaces", lambda places, held, threads, models=None: seen.append(threads))
+    monkeypatch.setattr(workers_of, "LocalProcesses", lambda opened, arguments, *_, **__: opened(*arguments))
     stored = Session.stored_statistics
 
     def watched(session: Session, *arguments: Any) -> Path:
@@ -339,6 +340,8 @@ def test_a_large_model_has_all_cores(
     monkeypatch.setattr(Session, "stored_statistics", watched)
     request = request_for(workers=workers)
     sessions = open_sessions(request)
+    for session in sessions.values():
+        session.start()
     statistics = {name: workplace.collect_statistics(request, one, print) for name, one in sessions.items()}
     workplace.make_executor(request, sessions, statistics, request.ledger.parent)
     assert seen == [1 if small else 6, threads]

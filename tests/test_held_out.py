@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from gpmetric.errors import GpmetricError, SolverError
-from gpmetric.evolution.executors import Serial
 from gpmetric.evolution.held_out import HeldOut, HeldOutFigures, choose_finalists, choose_winner, interval
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.multi_model import LabelledTarget
 from gpmetric.evolution.selection import Individual
 from gpmetric.evolution.tasks import SequentialLoss, SequentialTask
+from gpmetric.executors import Serial
 from gpmetric.metrics import Metric, masks_only, resolve_metric
 
 TARGETS = tuple(LabelledTarget(target, "m", target, (8, 32)) for target in ("0.5", "2:4"))

@@ -20,6 +20,7 @@ from gpmetric.evolution.tasks import (
     SequentialTask,
     Task,
 )
+from gpmetric.executors import Serial
 from gpmetric.metrics import Metric, resolve_metric
 
 TARGETS = ("0.5", "2:4")
@@ -52,8 +53,21 @@ class Model:
         return MaskFingerprint(f"{self.excess[text]}", self.name, dict.fromkeys(TARGETS, self.excess[text]))
 
 
-def together(**worth: Mapping[str, float]) -> MultiModel:
-    return MultiModel({name: Model(name, excess) for name, excess in worth.items()})
+class Both(MultiModel):
+    """Models of known worth in this process; called with a task, gives its value or raises its error."""
+
+    def __init__(self, **worth: Mapping[str, float]) -> None:
+        self.models = {name: Model(name, excess) for name, excess in worth.items()}
+        super().__init__(Serial(lambda one: self.models[one.place](one.task)), self.models)
+
+    def __call__(self, task: Task) -> Any:
+        (outcome,) = self.map_ordered([task])
+        if outcome.error is not None:
+            raise MaskError(outcome.error)
+        return outcome.value
+
+
+together = Both
 
 
 def named(text: str) -> Metric:
@@ -75,8 +89,8 @@ def test_the_unit_is_measured_once_on_all_windows() -> None:
     both = together(a={"wanda": 1.0, "m": 1.0}, b={"wanda": 1.0, "m": 1.0})
     for _ in range(3):
         both(excess("m"))
-    for model in both._evaluators.values():
-        tasks = [task for task in model.tasks if isinstance(task, ExcessTask)]  # type: ignore[attr-defined]
+    for model in both.models.values():
+        tasks = [task for task in model.tasks if isinstance(task, ExcessTask)]
         asked = [(task.metric.name, task.first, task.last) for task in tasks]
         assert asked.count(("wanda", 0, None)) == 1
         assert asked.count(("m", 0, 2)) == 3
@@ -96,8 +110,8 @@ def test_a_sequential_task_goes_to_its_model() -> None:
         SequentialLoss(pytest.approx(2.0), 3.3),
         SequentialLoss(pytest.approx(1.0), 4.5),
     ]
-    for task, model in zip(tasks, both._evaluators.values(), strict=True):
-        assert [one for one in model.tasks if isinstance(one, SequentialTask)] == [task]  # type: ignore[attr-defined]
+    for task, model in zip(tasks, both.models.values(), strict=True):
+        assert [one for one in model.tasks if isinstance(one, SequentialTask)] == [task]
 
 
 def test_the_error_of_one_model_is_the_metrics() -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from gpmetric import cli
 from gpmetric.allocation.request import AllocateRequest
 from gpmetric.errors import GpmetricError, InputError
-from gpmetric.evolution.executors import LocalProcesses
+from gpmetric.executors import LocalProcesses
 from gpmetric.files import read_object
 from gpmetric.options import make_request
 from gpmetric.plain import plain

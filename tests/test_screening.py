@@ -12,14 +12,13 @@ import pytest
 
 from gpmetric.errors import MaskError
 from gpmetric.evolution.breeding import Draw
-from gpmetric.evolution.executors import Serial
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.records import Measurement
 from gpmetric.evolution.rungs import PROBE, Rung, cumulative, describe_rungs, halving_rungs, promote
 from gpmetric.evolution.screening import Seen, SuccessiveHalving
 from gpmetric.evolution.search_config import SearchConfig
-from gpmetric.evolution.task_clock import TaskClock
 from gpmetric.evolution.tasks import ExcessTask, MaskFingerprint, ProbeTask, Task, UseTask
+from gpmetric.executors import Serial, TaskClock
 from gpmetric.expression import parse
 from gpmetric.metrics import Metric, resolve_metric
 

@@ -17,15 +17,14 @@ import torch
 from gpmetric.errors import GpmetricError
 from gpmetric.evolution import discover as discovering
 from gpmetric.evolution.discover import DiscoverListener, find, run_campaign
-from gpmetric.evolution.executors import LocalProcesses, Serial
 from gpmetric.evolution.held_out import HeldOut
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.multi_model import LabelledTarget
 from gpmetric.evolution.request import DiscoverRequest
-from gpmetric.evolution.task_clock import OutOfTime, TaskClock
 from gpmetric.evolution.tasks import DenseTask, ExcessTask, ProbeTask, SequentialLoss, SequentialTask, Task
 from gpmetric.evolution.time_budget import CampaignPlan, TimeBudget
 from gpmetric.evolution.workplace import Workplace, collect_statistics, open_sessions
+from gpmetric.executors import LocalProcesses, OutOfTime, Serial, TaskClock
 from gpmetric.metrics import BASELINES, masks_only, resolve_metric
 from gpmetric.session.deadline import Deadline
 from tests import campaign_helpers as fake

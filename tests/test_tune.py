@@ -25,7 +25,7 @@ from gpmetric.data import Windows
 from gpmetric.errors import GpmetricError, InputError, TimeOverError
 from gpmetric.evolution.evolve import evolve
 from gpmetric.evolution.request import DiscoverRequest
-from gpmetric.evolution.task_clock import TaskClock
+from gpmetric.executors import TaskClock
 from gpmetric.loading import load_model
 from gpmetric.metrics import resolve_metric
 from gpmetric.models import Model
@@ -369,7 +369,7 @@ def test_formulas_are_evolved(
     tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gpmetric.tuning.choice._EVALUATIONS", 4)
-    monkeypatch.setattr("gpmetric.evolution.workplace._cores", lambda: 1)  # no process has to import torch
+    monkeypatch.setattr("gpmetric.session.workers.cores", lambda: 1)  # no process has to import torch
     ledger = tmp_path / "tune.jsonl"
     options = {**QUICK, "calibration": str(tiny_text), "target": "2:4", "ledger": ledger}
     found = gpmetric.tune(str(tiny_llama), output=tmp_path / "a", **options)

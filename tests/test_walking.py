@@ -20,16 +20,15 @@ from gpmetric.evolution import evaluator as evaluating
 from gpmetric.evolution import workplace
 from gpmetric.evolution.discover import run_campaign
 from gpmetric.evolution.evaluator import Evaluator, alike
-from gpmetric.evolution.executors import LocalProcesses
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.request import DiscoverRequest
-from gpmetric.evolution.task_clock import OutOfTime, TaskClock
 from gpmetric.evolution.tasks import DenseTask, ExcessTask, ProbeTask, SequentialTask, Task
-from gpmetric.evolution.walking import Together
 from gpmetric.evolution.workplace import campaign_work
+from gpmetric.executors import LocalProcesses, OutOfTime, TaskClock, Together
 from gpmetric.metrics import Metric, resolve_metric
 from gpmetric.placement import Part, Placement
 from gpmetric.session import session as sessions
+from gpmetric.session import workers as workers_of
 from gpmetric.session.plan import Plan, make_plan
 from gpmetric.session.session import plan_session
 
@@ -175,8 +174,9 @@ def test_a_large_model_has_all_cores_where_candidates_walk_together(
     request_for: Callable[..., DiscoverRequest], planned: Callable[[Plan], None], monkeypatch: pytest.MonkeyPatch,
     workers: int,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(workplace, "_cores", lambda: 3)
-    monkeypatch.setattr(workplace, "_SMALL", 0)
+    for module in (workplace, workers_of):
+        monkeypatch.setattr(module, "cores", lambda: 3)
+    monkeypatch.setattr(workers_of, "_SMALL", 0)
     planned(STREAMED)
     together, seen = Evaluator.together, set()
 
@@ -198,10 +198,12 @@ def test_a_worker_holds_its_model_as_planned(
     planned(plan := Plan(resident=False, kept=False, room=10**6, workers=2))
     request = request_for("a.sqlite", workers=2)
     opened = workplace.open_sessions(request)
+    for session in opened.values():
+        session.start()
     statistics = {name: workplace.collect_statistics(request, one, print) for name, one in opened.items()}
     with workplace.make_executor(request, opened, statistics, tmp_path) as executor:
         assert isinstance(executor, LocalProcesses)
-        _, (places, _) = executor._factory, executor._arguments
+        _, (places, *_) = executor._factory, executor._arguments
     (place,) = places.values()
     model = place.open()._model
     assert place.plan == plan

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from gpmetric.errors import GpmetricError
 from gpmetric.evolution.breeding import Breeder
-from gpmetric.evolution.executors import Executor
 from gpmetric.evolution.fitness import best_of
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.records import Evaluation
 from gpmetric.evolution.screening import Seen, SuccessiveHalving
 from gpmetric.evolution.search_config import SearchConfig
 from gpmetric.evolution.selection import Individual, pareto_individuals, select_survivors
+from gpmetric.executors import Executor
 from gpmetric.metrics import Metric, resolve_metric
 
 __all__ = ["Campaign"]

@@ -15,12 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gpmetric.errors import GpmetricError
 from gpmetric.evolution.campaign import Campaign
 from gpmetric.evolution.document import alone, circumstances, describe_individual, time_split
-from gpmetric.evolution.executors import Executor
 from gpmetric.evolution.held_out import HeldOut, Measured, choose_finalists
 from gpmetric.evolution.ledger import BUDGET_KEYS, Ledger
 from gpmetric.evolution.multi_model import label_targets
@@ -28,15 +25,16 @@ from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.rungs import describe_rungs
 from gpmetric.evolution.search_config import SearchConfig, make_config
 from gpmetric.evolution.selection import Individual
-from gpmetric.evolution.task_clock import OutOfTime
 from gpmetric.evolution.time_budget import FINALISTS, CampaignPlan, TimeBudget
 from gpmetric.evolution.verdict import confidence, decide, doubts, measure_test
-from gpmetric.evolution.workplace import collect_statistics, make_executor, open_sessions, torch_threads
+from gpmetric.evolution.workplace import collect_statistics, make_executor, open_sessions
+from gpmetric.executors import Executor, OutOfTime
 from gpmetric.files import finite
 from gpmetric.options import as_function
 from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.session import Listener, Session
+from gpmetric.session.workers import torch_threads
 
 __all__ = ["DiscoverListener", "campaign_settings", "discover", "find", "run_campaign"]
 
@@ -86,6 +84,8 @@ def run_campaign(
     request = request.completed()
     assert request.ledger is not None
     sessions = open_sessions(request, listener)
+    if len(sessions) == 1:  # of several, one after the other is in memory
+        next(iter(sessions.values())).start()
     with Ledger.open(request.ledger, campaign_settings(request, sessions), resume=request.resume) as ledger:
         return ledger.result() or _run(request, sessions, ledger, listener or DiscoverListener(), deadline)
 
@@ -119,11 +119,17 @@ def _run(
     """The result of a campaign that has none yet, saved in its ledger."""
     loaded = deadline.elapsed
     progress = deadline.watching(told.progress)
-    statistics = {name: collect_statistics(request, one, progress) for name, one in sessions.items()}
+    statistics = {}
+    for name, session in sessions.items():
+        if len(sessions) > 1:
+            session.start()
+        statistics[name] = collect_statistics(request, session, progress)
+        if session.plan.workers > 1 or request.ray is not None:  # workers have models of their own
+            session.model.module.to("meta")
     seconds = {"load": loaded, "calibration": deadline.elapsed - loaded}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpmetric-")))
-        stack.enter_context(torch_threads(torch.get_num_threads()))  # an evaluator in this process takes its own number
+        stack.enter_context(torch_threads())  # an evaluator in this process takes its own number
         executor = stack.enter_context(make_executor(request, sessions, statistics, folder))
         read = ("calibration", "validation", "test")
         fewest = min(len(session.windows[split].tokens) for session in sessions.values() for split in read)

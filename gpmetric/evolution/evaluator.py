@@ -101,6 +101,12 @@ class Evaluator:
         except OutOfMemoryError as error:
             return [error] * len(tasks)
 
+    def smaller(self) -> None:
+        """Takes less memory from now on, where it can: after a process that did this work had none."""
+        self._forget()
+        if self._model.placement is not None:
+            self._model.placement.batch_tokens //= 2
+
     def _forget(self) -> None:
         """Lets go of what was made for larger batches."""
         self._recorded.clear()

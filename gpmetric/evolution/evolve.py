@@ -8,8 +8,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from gpmetric.evolution.campaign import Campaign
 from gpmetric.evolution.discover import campaign_settings
 from gpmetric.evolution.held_out import choose_finalists
@@ -18,9 +16,10 @@ from gpmetric.evolution.multi_model import label_targets
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.search_config import make_config
 from gpmetric.evolution.selection import Individual
-from gpmetric.evolution.task_clock import TaskClock
-from gpmetric.evolution.workplace import collect_statistics, make_executor, torch_threads
+from gpmetric.evolution.workplace import collect_statistics, make_executor
+from gpmetric.executors import TaskClock
 from gpmetric.session.session import Progress, Session
+from gpmetric.session.workers import torch_threads
 
 __all__ = ["evolve"]
 
@@ -52,7 +51,7 @@ def evolve(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpmetric-")))
         path = request.ledger or folder / "campaign.sqlite"
         ledger = stack.enter_context(Ledger.open(path, campaign_settings(request, sessions), resume=request.resume))
-        stack.enter_context(torch_threads(torch.get_num_threads()))  # an evaluator in this process takes its own number
+        stack.enter_context(torch_threads())  # an evaluator in this process takes its own number
         executor = stack.enter_context(make_executor(request, sessions, statistics, folder))
         executor.clock = clock
         labels = tuple(target.label for target in label_targets(request.target, sessions))

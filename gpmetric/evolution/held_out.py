@@ -13,14 +13,13 @@ from scipy.stats import t
 
 from gpmetric.errors import GpmetricError
 from gpmetric.evaluation.perplexity import perplexity
-from gpmetric.evolution.executors import Executor, Outcome
 from gpmetric.evolution.fitness import best_of, mean_excess
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.multi_model import LabelledTarget
 from gpmetric.evolution.records import HeldOutMeasurement
 from gpmetric.evolution.selection import ALIKE, Individual, few_alike
-from gpmetric.evolution.task_clock import OutOfTime
 from gpmetric.evolution.tasks import DenseTask, SequentialLoss, SequentialTask
+from gpmetric.executors import Executor, Outcome, OutOfTime
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
 from gpmetric.pruning.updaters import UPDATERS
 

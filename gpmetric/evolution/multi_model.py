@@ -1,14 +1,17 @@
-"""Evaluates a metric on several models at once, for a search that is to serve all of them."""
+"""Evaluates a metric on several models, for a search that is to serve all of them: each worker holds some of them."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cached_property
+from itertools import chain, islice
 from typing import Any
 
+from gpmetric.errors import GpmetricError
 from gpmetric.evolution.fitness import mean_excess
 from gpmetric.evolution.tasks import (
     DenseTask,
@@ -20,10 +23,11 @@ from gpmetric.evolution.tasks import (
     Task,
     UseTask,
 )
+from gpmetric.executors import Executor, Outcome, TaskClock
 from gpmetric.metrics import resolve_metric
 from gpmetric.session.session import Session
 
-__all__ = ["LabelledTarget", "MultiModel", "label_targets"]
+__all__ = ["LabelledTarget", "MultiModel", "OneModel", "label_targets"]
 
 _UNIT = "wanda"  # figures are told in units of this metric's, so that no model outweighs another
 
@@ -49,30 +53,94 @@ def label_targets(targets: Sequence[str], sessions: Mapping[str, Session]) -> tu
     return tuple(labelled)
 
 
-class MultiModel:
-    """Answers the tasks of an `Evaluator` for several models; figures are keyed by the label of a target.
+@dataclass(frozen=True)
+class OneModel:
+    """A task on one of the models, which is the place where a worker that holds it can do it."""
+
+    place: str
+    task: Task
+
+    @property
+    def effort(self) -> tuple[str, float]:
+        """Models differ in what they take."""
+        kind, amount = self.task.effort
+        return f"{kind} {self.place}", amount
+
+
+class MultiModel(Executor):
+    """Has the tasks of an `Evaluator` done on several models; figures are keyed by the label of a target.
 
     They are in units of Wanda's mean over the targets on the same model, pruned in one shot, on all its search windows;
     the loss of a sequential task stays in nats.
 
     Args:
-        evaluators: by model name.
+        executor: of `OneModel` tasks.
+        models: by name.
     """
 
-    def __init__(self, evaluators: Mapping[str, Callable[[Task], Any]]) -> None:
-        self._evaluators = evaluators
+    def __init__(self, executor: Executor, models: Iterable[str]) -> None:
+        self._executor, self._models = executor, tuple(models)
+        self._units: dict[str, dict[str, float]] = {}
 
-    def __call__(self, task: Task) -> Any:
-        """The answer to a task; errors are those of the first model that has one."""
-        if isinstance(task, SequentialTask):
-            answer = self._evaluators[task.model](task)
-            return replace(answer, excess=answer.excess / self._units[task.model]["loss"])
-        answers = {name: evaluator(task) for name, evaluator in self._evaluators.items()}
-        if isinstance(task, DenseTask):
-            return {name: loss for name, answer in answers.items() for loss in answer.values()}
-        if isinstance(task, ExcessTask | UseTask):
-            return self._in_units(answers)
-        return [_together(dict(zip(answers, one, strict=True))) for one in zip(*answers.values(), strict=True)]
+    @property
+    def workers(self) -> int:  # type: ignore[override]
+        """Tasks on one model at once."""
+        return self._executor.workers
+
+    @property
+    def clock(self) -> TaskClock:
+        """That of the executor, which knows what tasks take on each model, and on all."""
+        return self._executor.clock
+
+    @clock.setter
+    def clock(self, clock: TaskClock) -> None:
+        self._executor.clock = clock
+
+    def close(self) -> None:
+        self._executor.close()
+
+    def map_ordered(self, candidates: Iterable[Task]) -> Generator[Outcome]:
+        """One outcome per task; its error is that of the first model that has one, its seconds are of all models."""
+        tasks = iter(candidates)
+        first = list(islice(tasks, 1))
+        if not self._units and any(isinstance(task, ExcessTask | UseTask | SequentialTask) for task in first):
+            self._units = self._measured_units()
+        asked: deque[Task] = deque()
+
+        def parts() -> Iterator[OneModel]:
+            for task in chain(first, tasks):
+                asked.append(task)
+                yield from self._parts(task)
+
+        with closing(self._executor.map_ordered(parts())) as outcomes:
+            for outcome in outcomes:
+                task = asked.popleft()
+                names = [part.place for part in self._parts(task)]
+                joined = self._joined(task, dict(zip(names, [outcome, *islice(outcomes, len(names) - 1)], strict=True)))
+                self.clock.note(task, joined.seconds)
+                yield joined
+
+    def _parts(self, task: Task) -> list[OneModel]:
+        names = (task.model,) if isinstance(task, SequentialTask) else self._models
+        return [OneModel(name, task) for name in names]
+
+    def _joined(self, task: Task, outcomes: Mapping[str, Outcome]) -> Outcome:
+        failed = next((one for one in outcomes.values() if one.error is not None), None)
+        last = failed or max(outcomes.values(), key=lambda one: one.attempt)
+        value = None if failed else self._value(task, {name: one.value for name, one in outcomes.items()})
+        return replace(last, value=value, seconds=sum(one.seconds for one in outcomes.values()))
+
+    def _value(self, task: Task, answers: Mapping[str, Any]) -> Any:
+        match task:
+            case SequentialTask(model=model):
+                answer = answers[model]
+                return replace(answer, excess=answer.excess / self._units[model]["loss"])
+            case DenseTask():
+                return {name: loss for name, answer in answers.items() for loss in answer.values()}
+            case ExcessTask() | UseTask():
+                return self._in_units(answers)
+            case _:
+                return [_together(dict(zip(answers, one, strict=True))) for one in zip(*answers.values(), strict=True)]
 
     def _in_units(self, answers: Mapping[str, Figures]) -> Figures:
         return {
@@ -84,12 +152,14 @@ class MultiModel:
             for objective in next(iter(answers.values()))
         }
 
-    @cached_property
-    def _units(self) -> dict[str, dict[str, float]]:
+    def _measured_units(self) -> dict[str, dict[str, float]]:
+        task = ExcessTask(resolve_metric(_UNIT))
         units = {}
-        for name, evaluator in self._evaluators.items():
-            figures: Figures = evaluator(ExcessTask(resolve_metric(_UNIT)))
-            means = {objective: mean_excess(by_target) for objective, by_target in figures.items()}
+        outcomes = self._executor.map_ordered([OneModel(name, task) for name in self._models])
+        for name, outcome in zip(self._models, outcomes, strict=True):
+            if outcome.error is not None:
+                raise GpmetricError(f"{_UNIT}, whose figures are the unit, fails on {name}: {outcome.error}")
+            means = {objective: mean_excess(by_target) for objective, by_target in outcome.value.items()}
             units[name] = {key: mean if mean > 0 and math.isfinite(mean) else 1.0 for key, mean in means.items()}
         return units
 

@@ -19,7 +19,7 @@ from gpmetric.operands import OPERANDS, is_regional, needs_gradients
 from gpmetric.options import Option
 from gpmetric.pruning.requests import FIT, MODELS, UPDATE, check_fit, target_option
 from gpmetric.pruning.updaters import UPDATERS
-from gpmetric.session.inputs import Inputs, Texts
+from gpmetric.session.inputs import Inputs, Staff, Texts
 from gpmetric.targets import parse_target, plain_granularities
 
 __all__ = ["SPLITS", "DiscoverRequest", "parse_nesting"]
@@ -35,7 +35,7 @@ _EVOLVED = "search"  # the comparison group that is evolved with the formula
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiscoverRequest(Inputs):
+class DiscoverRequest(Inputs, Staff):
     """Everything `gpmetric discover` can be asked for."""
 
     model: Annotated[str | tuple[str, ...] | None, MODELS] = None
@@ -80,9 +80,6 @@ class DiscoverRequest(Inputs):
         Option("The campaign's SQLite file; campaign-DATE.sqlite by default.", metavar="FILE", writes="ledger"),
     ] = None
     resume: Annotated[bool, Option("Go on with the ledger if it is there.", names=("--resume",))] = False
-    workers: Annotated[
-        int | None, Option("Worker processes; one per core for small models on a CPU by default.", least=1)
-    ] = None
     cache: Annotated[
         Path | None, Option("Statistics cache; ~/.cache/gpmetric by default.", metavar="DIR", writes="cache")
     ] = None

@@ -12,13 +12,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from gpmetric.evolution.breeding import Draw
-from gpmetric.evolution.executors import Executor, Outcome
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.records import Candidate, Evaluation, Measurement
 from gpmetric.evolution.rungs import PROBE, Rung, figures_at, mean_at, promote
 from gpmetric.evolution.search_config import SearchConfig
-from gpmetric.evolution.task_clock import OutOfTime
 from gpmetric.evolution.tasks import Figures, MaskFingerprint, NoMasks
+from gpmetric.executors import Executor, Outcome, OutOfTime
 from gpmetric.metrics import Metric
 
 __all__ = ["Seen", "SuccessiveHalving"]

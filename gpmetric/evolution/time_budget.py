@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from gpmetric.evolution.held_out import HeldOut, Measured
 from gpmetric.evolution.request import DiscoverRequest
-from gpmetric.evolution.task_clock import TaskClock
+from gpmetric.executors import TaskClock
 from gpmetric.metrics import Metric
 from gpmetric.session.deadline import Deadline
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import gc
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,12 @@ from torch import Tensor
 
 from gpmetric.calibration.cache import load_statistics
 from gpmetric.data import Text, Windows
+from gpmetric.errors import GpmetricError
 from gpmetric.evolution.evaluator import TEACHER_BYTES, Evaluator, alike
-from gpmetric.evolution.executors import Executor, LocalProcesses, Serial
 from gpmetric.evolution.mask_fingerprint import probe_layers
-from gpmetric.evolution.multi_model import MultiModel
+from gpmetric.evolution.multi_model import MultiModel, OneModel
 from gpmetric.evolution.request import DiscoverRequest
-from gpmetric.evolution.tasks import Task
-from gpmetric.evolution.walking import Together
+from gpmetric.executors import Executor, Together, Unusable
 from gpmetric.loading import open_model
 from gpmetric.models import Model
 from gpmetric.operands import GRAM, is_regional, needs_gradients
@@ -33,22 +32,21 @@ from gpmetric.session.plan import Plan
 from gpmetric.session.session import Listener, Progress, Session, plan_session
 from gpmetric.session.splits import open_sources
 from gpmetric.session.work import Work
+from gpmetric.session.workers import cores, devices, is_small, share, torch_threads, wanted
+from gpmetric.session.workers import make_executor as staffed
 from gpmetric.targets import parse_target
 
 __all__ = [
+    "Evaluators",
     "Workplace",
     "campaign_work",
     "collect_statistics",
     "make_executor",
     "open_sessions",
     "open_workplaces",
-    "torch_threads",
 ]
 
-_LOG = logging.getLogger(__name__)
 _EVALUATIONS = 300  # of a campaign whose length is told in minutes, or not at all
-_HUNG = 3600.0  # seconds of one task after which its worker is taken for hung and replaced
-_SMALL = 50_000_000  # parameters up to which every core gets a copy of the model
 
 
 @dataclass(frozen=True)
@@ -76,20 +74,62 @@ class Workplace:
         return open_model(self.model, device=one.device, dtype=one.dtype, include=one.include, exclude=one.exclude)
 
 
-def open_workplaces(
-    places: Mapping[str, Workplace], threads: int = 1, models: Mapping[str, Model] | None = None
-) -> Callable[[Task], Any]:
-    """The evaluator of a process, of one model or of several, with so many torch threads from now on.
+class Evaluators:
+    """The evaluators that a process has at once; one of several models is opened when a task asks for it.
 
-    `models` are those this process has already.
+    Args:
+        places: by name of the model.
+        held: evaluators at once; of more, the one that was asked for longest ago goes.
+        models: those that this process has already.
     """
+
+    def __init__(self, places: Mapping[str, Workplace], held: int, models: Mapping[str, Model] = {}) -> None:
+        self._places, self._held, self._models = places, held, models
+        self._open: dict[str, Evaluator] = {}  # the last asked for at the end
+
+    def __call__(self, task: OneModel) -> Any:
+        """The answer to a task.
+
+        Raises:
+            GpmetricError: as of `Evaluator`.
+            Unusable: a model or its statistics cannot be opened.
+        """
+        evaluator = self._open.pop(task.place, None)
+        if evaluator is None:
+            while len(self._open) >= self._held:
+                del self._open[next(iter(self._open))]
+                gc.collect()  # models are in reference cycles
+            evaluator = self._opened(task.place)
+        self._open[task.place] = evaluator
+        return evaluator(task.task)
+
+    def smaller(self) -> None:
+        """Has all take less memory."""
+        for evaluator in self._open.values():
+            evaluator.smaller()
+
+    def _opened(self, name: str) -> Evaluator:
+        try:
+            return self._places[name].open(self._models.get(name))
+        except GpmetricError as error:
+            raise Unusable(str(error)) from error
+
+
+def open_workplaces(
+    places: Mapping[str, Workplace], held: int, threads: int, models: Mapping[str, Model] = {}
+) -> Callable[[Any], Any]:
+    """What a process does tasks with, with so many torch threads from now on; arguments as of `Evaluators`."""
     torch.set_num_threads(threads)
-    evaluators = {name: place.open((models or {}).get(name)) for name, place in places.items()}
-    return MultiModel(evaluators) if len(evaluators) > 1 else next(iter(evaluators.values()))
+    if len(places) > 1:
+        return Evaluators(places, held, models)
+    ((name, place),) = places.items()
+    return place.open(models.get(name))
 
 
 def open_sessions(request: DiscoverRequest, told: Listener | None = None) -> dict[str, Session]:
     """The models by short name, or by full name where two share a short one, in the order given, with their texts.
+
+    They are planned, and not started.
 
     Raises:
         InputError: for anything that cannot be used.
@@ -100,9 +140,7 @@ def open_sessions(request: DiscoverRequest, told: Listener | None = None) -> dic
         session = plan_session(request, name, sources, work=campaign_work)
         check_targets(session.model, [parse_target(text) for text in request.target])
         sessions[session.model.name] = session
-    for session in sessions.values():  # which are planned before any is in memory
         (told or Listener()).needs(session.plan)
-        session.start()
     short = {name: Path(name).name for name in sessions}
     if len(set(short.values())) < len(sessions):
         return sessions
@@ -137,8 +175,10 @@ def campaign_work(session: Session) -> Work:
         forward=3 * baselines * per_baseline + 2 * candidates * targets * tokens["search"],
         backward=tokens["calibration"] if needs_gradients(names) else 0,
         dtype=request.kept_dtype,
-        workers=request.workers or (_cores() if _is_small(session.model) else 1),
-        models=len(request.models),
+        workers=(workers := wanted(request, session.model)),
+        models=len(request.models) if workers == 1 else _held(request, workers),
+        devices=max(1, len(devices(session.model.device))),
+        share=share(request, session.model),
     )
 
 
@@ -153,7 +193,7 @@ def _statistics(request: DiscoverRequest, model: Model) -> frozenset[str]:
     names = {"X", *request.operands} - {"W"}
     read = (name for baseline in request.baselines for name in baseline.operands)
     names |= {name for name in read if needs_gradients([name])}
-    if "D" in names or UPDATERS[request.update].solves or _is_small(model):
+    if "D" in names or UPDATERS[request.update].solves or is_small(model):
         names.add(GRAM)
     return frozenset(names)
 
@@ -166,7 +206,7 @@ def collect_statistics(request: DiscoverRequest, session: Session, progress: Pro
     """
     names = _statistics(request, session.model)
     # One thread where a model is small: D differs in its last bits between thread counts
-    with torch_threads(1 if _is_small(session.model) else _cores()):
+    with torch_threads(1 if is_small(session.model) else cores()):
         file = session.stored_statistics(names, request.cache, progress)
     session.forget()  # whoever evaluates reads the file
     return file
@@ -175,10 +215,9 @@ def collect_statistics(request: DiscoverRequest, session: Session, progress: Pro
 def make_executor(
     request: DiscoverRequest, sessions: Mapping[str, Session], statistics: Mapping[str, Path], folder: Path
 ) -> Executor:
-    """Where candidates are evaluated: a process per worker, or this one; `folder` takes the workers' token windows.
+    """Where candidates are evaluated; `folder` takes the token windows, which workers read.
 
-    With small models a worker has one thread, so that figures do not depend on the number of workers; with others,
-    all workers together have the cores. Candidates that walk together do so in this process, whatever the workers.
+    Candidates that walk together do so in this process.
     """
     places = {}
     for number, (name, session) in enumerate(sessions.items()):
@@ -187,41 +226,23 @@ def make_executor(
         save_file(windows | _resampled(session.tokens, request.calibration_draws, request.seed), tokens)
         places[name] = Workplace(request, request.models[number], tokens, statistics[name], session.plan)
     models = {name: session.model for name, session in sessions.items()}
-    small = all(map(_is_small, models.values()))
-    if len(sessions) == 1 and (size := next(iter(sessions.values())).plan.together) > 1:
-        torch.set_num_threads(1 if small else _cores())
+    if len(sessions) == 1 and (size := next(iter(sessions.values())).plan.together) > 1 and request.ray is None:
+        torch.set_num_threads(1 if all(map(is_small, models.values())) else cores())
         evaluator = next(iter(places.values())).open(next(iter(models.values())))
         return Together(evaluator.together, alike, size)
     workers = min(session.plan.workers for session in sessions.values())
-    if workers < (request.workers or 1):
-        _LOG.warning("there is memory for %d of %d workers", workers, request.workers)
-    threads = 1 if small else max(1, _cores() // workers)
-    if workers > 1:
-        return LocalProcesses(open_workplaces, (places, threads), workers, timeout=_HUNG)
-    return Serial(open_workplaces(places, threads, models))
+    held = len(models) if workers == 1 and request.ray is None else _held(request, workers)
+    here = partial(open_workplaces, places, held, models=models)
+    executor = staffed(request, list(models.values()), workers, open_workplaces, (places, held), here, held)
+    return MultiModel(executor, models) if len(models) > 1 else executor
+
+
+def _held(request: DiscoverRequest, workers: int) -> int:
+    """Models that a worker has at once: its part of all."""
+    return math.ceil(len(request.models) / (request.workers or workers))
 
 
 def _resampled(windows: Tensor, draws: Sequence[str], seed: int) -> dict[str, Tensor]:
     """Bootstrap draws of calibration windows, as many with replacement, by name."""
     generator = torch.Generator().manual_seed(seed)
     return {name: windows[torch.randint(len(windows), (len(windows),), generator=generator)] for name in draws}
-
-
-def _is_small(model: Model) -> bool:
-    return bool(model.module.num_parameters() <= _SMALL) and model.device.type == "cpu"
-
-
-def _cores() -> int:
-    """Cores this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Torch threads inside the context; the caller's number afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

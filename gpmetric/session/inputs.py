@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "BOS", "DEVICES", "DTYPES", "PRESETS", "SAMPLINGS", "STATISTICS_DTYPES", "Inputs", "Limits", "Texts", "parse_size",
+    "BOS", "DEVICES", "DTYPES", "PRESETS", "SAMPLINGS", "STATISTICS_DTYPES", "Inputs", "Limits", "Staff", "Texts",
+    "parse_size",
 ]  # fmt: skip
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -71,6 +72,31 @@ class Limits(Request):
     def memory_limit(self) -> int | None:
         """Bytes of the device's memory at most."""
         return None if self.memory is None else parse_size(self.memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staff(Request):
+    """The options of commands that share their work out."""
+
+    workers: Annotated[
+        int | None,
+        Option("Worker processes, each with the model; discover: one per core for small ones, and per GPU.", least=1),
+    ] = None
+    ray: Annotated[
+        str | None,
+        Option("Workers on the nodes of a Ray cluster: auto, or its address; needs gpmetric[ray].", metavar="ADDRESS"),
+    ] = None
+    worker_gpus: Annotated[float, Option("Part of a GPU that a worker of --ray takes, or how many.", above=0)] = 1.0
+
+    def check(self) -> None:
+        super().check()
+        if self.ray is not None and not self.ray.strip():
+            raise InputError("--ray must be auto or the address of a cluster, but is empty")
+
+    @property
+    def shared_out(self) -> bool:
+        """Whether workers are asked for."""
+        return self.ray is not None or self.workers is not None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ the numbers were compared with is in benchmarks/results.csv (`plan`).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
@@ -91,14 +92,16 @@ def make_plan(model: Model, work: Work, limit: int | None) -> Plan:
         InputError: no way keeps to it; named are what it would take, and what takes less.
     """
     sizes = _Sizes(model, work)
-    free = int((limit or free_device(model.device)) * (1 - _MARGIN)) // work.models
-    host = free if model.device.type == "cpu" else int(free_host() * (1 - _MARGIN)) // work.models
-    for workers in range(work.workers, 1, -1):
-        shares = workers + 1  # there is the process that they work for, too
-        plan = sizes.way(True, True, free // shares, host // shares)
-        if plan is not None:
-            return plan.times(workers)
+    part = (1 - _MARGIN) * work.share / work.models
+    free = int((limit or free_device(model.device)) * part)
+    host = free if model.device.type == "cpu" else int(free_host() * part)
     ways = {True: [(True, True)], False: [(False, False)], None: [(True, True), (True, False), (False, False)]}
+    for workers in range(work.workers, 1, -1):  # on one device, only what is quickest pays
+        shares = math.ceil(workers / work.devices) + 1  # there is the process that they work for, too
+        for resident, kept in ways[work.resident] if work.devices > 1 else [(True, True)]:
+            plan = sizes.way(resident, kept, free // shares, host // (workers + 1))
+            if plan is not None:
+                return replace(plan, together=1).times(workers)
     for resident, kept in ways[work.resident]:
         plan = sizes.way(resident, kept, free, host)
         if plan is not None:

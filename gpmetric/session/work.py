@@ -42,6 +42,8 @@ class Work:
         after: bytes on the device once the work is done, in place of what that took.
         workers: processes that do the work at the same time, if there is memory for so many.
         models: that each of them holds at the same time.
+        devices: that they are on, one after the other.
+        share: of the machine's memory that this may take.
     """
 
     dense: frozenset[str] = frozenset()
@@ -72,3 +74,5 @@ class Work:
     after: int = 0
     workers: int = 1
     models: int = 1
+    devices: int = 1
+    share: float = 1.0

@@ -10,8 +10,8 @@ from gpmetric.allocation.by_rule import directions_of
 from gpmetric.catalogue import CATALOGUE
 from gpmetric.evolution.evolve import evolve
 from gpmetric.evolution.request import DiscoverRequest
-from gpmetric.evolution.task_clock import TaskClock
 from gpmetric.evolution.workplace import campaign_work
+from gpmetric.executors import TaskClock
 from gpmetric.pruning.recipe import Recipe
 from gpmetric.pruning.updaters import resolve_target
 from gpmetric.session.inputs import Inputs

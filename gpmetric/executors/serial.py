@@ -1,22 +1,39 @@
-"""Candidates that pass through a model's blocks together, in this process: each block is read once for all of them."""
+"""Candidates evaluated in this process: one by one, or those that are alike together."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from gpmetric.errors import GpmetricError
-from gpmetric.evolution.executors import Executor, Outcome
-from gpmetric.evolution.task_clock import OutOfTime
+from gpmetric.executors.contract import Executor, Function, Outcome, call
+from gpmetric.executors.task_clock import OutOfTime
 
-__all__ = ["Together"]
+__all__ = ["Serial", "Together"]
 
 _SAFETY = 3.0  # times what a group takes must be left for another candidate to join it, which may be as long again
 
 
+class Serial(Executor):
+    """Calls the function in this process."""
+
+    def __init__(self, function: Function) -> None:
+        self._function = function
+
+    def map_ordered(self, candidates: Iterable[Any]) -> Generator[Outcome]:
+        """Outcomes in order; a candidate is taken only when its outcome is asked for."""
+        for candidate in candidates:
+            if not self.clock.admits(candidate):
+                raise OutOfTime
+            started = self.clock.now()
+            value, error, seconds = call(self._function, candidate)
+            self.clock.note(candidate, self.clock.now() - started)
+            yield Outcome(value, error, seconds, os.getpid(), 1)
+
+
 class Together(Executor):
-    """Evaluates candidates in groups of neighbours that are alike.
+    """Evaluates candidates in groups of neighbours that are alike: each block of a model is read once for all of them.
 
     Args:
         evaluate: the values of a group, or the GpmetricErrors in their places.
@@ -29,7 +46,7 @@ class Together(Executor):
     ) -> None:
         self._evaluate, self._alike, self._size = evaluate, alike, size
 
-    def map_ordered(self, candidates: Iterable[Any]) -> Iterator[Outcome]:
+    def map_ordered(self, candidates: Iterable[Any]) -> Generator[Outcome]:
         """Outcomes in order; a group is taken only when the outcome of its first candidate is asked for."""
         for group in self._groups(candidates):
             if not self.clock.admits(group[0]):

@@ -1,0 +1,90 @@
+"""Campaigns by one worker, several, and a cluster that loses a node: the same ledgers, for one model and several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gpmetric
+from gpmetric.errors import InputError
+from gpmetric.evolution.discover import DiscoverListener, run_campaign
+from gpmetric.evolution.ledger import Ledger
+from gpmetric.evolution.request import DiscoverRequest
+from gpmetric.evolution.workplace import Evaluators
+from gpmetric.options import make_request
+from tests.ray_cluster import ray_cluster
+
+Tables = dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture
+def tables(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> Callable[..., Tables]:
+    def run(name: str, listener: DiscoverListener | None = None, **options: Any) -> Tables:
+        values: dict[str, Any] = {
+            "model": str(tiny_llama), "text": str(tiny_text), "target": ("0.5", "2:4"), "population": 6,
+            "evaluations": 8, "samples": 4, "search_windows": 4, "windows": 4, "calibration_seeds": 1,
+            "sequence_length": 32, "operands": ("W", "X"), "include": r"\.0\.", "cache": tmp_path / "cache",
+            "ledger": tmp_path / name,
+        }  # fmt: skip
+        run_campaign(DiscoverRequest(**(values | options)), listener)
+        with Ledger.read(tmp_path / name) as ledger:
+            return ledger.comparable_tables()
+
+    return run
+
+
+class Losing(DiscoverListener):
+    """Takes a node from the cluster when the baselines are there, and gives it another one."""
+
+    def __init__(self) -> None:
+        self.lost = ray_cluster().add_node(num_cpus=1)
+
+    def baselines(self, excess: Mapping[str, Mapping[str, float]]) -> None:
+        ray_cluster().remove_node(self.lost, allow_graceful=False)
+        ray_cluster().add_node(num_cpus=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("several", [False, True], ids=["one model", "two models"])
+def test_whoever_works_the_ledger_is_the_same(
+    tables: Callable[..., Tables], tiny_llama: Path, tiny_gpt2: Path, several: bool
+) -> None:
+    run = partial(tables, model=(str(tiny_llama), str(tiny_gpt2))) if several else tables
+    expected = run("one.sqlite", workers=1)
+    assert len(expected["evaluations"]) == 8
+    assert run("four.sqlite", workers=4) == expected
+    assert run("ray.sqlite", Losing(), ray=ray_cluster().address, workers=4) == expected
+
+
+def test_a_process_holds_as_many_models_as_it_may() -> None:
+    opened: list[str] = []
+
+    class Place:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def open(self, model: None) -> Callable[[str], str]:
+            opened.append(self.name)
+            return lambda task: f"{task} by {self.name}"
+
+    from gpmetric.evolution.multi_model import OneModel
+
+    evaluators = Evaluators({name: Place(name) for name in "abc"}, held=2)  # type: ignore[arg-type, misc]
+    asked = [evaluators(OneModel(name, "task")) for name in "abacab"]  # type: ignore[arg-type]
+    assert asked == [f"task by {name}" for name in "abacab"]
+    assert opened == ["a", "b", "c", "b"]
+
+
+def test_a_cluster_that_is_not_there_is_said(tiny_llama: Path, tiny_text: Path) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(InputError, match=r"--ray 127\.0\.0\.1:1: no cluster answers there"):
+        gpmetric.discover(str(tiny_llama), text=str(tiny_text), ray="127.0.0.1:1")
+
+
+def test_an_empty_address_is_refused() -> None:
+    with pytest.raises(InputError, match="--ray must be auto or the address of a cluster"):
+        make_request(DiscoverRequest, {"ray": " "})
