@@ -15,11 +15,12 @@ from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.session.splits import open_text, read_windows
 from gpmetric.structured.cost_budgets import pools_of, uniform_counts, uniform_pools
 from gpmetric.structured.export import Slimmed
+from gpmetric.structured.open_units import open_units
 from gpmetric.structured.request import UNIT_RULES, SlimRequest
 from gpmetric.structured.scores import UnitSession, unit_scores
 from gpmetric.structured.search_log import SearchLog
 from gpmetric.structured.shrink import Shrinker
-from gpmetric.structured.slim import open_units, prepare, search
+from gpmetric.structured.slim import prepare, search
 from gpmetric.structured.unit_space import find_space, top_units
 
 Settings = Mapping[str, Any]  # options of bench_structured.py, plain values

@@ -136,7 +136,7 @@ COMMANDS: dict[str, Command] = {
         lazy("gpmetric.structured.slim:run_slim"),
         lazy("gpmetric.terminal.tables:print_slim"),
         lazy("gpmetric.terminal.live:SlimReport"),
-        work=lazy("gpmetric.structured.slim:slim_work"),
+        work=lazy("gpmetric.structured.open_units:slim_work"),
         timed=True,
     ),
     "verify": Command(

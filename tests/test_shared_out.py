@@ -60,6 +60,51 @@ def test_whoever_works_the_ledger_is_the_same(
     assert run("ray.sqlite", Losing(), ray=ray_cluster().address, workers=4) == expected
 
 
+def told(document: Any) -> Any:
+    """What a document tells but times and folders."""
+    if isinstance(document, dict):
+        times = ("output", "after_search", "files")
+        return {key: told(one) for key, one in document.items() if "seconds" not in key and key not in times}
+    return [told(one) for one in document] if isinstance(document, list) else document
+
+
+FEW = {"samples": 4, "windows": 4, "sequence_length": 32, "seed": 1}
+COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "bench": lambda folder, model, text, **who: gpmetric.bench(
+        model, calibration=text, text=text, metric=("wanda", "sparsegpt", "W/0"), target=("0.5", "2:4"), **FEW, **who
+    ),
+    "allocate": lambda folder, model, text, **who: gpmetric.allocate(
+        model, calibration=text, sparsity=0.6, evaluations=40, search_windows=8, output=folder / "a.json", **FEW, **who
+    ),
+    "exchange": lambda folder, model, text, **who: gpmetric.slim(
+        model, calibration=text, steps=6, search_windows=24, output=folder / "a", **FEW, **who
+    ),
+    "policy": lambda folder, model, text, **who: gpmetric.slim(
+        model,
+        calibration=text,
+        steps=4,
+        estimator="rloo",
+        draws=4,
+        search_windows=24,
+        output=folder / "a",
+        **FEW,
+        **who,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_whoever_works_the_result_is_the_same(name: str, tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    def run(place: str, **who: Any) -> Any:
+        (tmp_path / place).mkdir()
+        return told(COMMANDS[name](tmp_path / place, str(tiny_llama), str(tiny_text), **who))
+
+    expected = run("one", workers=1)
+    assert run("three", workers=3) == expected
+    assert run("ray", ray=ray_cluster().address, workers=2) == expected
+
+
 def test_a_process_holds_as_many_models_as_it_may() -> None:
     opened: list[str] = []
 
@@ -80,7 +125,7 @@ def test_a_process_holds_as_many_models_as_it_may() -> None:
 
 
 def test_a_cluster_that_is_not_there_is_said(tiny_llama: Path, tiny_text: Path) -> None:
-    pytest.importorskip("ray")
+    pytest.importorskip("ray").shutdown()  # a process is in one cluster
     with pytest.raises(InputError, match=r"--ray 127\.0\.0\.1:1: no cluster answers there"):
         gpmetric.discover(str(tiny_llama), text=str(tiny_text), ray="127.0.0.1:1")
 

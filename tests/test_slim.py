@@ -31,9 +31,10 @@ from gpmetric.slim_models import SLIM_FILE, SLIM_MODELS
 from gpmetric.structured import slim_checkpoint
 from gpmetric.structured.draw_objective import DrawObjective
 from gpmetric.structured.export import Slimmed
+from gpmetric.structured.open_units import open_units
 from gpmetric.structured.repair import DAMPINGS
 from gpmetric.structured.request import SlimRequest
-from gpmetric.structured.slim import SearchStart, open_units, prepare, slim
+from gpmetric.structured.slim import SearchStart, prepare, slim
 from gpmetric.tuning.tune import tune
 
 SMALL: dict[str, Any] = {

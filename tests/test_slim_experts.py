@@ -23,9 +23,10 @@ from gpmetric.loading import load_model
 from gpmetric.pruning.verify import verify
 from gpmetric.structured.groups import find_groups
 from gpmetric.structured.mixtures import ROUTERS
+from gpmetric.structured.open_units import open_units
 from gpmetric.structured.request import SlimRequest
 from gpmetric.structured.scores import UnitSession, unit_scores
-from gpmetric.structured.slim import open_units, slim
+from gpmetric.structured.slim import slim
 from gpmetric.terminal.tables import print_slim
 from tests.mixtures import MIXTURES, save_mixture
 

@@ -19,10 +19,11 @@ from gpmetric.errors import GpmetricError, InputError
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.session import open_session
 from gpmetric.structured.groups import find_groups
+from gpmetric.structured.open_units import open_units
 from gpmetric.structured.request import FORMATS, UNIT_KINDS, UNIT_RULES, UnitKind, UnitRule
 from gpmetric.structured.scores import UnitSession
 from gpmetric.structured.search_log import State
-from gpmetric.structured.slim import open_units, prepare
+from gpmetric.structured.slim import prepare
 from gpmetric.terminal.figures import recipe_name
 from gpmetric.tuning.request import TuneRequest
 from gpmetric.tuning.steps import TuneListener

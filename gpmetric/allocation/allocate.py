@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from gpmetric.allocation.exact_budget import uniform_budget
 from gpmetric.allocation.in_use import by_rule, settled, uniform_in_use, uses_of
 from gpmetric.allocation.levels import Levels
 from gpmetric.allocation.nsga2 import REFERENCE, hypervolume
+from gpmetric.allocation.objective_workers import SharedObjective
 from gpmetric.allocation.pareto_pick import Point, Scorer, held_out_front, knee, pick
 from gpmetric.allocation.plot import draw_front, write_csv
 from gpmetric.allocation.prepare import CalibratedModel, calibrate
@@ -87,21 +89,22 @@ def _searched(request: AllocateRequest, told: AllocateListener, deadline: Deadli
         return _warned(_described(request, calibrated, scorer) | _by_rule(calibrated, scorer), calibrated)
     uniform = _first_in_use(calibrated, scorer, plan)
     candidates = partial(CandidateObjective, calibrated.pruned, windows["search"].tokens, request.objective)
-    objective = retried(calibrated.session.model, candidates)
+    local = retried(calibrated.session.model, candidates)
     identity = calibrated.identity(request) | {"init": [profile.digest for profile in profiles]}
     generations: list[tuple[float, int]] = []  # hypervolume, windows
 
     def on_generation(number: int, population: Sequence[Measured], batches: int, spent: float) -> None:
-        generations.append((hypervolume(population, batches), sum(objective.windows[:batches])))
+        generations.append((hypervolume(population, batches), sum(local.windows[:batches])))
         told.generation(number, population, batches, spent)
 
-    with EvaluationLog(
-        table, objective, request.ledger, identity, focus=request.sparsity, resume=request.resume
-    ) as log:
+    with (
+        SharedObjective(calibrated, local) if request.shared_out else nullcontext(local) as objective,
+        EvaluationLog(table, objective, request.ledger, identity, focus=request.sparsity, resume=request.resume) as log,
+    ):
         searching = replace(request, minutes=log.planned(request.minutes, plan.search_minutes()))
         problem = Problem(table, calibrated.blocks, calibrated.evidence, log, told.progress, request.solves)
         found = list(dict.fromkeys(search(searching, problem, profiles, on_generation)))
-        cost, steps = _cost(log), dict(objective.seconds)
+        cost, steps = _cost(log), dict(local.seconds)
         result = _result(calibrated, problem, scorer, found, plan, uniform)
         after = {name: value - cost[name] for name, value in _cost(log).items()}
     progress = {

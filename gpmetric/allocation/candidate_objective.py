@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from gpmetric.evaluation.references import reference_bytes
 from gpmetric.models import Layer, Model
 from gpmetric.placement import HEAD
 
-__all__ = ["Asked", "CandidateObjective", "Slopes", "check_memory", "output_bytes"]
+__all__ = ["Asked", "CandidateObjective", "Objective", "Slopes", "check_memory", "output_bytes"]
 
 Asked = tuple[Levels, int, int]  # a candidate, and its batches from the first up to the last
 Slopes = list[Numbers]  # by gene, the first-order change of the objective at each level, [levels]
@@ -58,6 +59,20 @@ def output_bytes(model: Model, tokens: Tensor) -> int:
     width = model.module.get_input_embeddings().weight.shape[1]
     found = len(model.blocks) * tokens.numel() * width * getattr(torch, model.dtype).itemsize
     return int(found) if found <= _OUTPUT_BYTES else 0
+
+
+class Objective(Protocol):
+    """What a search asks of candidates, whoever measures them; as of `CandidateObjective`."""
+
+    windows: list[int]
+    tokens: list[int]
+    seconds: dict[str, float]
+
+    def __len__(self) -> int: ...
+
+    def measure_all(self, asked: Sequence[Asked]) -> Iterator[list[float]]: ...
+
+    def slopes(self, levels: Levels, last: int) -> Slopes: ...
 
 
 class CandidateObjective:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gpmetric.allocation.candidate_objective import CandidateObjective, Slopes
+from gpmetric.allocation.candidate_objective import Objective, Slopes
 from gpmetric.allocation.levels import Levels, LevelTable
 from gpmetric.allocation.search_budget import Budget, Clock
 from gpmetric.journal import Journal
@@ -61,7 +61,7 @@ class EvaluationLog(Journal):
     def __init__(
         self,
         table: LevelTable,
-        objective: CandidateObjective,
+        objective: Objective,
         path: Path | None = None,
         settings: Mapping[str, Any] | None = None,
         *,

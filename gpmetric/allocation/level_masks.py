@@ -7,8 +7,9 @@ hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -83,6 +84,10 @@ class PrunedModel:
         if model.resident:
             self._dense = {index: layer.weight for index, layer in enumerate(model.layers)}
             self._copies = [_empty_like(layer) for layer in model.layers]
+
+    def files(self) -> dict[Hashable, Path]:
+        """What another process has the same levels of."""
+        return self._codes.files()
 
     @property
     def levels(self) -> tuple[int | None, ...]:

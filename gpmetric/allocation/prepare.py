@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,9 @@ from gpmetric.pruning.protocol import Protocol
 from gpmetric.pruning.updaters import needed_statistics, prune_weights, updater_of
 from gpmetric.session.session import Listener, Progress, Session, open_session
 from gpmetric.session.work import Work
+from gpmetric.session.workers import shared
 
-__all__ = ["CalibratedModel", "allocate_work", "calibrate", "levels_of"]
+__all__ = ["CalibratedModel", "allocate_work", "calibrate", "levels_of", "open_pruned"]
 
 _EVALUATIONS = 800  # of a search whose length is told in minutes or tokens
 _VALIDATED = 60  # candidates on validation, baselines among them
@@ -141,6 +143,7 @@ def allocate_work(session: Session) -> Work:
         forward=session.tokens.numel() + spent * search.numel() + scored * validated,
         backward=session.tokens.numel() if gradients else 0,
     )
+    work = shared(work, request, model)
     if not request.changes:
         return work
     protocol = Protocol(session, one_shot=False)
@@ -199,8 +202,21 @@ def calibrate(request: AllocateRequest, progress: Progress, listener: Listener |
     blocks = [of_layer[members[0]] for members in table.genes]
     counts = np.stack([saliency[name] for name in table.layers]) if saliency else None
     evidence = Evidence(*block_scores(model, norms), counts)
-    pruned = (SolvedModel if request.solves else PrunedModel)(model, table, shelf, session.plan.room)
+    pruned = _pruned_model(session, table, shelf)
     return CalibratedModel(request, session, metric, table, pruned, blocks, evidence, progress)
+
+
+def open_pruned(request: AllocateRequest, files: Mapping[Hashable, Path]) -> tuple[Session, PrunedModel]:
+    """What `calibrate` opened and calibrated in another process, whose `PrunedModel` has these files."""
+    session = open_session(request, work=allocate_work)
+    table = levels_of(session.model, request, session.metric(request.metric))
+    return session, _pruned_model(session, table, Shelf.of_files(files))
+
+
+def _pruned_model(session: Session, table: LevelTable, shelf: Shelf) -> PrunedModel:
+    request = session.inputs
+    assert isinstance(request, AllocateRequest)
+    return (SolvedModel if request.solves else PrunedModel)(session.model, table, shelf, session.plan.room)
 
 
 def _needed(request: AllocateRequest, metric: Metric) -> frozenset[str]:

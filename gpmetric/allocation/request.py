@@ -14,6 +14,7 @@ from gpmetric.lazy import lazy
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
 from gpmetric.options import FORCE_FILES, Option
 from gpmetric.pruning.updaters import FITS, UPDATERS, updater_of
+from gpmetric.session.inputs import Staff
 from gpmetric.session.search_inputs import SearchInputs
 from gpmetric.targets import GRANULARITIES, Target, parse_target
 
@@ -104,7 +105,7 @@ PATTERNS = ("dense", "4:8", "2:4", "1:4")  # levels of an N:M mix
 
 
 @dataclass(frozen=True, kw_only=True)
-class AllocateRequest(SearchInputs):
+class AllocateRequest(SearchInputs, Staff):
     """Everything `gpmetric allocate` can be asked for.
 
     Of evaluations, tokens and minutes, the first one spent ends the search. A token of a backward pass counts for

@@ -37,6 +37,24 @@ class Shelf:
         self._folder: Path | None = None
         self._written = 0
 
+    @classmethod
+    def of_files(cls, files: Mapping[Hashable, Path]) -> Self:
+        """What another process's shelf has in files, to be read while that one is open."""
+        found = cls(limit=0)
+        found._files = dict(files)
+        return found
+
+    def files(self) -> dict[Hashable, Path]:
+        """All groups in files, those that were in memory, too.
+
+        Raises:
+            GpmetricError: as of `put`.
+        """
+        for key, tensors in list(self._kept.items()):
+            self.drop(key)
+            self._write(key, tensors)
+        return dict(self._files)
+
     def __enter__(self) -> Self:
         return self
 
@@ -62,7 +80,10 @@ class Shelf:
         if self._room is None or size <= self._room:
             self._room = None if self._room is None else self._room - size
             self._kept[key] = {name: one.to(self._device or one.device) for name, one in tensors.items()}
-            return
+        else:
+            self._write(key, tensors)
+
+    def _write(self, key: Hashable, tensors: Mapping[str, Tensor]) -> None:
         if self._folder is None:
             self._folder = _new_folder()
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)

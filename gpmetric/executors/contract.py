@@ -48,7 +48,8 @@ class Unusable(Exception):
 class Outcome:
     """What became of one candidate: a value, or the one-line error of a failed one.
 
-    `seconds`, `process`, `attempt` (1 for the first) and `host` describe the call that decided it.
+    `seconds`, `process`, `attempt` (1 for the first) and `host` describe the call that decided it; `lost` says that
+    there was none, as its workers were lost.
     """
 
     value: Any
@@ -57,6 +58,7 @@ class Outcome:
     process: int
     attempt: int
     host: str = platform.node()
+    lost: bool = False
 
 
 class Executor(AbstractContextManager["Executor"]):

@@ -234,7 +234,7 @@ class Supervised(Executor):
                 insort(batch.waiting, retried)
             else:
                 error = f"killed its worker {task.attempt} times ({cause})"
-                batch.outcomes[task.index] = Outcome(None, error, seconds, 0, task.attempt)
+                batch.outcomes[task.index] = Outcome(None, error, seconds, 0, task.attempt, lost=True)
         elif not worker.ready and kind != "gone":
             self._fail_start(worker.slot, cause)
 

@@ -16,6 +16,7 @@ from gpmetric.loading import check_path
 from gpmetric.metrics import Metric
 from gpmetric.options import as_function
 from gpmetric.pruning.bench_log import BenchLog, BenchRow
+from gpmetric.pruning.bench_workers import bench_executor, shared_rows
 from gpmetric.pruning.protocol import Measured, Protocol, Rule, check_targets
 from gpmetric.pruning.requests import BenchRequest
 from gpmetric.pruning.updaters import needed_statistics
@@ -27,6 +28,7 @@ from gpmetric.session.memory import retried
 from gpmetric.session.session import Listener, Session, open_session
 from gpmetric.session.splits import Sources, open_sources
 from gpmetric.session.work import Work
+from gpmetric.session.workers import shared, torch_threads
 from gpmetric.targets import Target, parse_target
 
 __all__ = [
@@ -77,11 +79,7 @@ def bench_rows(
     together = protocol.session.plan.together
     seconds: dict[str, float] = {}  # of the longest row by updater
     for alike in _by_needs(protocol, metrics, update):
-        pairs = {
-            (target.text, metric.name): Rule(metric, target, update, fit, permute and target.group > 0)
-            for target in targets
-            for metric in alike
-        }
+        pairs = _rules(alike, targets, update, fit, permute)
         yield from (known[pair] for pair in pairs if pair in known)
         rules = [rule for pair, rule in pairs.items() if pair not in known]
         if not rules:
@@ -105,12 +103,34 @@ def bench_rows(
             seconds |= {kind: max(seconds.get(kind, 0.0), spent) for kind in kinds}
 
 
+def _rules(
+    metrics: Sequence[Metric], targets: Sequence[Target], update: str, fit: str, permute: bool
+) -> dict[tuple[str, str], Rule]:
+    """By target and metric."""
+    return {
+        (target.text, metric.name): Rule(metric, target, update, fit, permute and target.group > 0)
+        for target in targets
+        for metric in metrics
+    }
+
+
 def _by_needs(protocol: Protocol, metrics: Sequence[Metric], update: str) -> list[list[Metric]]:
     """Metrics by what they share of the dense model's statistics, those that need least first."""
     groups: dict[frozenset[str], list[Metric]] = {}
     for metric in metrics:
         groups.setdefault(protocol.shared([metric], update), []).append(metric)
     return [groups[needs] for needs in sorted(groups, key=lambda needs: (len(needs), sorted(needs)))]
+
+
+def measured_row(protocol: Protocol, rule: Rule) -> BenchRow:
+    """The row of one rule, whose error is what went wrong."""
+    failure = None
+    try:
+        prepare = partial(protocol.prepare, [rule.metric], rule.update)
+        retried(protocol.session.model, prepare, protocol.session.forget_calls)
+    except GpmetricError as error:
+        failure = error
+    return next(_rows(protocol, [rule], failure))
 
 
 def _rows(protocol: Protocol, rules: Sequence[Rule], failure: GpmetricError | None) -> Iterator[BenchRow]:
@@ -143,7 +163,8 @@ def bench_work(session: Session) -> Work:
     metrics = [session.metric(text) for text in request.metrics]
     rules = len(metrics) * len(set(request.target))
     texts = sum(part.tokens.numel() for part in session.evaluated)
-    return protocol.work(metrics, request.update, fit=request.fit, rules=rules, texts=texts, permute=request.permute)
+    work = protocol.work(metrics, request.update, fit=request.fit, rules=rules, texts=texts, permute=request.permute)
+    return shared(work, request, session.model)
 
 
 def run_bench(
@@ -207,15 +228,40 @@ def _bench_model(
     order = {(target.text, metric.name): place for place, (target, metric) in enumerate(product(targets, metrics))}
     named = {metric.name: metric for metric in metrics}
     known = log.known(session, metrics, [target.text for target in targets])
-    for row in bench_rows(
-        protocol, metrics, targets, request.update, deadline, first, request.fit, request.permute, known
-    ):
+    if request.shared_out:
+        rules = _rules(metrics, targets, request.update, request.fit, request.permute)
+        rows = _shared_rows(protocol, name, rules, deadline, known)
+    else:
+        rows = bench_rows(
+            protocol, metrics, targets, request.update, deadline, first, request.fit, request.permute, known
+        )
+    for row in rows:
         if (row.target, row.metric) not in known:
             log.keep(session, named[row.metric], row)
         told.row(row)
         document["results"].append(asdict(row))
         document["results"].sort(key=lambda one: order[one["target"], one["metric"]])
     document |= session.experts()
+
+
+def _shared_rows(
+    protocol: Protocol,
+    name: str | None,
+    rules: Mapping[tuple[str, str], Rule],
+    deadline: Deadline,
+    known: Mapping[tuple[str, str], BenchRow],
+) -> Iterator[BenchRow]:
+    """What `bench_rows` gives of rules by target and metric, by workers that open the model of that name."""
+    session = protocol.session
+    assert isinstance(session.inputs, BenchRequest)
+
+    def failed(rule: Rule, error: str) -> BenchRow:
+        return next(_rows(protocol, [rule], GpmetricError(error)))
+
+    yield from (known[pair] for pair in rules if pair in known)
+    missing = [rule for pair, rule in rules.items() if pair not in known]
+    with torch_threads(), bench_executor(session.inputs, session, name, bench_work, measured_row) as executor:
+        yield from shared_rows(executor, session, missing, deadline, failed)
 
 
 def _described(session: Session, request: BenchRequest) -> dict[str, Any]:

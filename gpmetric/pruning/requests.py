@@ -14,7 +14,7 @@ from gpmetric.metrics import BASELINES, Metric, resolve_metric
 from gpmetric.options import Common, Option
 from gpmetric.pruning.published import PUBLISHED
 from gpmetric.pruning.updaters import FITS, UPDATERS, updater_of
-from gpmetric.session.inputs import DEVICES, Inputs, Limits, Texts
+from gpmetric.session.inputs import DEVICES, Inputs, Limits, Staff, Texts
 from gpmetric.targets import Target, parse_target, plain_granularities
 
 __all__ = [
@@ -76,7 +76,7 @@ def check_permute(targets: Iterable[Target]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchRequest(Inputs):
+class BenchRequest(Inputs, Staff):
     """Everything `gpmetric bench` can be asked for."""
 
     model: Annotated[str | tuple[str, ...] | None, MODELS] = None

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ import torch
 from gpmetric.executors import Executor, Function, LocalProcesses, Serial
 from gpmetric.models import Model
 from gpmetric.session.inputs import Staff
+from gpmetric.session.work import Work
 
-__all__ = ["cores", "devices", "is_small", "make_executor", "share", "torch_threads", "wanted"]
+__all__ = ["cores", "devices", "is_small", "make_executor", "share", "shared", "torch_threads", "wanted"]
 
 _LOG = logging.getLogger(__name__)
 _HUNG = 3600.0  # seconds of one task, or of opening a model, after which its worker is taken for hung and replaced
@@ -72,6 +74,12 @@ def make_executor(
         seen = devices(models[0].device)
         return LocalProcesses(factory, (*arguments, threads), workers, devices=seen, **more)
     return Serial(here(threads))
+
+
+def shared(work: Work, request: Staff, model: Model) -> Work:
+    """The work where it is done by as many workers as are asked for: one, unless there are more."""
+    workers = wanted(request, model, unless=1)
+    return replace(work, workers=workers, devices=max(1, len(devices(model.device))), share=share(request, model))
 
 
 def share(request: Staff, model: Model) -> float:

@@ -45,9 +45,7 @@ class DrawObjective:
 
     def turn(self, step: int) -> None:
         """Takes the windows of a step; the model is dense."""
-        per_round = len(self._pieces)
-        order = np.random.default_rng([self._seed, 2, step // per_round]).permutation(per_round)
-        index = int(order[step % per_round])
+        index = self._piece(step)
         self._windows = self._pieces[index]
         if self._row.absolute is None:  # of the dense model, which takes more memory than those it is compared with
             dense = partial(parts_of, self._model, self._windows)
@@ -57,10 +55,14 @@ class DrawObjective:
         """Steps until every window has come once."""
         return len(self._pieces)
 
-    @property
-    def tokens(self) -> int:
-        """Of the windows of the step."""
-        return self._windows.numel()
+    def tokens(self, step: int) -> int:
+        """Of the windows of a step."""
+        return self._pieces[self._piece(step)].numel()
+
+    def _piece(self, step: int) -> int:
+        per_round = len(self._pieces)
+        order = np.random.default_rng([self._seed, 2, step // per_round]).permutation(per_round)
+        return int(order[step % per_round])
 
     @torch.no_grad()
     def __call__(self) -> float:

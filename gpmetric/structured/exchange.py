@@ -22,7 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpmetric.executors import Executor
 from gpmetric.structured.draw_objective import DrawObjective
+from gpmetric.structured.draws import Draw
 from gpmetric.structured.fewer_experts import experts_left
 from gpmetric.structured.groups import Groups
 from gpmetric.structured.repair import Repairer
@@ -108,13 +110,13 @@ class ExchangeSearch(Search):
     objective: DrawObjective
     schedule: Schedule
     log: SearchLog
+    executor: Executor | None = None
 
     def __post_init__(self) -> None:
         self._allowed = [self._cost(self.kept, pool) for pool in self.pools]
         self._begin(self.kept.double())
         self.kept = self.state.probabilities.bool()
         self._units = self.space.kept(self.kept)
-        self._repairs = self.repairer.repairs(self._units)
         self._known: dict[int, float] = {}  # objective of what stays, by a step's windows
         self._changes = 0  # since the last report
 
@@ -138,22 +140,22 @@ class ExchangeSearch(Search):
         self._finite = self._finite or kept is None
         if kept is not None:
             units = self.space.kept(kept)
-            repairs = self.repairer.moved(self._repairs, self._units, units)
             pieces = len(self.objective)
-            first, gaps, losses = int(generator.integers(pieces)), [], {}
-            for place in range(min(PIECES, pieces)):
-                piece = (first + place) % pieces
-                if piece not in self._known:
-                    self._known[piece] = self._loss(piece, self._units, self._repairs)
-                    read += self.objective.tokens
-                losses[piece] = self._loss(piece, units, repairs)
-                read += self.objective.tokens
-                gaps.append(losses[piece] - self._known[piece])
+            first, gaps, losses = int(generator.integers(pieces)), list[float](), dict[int, float]()
+            waiting = [(first + place) % pieces for place in range(min(PIECES, pieces))]
+            while waiting and not late and not (len(gaps) >= _FIRST and sum(gaps) >= 0):
+                known, new = self._compared(units, waiting[: self._at_once(len(gaps))])
+                for piece in new:
+                    waiting.remove(piece)
+                    read += self.objective.tokens(piece) * (1 + (piece in known))
+                    self._known |= {piece: known[piece]} if piece in known else {}
+                    losses[piece] = new[piece]
+                    gaps.append(losses[piece] - self._known[piece])
+                    if len(gaps) >= _FIRST and sum(gaps) >= 0:
+                        break
                 late = self.schedule.late(time.monotonic() - start)
-                if late or (place + 1 >= _FIRST and sum(gaps) >= 0):
-                    break
             if not late and is_better(gaps):
-                self.kept, self._units, self._repairs, self._known = kept, units, repairs, losses
+                self.kept, self._units, self._known = kept, units, losses
                 self._changes += 1
             self._losses.append(math.fsum(self._known[piece] for piece in losses) / len(losses))
         tokens = self.state.tokens + read
@@ -180,12 +182,18 @@ class ExchangeSearch(Search):
                 return found
         return None
 
-    def _loss(self, piece: int, units: Tensor, repairs: Any) -> float:
-        self.objective.turn(piece)
-        with self.shrinker.passing(units, repairs):
-            found = self.objective()
-        self._finite = self._finite or math.isfinite(found)
-        return min(found, _CEILING)
+    def _at_once(self, done: int) -> int:
+        """Pieces that are measured before it is asked whether to go on, after so many: what no answer could save."""
+        assert self.executor is not None
+        workers = self.executor.workers
+        return max(workers, _FIRST - done) if workers > 1 else 1
+
+    def _compared(self, units: Tensor, pieces: Sequence[int]) -> tuple[dict[int, float], dict[int, float]]:
+        """By piece, the objective of what stays now, where it is not known, and of what may."""
+        unknown = [piece for piece in pieces if piece not in self._known]
+        draws = [*(Draw(piece, self._units) for piece in unknown), *(Draw(piece, units) for piece in pieces)]
+        losses = [min(loss, _CEILING) for loss in self._measured(draws)]
+        return dict(zip(unknown, losses, strict=False)), dict(zip(pieces, losses[len(unknown) :], strict=True))
 
     def _cost(self, kept: Tensor, pool: Pool) -> float:
         return float(self.space.cost[pool.atoms][kept[pool.atoms]].sum())

@@ -13,6 +13,7 @@ from gpmetric.lazy import lazy
 from gpmetric.metrics import resolve_metric
 from gpmetric.options import Option
 from gpmetric.pruning.requests import FORCE, OUTPUT
+from gpmetric.session.inputs import Staff
 from gpmetric.session.search_inputs import SearchInputs
 
 __all__ = [
@@ -196,7 +197,7 @@ def _told(table: Mapping[str, Any]) -> Option:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlimRequest(SearchInputs):
+class SlimRequest(SearchInputs, Staff):
     """Everything `gpmetric slim` can be asked for."""
 
     unused: ClassVar[frozenset[str]] = frozenset({"include", "exclude", "statistics_dtype"})

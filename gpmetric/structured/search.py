@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from gpmetric.errors import GpmetricError
+from gpmetric.executors import Executor, Serial
 from gpmetric.structured.draw_objective import DrawObjective
+from gpmetric.structured.draws import Draw, Measurer
 from gpmetric.structured.policy import Policy, draw, entropy
 from gpmetric.structured.repair import Repairer
 from gpmetric.structured.request import ESTIMATORS
@@ -22,6 +25,7 @@ from gpmetric.structured.shrink import Shrinker
 
 __all__ = ["OnReport", "PolicySearch", "Schedule", "Search"]
 
+_LOG = logging.getLogger(__name__)
 _REPORT = 25  # steps between two reports
 _STATE = 4  # reports between two that a search can go on from,
 _SECONDS = 30.0  # or so long
@@ -58,6 +62,7 @@ class Search(ABC):
     Attributes:
         repairer: mends the outputs of models that are measured as those of the written one will be.
         log: of which the search goes on if it holds a state.
+        executor: of `Draw` tasks; this process if none.
     """
 
     shrinker: Shrinker
@@ -65,11 +70,30 @@ class Search(ABC):
     objective: DrawObjective
     schedule: Schedule
     log: SearchLog
+    executor: Executor | None
 
     def _begin(self, probabilities: Tensor) -> None:
+        self.executor = self.executor or Serial(Measurer(self.shrinker, self.repairer, self.objective))
         self.state = self._saved = self.log.state or State(0, probabilities)
         self._losses: list[float] = []  # since the last report
         self._finite = self.state.step > 0
+
+    def _measured(self, draws: Sequence[Draw]) -> list[float]:
+        """The objective of drawn models; one that is lost with its workers costs infinitely much.
+
+        Raises:
+            GpmetricError: an output cannot be mended.
+        """
+        assert self.executor is not None
+        found = []
+        for outcome in self.executor.map_ordered(draws):
+            if outcome.error is not None and not outcome.lost:
+                raise GpmetricError(outcome.error)
+            if outcome.lost:
+                _LOG.warning("a model that was drawn %s: it is given up", outcome.error)
+            found.append(math.inf if outcome.lost else float(outcome.value))
+        self._finite = self._finite or any(map(math.isfinite, found))
+        return found
 
     @abstractmethod
     def _step(self, done: float, start: float) -> None:
@@ -134,6 +158,7 @@ class PolicySearch(Search):
     objective: DrawObjective
     schedule: Schedule
     log: SearchLog
+    executor: Executor | None = None
 
     def __post_init__(self) -> None:
         self._begin(self.policy.probabilities)
@@ -143,18 +168,12 @@ class PolicySearch(Search):
     def _step(self, done: float, start: float) -> None:
         """Draws, measures and updates once; a report's loss is that of the models drawn."""
         policy, schedule, step = self.policy, self.schedule, self.state.step
-        self.objective.turn(step)
         antithetic = ESTIMATORS[policy.estimator].pairs
         drawn = draw(policy.probabilities, schedule.draws, schedule.seed, step, antithetic=antithetic)
-        losses = []
-        for one in drawn:
-            kept = policy.space.kept(policy.space.stays(one))
-            with self.shrinker.passing(kept, self.repairer.repairs(kept)):
-                losses.append(self.objective())
-        self._finite = self._finite or any(math.isfinite(loss) for loss in losses)
+        losses = self._measured([Draw(step, policy.space.kept(policy.space.stays(one))) for one in drawn])
         self._losses.append(sum(losses) / len(losses))
         policy.update(drawn, losses, schedule.rate * (1 + math.cos(math.pi * done)) / 2)
-        tokens = self.state.tokens + len(drawn) * self.objective.tokens
+        tokens = self.state.tokens + len(drawn) * self.objective.tokens(step)
         self.state = State(step + 1, policy.probabilities, policy.average, time.monotonic() - start, tokens)
 
     def _told(self) -> dict[str, Any]:

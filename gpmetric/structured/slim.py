@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +15,35 @@ from torch import Tensor
 
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.evaluation.perplexity import perplexity
-from gpmetric.evaluation.references import reference_bytes
-from gpmetric.operands import needs_gradients
 from gpmetric.options import as_function
 from gpmetric.pruning.output_folder import check_folder, check_room, replacing
 from gpmetric.session.caveats import above_start, few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
-from gpmetric.session.session import Listener, Session, open_session
-from gpmetric.session.work import Work
+from gpmetric.session.session import Listener
+from gpmetric.session.workers import torch_threads
 from gpmetric.structured.cost_budgets import find_pools, macs
-from gpmetric.structured.draw_objective import REFERENCE_BYTES, DrawObjective
-from gpmetric.structured.exchange import PIECES, ExchangeSearch
+from gpmetric.structured.draw_objective import DrawObjective
+from gpmetric.structured.draws import Measurer
+from gpmetric.structured.exchange import ExchangeSearch
 from gpmetric.structured.expert_scores import unreached
-from gpmetric.structured.export import Slimmed, check_format, stored_dtypes, written_bytes
-from gpmetric.structured.groups import find_groups
+from gpmetric.structured.export import Slimmed, stored_dtypes, written_bytes
 from gpmetric.structured.mixtures import experts_kept
+from gpmetric.structured.open_units import draws_executor, make_repairer, open_units
 from gpmetric.structured.policy import Policy
 from gpmetric.structured.repair import DAMPINGS, Repairer
 from gpmetric.structured.request import ESTIMATORS, FORMATS, SlimRequest
-from gpmetric.structured.scores import UnitSession, read_by, score_bytes
+from gpmetric.structured.scores import UnitSession
 from gpmetric.structured.search import PolicySearch, Schedule
 from gpmetric.structured.search_log import SearchLog, State, kept_search
 from gpmetric.structured.shrink import Repair, Shrinker
-from gpmetric.structured.slim_checkpoint import COMPARED, describe_slim, write_slimmed
+from gpmetric.structured.slim_checkpoint import describe_slim, write_slimmed
 from gpmetric.structured.starts import Start, best_start, make_start, started_from
 from gpmetric.structured.unit_space import Pool, UnitSpace, find_space, project, top_units
 
 __all__ = [
-    "SHARES", "STEPS", "SearchStart", "SlimListener", "begin", "explore", "identify", "open_units",
-    "prepare", "run_slim", "search", "slim", "slim_work",
+    "SHARES", "SearchStart", "SlimListener", "begin", "explore", "identify", "prepare", "run_slim",
+    "search", "slim",
 ]  # fmt: skip
 
 # Of what a search found. Excess on validation at 0.2, 800 steps, by share: gpt2-3m 0.025, 0.020, 0.018, 0.017, 0.016,
@@ -53,7 +53,6 @@ _JUDGED = 64  # steps' windows that they are judged on
 _COMPARED = 16  # steps' windows that starts are compared on
 _MINUTES = 6.0  # of a search without a budget
 _CAUTION = 1.3  # times what was measured before, on a machine that is busy
-STEPS = 1000  # of a search whose length is told in minutes, or not at all
 
 
 class SlimListener(Listener):
@@ -130,33 +129,8 @@ class SearchStart:
             objective.turn(step)
             with self.shrinker.keeping(slimmed.kept, slimmed.repairs):
                 total += objective()
-            tokens += objective.tokens
+            tokens += objective.tokens(step)
         return total / steps, tokens
-
-
-def slim_work(session: Session) -> Work:
-    """What `slim` does with a session's model, which is shrunk wherever its weights are."""
-    request, windows, model = session.inputs, session.windows, session.model
-    assert isinstance(request, SlimRequest)
-    search, validated = windows["search"].tokens, windows["validation"].tokens.numel()
-    steps, groups = STEPS if request.steps is None else request.steps, find_groups(model, request.kinds)
-    length, names = session.tokens.shape[1], started_from(request)
-    models = PIECES if ESTIMATORS[request.estimator].rate is None else 2  # of a step; those given up early take less
-    parameters = sum(parameter.numel() for parameter in model.module.parameters())
-    return Work(
-        length=length,
-        calibration=session.tokens.numel(),
-        texts=validated,
-        differentiated=needs_gradients(read_by(request.start)) or "taylor2" in names,
-        one_graph="taylor2" in names,
-        fixed=score_bytes(request.start, groups, products=request.mended == "least-squares"),
-        copied=True,  # the rows and columns of a drawn model
-        disk=written_bytes(model, request.form, request.sparsity * groups.parameters),
-        kept=min(REFERENCE_BYTES, reference_bytes(request.objective, model, search)),
-        forward=2 * session.tokens.numel() + models * steps * search.shape[1] + 5 * validated,
-        resident=True,
-        after=4 * (parameters + 3 * COMPARED * length * model.vocabulary),  # compared in fp32 with what was written
-    )
 
 
 def run_slim(
@@ -177,8 +151,13 @@ def run_slim(
         GpmetricError: no drawn model has a finite loss, or what was written is not what was found; `output` is then as
             it was.
     """
+    with torch_threads():  # a model that workers share takes its own number
+        return _run(request, listener or SlimListener(), Deadline.starting(request.minutes, started))
+
+
+def _run(request: SlimRequest, told: SlimListener, deadline: Deadline) -> dict[str, Any]:
     assert request.output is not None
-    told, output, deadline = listener or SlimListener(), request.output, Deadline.starting(request.minutes, started)
+    output = request.output
     ledger = request.ledger and request.ledger.absolute().parent
     named = (request.model, request.calibration, request.search, request.validation, ledger)
     check_folder(output, request.force, [Path(str(name)) for name in named if name is not None])
@@ -239,19 +218,6 @@ def _held_out(begun: SearchStart, slimmed: Slimmed, told: SlimListener) -> float
 slim = as_function("slim", SlimRequest, run_slim, "model")
 
 
-def open_units(request: SlimRequest, listener: Listener | None = None) -> UnitSession:
-    """Model, its units, and texts.
-
-    Raises:
-        InputError, ModelError: model or texts cannot be used.
-    """
-    session = open_session(request, work=slim_work, listener=listener)
-    groups = find_groups(session.model, request.kinds)
-    check_format(session.model, request.form, biases=request.add_bias, blocks=request.blocks)
-    stored_dtypes(session.model)
-    return UnitSession(session, groups, request.mended == "least-squares")
-
-
 def prepare(request: SlimRequest, units: UnitSession) -> SearchStart:
     """Budgets, and the probabilities to begin with, of the start and damping that are best on the search text.
 
@@ -288,8 +254,7 @@ def begin(request: SlimRequest, units: UnitSession, repairer: Repairer | None = 
             f"--sparsity {request.sparsity:g} cannot be met by --granularity {','.join(request.granularity)} in "
             f"--format {request.form}: the nearest below it removes {removed:.4f}"
         )
-    features = [] if request.mended == "none" else units.features
-    repairer = repairer or Repairer(groups, features, request.mended, add_bias=request.add_bias)
+    repairer = repairer or make_repairer(request, units)
     shrinker, probabilities = Shrinker(model, groups), start.probabilities
     return SearchStart(units, shrinker, repairer, space, pools, probabilities, start.worth, name)
 
@@ -337,12 +302,14 @@ def explore(
     told = listener or SlimListener()
     windows = begun.units.session.windows["search"].tokens
     objective = DrawObjective(begun.units.model, windows, request.objective, request.batch, request.seed)
-    if rate is None:
-        first = (begun.units.groups, begun.space, begun.pools, begun.worth, begun.atoms)
-        parts = (begun.shrinker, begun.repairer, objective, schedule, log)
-        return ExchangeSearch(*first, *parts).run(told.report), objective
-    policy = Policy(begun.space, begun.pools, begun.start, request.estimator)
-    return PolicySearch(policy, begun.shrinker, begun.repairer, objective, schedule, log).run(told.report), objective
+    measurer = Measurer(begun.shrinker, begun.repairer, objective)
+    with draws_executor(request, begun.units, begun.repairer.damping, measurer) as executor:
+        parts = (begun.shrinker, begun.repairer, objective, schedule, log, executor)
+        if rate is None:
+            exchange = partial(ExchangeSearch, begun.units.groups, begun.space, begun.pools, begun.worth, begun.atoms)
+            return exchange(*parts).run(told.report), objective
+        policy = Policy(begun.space, begun.pools, begun.start, request.estimator)
+        return PolicySearch(policy, *parts).run(told.report), objective
 
 
 def _search_minutes(

@@ -14,9 +14,9 @@ from gpmetric.session.session import Session, open_session
 from gpmetric.session.work import Work
 from gpmetric.structured.export import check_format, stored_dtypes, written_bytes
 from gpmetric.structured.groups import find_groups
+from gpmetric.structured.open_units import STEPS, slim_work
 from gpmetric.structured.scores import UnitSession
 from gpmetric.structured.shrink import Shrinker
-from gpmetric.structured.slim import STEPS, slim_work
 from gpmetric.structured.slim_checkpoint import describe_slim, write_slimmed
 from gpmetric.tuning.request import TuneRequest
 from gpmetric.tuning.steps import Steps, TuneListener
