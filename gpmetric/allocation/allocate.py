@@ -31,6 +31,7 @@ from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.memory import retried
 from gpmetric.session.session import Listener
+from gpmetric.session.workers import meet
 
 __all__ = ["AllocateListener", "allocate", "run_allocation", "write_pages"]
 
@@ -57,6 +58,7 @@ def run_allocation(
         InputError: for anything that cannot be used, before the search.
         GpmetricError: the metric gives no scores, no loss is finite, or a file cannot be written.
     """
+    meet(request, (listener or AllocateListener()).progress)
     result = _searched(request, listener or AllocateListener(), Deadline.starting(request.minutes, started))
     if result["allocation"] is not None:
         write_json(request.output, result["allocation"])

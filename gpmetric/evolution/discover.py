@@ -34,7 +34,7 @@ from gpmetric.options import as_function
 from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.session import Listener, Session
-from gpmetric.session.workers import torch_threads
+from gpmetric.session.workers import meet, torch_threads
 
 __all__ = ["DiscoverListener", "campaign_settings", "discover", "find", "run_campaign"]
 
@@ -81,6 +81,7 @@ def run_campaign(
         GpmetricError: the work failed; the ledger keeps what was done.
     """
     deadline = Deadline.starting(request.minutes, started, now)
+    meet(request, (listener or DiscoverListener()).progress)
     request = request.completed()
     assert request.ledger is not None
     sessions = open_sessions(request, listener)

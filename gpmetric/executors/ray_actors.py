@@ -11,6 +11,7 @@ import os
 import platform
 import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from gpmetric.errors import GpmetricError, InputError
@@ -33,7 +34,9 @@ def connect(address: str) -> Any:
     Raises:
         InputError: Ray is not installed, or there is no cluster at the address.
     """
-    os.environ.update({name: value for name, value in _SETTINGS.items() if name not in os.environ})
+    token = "RAY_AUTH_TOKEN" in os.environ or Path("~/.ray/auth_token").expanduser().exists()
+    settings = _SETTINGS | ({"RAY_AUTH_MODE": "token"} if token else {})  # which clusters ask for since Ray 2.59
+    os.environ.update({name: value for name, value in settings.items() if name not in os.environ})
     try:
         import ray
     except ImportError as error:
@@ -49,7 +52,8 @@ def connect(address: str) -> Any:
                 raise
             ray.init(address="local", include_dashboard=False, **quiet)
     except (ConnectionError, ValueError, RuntimeError, AssertionError, OSError) as error:
-        raise InputError(f"--ray {address}: no cluster answers there ({in_one_line(error):.200})") from error
+        hint = "; a token may be missing, see RAY_AUTH_MODE" if "AuthToken" in str(error) else ""
+        raise InputError(f"--ray {address}: no cluster answers there ({in_one_line(error):.200}{hint})") from error
     return ray
 
 

@@ -28,7 +28,7 @@ from gpmetric.session.memory import retried
 from gpmetric.session.session import Listener, Session, open_session
 from gpmetric.session.splits import Sources, open_sources
 from gpmetric.session.work import Work
-from gpmetric.session.workers import shared, torch_threads
+from gpmetric.session.workers import meet, shared, torch_threads
 from gpmetric.targets import Target, parse_target
 
 __all__ = [
@@ -188,6 +188,7 @@ def run_bench(
             without loading any, or when all of them fail: then the first one's error.
     """
     told, deadline = listener or BenchListener(), Deadline.starting(request.minutes, started)
+    meet(request, told.progress)
     sources = open_sources(request)
     with BenchLog(request.ledger, resume=request.resume) as log:
         if len(request.models) > 1:

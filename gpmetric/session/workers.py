@@ -16,11 +16,25 @@ from gpmetric.models import Model
 from gpmetric.session.inputs import Staff
 from gpmetric.session.work import Work
 
-__all__ = ["cores", "devices", "is_small", "make_executor", "share", "shared", "torch_threads", "wanted"]
+__all__ = ["cores", "devices", "is_small", "make_executor", "meet", "share", "shared", "torch_threads", "wanted"]
 
 _LOG = logging.getLogger(__name__)
 _HUNG = 3600.0  # seconds of one task, or of opening a model, after which its worker is taken for hung and replaced
 _SMALL = 50_000_000  # parameters up to which every core gets a copy of the model
+
+
+def meet(request: Staff, progress: Callable[[str, int, int], None]) -> None:
+    """Joins the cluster that is asked for, before anything else is done; told of it.
+
+    Raises:
+        InputError: it is not there, or Ray is not installed.
+    """
+    if request.ray is not None:
+        from gpmetric.executors.ray_actors import connect
+
+        progress("joining the cluster", 0, 1)
+        connect(request.ray)
+        progress("joining the cluster", 1, 1)
 
 
 def wanted(request: Staff, model: Model, *, unless: int | None = None) -> int:

@@ -21,7 +21,7 @@ from gpmetric.session.caveats import above_start, few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.session import Listener
-from gpmetric.session.workers import torch_threads
+from gpmetric.session.workers import meet, torch_threads
 from gpmetric.structured.cost_budgets import find_pools, macs
 from gpmetric.structured.draw_objective import DrawObjective
 from gpmetric.structured.draws import Measurer
@@ -151,6 +151,7 @@ def run_slim(
         GpmetricError: no drawn model has a finite loss, or what was written is not what was found; `output` is then as
             it was.
     """
+    meet(request, (listener or SlimListener()).progress)
     with torch_threads():  # a model that workers share takes its own number
         return _run(request, listener or SlimListener(), Deadline.starting(request.minutes, started))
 
