@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from gpmetric.evolution import sqlite_schema as schema
@@ -61,9 +62,6 @@ def _places(tables: Rows, *, merged: bool) -> Iterator[str]:
             yield f"generation {number} has no candidate {gap}"
         if number > last + 1:
             yield f"generation {number} has candidates, but generation {number - 1} is not finished"
-    beyond = {row["generation"] for row in tables["measurements"] if row["generation"] > last + 1}
-    for number in sorted(beyond):
-        yield f"generation {number} has measurements, but generation {number - 1} is not finished"
     places = {(row["generation"], row["position"]) for row in tables["candidates"]}
     for row in tables["measurements"]:
         place = row["generation"], row["position"]
@@ -167,7 +165,8 @@ def sound_part(tables: Rows, whole: Mapping[str, bool]) -> dict[str, list[Row]]:
             break
         generations.append(row)
     kept["generations"] = generations
-    kept["candidates"] = [row for row in candidates if row["generation"] <= len(generations)]
+    begun = (row for row in candidates if row["generation"] <= len(generations))
+    kept["candidates"] = list(takewhile(lambda row: not measured.missing(row), begun))
     used = {row["evaluation"] for row in kept["candidates"]}
     kept["evaluations"] = [row for row in tables["evaluations"] if row["id"] in used]
     lost = any(len(kept[table]) < len(tables[table]) or not whole[table] for table in tables)

@@ -22,7 +22,19 @@ from typing import Any
 from gpmetric.evolution.sqlite_schema import Refusal, from_column, opened, transaction
 from gpmetric.interrupts import check_stop
 
-__all__ = ["STALE_SECONDS", "Heart", "Owner", "Unheard", "beat", "claim", "describe_owner", "free", "release", "watch"]
+__all__ = [
+    "STALE_SECONDS",
+    "Heart",
+    "Owner",
+    "Unheard",
+    "Unseen",
+    "beat",
+    "claim",
+    "describe_owner",
+    "free",
+    "release",
+    "watch",
+]
 
 STALE_SECONDS = 60.0  # without a heartbeat, after which an owner on another host counts as dead
 _BEAT_SECONDS = 10.0  # between two heartbeats, several of which may be late

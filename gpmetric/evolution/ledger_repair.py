@@ -52,7 +52,9 @@ def run_repair(request: LedgerRepairRequest) -> dict[str, Any]:
         raise LedgerError(f"ledger {path} {why or 'has no settings'}: it holds no row that is sound")
     tables = rows_of(found)
     kept = sound_part(tables, {table: one.whole for table, one in found.items()})
-    if not found["meta"].whole:
+    # They were written in the order of their names, so that one lost leaves a gap; of the last, --resume tells.
+    settings_lost = found["meta"].places != set(range(1, len(tables["meta"]) + 1))
+    if settings_lost:
         kept["meta"] = [*kept["meta"], {"key": "lost", "value": "true"}]
     schema.create(request.output, kept)
     return {
@@ -62,7 +64,7 @@ def run_repair(request: LedgerRepairRequest) -> dict[str, Any]:
         "damaged": {table: len(one.bad) for table, one in found.items() if one.bad},
         "unreadable": {table: one.error for table, one in found.items() if one.error},
         "dropped": {table: lost for table, rows in tables.items() if (lost := len(rows) - len(kept[table])) > 0},
-        "settings_lost": not found["meta"].whole,
+        "settings_lost": settings_lost,
         "next_generation": len(kept["generations"]),
     }
 

@@ -34,16 +34,25 @@ class Found:
         rows: those as they were written, by their keys.
         bad: rowids of those that were changed.
         error: why reading ended before the last row, "" where it did not.
+        places: rowids of the rows.
     """
 
     rows: dict[tuple[Any, ...], Row] = field(default_factory=dict)
     bad: list[int] = field(default_factory=list)
     error: str = ""
+    places: set[int] = field(default_factory=set)
 
     @property
     def whole(self) -> bool:
         """Whether all that was written is there, as far as the table tells."""
         return not self.bad and not self.error
+
+    def take(self, table: str, rowid: int, row: Row) -> None:
+        """Takes a row that is as it was written, unless it is there."""
+        del row["checksum"]
+        key = tuple(row[name] for name in _KEYS[table])
+        if self.rows.setdefault(key, row) == row:
+            self.places.add(rowid)
 
 
 def read_tables(connection: sqlite3.Connection) -> dict[str, Found]:
@@ -62,17 +71,12 @@ def _read_table(connection: sqlite3.Connection, table: str) -> Found:
         ):
             row = dict(zip(names, cells, strict=True))
             if schema.is_sound(table, row):
-                _keep(found, table, row)
+                found.take(table, place, row)
             else:
                 found.bad.append(place)
     except (sqlite3.Error, UnicodeDecodeError) as error:
         found.error = str(error)
     return found
-
-
-def _keep(found: Found, table: str, row: Row) -> None:
-    del row["checksum"]
-    found.rows.setdefault(tuple(row[name] for name in _KEYS[table]), row)
 
 
 def read_pages(path: Path, tables: dict[str, Found]) -> None:
@@ -91,7 +95,7 @@ def read_pages(path: Path, tables: dict[str, Found]) -> None:
                 if table in _ROWIDS:
                     row[_ROWIDS[table]] = rowid  # where the record itself holds NULL
                 if schema.is_sound(table, row):
-                    _keep(tables[table], table, row)
+                    tables[table].take(table, rowid, row)
                     break
 
 
