@@ -138,7 +138,8 @@ def test_a_fork_begins_with_the_old_population_and_goes_on_without_it(
 ) -> None:
     options: dict[str, Any] = {
         "model": str(tiny_llama), "text": str(tiny_text), "population": 6, "samples": 4, "search_windows": 2,
-        "windows": 2, "calibration_seeds": 0, "sequence_length": 32, "include": r"\.0\.", "cache": tmp_path / "cache", "workers": 1,
+        "windows": 2, "calibration_seeds": 0,
+        "sequence_length": 32, "include": r"\.0\.", "cache": tmp_path / "cache", "workers": 1,
         "operands": "W,X", "start": ("abs(W)*X**0.31",),
     }  # fmt: skip
     old, new, again = (tmp_path / f"{name}.sqlite" for name in ("old", "new", "again"))

@@ -287,8 +287,8 @@ def test_a_lost_log_is_repaired_to_what_the_file_holds(tmp_path: Path, finished:
     with pytest.raises(KeyboardInterrupt):
         run(path, Mortal(60), **WHOLE)
     with Ledger.open(path, {"seed": 1}, resume=True) as ledger:
-        with ledger.together():
-            pass
+        ledger.measure([])
+        sql(path, "DELETE FROM owner")
         copy, beside = tmp_path / "copy.sqlite", tmp_path / "beside.sqlite"
         shutil.copy(path, copy)
         shutil.copy(path, beside)
@@ -297,6 +297,13 @@ def test_a_lost_log_is_repaired_to_what_the_file_holds(tmp_path: Path, finished:
         new = source.with_name(f"new-{source.name}")
         repair_ledger(source, output=new)
         assert resumed(new)[0] == comparable(finished)
+
+
+def test_a_ledger_that_is_written_is_not_repaired(path: Path) -> None:
+    told = f"is in use by process {os.getpid()} on host .*, which writes it"
+    with Ledger.open(path, {"seed": 1}, resume=True), pytest.raises(LedgerError, match=told):
+        repair_ledger(path, output=path.with_name("new.sqlite"))
+    repair_ledger(path, output=path.with_name("new.sqlite"))
 
 
 def test_lost_settings_end_a_campaign_but_not_its_population(path: Path) -> None:

@@ -51,7 +51,7 @@ class Ledger(AbstractContextManager["Ledger"]):
     """The database of record of one campaign, made by `open` or `read`.
 
     `open` admits one driver at a time, and waits for a minute where only silence tells that another one, on another
-    host, has ended; each write is one durable transaction. `read` is a fixed snapshot, also while a driver runs. Every
+    host, has ended; each write is one transaction. `read` is a fixed snapshot, also while a driver runs. Every
     method raises LedgerError when the file cannot be used.
     """
 

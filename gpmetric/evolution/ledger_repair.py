@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import tempfile
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 from gpmetric.errors import LedgerError
+from gpmetric.evolution import driver_lock
 from gpmetric.evolution import sqlite_schema as schema
 from gpmetric.evolution.consistency import sound_part
 from gpmetric.evolution.ledger_check import check_readable, rows_of
@@ -45,7 +47,9 @@ def run_repair(request: LedgerRepairRequest) -> dict[str, Any]:
         for suffix in ("", "-wal"):
             if (part := Path(f"{path}{suffix}")).is_file():
                 shutil.copyfile(part, f"{copy}{suffix}")
-        found, why = _read(copy)
+        found, why, owner = _read(copy)
+    if owner is not None and owner["state"] == "alive":
+        raise LedgerError(f"ledger {path} is in use by process {owner['pid']} on host {owner['host']}, which writes it")
     if ("merged",) in found["meta"].rows:
         raise LedgerError(f"ledger {path} is of several campaigns: repair these, and merge them again")
     if not found["meta"].rows:
@@ -72,9 +76,10 @@ def run_repair(request: LedgerRepairRequest) -> dict[str, Any]:
 repair_ledger = as_function("repair_ledger", LedgerRepairRequest, run_repair, "ledger")
 
 
-def _read(copy: Path) -> tuple[dict[str, Found], str]:
-    """The rows of a copy, read by SQLite, and where that is not all, from its pages; what SQLite says of the file."""
+def _read(copy: Path) -> tuple[dict[str, Found], str, dict[str, Any] | None]:
+    """The rows of a copy, read by SQLite, and where that is not all, from its pages; what SQLite says; the owner."""
     found, why = {table: Found(error="SQLite cannot read the file") for table in schema.TABLES}, ""
+    owner: dict[str, Any] | None = None
     try:
         with opened(copy, "mode=rw") as connection, closing(connection):
             version = schema.VERSION
@@ -85,8 +90,10 @@ def _read(copy: Path) -> tuple[dict[str, Found], str]:
             if not version:
                 raise Refusal("holds no campaign")
             if version < schema.SUMMED_SINCE:
-                return read_tables(schema.upgraded_copy(connection, version)), ""
+                return read_tables(schema.upgraded_copy(connection, version)), "", None
             found = read_tables(connection)
+            with suppress(Refusal, sqlite3.Error):
+                owner = driver_lock.describe_owner(connection)
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     except LedgerError as error:
         why = why or str(error).removeprefix(f"ledger {copy} ")
@@ -94,4 +101,4 @@ def _read(copy: Path) -> tuple[dict[str, Found], str]:
         read_pages(copy, found)
         for one in found.values():
             one.rows = dict(sorted(one.rows.items()))
-    return found, why
+    return found, why, owner
