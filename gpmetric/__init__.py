@@ -1,7 +1,8 @@
 """Discovers pruning metrics for language models by genetic programming.
 
 `discover`, `bench`, `allocate`, `tune`, `prune`, `slim`, `verify`, `evaluate`, `analyse`, `pack` and `unpack` are the
-commands of the command line; `load` opens what they write; `Metric` and `select_mask` score and choose. Importing the
+commands of the command line, and `check_ledger`, `repair_ledger`, `export_ledger`, `merge_ledgers` and `free_ledger`
+those of `gpmetric ledger`; `load` opens what they write; `Metric` and `select_mask` score and choose. Importing the
 package imports neither torch nor transformers; using a name does.
 """
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from gpmetric.analysis.analyse import analyse
     from gpmetric.errors import GpmetricError
     from gpmetric.evolution.discover import discover
+    from gpmetric.evolution.ledger_check import check_ledger, free_ledger
+    from gpmetric.evolution.ledger_export import export_ledger
+    from gpmetric.evolution.ledger_merge import merge_ledgers
+    from gpmetric.evolution.ledger_repair import repair_ledger
     from gpmetric.loading import load, load_model
     from gpmetric.metrics import BASELINES, Metric
     from gpmetric.packing.pack import pack
@@ -38,14 +43,19 @@ _HOMES = {
     "allocate": "allocation.allocate",
     "analyse": "analysis.analyse",
     "bench": "pruning.bench",
+    "check_ledger": "evolution.ledger_check",
     "discover": "evolution.discover",
     "evaluate": "session.evaluate",
+    "export_ledger": "evolution.ledger_export",
+    "free_ledger": "evolution.ledger_check",
     "layers": "session.layers",
     "load": "loading",
     "load_model": "loading",
+    "merge_ledgers": "evolution.ledger_merge",
     "pack": "packing.pack",
     "parse_target": "targets",
     "prune": "pruning.prune",
+    "repair_ledger": "evolution.ledger_repair",
     "reproduce": "pruning.reproduce",
     "select_mask": "pruning.mask",
     "slim": "structured.slim",
@@ -61,14 +71,19 @@ __all__ = [
     "allocate",
     "analyse",
     "bench",
+    "check_ledger",
     "discover",
     "evaluate",
+    "export_ledger",
+    "free_ledger",
     "layers",
     "load",
     "load_model",
+    "merge_ledgers",
     "pack",
     "parse_target",
     "prune",
+    "repair_ledger",
     "reproduce",
     "select_mask",
     "slim",

@@ -9,7 +9,7 @@ import inspect
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, replace
 from functools import partial
@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from gpmetric.commands import COMMANDS, Command
+from gpmetric.commands import COMMANDS, GROUPS, Command
 from gpmetric.config import load_config
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.files import STDOUT, write_json
@@ -165,11 +165,14 @@ def resume_command(ledger: Path) -> str:
     return shlex.join(words if "--resume" in words else [*words, "--resume"])
 
 
+_groups = {name: typer.Typer(help=told) for name, told in GROUPS.items()}
 for _name, _command in COMMANDS.items():
-    _add(app, _name, _command)
+    _group, _, _own = _name.rpartition(" ")
+    _add(_groups[_group] if _group else app, _own, _command)
     if _command.work is not None:
         _add(_planned, _name, replace(_command, run=partial(plan_command, work=_command.work), **_PLANNED))
-app.add_typer(_planned, name="plan")
+for _name, _group_app in ({"plan": _planned} | _groups).items():
+    app.add_typer(_group_app, name=_name)
 
 
 def main() -> None:
@@ -182,10 +185,8 @@ def main() -> None:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except _ClickException as error:
         code = _fail(_usage(error), 2)
-    except InputError as error:
-        code = _fail(str(error), 2)
     except GpmetricError as error:
-        code = _fail(str(error), 1)
+        code = _fail(str(error.args[0]), 2 if isinstance(error, InputError) else 1, error.details)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -208,6 +209,7 @@ def _usage(error: Any) -> str:
     return told
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"gpmetric: error: {plain(' '.join(message.split()))}", file=sys.stderr)
+def _fail(message: str, code: int, details: Sequence[str] = ()) -> int:
+    for lead, text in (("gpmetric: error: ", message), *(("  ", one) for one in details)):
+        print(lead + plain(" ".join(text.split())), file=sys.stderr)
     return code

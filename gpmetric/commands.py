@@ -8,6 +8,12 @@ from typing import Any
 
 from gpmetric.allocation.request import AllocateRequest
 from gpmetric.analysis.request import AnalyseRequest
+from gpmetric.evolution.ledger_requests import (
+    LedgerExportRequest,
+    LedgerMergeRequest,
+    LedgerRepairRequest,
+    LedgerRequest,
+)
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.export.request import ExportRequest
 from gpmetric.lazy import lazy
@@ -24,7 +30,7 @@ from gpmetric.session.requests import EvaluateRequest, LayersRequest
 from gpmetric.structured.request import SlimRequest
 from gpmetric.tuning.request import TuneRequest
 
-__all__ = ["COMMANDS", "Command"]
+__all__ = ["COMMANDS", "GROUPS", "Command"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ class Command:
     work: Callable[..., Any] | None = None
 
 
-COMMANDS: dict[str, Command] = {
+GROUPS = {"ledger": "Checks, repairs, exports, merges and frees ledgers of campaigns."}
+COMMANDS: dict[str, Command] = {  # the first word of two is a group
     "discover": Command(
         "Evolves metrics for a model and puts the winner beside every baseline.",
         DiscoverRequest,
@@ -183,5 +190,36 @@ COMMANDS: dict[str, Command] = {
         AnalyseRequest,
         lazy("gpmetric.analysis.analyse:run_analysis"),
         lazy("gpmetric.terminal.tables:print_analysis"),
+    ),
+    "ledger check": Command(
+        "Tells everything that is wrong with a campaign's ledger, also while a driver has it.",
+        LedgerRequest,
+        lazy("gpmetric.evolution.ledger_check:run_check"),
+        lazy("gpmetric.terminal.ledger:print_check"),
+        failure=lazy("gpmetric.evolution.ledger_check:first_problem"),
+    ),
+    "ledger repair": Command(
+        "Saves what is sound of a damaged ledger in a new one, which discover --resume goes on with.",
+        LedgerRepairRequest,
+        lazy("gpmetric.evolution.ledger_repair:run_repair"),
+        lazy("gpmetric.terminal.ledger:print_repair"),
+    ),
+    "ledger export": Command(
+        "Writes a campaign's candidates with their figures as CSV, JSON Lines or Parquet.",
+        LedgerExportRequest,
+        lazy("gpmetric.evolution.ledger_export:run_ledger_export"),
+        lazy("gpmetric.terminal.ledger:print_ledger_export"),
+    ),
+    "ledger merge": Command(
+        "Puts campaigns of one model, its texts and options together, to be exported, analysed or forked.",
+        LedgerMergeRequest,
+        lazy("gpmetric.evolution.ledger_merge:run_merge"),
+        lazy("gpmetric.terminal.ledger:print_merge"),
+    ),
+    "ledger free": Command(
+        "Takes a ledger from a driver that has ended in another container or on another host.",
+        LedgerRequest,
+        lazy("gpmetric.evolution.ledger_check:run_free"),
+        lazy("gpmetric.terminal.ledger:print_free"),
     ),
 }

@@ -34,7 +34,18 @@ __all__ = [
 
 
 class GpmetricError(Exception):
-    """Base of all deliberate errors; the message is one line meant for the user."""
+    """Base of all deliberate errors; the message is one line meant for the user.
+
+    Attributes:
+        details: what the message announces, a line each.
+    """
+
+    def __init__(self, message: str = "", details: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.details = tuple(details)
+
+    def __str__(self) -> str:
+        return "\n  ".join((str(self.args[0]), *self.details))
 
 
 class InputError(GpmetricError):

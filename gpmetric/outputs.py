@@ -36,7 +36,9 @@ def check_outputs(written: Mapping[str, tuple[Path, str]], read: Collection[tupl
     seen: dict[Any, str] = {}
     for option, (path, kind) in sorted(written.items(), key=lambda one: one[1][1] == "folder"):
         where = f"{option} {str(path)!r}"
-        if path == STDOUT and option == "--json":
+        if path == STDOUT and (option == "--json" or kind == "candidates"):
+            if seen.setdefault(STDOUT, option) != option:
+                raise InputError(f"{seen[STDOUT]} and {option} are both standard output")
             continue
         if path == STDOUT and (kind in OURS or kind == "ledger"):
             raise InputError(f"{option} -: only --json goes to standard output")
@@ -159,6 +161,14 @@ def _is_masks(path: Path) -> bool:
     return bool(header) and all(one["dtype"] == "BOOL" and len(one["shape"]) == 2 for one in header.values())
 
 
+def _is_candidates(path: Path) -> bool:
+    """What `gpmetric ledger export` writes, in each of its formats."""
+    begin = _ends(path)
+    if begin.startswith(b"PAR1"):
+        return b"gpmetric ledger export" in begin
+    return begin.startswith((b"generation,position,formula,status,", b'{"generation": '))
+
+
 OURS: dict[str, Callable[[Path], bool]] = {  # what an option writes -> whether a file is one of those
     "json": _is_result,
     "allocation": _is_allocation,
@@ -166,6 +176,7 @@ OURS: dict[str, Callable[[Path], bool]] = {  # what an option writes -> whether 
     "table": lambda path: _ends(path).startswith(b"method,sparsity,"),
     "picture": _is_picture,
     "masks": _is_masks,
+    "candidates": _is_candidates,
     "archive": lambda path: _ends(path).startswith(b"PK") and _ends(path).endswith(b"gpmetric pack"),
     "recipe": lambda path: _ends(path).startswith(b"# How a model is pruned: `gpmetric prune"),
 }

@@ -216,6 +216,7 @@ def written(kind: str, path: Path) -> None:
             "table": "method,sparsity,loss\n",
             "recipe": "# How a model is pruned: `gpmetric prune MODEL --recipe FILE -o DIR`\n",
             "formula": "% gpmetric 0.1: abs(W)\n",
+            "candidates": "generation,position,formula,status,reason\n",
         }
         path.write_text(texts[kind])
 
@@ -226,6 +227,7 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
     "archive": lambda path: zipfile.ZipFile(path, "w").close(),
     "table": lambda path: path.write_text("date,price\n"),
     "recipe": lambda path: path.write_text("x = 1\n"),
+    "candidates": lambda path: path.write_text("generation,position\n"),
     "formula": lambda path: path.write_text("import torch\n\nW = torch.ones(2)\n"),
     "picture": lambda path: Figure().savefig(path),
     "masks": lambda path: save_file({"a": torch.ones(2, 3)}, path),

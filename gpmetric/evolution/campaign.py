@@ -17,7 +17,7 @@ from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.records import Evaluation
 from gpmetric.evolution.screening import Seen, SuccessiveHalving
 from gpmetric.evolution.search_config import SearchConfig
-from gpmetric.evolution.selection import Individual, pareto_individuals, select_survivors
+from gpmetric.evolution.selection import Individual, by_merit, pareto, select_survivors
 from gpmetric.executors import Executor
 from gpmetric.metrics import Metric, resolve_metric
 
@@ -48,6 +48,9 @@ class Campaign:
         self._drawn: dict[str, Metric] = {}
         self._bars: tuple[dict[str, float], dict[str, float]] = ({}, {})
         self._seen = Seen()
+        self._best: list[Individual] = []  # the front of the evaluations until the one with the id `_fronted`
+        self._fronted = 0
+        self._seeds = self.ledger.seeds
         self._number = 0
         self._barren = 0  # generations in a row that found nothing worth evaluating
 
@@ -61,7 +64,7 @@ class Campaign:
         self._restore()
         while self.wants_more() and self._generation():
             self.on_generation(self._number - 1, self)
-        if not self.executor.clock.limited and not self.ledger.evaluations("done"):
+        if not self.executor.clock.limited and not self.front():
             raise GpmetricError("no formula could be evaluated; the ledger holds the reasons")
 
     def individuals(self) -> list[Individual]:
@@ -70,7 +73,11 @@ class Campaign:
 
     def front(self) -> list[Individual]:
         """The Pareto front over everything evaluated, the best by merit first."""
-        return pareto_individuals(self.individuals())
+        rows = self.ledger.evaluations("done", after=self._fronted)
+        if rows:
+            self._best = pareto([*self._best, *map(self._individual, rows)])
+            self._fronted = rows[-1].id or 0
+        return by_merit(self._best)
 
     def wants_more(self) -> bool:
         """Whether it would go on: neither is its budget spent, nor is nothing new to be expected."""
@@ -82,8 +89,8 @@ class Campaign:
         """Evaluations that the finished generations have left of the budget; None is no limit."""
         if self.config.evaluations is None:
             return None
-        spent = sum(row.generation < self._number for row in self.ledger.evaluations())
-        return max(0, self.config.evaluations - spent)
+        last = self.ledger.last_generation()
+        return max(0, self.config.evaluations - (last.evaluations if last else 0))
 
     def _restore(self) -> None:
         """Takes population, random state and what was seen from the last finished generation."""
@@ -93,12 +100,12 @@ class Campaign:
         self._raise_bars()
         self._number = last.number + 1
         self._rng.setstate(last.rng_state)
-        for candidate in self.ledger.candidates():
-            if candidate.generation <= last.number:
-                self._seen.remember(candidate)
-        rows = [row for row in self.ledger.evaluations() if row.generation <= last.number]
-        self._barren = last.number - max((row.generation for row in rows), default=-1)
-        by_formula = {row.formula: row for row in rows}
+        for ranked, fingerprint, evaluation in self.ledger.drawn(last.number):
+            self._seen.remember(ranked, fingerprint, evaluation)
+        newest = self.ledger.evaluation(last.evaluations)  # ids are in the order paid for
+        self._barren = last.number - (newest.generation if newest else -1)
+        rows = self.ledger.evaluations_of(last.population)
+        by_formula = {row.formula: row for row in rows if row.generation <= last.number}
         self._population = [self._individual(by_formula[formula]) for formula in last.population]
 
     def _generation(self) -> bool:
@@ -106,6 +113,8 @@ class Campaign:
 
         What it measured stays in the ledger, and a campaign that goes on begins with the same draws.
         """
+        if self._number in self._seeds:
+            self._rng.seed(self._seeds[self._number])
         draws = self._breeder.draw(self._number, self._population, self._seen.forms.keys())
         self._drawn = {draw.form.name: draw.form for draw in draws}
         halving = SuccessiveHalving(self.config, self.ledger, self.executor, self._seen, self._number)
@@ -120,8 +129,8 @@ class Campaign:
         """Survivors of parents and children, committed with the random state the next generation starts from."""
         if self._number == 0:
             self._raise_bars()
-        rows = {row.id: row for row in self.ledger.evaluations("done")}
-        children = [self._individual(rows[index]) for index in paid if index in rows]
+        rows = (self.ledger.evaluation(index) for index in paid if index is not None)
+        children = [self._individual(row) for row in rows if row is not None and row.status == "done"]
         self._population = select_survivors([*self._population, *children], self.config.population)
         self.ledger.commit_generation(self._number, [one.text for one in self._population], self._rng.getstate())
         self._number += 1
@@ -139,11 +148,12 @@ class Campaign:
     def _raise_bars(self) -> None:
         """Takes the lowest of a rival's figures at each target, once the first generation is recorded."""
         names = {rival.name for rival in self.config.rivals}
-        rivals = {
-            row.evaluation
-            for row in self.ledger.candidates()
-            if row.generation == 0 and row.position < len(self.config.start) and row.formula in names
-        }
-        found = [self._individual(row) for row in self.ledger.evaluations("done") if row.id in rivals]
+        rows = (
+            self.ledger.evaluation(row.evaluation)
+            for row in self.ledger.candidates(0)[: len(self.config.start)]
+            if row.evaluation is not None and row.formula in names
+        )
+        found = [self._individual(row) for row in rows if row is not None and row.status == "done"]
         searched = [one.searched for one in found if self.config.objective_bar]
         self._bars = best_of(searched), best_of(one.excess for one in found)
+        self._best, self._fronted = [], 0  # whose merit was told without bars

@@ -15,16 +15,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gpmetric.errors import GpmetricError
+from gpmetric.errors import GpmetricError, LedgerError
 from gpmetric.evolution.campaign import Campaign
 from gpmetric.evolution.document import alone, circumstances, describe_individual, time_split
+from gpmetric.evolution.fork import population_of
 from gpmetric.evolution.held_out import HeldOut, Measured, choose_finalists
-from gpmetric.evolution.ledger import BUDGET_KEYS, Ledger
+from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.multi_model import label_targets
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.rungs import describe_rungs
 from gpmetric.evolution.search_config import SearchConfig, make_config
 from gpmetric.evolution.selection import Individual
+from gpmetric.evolution.settings import BUDGET_KEYS
 from gpmetric.evolution.time_budget import FINALISTS, CampaignPlan, TimeBudget
 from gpmetric.evolution.verdict import confidence, decide, doubts, measure_test
 from gpmetric.evolution.workplace import collect_statistics, make_executor, open_sessions
@@ -84,11 +86,23 @@ def run_campaign(
     meet(request, (listener or DiscoverListener()).progress)
     request = request.completed()
     assert request.ledger is not None
+    fork = None if request.fork is None or _goes_on(request) else population_of(request.fork, request)
     sessions = open_sessions(request, listener)
     if len(sessions) == 1:  # of several, one after the other is in memory
         next(iter(sessions.values())).start()
-    with Ledger.open(request.ledger, campaign_settings(request, sessions), resume=request.resume) as ledger:
+    settings = campaign_settings(request, sessions)
+    with Ledger.open(request.ledger, settings, resume=request.resume, reseed=request.reseed, fork=fork) as ledger:
+        if request.fork is not None and "fork" not in ledger.history:
+            raise LedgerError(
+                f"ledger {request.ledger} was not begun by --fork: leave it out, or name another --ledger"
+            )
         return ledger.result() or _run(request, sessions, ledger, listener or DiscoverListener(), deadline)
+
+
+def _goes_on(request: DiscoverRequest) -> bool:
+    """Whether its ledger is there, and says what the campaign was forked from."""
+    path = request.ledger
+    return request.resume and path is not None and path.is_file() and path.stat().st_size > 0
 
 
 discover = as_function("discover", DiscoverRequest, run_campaign, "model")
@@ -185,7 +199,8 @@ def find(
     if plan is not None:
         told.plan(plan, budget.cut)
     searching = now()
-    config = make_config(request, sessions, tuple(target.label for target in held_out.targets))
+    labels = tuple(target.label for target in held_out.targets)
+    config = make_config(request, sessions, labels, ledger.history.get("fork", {}).get("formulas", ()))
     campaign = _search(config, ledger, held_out.executor, told)
     budget.end_search()
     judging = now()

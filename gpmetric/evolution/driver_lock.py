@@ -14,13 +14,27 @@ import socket
 import sqlite3
 import threading
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from gpmetric.evolution.sqlite_schema import Refusal, opened, transaction
+from gpmetric.evolution.sqlite_schema import Refusal, from_column, opened, transaction
 from gpmetric.interrupts import check_stop
 
-__all__ = ["STALE_SECONDS", "Heart", "Owner", "Unheard", "beat", "claim", "release", "watch"]
+__all__ = [
+    "STALE_SECONDS",
+    "Heart",
+    "Owner",
+    "Unheard",
+    "Unseen",
+    "beat",
+    "claim",
+    "describe_owner",
+    "free",
+    "release",
+    "watch",
+]
 
 STALE_SECONDS = 60.0  # without a heartbeat, after which an owner on another host counts as dead
 _BEAT_SECONDS = 10.0  # between two heartbeats, several of which may be late
@@ -31,6 +45,10 @@ Owner = tuple[str, float]  # token and heartbeat
 
 class Unheard(Refusal):
     """The owner is elsewhere, and has to be watched before anything can be said of it."""
+
+
+class Unseen(Refusal):
+    """The owner is in another namespace of process numbers: it may be stopped for long, and go on."""
 
 
 def claim(connection: sqlite3.Connection, silent: Owner | None = None) -> str:
@@ -44,16 +62,14 @@ def claim(connection: sqlite3.Connection, silent: Owner | None = None) -> str:
         Unheard: the owner is elsewhere, and another one than `silent`.
         Refusal: it lives, or may live.
     """
-    owner = connection.execute("SELECT * FROM owner").fetchone()
-    host, pid, token = socket.gethostname(), os.getpid(), os.urandom(16).hex()
-    if owner is not None:
-        _check_ended(owner, host, silent)
-    row = (host, pid, _start_of(pid), token, time.time())
+    _check_owner(connection, silent)
+    pid, token = os.getpid(), os.urandom(16).hex()
+    row = (socket.gethostname(), pid, _start_of(pid), token, time.time())
     connection.execute("INSERT OR REPLACE INTO owner VALUES (1, ?, ?, ?, ?, ?)", row)
     return token
 
 
-def _check_ended(owner: sqlite3.Row, host: str, silent: Owner | None) -> None:
+def _check_ended(owner: Mapping[str, Any], silent: Owner | None) -> None:
     told = f"is in use by process {owner['pid']} on host {owner['host']}"
     boot, _, namespace = _place(owner["started"])
     here, _, ours = _place(_start_of(os.getpid()))
@@ -61,13 +77,61 @@ def _check_ended(owner: sqlite3.Row, host: str, silent: Owner | None) -> None:
         if namespace != ours:
             age = time.time() - owner["heartbeat"]  # the same clock
             told += f", in another container or namespace of process numbers, heard of {age:.0f} s ago"
-            raise Refusal(f'{told}; if it has ended, free the ledger with: sqlite3 FILE "DELETE FROM owner"')
-    elif owner["host"] != host or namespace:
+            raise Unseen(f"{told}; if it has ended, gpmetric ledger free FILE")
+    elif owner["host"] != socket.gethostname() or namespace:
         if (owner["token"], owner["heartbeat"]) != silent:
             raise Unheard(told)
         return
     if _start_of(owner["pid"]) in (owner["started"], "running"):
         raise Refusal(told)
+
+
+def free(connection: sqlite3.Connection, told: Callable[[str], None]) -> None:
+    """Takes a ledger from an owner that has ended, or that is elsewhere and silent for `STALE_SECONDS`.
+
+    Args:
+        connection: in no transaction.
+        told: called with why the owner is watched, before that takes its time.
+
+    Raises:
+        Refusal: the owner lives, or is heard of.
+    """
+    silent = None
+    try:
+        _check_owner(connection, None)
+    except (Unheard, Unseen) as elsewhere:
+        told(str(elsewhere))
+        silent = watch(connection)
+    with transaction(connection):
+        if silent is None or _owner(connection) != silent:
+            _check_owner(connection, silent)  # another one since
+        connection.execute("DELETE FROM owner")
+
+
+def _check_owner(connection: sqlite3.Connection, silent: Owner | None) -> None:
+    owner = _row(connection)
+    if owner is not None:
+        _check_ended(owner, silent)
+
+
+def _row(connection: sqlite3.Connection) -> dict[str, Any] | None:
+    row = connection.execute("SELECT * FROM owner").fetchone()
+    return None if row is None else {name: from_column(name, value) for name, value in dict(row).items()}
+
+
+def describe_owner(connection: sqlite3.Connection) -> dict[str, Any] | None:
+    """Process, host and state of the owner, "alive", "ended" or "elsewhere"; None where there is none."""
+    owner = _row(connection)
+    if owner is None:
+        return None
+    state = "ended"
+    try:
+        _check_ended(owner, None)
+    except (Unheard, Unseen):
+        state = "elsewhere"
+    except Refusal:
+        state = "alive"
+    return {"pid": owner["pid"], "host": owner["host"], "state": state}
 
 
 def watch(connection: sqlite3.Connection) -> Owner | None:

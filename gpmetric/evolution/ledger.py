@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,13 +24,25 @@ from typing import Any, TypeVar
 from gpmetric.errors import LedgerError
 from gpmetric.evolution import driver_lock
 from gpmetric.evolution import sqlite_schema as schema
+from gpmetric.evolution.admission import checked, claimed
+from gpmetric.evolution.network_files import network_file_system
 from gpmetric.evolution.records import Candidate, Evaluation, Generation, HeldOutMeasurement, Measurement
+from gpmetric.evolution.seals import Seals
+from gpmetric.evolution.settings import HISTORY_KEYS
 from gpmetric.evolution.sqlite_schema import Refusal, explained, opened, schema_version, transaction
 
-__all__ = ["BUDGET_KEYS", "Ledger", "is_ledger", "winner_of"]
+__all__ = ["Ledger", "is_ledger", "winner_of"]
 
 _LOG = logging.getLogger(__name__)
-BUDGET_KEYS = frozenset({"generations", "evaluations", "minutes"})  # settings a resumed campaign may change
+_UNSAFE_SECONDS = 1.0  # that a power cut may cost
+# By name, the column of a candidate of which `counts` tells how many differ.
+_LAYERS = {
+    "unique_texts": "formula",
+    "unique_opposites": "opposites",
+    "unique_canonical": "canonical",
+    "unique_ranked": "ranked",
+    "unique_masks": "fingerprint",
+}
 
 Row = TypeVar("Row", Candidate, Evaluation, Generation, HeldOutMeasurement, Measurement)
 
@@ -37,18 +51,31 @@ class Ledger(AbstractContextManager["Ledger"]):
     """The database of record of one campaign, made by `open` or `read`.
 
     `open` admits one driver at a time, and waits for a minute where only silence tells that another one, on another
-    host, has ended; each write is one durable transaction. `read` is a fixed snapshot, also while a driver runs. Every
+    host, has ended; each write is one transaction. `read` is a fixed snapshot, also while a driver runs. Every
     method raises LedgerError when the file cannot be used.
     """
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, token: str | None) -> None:
+    def __init__(
+        self, path: Path, connection: sqlite3.Connection, token: str | None, seals: Seals | None = None
+    ) -> None:
         self.path = path
         self._connection = connection
         self._token = token  # of our ownership; None when reading
         self._heart = None if token is None else driver_lock.Heart(path, token)
+        self._safe = -math.inf  # when all that was written last was on the disk
+        self._seals = seals or Seals()
+        self._differing: dict[str, set[str]] | None = None  # values of each of _LAYERS, once they are asked for
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], settings: dict[str, Any], *, resume: bool) -> Ledger:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        settings: dict[str, Any],
+        *,
+        resume: bool,
+        reseed: bool = False,
+        fork: dict[str, Any] | None = None,
+    ) -> Ledger:
         """Ledger owned by this process, created when the file is missing or empty.
 
         Args:
@@ -56,28 +83,34 @@ class Ledger(AbstractContextManager["Ledger"]):
             settings: JSON values, all that determine the campaign's result. On resume those in BUDGET_KEYS may
                 differ: the new ones are stored and the result under the old ones is dropped.
             resume: continue the campaign that is there instead of refusing it.
+            reseed: on resume, `seed` may differ, too; it holds from the next generation on that is not begun.
+            fork: what a new campaign begins with, told by `history` from then on.
         """
         with opened(Path(path), "mode=rwc") as connection:
+            claim = partial(claimed, connection, settings, resume=resume, reseed=reseed, fork=fork)
             try:
-                token = _claimed(connection, settings, resume=resume)
+                token, seals = claim()
             except driver_lock.Unheard as elsewhere:
                 told = "ledger %s %s: it is taken over unless that is heard of within %.0f s"
                 _LOG.warning(told, path, elsewhere, driver_lock.STALE_SECONDS)
-                silent = driver_lock.watch(connection)
-                token = _claimed(connection, settings, resume=resume, silent=silent)
+                token, seals = claim(silent=driver_lock.watch(connection))
+            if kind := network_file_system(Path(path)):
+                told = "ledger %s is on a network file system (%s), where SQLite's locks and shared memory may fail: "
+                _LOG.warning(
+                    told + "name a --ledger on a local disk, and copy it when the campaign is done", path, kind
+                )
             connection.execute("PRAGMA journal_mode = WAL")
-        return cls(Path(path), connection, token)
+        return cls(Path(path), connection, token, seals)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Ledger:
         """Ledger as it is now, for reading only; takes no ownership and writes nothing."""
-        # A WAL database in a read-only folder opens only as immutable, which is right when no log is pending.
-        still = not os.access(Path(path).parent, os.W_OK) and not Path(f"{path}-wal").exists()
-        with opened(Path(path), "mode=ro&immutable=1" if still else "mode=ro") as connection:
+        with opened(Path(path), schema.read_query(Path(path))) as connection:
             connection.execute("BEGIN")  # one snapshot for everything read later
             version = schema_version(connection)
             if not version:
                 raise Refusal("holds no campaign")
+            checked(connection, version)
             current = connection if version == schema.VERSION else schema.upgraded_copy(connection, version)
         return cls(Path(path), current, None)
 
@@ -94,7 +127,25 @@ class Ledger(AbstractContextManager["Ledger"]):
     @property
     def settings(self) -> dict[str, Any]:
         """The settings the campaign runs under, budget included."""
+        return {key: value for key, value in self._meta.items() if key not in HISTORY_KEYS}
+
+    @property
+    def history(self) -> dict[str, Any]:
+        """What became of the campaign, by HISTORY_KEYS: `fork`, `reseeded`, `merged`; empty of most."""
+        return {key: value for key, value in self._meta.items() if key in HISTORY_KEYS}
+
+    @property
+    def seeds(self) -> dict[int, int]:
+        """By generation, the seed that it and those after it are drawn from; empty where the campaign's is for all."""
+        return {int(generation): int(seed) for generation, seed in self._meta.get("reseeded", ())}
+
+    @property
+    def _meta(self) -> dict[str, Any]:
         return {row["key"]: row["value"] for row in self._query("SELECT * FROM meta ORDER BY key")}
+
+    def together(self) -> AbstractContextManager[None]:
+        """All that is written inside is there at once, or nothing of it."""
+        return self._write()
 
     def record(self, candidate: Candidate, evaluation: Evaluation | None = None) -> int | None:
         """Id of the candidate's evaluation after writing the candidate and, if new, its evaluation.
@@ -119,18 +170,21 @@ class Ledger(AbstractContextManager["Ledger"]):
                 row |= {name: value for name, value in asdict(evaluation).items() if value is not None}
                 candidate = replace(candidate, evaluation=self._insert("evaluations", row))
             self._insert("candidates", {**asdict(candidate), "id": None})
+            if self._differing is not None:
+                _add_values(self._differing, asdict(candidate))
             return candidate.evaluation
 
     def measure(self, measurements: Sequence[Measurement]) -> None:
         """Store what rungs of the screening gave; a (generation, position, rung) already there is left unchanged."""
-        with self._write():
+        with self._write(at_once=False):
             for measurement in measurements:
                 self._insert("measurements", asdict(measurement), "OR IGNORE")
 
     def measurements(self, generation: int | None = None) -> list[Measurement]:
         """Every measurement in the order made, or those of one generation."""
-        tail = "measurements WHERE ?1 IS NULL OR generation = ?1 ORDER BY rowid"
-        return self._select(Measurement, tail, generation)
+        if generation is None:
+            return self._select(Measurement, "measurements ORDER BY rowid")
+        return self._select(Measurement, "measurements WHERE generation = ? ORDER BY rowid", generation)
 
     def hold_out(self, measurement: HeldOutMeasurement) -> None:
         """Store what a metric costs on held-out text; one already there is left unchanged."""
@@ -146,7 +200,8 @@ class Ledger(AbstractContextManager["Ledger"]):
         """Store a finished generation: JSON of its population, and `random.Random.getstate()` to breed the next."""
         row = {"number": number, "population": population, "rng": rng}
         with self._write():
-            self._insert("generations", row | {"evaluations": self.counts()["paid"], "finished": time.time()})
+            self._insert("generations", row | {"evaluations": self._count("evaluations"), "finished": time.time()})
+            self._seals.store(self._connection)
 
     def generations(self) -> list[Generation]:
         """Every finished generation in order."""
@@ -156,17 +211,35 @@ class Ledger(AbstractContextManager["Ledger"]):
         """The generation to resume from; None before the first is finished."""
         return self._first(Generation, "generations ORDER BY number DESC LIMIT 1")
 
-    def candidates(self) -> list[Candidate]:
-        """Every candidate in the order drawn."""
-        return self._select(Candidate, "candidates ORDER BY id")
+    def candidates(self, generation: int | None = None) -> list[Candidate]:
+        """Every candidate in the order drawn, or those of one generation."""
+        if generation is None:
+            return self._select(Candidate, "candidates ORDER BY id")
+        return self._select(Candidate, "candidates WHERE generation = ? ORDER BY position", generation)
+
+    def drawn(self, last: int) -> Iterator[tuple[str | None, str | None, int | None]]:
+        """Ranked form, fingerprint and evaluation of every candidate until the end of a generation, as drawn."""
+        columns = "ranked, fingerprint, evaluation"
+        for row in self._query(f"SELECT {columns} FROM candidates WHERE generation <= ? ORDER BY id", last):
+            yield row["ranked"], row["fingerprint"], row["evaluation"]
 
     def candidate(self, generation: int, position: int) -> Candidate | None:
         """The candidate recorded at this place."""
         return self._first(Candidate, "candidates WHERE generation = ? AND position = ?", generation, position)
 
-    def evaluations(self, status: str | None = None) -> list[Evaluation]:
-        """Every evaluation in the order paid for, or those of one status."""
-        return self._select(Evaluation, "evaluations WHERE ?1 IS NULL OR status = ?1 ORDER BY id", status)
+    def evaluations(self, status: str | None = None, after: int = 0) -> list[Evaluation]:
+        """Every evaluation in the order paid for whose id is greater than `after`, or those of one status."""
+        tail = "evaluations WHERE id > ?1 AND (?2 IS NULL OR status = ?2) ORDER BY id"
+        return self._select(Evaluation, tail, after, status)
+
+    def evaluation(self, number: int) -> Evaluation | None:
+        """The evaluation of an id."""
+        return self._first(Evaluation, "evaluations WHERE id = ?", number)
+
+    def evaluations_of(self, formulas: Sequence[str]) -> list[Evaluation]:
+        """The evaluations of these formulas, in the order paid for."""
+        places = ", ".join("?" * len(formulas))
+        return self._select(Evaluation, f"evaluations WHERE formula IN ({places}) ORDER BY id", *formulas)
 
     def find_canonical(self, canonical: str) -> Evaluation | None:
         """What a canonical form was given: its own evaluation, or an earlier one with the same masks."""
@@ -182,11 +255,15 @@ class Ledger(AbstractContextManager["Ledger"]):
 
         The layers: opposing operations, sympy's canonical form, rank equivalence, and the masks themselves.
         """
-        layers = {"texts": "formula", "opposites": "opposites", "canonical": "canonical", "ranked": "ranked"}
-        distinct = ", ".join(f"count(DISTINCT {column}) AS unique_{name}" for name, column in layers.items())
-        masks = "count(DISTINCT fingerprint) AS unique_masks"
-        drawn = f"SELECT count(*) AS drawn, {distinct}, {masks} FROM candidates"
-        return self._query(f"SELECT * FROM ({drawn}), (SELECT count(*) AS paid FROM evaluations)")[0]
+        if self._differing is None:
+            self._differing = {column: set() for column in _LAYERS.values()}
+            for row in self._query(f"SELECT {', '.join(self._differing)} FROM candidates"):
+                _add_values(self._differing, row)
+        unique = {name: len(self._differing[column]) for name, column in _LAYERS.items()}
+        return {"drawn": self._count("candidates")} | unique | {"paid": self._count("evaluations")}
+
+    def _count(self, table: str) -> int:
+        return int(self._query(f"SELECT count(*) AS number FROM {table}")[0]["number"])
 
     def save_result(self, document: dict[str, Any], seconds: dict[str, Any] | None = None) -> None:
         """Store the final document of the campaign, in place of an earlier one, and the times it took apart from it."""
@@ -214,13 +291,29 @@ class Ledger(AbstractContextManager["Ledger"]):
         return tables
 
     @contextmanager
-    def _write(self) -> Iterator[None]:
+    def _write(self, *, at_once: bool = True) -> Iterator[None]:
+        """A transaction, or a part of the one that is open.
+
+        Whatever ends the process, it is there from then on. That a power cut leaves it there takes milliseconds of
+        waiting for the disk: `at_once`, or for all that was written within a second.
+        """
         with explained(self.path):
             if self._token is None:
                 raise Refusal("is open for reading only")
-            with transaction(self._connection):
-                driver_lock.beat(self._connection, self._token)
+            if self._connection.in_transaction:
                 yield
+                return
+            now = time.monotonic()
+            waits = at_once or now > self._safe + _UNSAFE_SECONDS
+            self._connection.execute(f"PRAGMA synchronous = {'FULL' if waits else 'NORMAL'}")
+            try:
+                with transaction(self._connection):
+                    driver_lock.beat(self._connection, self._token)
+                    yield
+                self._safe = now if waits else self._safe
+            except BaseException:  # what was taken up of it is not there
+                self._seals, self._differing = Seals(), None
+                raise
 
     def _insert(self, table: str, row: dict[str, Any], conflict: str = "") -> int:
         """The id of a new row, or whatever SQLite calls it."""
@@ -246,34 +339,10 @@ class Ledger(AbstractContextManager["Ledger"]):
             return [{name: schema.from_column(name, row[name]) for name in row if name != "checksum"} for row in rows]
 
 
-def _claimed(
-    connection: sqlite3.Connection, settings: dict[str, Any], *, resume: bool, silent: driver_lock.Owner | None = None
-) -> str:
-    """Token of a ledger that this process owns from now on, its schema and settings being in order."""
-    with transaction(connection):
-        version = schema_version(connection)
-        if version and not resume:
-            raise Refusal("exists: continue it with --resume or use another --ledger")
-        schema.upgrade(connection, version)
-        _settle(connection, settings)
-        return driver_lock.claim(connection, silent)
-
-
-def _settle(connection: sqlite3.Connection, settings: dict[str, Any]) -> None:
-    """Store the settings of a new campaign, or the budget of one that is continued."""
-    here = {key: schema.to_json(value) for key, value in settings.items()}
-    there = dict(connection.execute("SELECT key, value FROM meta").fetchall())
-    changed = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
-    foreign = [key for key in changed if key not in BUDGET_KEYS]
-    if there and foreign:
-        pairs = (f"{key}={there.get(key, '?'):.60} there, {key}={here.get(key, '?'):.60} here" for key in foreign)
-        raise Refusal(f"is of another campaign: {'; '.join(pairs)}")
-    if changed:
-        connection.execute("DELETE FROM results")
-        connection.execute("DELETE FROM meta")
-        told = [{"key": key, "value": value} for key, value in sorted(here.items())]
-        rows = [pair | {"checksum": schema.row_checksum("meta", pair)} for pair in told]
-        connection.executemany("INSERT INTO meta (key, value, checksum) VALUES (:key, :value, :checksum)", rows)
+def _add_values(differing: dict[str, set[str]], candidate: Mapping[str, Any]) -> None:
+    for column, values in differing.items():
+        if candidate[column] is not None:
+            values.add(candidate[column])
 
 
 def is_ledger(name: str) -> bool:

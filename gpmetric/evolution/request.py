@@ -80,6 +80,20 @@ class DiscoverRequest(Inputs, Staff):
         Option("The campaign's SQLite file; campaign-DATE.sqlite by default.", metavar="FILE", writes="ledger"),
     ] = None
     resume: Annotated[bool, Option("Go on with the ledger if it is there.", names=("--resume",))] = False
+    fork: Annotated[
+        Path | None,
+        Option(
+            "Begin a new campaign, in its own --ledger, with the last population of this one; it is measured anew, and "
+            "model, texts and options may be others.", metavar="LEDGER", reads=True,
+        ),
+    ] = None  # fmt: skip
+    reseed: Annotated[
+        bool,
+        Option(
+            "With --resume, draw from another --seed from the next generation on; a new campaign or --fork always "
+            "draws from its own.", names=("--reseed",),
+        ),
+    ] = False  # fmt: skip
     cache: Annotated[
         Path | None, Option("Statistics cache; ~/.cache/gpmetric by default.", metavar="DIR", writes="cache")
     ] = None
@@ -111,6 +125,8 @@ class DiscoverRequest(Inputs, Staff):
         for formula in self.start:
             self._check_start(formula)
         named = [f"--{split}" for split in SPLITS if getattr(self, split) is not None]
+        if self.reseed and not self.resume and self.fork is None:
+            raise InputError("--reseed needs --resume: a new campaign draws from its own --seed")
         if self.text is not None and named:
             raise InputError(f"--text is cut into all four splits; it cannot stand beside {', '.join(named)}")
 

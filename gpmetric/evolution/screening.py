@@ -30,12 +30,12 @@ class Seen:
     forms: dict[str, int | None] = field(default_factory=dict)
     masks: dict[str, int | None] = field(default_factory=dict)
 
-    def remember(self, candidate: Candidate) -> None:
+    def remember(self, ranked: str | None, fingerprint: str | None, evaluation: int | None) -> None:
         """Takes up a candidate whose fate is in the ledger."""
-        if candidate.ranked is not None:
-            self.forms.setdefault(candidate.ranked, candidate.evaluation)
-        if candidate.fingerprint is not None:
-            self.masks.setdefault(candidate.fingerprint, candidate.evaluation)
+        if ranked is not None:
+            self.forms.setdefault(ranked, evaluation)
+        if fingerprint is not None:
+            self.masks.setdefault(fingerprint, evaluation)
 
 
 @dataclass
@@ -86,7 +86,8 @@ class SuccessiveHalving:
             self._measure(metrics, paid, last)
         except OutOfTime:
             decided = next(position for position in paid if (position, last.name) not in self._known)
-        found = [self._record(position, draws[position], position in paid) for position in range(decided)]
+        with self.ledger.together():  # what it is made of has been stored, one measurement after the other
+            found = [self._record(position, draws[position], position in paid) for position in range(decided)]
         return [found[position] for position in paid] if decided == len(draws) else None
 
     def _first_of_their_masks(self, positions: Sequence[int]) -> list[int]:
@@ -140,9 +141,9 @@ class SuccessiveHalving:
     def _record(self, position: int, draw: Draw, is_paid: bool) -> int | None:
         """Writes one candidate, with its evaluation where it is paid for; returns the evaluation it amounts to."""
         candidate, evaluation = self._fate(position, draw, is_paid)
-        recorded = replace(candidate, evaluation=self.ledger.record(candidate, evaluation))
-        self.seen.remember(recorded)
-        return recorded.evaluation
+        given = self.ledger.record(candidate, evaluation)
+        self.seen.remember(candidate.ranked, candidate.fingerprint, given)
+        return given
 
     def _fate(self, position: int, draw: Draw, is_paid: bool) -> tuple[Candidate, Evaluation | None]:
         """What became of a candidate: a duplicate, failed or screened out on some rung, or evaluated."""

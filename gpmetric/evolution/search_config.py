@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gpmetric.evolution.grammar import FORBIDDEN, Nesting, foreign_to
@@ -65,10 +65,17 @@ class SearchConfig:
     evaluations: int | None = None
 
 
-def make_config(request: DiscoverRequest, sessions: Mapping[str, Session], targets: tuple[str, ...]) -> SearchConfig:
-    """What a request asks for on these models, by name; `targets` are the labels of their figures."""
+def make_config(
+    request: DiscoverRequest, sessions: Mapping[str, Session], targets: tuple[str, ...], forked: Sequence[str] = ()
+) -> SearchConfig:
+    """What a request asks for on these models, by name.
+
+    Args:
+        targets: labels of their figures.
+        forked: formulas of another campaign that this one starts from, too.
+    """
     sample = next(iter(sessions.values())).tokens.shape
-    start, rivals = _start(request, (sample[0], sample[1]))
+    start, rivals = _start(request, (sample[0], sample[1]), forked)
     return SearchConfig(
         targets, request.operands, request.primitives, start, rivals, request.population, request.max_nodes,
         request.seed,
@@ -95,7 +102,9 @@ def _rank_group(request: DiscoverRequest) -> RankGroup:
     return "layer" if any(target.across_rows for target in settled) else "row"
 
 
-def _start(request: DiscoverRequest, sample: tuple[int, int]) -> tuple[tuple[Metric, ...], tuple[Metric, ...]]:
+def _start(
+    request: DiscoverRequest, sample: tuple[int, int], forked: Sequence[str]
+) -> tuple[tuple[Metric, ...], tuple[Metric, ...]]:
     """Start metrics, and which of them are rivals; `sample` is the first calibration's sequences and tokens of each.
 
     They are the baselines that only mask, what is known besides, and the user's; where groups are searched, all of them
@@ -118,6 +127,6 @@ def _start(request: DiscoverRequest, sample: tuple[int, int]) -> tuple[tuple[Met
     published = [name for name in BASELINES if name in (*masking, *own)]
     everything = written((*published, *known, *request.start))
     across = [named(one.expression, "layer") for one in everything if len(groups) > 1]
-    start = {one.name: one for one in (*everything, *across)}
+    start = {one.name: one for one in (*everything, *across, *written(forked))}
     rivals = {one.name: one for one in written(own or masking)}
     return tuple(start.values()), tuple(rivals.values())

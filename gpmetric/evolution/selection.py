@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -16,7 +17,7 @@ from gpmetric.expression import Expression
 from gpmetric.metrics import Metric
 from gpmetric.pareto import pareto_front
 
-__all__ = ["ALIKE", "Individual", "by_merit", "few_alike", "pareto_individuals", "select_survivors", "tournament"]
+__all__ = ["ALIKE", "Individual", "by_merit", "few_alike", "pareto", "select_survivors", "tournament"]
 
 _ELITE_SHARE = 0.5  # of the survivors, taken by merit before NSGA-II fills the rest
 ALIKE = 3  # of the best that may differ in their constants only
@@ -44,8 +45,7 @@ class Individual:
 
     def __post_init__(self) -> None:
         values = fitness_values(self.expression, self.searched)
-        kind = type("Minimised", (base.Fitness,), {"weights": (-1.0,) * len(values)})
-        object.__setattr__(self, "fitness", kind(values))
+        object.__setattr__(self, "fitness", _minimised(len(values))(values))
 
     @property
     def text(self) -> str:
@@ -81,6 +81,12 @@ class Individual:
         return self.mean + penalties[0] + penalties[1]
 
 
+@cache
+def _minimised(count: int) -> type[Any]:
+    """DEAP's class of so many values to be minimised."""
+    return type("Minimised", (base.Fitness,), {"weights": (-1.0,) * count})
+
+
 def select_survivors(individuals: Sequence[Individual], count: int) -> list[Individual]:
     """At most `count` individuals: the best by merit, then the survivors of NSGA-II among the others.
 
@@ -114,6 +120,6 @@ def tournament(population: Sequence[Individual], rng: random.Random) -> Individu
     return min(rng.choices(population, k=_TOURNAMENT_SIZE), key=lambda individual: individual.merit)
 
 
-def pareto_individuals(individuals: Sequence[Individual]) -> list[Individual]:
-    """Those no other individual beats in every objective, the best by merit first."""
-    return by_merit(individuals[index] for index in pareto_front([one.fitness.values for one in individuals]))
+def pareto(individuals: Sequence[Individual]) -> list[Individual]:
+    """Those no other individual beats in every objective, in their order; of equal ones the first."""
+    return [individuals[index] for index in pareto_front([one.fitness.values for one in individuals])]

@@ -1,15 +1,16 @@
 """The SQLite file under a ledger: schema and its upgrade, opening and refusing, and the form of a column.
 
-Every row of a campaign carries a checksum; all are compared when a file is opened, which takes microseconds a row.
+Every row of a campaign carries a checksum; that all of them match is seen when a file is opened (`seals`).
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,24 @@ from gpmetric.files import checksum
 
 __all__ = [
     "APPLICATION_ID",
+    "DRAWN",
+    "RECOVERY",
+    "SEALED_SINCE",
+    "SUMMED_SINCE",
     "TABLES",
     "UPGRADES",
     "VERSION",
     "VOLATILE",
     "Refusal",
+    "check_structure",
+    "check_tables",
+    "columns_of",
+    "create",
     "explained",
     "from_column",
+    "is_sound",
     "opened",
+    "read_query",
     "row_checksum",
     "schema_version",
     "to_column",
@@ -38,15 +49,15 @@ __all__ = [
 
 _LOG = logging.getLogger(__name__)
 APPLICATION_ID = 0x67706D74  # "gpmt"
-VERSION = 4
+VERSION = 5
+SUMMED_SINCE, SEALED_SINCE = 4, 5  # versions whose rows have checksums, and whose tables have seals
 _ENCODED = frozenset({"population", "rng", "figures", "value", "seconds"})  # columns of JSON
 _OBJECTS = frozenset({"figures", "seconds"})  # of JSON
 VOLATILE = frozenset(
     {"seconds", "seconds_score", "seconds_loss", "duration", "host", "process", "attempt", "finished", "checksum"}
 )
-_AFTER = "restore a copy, or begin anew with another --ledger"
-_RECOVERY = "save what is readable with sqlite3 FILE .recover"
-_HINTS = {sqlite3.SQLITE_CORRUPT: _RECOVERY, sqlite3.SQLITE_CANTOPEN: "its folder must exist and be writable"}
+RECOVERY = "gpmetric ledger check FILE tells all, gpmetric ledger repair FILE -o NEW keeps what is sound"
+_HINTS = {sqlite3.SQLITE_CORRUPT: RECOVERY, sqlite3.SQLITE_CANTOPEN: "its folder must exist and be writable"}
 
 _COLUMNS = {
     "meta": "key TEXT PRIMARY KEY, value TEXT NOT NULL CHECK (json_valid(value))",
@@ -70,26 +81,34 @@ _COLUMNS = {
     "seconds TEXT NOT NULL CHECK (json_valid(seconds))",
     "owner": "id INTEGER PRIMARY KEY CHECK (id = 1), host TEXT NOT NULL, pid INTEGER NOT NULL CHECK (pid > 0), "
     "started TEXT NOT NULL, token TEXT NOT NULL, heartbeat REAL NOT NULL",
+    "seals": "name TEXT PRIMARY KEY, last INTEGER NOT NULL, digest TEXT NOT NULL",
 }
 _DECLARED = re.compile(r"(?:^|, )([a-z_]+) (TEXT|INTEGER|REAL)\b")  # columns and their types
 _KINDS: dict[str, tuple[type, ...]] = {"TEXT": (str,), "INTEGER": (int,), "REAL": (int, float)}
 _ACCEPTED = {name: _KINDS[kind] for columns in _COLUMNS.values() for name, kind in _DECLARED.findall(columns)}
 _INDEX = "CREATE INDEX candidates_canonical ON candidates (canonical)"
-TABLES = tuple(name for name in _COLUMNS if name != "owner")
+DRAWN = ("evaluations", "candidates", "measurements")  # whose rows are of a generation
+TABLES = tuple(name for name in _COLUMNS if name not in ("owner", "seals"))  # whose rows have checksums
 
 
 def _created(name: str) -> str:
     return f"CREATE TABLE {name} ({'checksum TEXT NOT NULL, ' if name in TABLES else ''}{_COLUMNS[name]})"
 
 
+def columns_of(table: str) -> list[str]:
+    """The columns of a table, but for the checksum."""
+    return [column for column, _ in _DECLARED.findall(_COLUMNS[table])]
+
+
 def _rebuilt(name: str) -> tuple[str, str]:
     """Statements that make a table anew, with room for checksums where it has them, from what was renamed."""
-    names = ", ".join(column for column, _ in _DECLARED.findall(_COLUMNS[name]))
+    names = ", ".join(columns_of(name))
     to, of = (f"checksum, {names}", f"'', {names}") if name in TABLES else (names, names)
     return _created(name), f"INSERT INTO {name} ({to}) SELECT {of} FROM old_{name} ORDER BY rowid"
 
 
-_SCHEMA = (*map(_created, _COLUMNS), _INDEX)
+_UNSEALED = (*map(_created, (*TABLES, "owner")), _INDEX)  # version 4
+_SCHEMA = (*_UNSEALED, _created("seals"))
 _NEW = (*_SCHEMA, f"PRAGMA application_id = {APPLICATION_ID}")
 # Version -> what makes a file of it one of the next version. No released program wrote version 1.
 UPGRADES: dict[int, tuple[str, ...]] = {
@@ -116,16 +135,21 @@ UPGRADES: dict[int, tuple[str, ...]] = {
     3: (
         # rows have checksums, which `upgrade` fills in; candidates refer to evaluations
         "DROP INDEX candidates_canonical",
-        *(f"ALTER TABLE {name} RENAME TO old_{name}" for name in reversed(_COLUMNS)),
-        *(statement for name in _COLUMNS for statement in _rebuilt(name)),
-        *(f"DROP TABLE old_{name}" for name in reversed(_COLUMNS)),
+        *(f"ALTER TABLE {name} RENAME TO old_{name}" for name in reversed((*TABLES, "owner"))),
+        *(statement for name in (*TABLES, "owner") for statement in _rebuilt(name)),
+        *(f"DROP TABLE old_{name}" for name in reversed((*TABLES, "owner"))),
         _INDEX,
     ),
+    4: (_created("seals"),),
 }
 
 
 class Refusal(Exception):
-    """Why a ledger cannot be used; becomes a LedgerError naming the file."""
+    """Why a ledger cannot be used, and more lines on that; becomes a LedgerError naming the file."""
+
+    def __init__(self, why: str, details: Iterable[str] = ()) -> None:
+        super().__init__(why)
+        self.details = tuple(details)
 
 
 @contextmanager
@@ -134,11 +158,18 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except Refusal as refusal:
-        raise LedgerError(f"ledger {path} {refusal}") from None
+        raise LedgerError(f"ledger {path} {refusal}", refusal.details) from None
     except (sqlite3.Error, json.JSONDecodeError) as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary one
         hint = "it is a directory" if path.is_dir() else _HINTS.get(code)
         raise LedgerError(f"ledger {path} cannot be used: {error}{f' ({hint})' if hint else ''}") from error
+
+
+def read_query(path: Path) -> str:
+    """How a file is opened that is only read."""
+    # A WAL database in a read-only folder opens only as immutable, which is right when no log is pending.
+    still = not os.access(path.parent, os.W_OK) and not Path(f"{path}-wal").exists()
+    return "mode=ro&immutable=1" if still else "mode=ro"
 
 
 @contextmanager
@@ -162,7 +193,7 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 def schema_version(connection: sqlite3.Connection) -> int:
-    """Version of a sound ledger of ours; 0 for a file that holds nothing yet."""
+    """Version of a ledger of ours; 0 for a file that holds nothing yet."""
     application = connection.execute("PRAGMA application_id").fetchone()[0]
     version: int = connection.execute("PRAGMA user_version").fetchone()[0]
     if application != APPLICATION_ID:
@@ -173,28 +204,58 @@ def schema_version(connection: sqlite3.Connection) -> int:
         raise Refusal(f"has schema version {version}, newer than {VERSION}: it needs a newer gpmetric")
     if version < min(UPGRADES):
         raise Refusal(f"has schema version {version}, which no released gpmetric wrote: it cannot be continued or read")
-    (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-    if verdict != "ok":
-        raise Refusal(f"is damaged: {verdict.splitlines()[-1]} ({_RECOVERY})")
-    for table in _COLUMNS:
-        connection.execute(f"SELECT 1 FROM {table} LIMIT 1")  # a missing one is an error here, not hours later
-    if version == VERSION:
-        _check_rows(connection)
-    else:
-        told = "ledger %r is of an earlier format, without checksums: damage to its rows is not seen"
-        _LOG.warning(told, connection.execute("PRAGMA database_list").fetchone()["file"])
     return version
 
 
-def _check_rows(connection: sqlite3.Connection) -> None:
-    """Refuses a file of which anything was changed but by this program."""
+def check_structure(connection: sqlite3.Connection, version: int) -> None:
+    """Refuses a file of this version that SQLite finds damaged, or as `check_tables` does."""
+    (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+    if verdict != "ok":
+        raise Refusal(f"is damaged: {verdict.splitlines()[-1]} ({RECOVERY})")
+    check_tables(connection, version)
+
+
+def check_tables(connection: sqlite3.Connection, version: int) -> None:
+    """Refuses a file of this version whose tables are not those of a ledger."""
+    for table in (*TABLES, "owner"):
+        connection.execute(f"SELECT 1 FROM {table} LIMIT 1")  # a missing one is an error here, not hours later
+    if version < SUMMED_SINCE:
+        told = "ledger %r is of an earlier format, without checksums: damage to its rows is not seen"
+        _LOG.warning(told, connection.execute("PRAGMA database_list").fetchone()["file"])
+        return
     found = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid")
-    if sorted(statement for (statement,) in found) != sorted(_SCHEMA):
-        raise Refusal("is damaged: its tables are not those of a ledger")
-    for table in TABLES:
-        for number, row in enumerate(map(dict, connection.execute(f"SELECT * FROM {table}")), start=1):
-            if row.pop("checksum") != row_checksum(table, row):
-                raise Refusal(f"is damaged: row {number} of {table} does not match its checksum; {_AFTER}")
+    if sorted(statement for (statement,) in found) != sorted(_SCHEMA if version >= SEALED_SINCE else _UNSEALED):
+        raise Refusal(f"is damaged: its tables are not those of a ledger ({RECOVERY})")
+
+
+def is_sound(table: str, row: Mapping[str, Any]) -> bool:
+    """Whether a row with its checksum is as it was written."""
+    columns = {name: value for name, value in row.items() if name != "checksum"}
+    return bool(row["checksum"] == row_checksum(table, columns))
+
+
+def create(path: Path, tables: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+    """Writes a new ledger with these rows, whole or not at all.
+
+    Args:
+        path: where none is, or an empty file.
+        tables: rows by table in their order, cells as SQLite keeps them.
+    """
+    partial = path.with_name(f".{path.name[:40]}.{os.urandom(6).hex()}.partial")
+    try:
+        with opened(partial, "mode=rwc") as connection, closing(connection), transaction(connection):
+            upgrade(connection, 0)
+            for table, rows in tables.items():
+                for row in rows:
+                    full = {**row, "checksum": row_checksum(table, row)}
+                    places = ", ".join("?" * len(full))
+                    statement = f"INSERT INTO {table} ({', '.join(full)}) VALUES ({places})"
+                    connection.execute(statement, list(full.values()))
+        os.replace(partial, path)
+    except OSError as error:
+        raise LedgerError(f"ledger {path} cannot be written: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def row_checksum(table: str, row: Mapping[str, Any]) -> str:
