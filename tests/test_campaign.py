@@ -484,9 +484,9 @@ def test_stopped_after_every_ledger_write_and_resumed_equals_uninterrupted(
     write = Ledger._write
 
     @contextmanager
-    def counted(ledger: Ledger) -> Iterator[None]:
+    def counted(ledger: Ledger, **how: bool) -> Iterator[None]:
         nonlocal writes
-        with write(ledger):
+        with write(ledger, **how):
             yield
         writes += 1
         if writes > life:

@@ -6,12 +6,16 @@ factors are not searched for, and rank equivalence is a later layer.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from gpmetric.errors import ExpressionError
 from gpmetric.expression.parse import MAX_DEPTH, MAX_NODES
 from gpmetric.expression.primitives import PRIMITIVES
 from gpmetric.expression.rewrite_rules import cancel_opposites
 from gpmetric.expression.to_sympy import algebra, to_sympy
 from gpmetric.expression.tree import Expression, Token, Tokens, fold, order, rooted
+
+_KNOWN = 16_384  # steps that are remembered: a form is looked at again by whoever builds on it
 
 __all__ = ["cancel_opposites", "canonical", "to_sympy"]
 
@@ -32,6 +36,7 @@ def canonical(expression: Expression) -> Expression:
     return min(forms[forms.index(form) :], key=lambda member: (len(member), order(member.tokens)))
 
 
+@lru_cache(_KNOWN)
 def _step(expression: Expression) -> Expression:
     """Both layers once; where sympy's form is longer or cannot be told, the first layer with its arguments sorted."""
     first = _sorted(cancel_opposites(expression))

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 from gpmetric.errors import ExpressionError
@@ -260,6 +261,7 @@ def _tidy(factors: _Factors) -> _Factors:
     return {base: power for base, power in tidied.items() if power}
 
 
+@lru_cache(4096)
 def _rounded(number: float) -> float:
     """The simple fraction at hand, else 12 digits: 0.3/0.1 is to be 3."""
     fraction = float(Fraction(number).limit_denominator(1000))

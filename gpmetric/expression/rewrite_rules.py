@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from gpmetric.expression.primitives import PRIMITIVES
 from gpmetric.expression.sign import nonnegative
@@ -113,6 +114,7 @@ for _rule in RULES:
     _TABLE.setdefault(_pattern[0], []).append((_pattern, _result))
 
 
+@lru_cache(65_536)
 def _rewritten(tokens: Tokens) -> Tokens:
     """Normal form of a tree whose arguments are in normal form already."""
     while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Literal
 
 from gpmetric.expression.primitives import PRIMITIVES
@@ -14,6 +15,7 @@ __all__ = ["Parity", "nonnegative", "parity"]
 Parity = Literal["even", "odd", "neither"]
 
 
+@lru_cache(16_384)
 def nonnegative(tokens: Tokens) -> bool:
     """Whether every value of the tree is >= 0 whatever the operands are, of the sign they have; False when unknown."""
     stack: list[tuple[bool, int]] = []  # sign known, index of the root

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from functools import cache, reduce
+from functools import cache, lru_cache, reduce
 from typing import Any
 
 import sympy as sp
@@ -121,6 +121,7 @@ def _symbol(name: str, signed: bool) -> Any:
     return sp.Symbol(name, real=True) if signed else sp.Symbol(name, nonnegative=True)
 
 
+@lru_cache(4096)
 def _exact(value: float) -> Any:
     """A small fraction where it is the same float, else a sympy.Float."""
     fraction = Fraction(value).limit_denominator(_NICE)

@@ -39,6 +39,7 @@ __all__ = [
     "bench_rows",
     "bench_work",
     "first_failure",
+    "measured_row",
     "run_bench",
 ]
 
