@@ -77,7 +77,12 @@ class DiscoverRequest(Inputs):
     max_nodes: Annotated[int, Option("Size of a formula at most.", least=3)] = 30
     ledger: Annotated[
         Path | None,
-        Option("The campaign's SQLite file; campaign-DATE.sqlite by default.", metavar="FILE", writes="ledger"),
+        Option(
+            "The campaign's SQLite file; campaign-DATE.sqlite by default. A file FILE.stop beside it, or SIGUSR1, ends "
+            "the search after its generation; the result follows, and --resume searches further.",
+            metavar="FILE",
+            writes="ledger",
+        ),
     ] = None
     resume: Annotated[bool, Option("Go on with the ledger if it is there.", names=("--resume",))] = False
     workers: Annotated[
