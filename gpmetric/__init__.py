@@ -1,8 +1,8 @@
 """Discovers pruning metrics for language models by genetic programming.
 
-`discover`, `bench`, `allocate`, `tune`, `prune`, `slim`, `verify`, `evaluate`, `analyse`, `pack` and `unpack` are the
-commands of the command line; `load` opens what they write; `Metric` and `select_mask` score and choose. Importing the
-package imports neither torch nor transformers; using a name does.
+`discover`, `bench`, `allocate`, `tune`, `prune`, `slim`, `verify`, `evaluate`, `analyse`, `status`, `pack` and `unpack`
+are the commands of the command line; `load` opens what they write; `Metric` and `select_mask` score and choose.
+Importing the package imports neither torch nor transformers; using a name does.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from gpmetric.analysis.analyse import analyse
     from gpmetric.errors import GpmetricError
     from gpmetric.evolution.discover import discover
+    from gpmetric.evolution.listener import DiscoverListener
+    from gpmetric.evolution.status import status
     from gpmetric.loading import load, load_model
     from gpmetric.metrics import BASELINES, Metric
     from gpmetric.packing.pack import pack
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 # name -> the module it is in
 _HOMES = {
     "BASELINES": "metrics",
+    "DiscoverListener": "evolution.listener",
     "GpmetricError": "errors",
     "Metric": "metrics",
     "allocate": "allocation.allocate",
@@ -49,6 +52,7 @@ _HOMES = {
     "reproduce": "pruning.reproduce",
     "select_mask": "pruning.mask",
     "slim": "structured.slim",
+    "status": "evolution.status",
     "tune": "tuning.tune",
     "unpack": "packing.unpack",
     "verify": "pruning.verify",
@@ -56,6 +60,7 @@ _HOMES = {
 
 __all__ = [
     "BASELINES",
+    "DiscoverListener",
     "GpmetricError",
     "Metric",
     "allocate",
@@ -72,6 +77,7 @@ __all__ = [
     "reproduce",
     "select_mask",
     "slim",
+    "status",
     "tune",
     "unpack",
     "verify",

@@ -9,6 +9,7 @@ from typing import Any
 from gpmetric.allocation.request import AllocateRequest
 from gpmetric.analysis.request import AnalyseRequest
 from gpmetric.evolution.request import DiscoverRequest
+from gpmetric.evolution.status_request import StatusRequest
 from gpmetric.export.request import ExportRequest
 from gpmetric.lazy import lazy
 from gpmetric.options import Request
@@ -177,6 +178,13 @@ COMMANDS: dict[str, Command] = {
         LayersRequest,
         lazy("gpmetric.session.layers:run_layers"),
         lazy("gpmetric.terminal.layers:print_layers"),
+    ),
+    "status": Command(
+        "Shows where a campaign is, from another terminal: step, progress, speed, best formulas, failures, owner.",
+        StatusRequest,
+        lazy("gpmetric.evolution.status:run_status"),
+        lazy("gpmetric.terminal.status:print_status"),
+        lazy("gpmetric.terminal.status:StatusReport"),
     ),
     "analyse": Command(
         "Shows which operands, operations, sub-expressions and masks go with good fitness in a campaign.",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,43 +13,18 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from gpmetric.evolution.beside import stop_file
 from gpmetric.evolution.discover import run_campaign
 from gpmetric.evolution.ledger import Ledger, winner_of
-from gpmetric.evolution.listener import STEPS, DiscoverListener
-from gpmetric.evolution.request import DiscoverRequest
-from gpmetric.evolution.stop_request import StopRequest, stop_file
+from gpmetric.evolution.listener import STEPS
+from gpmetric.evolution.stop_request import StopRequest
 from gpmetric.terminal.tables import print_discover
-
-
-class Calling(DiscoverListener):
-    """Calls a function after each generation, and keeps what it is told."""
-
-    def __init__(self, call: Callable[[int], None] = lambda number: None) -> None:
-        self.call, self.steps, self.generations, self.results = call, [], [], []  # type: ignore[var-annotated]
-
-    def step(self, name: str) -> None:
-        self.steps.append(name)
-
-    def generation(self, number: int, *_: Any) -> None:
-        self.generations.append(number)
-        self.call(number)
-
-    def finished(self, result: Any) -> None:
-        self.results.append(result)
+from tests.watch_helpers import Calling, tiny_request
 
 
 @pytest.fixture
 def request_for(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> Any:
-    def make(**changes: Any) -> DiscoverRequest:
-        values: dict[str, Any] = {
-            "model": str(tiny_llama), "text": str(tiny_text), "target": ("0.5",), "population": 4, "evaluations": 24,
-            "operands": ("W", "X"), "samples": 4, "search_windows": 2, "windows": 2, "calibration_seeds": 0,
-            "sequence_length": 32, "include": r"\.0\.", "workers": 1, "cache": tmp_path / "cache",
-            "ledger": tmp_path / "a.sqlite",
-        }  # fmt: skip
-        return DiscoverRequest(**(values | changes))
-
-    return make
+    return partial(tiny_request, tiny_llama, tiny_text, tmp_path)
 
 
 def ask_by_file(ledger: Path) -> None:

@@ -14,13 +14,15 @@ import socket
 import sqlite3
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from gpmetric.evolution.sqlite_schema import Refusal, opened, transaction
 from gpmetric.interrupts import check_stop
 
-__all__ = ["STALE_SECONDS", "Heart", "Owner", "Unheard", "beat", "claim", "release", "watch"]
+__all__ = ["STALE_SECONDS", "Heart", "Owner", "Unheard", "beat", "claim", "lives", "release", "watch"]
 
 STALE_SECONDS = 60.0  # without a heartbeat, after which an owner on another host counts as dead
 _BEAT_SECONDS = 10.0  # between two heartbeats, several of which may be late
@@ -141,6 +143,15 @@ def release(connection: sqlite3.Connection, token: str) -> None:
     """Gives the ownership up."""
     with suppress(sqlite3.Error):  # a full disk must not hide what led here
         connection.execute("DELETE FROM owner WHERE token = ?", (token,))
+
+
+def lives(owner: Mapping[str, Any]) -> bool | None:
+    """Whether the driver of a row lives; None where it is of another host or namespace, so that nothing here tells."""
+    boot, _, namespace = _place(owner["started"])
+    here, _, ours = _place(_start_of(os.getpid()))
+    if (namespace, boot) != (ours, here) if namespace else owner["host"] != socket.gethostname():
+        return None
+    return _start_of(owner["pid"]) in (owner["started"], "running")
 
 
 def _start_of(pid: int) -> str:

@@ -14,18 +14,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from gpmetric.errors import GpmetricError
+from gpmetric.evolution.beside import note_file
 from gpmetric.evolution.listener import DiscoverListener
-from gpmetric.files import read_object, write_json
+from gpmetric.files import write_json
 from gpmetric.provenance import gpmetric_version
 
-__all__ = ["ProgressNote", "note_file", "read_note"]
+__all__ = ["ProgressNote"]
 
 _EVERY = 2.0  # seconds between two notes of the same step
-
-
-def note_file(ledger: Path) -> Path:
-    """Where the note of a ledger is."""
-    return ledger.with_name(f"{ledger.name}.progress")
 
 
 class ProgressNote(DiscoverListener):
@@ -67,13 +63,3 @@ class ProgressNote(DiscoverListener):
         self._written = time.monotonic()
         with suppress(GpmetricError):
             write_json(self._path, self._note | {"updated": time.time()})
-
-
-def read_note(ledger: Path) -> dict[str, Any] | None:
-    """The note beside a ledger; None where there is none that can be used."""
-    with suppress(OSError, GpmetricError):
-        note = read_object(note_file(ledger))
-        kinds = {"host": str, "pid": int, "began": float, "step": str, "since": float}
-        if all(isinstance(note.get(name), kind) for name, kind in kinds.items()):
-            return note
-    return None

@@ -8,14 +8,11 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import FrameType
 
-__all__ = ["StopRequest", "stop_file"]
+from gpmetric.evolution.beside import stop_file
+
+__all__ = ["StopRequest"]
 
 _LOG = logging.getLogger(__name__)
-
-
-def stop_file(ledger: Path) -> Path:
-    """The file whose being there ends a campaign's search: `campaign.sqlite.stop`."""
-    return ledger.with_name(f"{ledger.name}.stop")
 
 
 class StopRequest(AbstractContextManager["StopRequest"]):
