@@ -22,7 +22,7 @@ LAYERS = [
     {"evolution", "allocation", "structured", "packing"},
     {"pruning"},
     {"session"},
-    {"calibration", "evaluation", "export"},
+    {"calibration", "evaluation", "export", "tracking"},
     {"codegen", "loading", "metrics", "options"},
     {"blockwise", "blocks"},
     {"expression", "data", "models", "demo", "provenance", "journal", "targets"},

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +21,7 @@ from gpmetric.errors import GpmetricError
 from gpmetric.evolution.campaign import Campaign
 from gpmetric.evolution.document import alone, circumstances, describe_individual, time_split
 from gpmetric.evolution.executors import Executor
+from gpmetric.evolution.generation_hook import GenerationHook
 from gpmetric.evolution.held_out import HeldOut, Measured, choose_finalists
 from gpmetric.evolution.ledger import BUDGET_KEYS, Ledger
 from gpmetric.evolution.listener import DiscoverListener
@@ -33,14 +34,16 @@ from gpmetric.evolution.selection import Individual
 from gpmetric.evolution.stop_request import StopRequest
 from gpmetric.evolution.task_clock import OutOfTime
 from gpmetric.evolution.time_budget import FINALISTS, TimeBudget
+from gpmetric.evolution.tracked import TrackedCampaign
 from gpmetric.evolution.verdict import confidence, decide, doubts, measure_test
 from gpmetric.evolution.workplace import collect_statistics, make_executor, open_sessions, torch_threads
 from gpmetric.files import finite
-from gpmetric.options import as_function
+from gpmetric.options import as_function, settings_of
 from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.listeners import all_of
 from gpmetric.session.session import Session
+from gpmetric.tracking.recorder import Trackers
 
 __all__ = ["campaign_settings", "discover", "find", "run_campaign"]
 
@@ -85,8 +88,19 @@ def run_campaign(
             return result
         asked = stack.enter_context(StopRequest(request.ledger))
         note = stack.enter_context(ProgressNote(request.ledger, deadline.elapsed, request.minutes))
-        told = all_of(DiscoverListener, [note, listener or DiscoverListener()])
+        told = all_of(DiscoverListener, [note, listener or DiscoverListener(), *_others(request, stack)])
         return _run(request, sessions, ledger, told, deadline, asked)
+
+
+def _others(request: DiscoverRequest, stack: ExitStack) -> Iterator[DiscoverListener]:
+    """Who else listens, as the request asks for it, until the stack is closed."""
+    assert request.ledger is not None
+    if request.on_generation is not None:
+        yield stack.enter_context(GenerationHook(request.on_generation, request.ledger))
+    if request.track:
+        trackers = stack.enter_context(Trackers(request.track, request.ledger.stem))
+        trackers.start(settings_of(request))
+        yield TrackedCampaign(trackers)
 
 
 discover = as_function("discover", DiscoverRequest, run_campaign, "model")
