@@ -213,13 +213,17 @@ def test_a_tracker_that_hangs_holds_nothing_up(
     fake: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither while it takes no records, nor at the end; another one beside it is not disturbed."""
-    fake("def init(**options): note('pid', os.getpid()); time.sleep(100)")
+    fake(
+        "import signal\ndef init(**options):\n"
+        "    os.kill(os.getpid(), signal.SIGSTOP if options['project'] == 'full' else 0)\n    time.sleep(9)"
+    )
     monkeypatch.setattr(recorder, "_PARTING", 0.5)
     monkeypatch.setattr(recorder, "_ROOM", 2**16)
-    begun = time.monotonic()
     with Trackers(["trackio:full", "trackio:slow"], "run") as trackers:
         trackers.start({})
         full, _ = trackers._all
+        wait_for(lambda: Path(f"/proc/{full._process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+        begun = time.monotonic()
         for _ in range(4000):
             full.send(b"x" * 99 + b"\n")
         trackers.log(0, {"a": 1.0})

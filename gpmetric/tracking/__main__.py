@@ -9,8 +9,11 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
-from typing import IO
+from queue import SimpleQueue
+from typing import IO, Any
 
 from gpmetric.plain import plain
 from gpmetric.tracking.table import TRACKERS, split_tracker
@@ -38,16 +41,26 @@ def main(text: str, name: str) -> int:
 def _track(text: str, name: str, records: IO[str]) -> None:
     kind, place = split_tracker(text)
     tracker = TRACKERS[kind].make(place, name)
-    has_ended = False
+    waiting: SimpleQueue[list[Any]] = SimpleQueue()
+    threading.Thread(target=_read, args=(records, waiting), daemon=True).start()
+    while True:
+        what, *content = waiting.get()
+        if what == "finish":
+            tracker.finish(*content)
+            return
+        (tracker.start if what == "start" else tracker.log)(*content)
+
+
+def _read(records: IO[str], waiting: SimpleQueue[list[Any]]) -> None:
+    """Passes records on, whatever the tracker hangs in; when the last one is there, it must come to an end."""
+    last: list[Any] = []
     for line in records:
-        what, *content = json.loads(line)
-        has_ended = what == "finish"
-        if has_ended:
-            signal.alarm(_LONGEST)
-        getattr(tracker, {"start": "start", "log": "log", "finish": "finish"}[what])(*content)
-    if not has_ended:  # the command was killed
-        signal.alarm(_LONGEST)
-        tracker.finish(None)
+        last = json.loads(line)
+        waiting.put(last)
+    if last[:1] != ["finish"]:  # the command was killed
+        waiting.put(["finish", None])
+    time.sleep(_LONGEST)
+    os._exit(1)
 
 
 if __name__ == "__main__":
