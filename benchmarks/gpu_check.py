@@ -280,7 +280,7 @@ def _listening(run: Callable[..., Any], told: _Told) -> Any:
     from gpmetric.pruning.bench import BenchListener
     from gpmetric.pruning.prune import PruneListener
     from gpmetric.session.evaluate import EvaluateListener
-    from gpmetric.structured.slim import SlimListener
+    from gpmetric.structured.listener import SlimListener
 
     kinds: dict[str, type[Listener]] = {
         "allocate": AllocateListener, "bench": BenchListener, "discover": DiscoverListener,

@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 
+from gpmetric.allocation.allocate import allocate
 from gpmetric.errors import InputError
 from gpmetric.evolution.discover import run_campaign
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.options import check_request
+from gpmetric.structured.slim import slim
 from gpmetric.tracking import recorder
 from gpmetric.tracking.recorder import Trackers
 from gpmetric.tracking.table import TRACKERS, check_trackers, folders_of
@@ -297,3 +299,25 @@ def test_a_folder_of_events_is_an_output(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "runs").mkdir()
     with pytest.raises(InputError, match="lies in --track tensorboard"):
         check_request(request)
+
+
+def test_allocate_and_slim_are_tracked(fake: Any, tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    noted = fake()
+    texts = {"calibration": str(tiny_text), "samples": 4, "windows": 2, "search_windows": 2, "sequence_length": 32}
+    options: dict[str, Any] = {**texts, "track": "trackio"}
+    front = allocate(str(tiny_llama), sparsity=0.5, evaluations=60, output=tmp_path / "found.json", **options)
+    wait_for(lambda: ["finish"] in noted())
+    begun, *logs, last, _ = noted()
+    assert begun[1]["name"] == "found"
+    assert [row[1] for row in logs] == list(range(len(front["hypervolume"])))
+    assert {"share_of_budget", "loss/middle_sparse", "sparsity/most_sparse"} <= logs[0][2].keys()
+    assert last[2]["result/loss"] == front["picked"]["loss"]
+
+    before = len(noted())
+    smaller = slim(str(tiny_llama), sparsity=0.3, steps=4, output=tmp_path / "smaller", **options)
+    wait_for(lambda: noted()[-1] == ["finish"] and len(noted()) > before)
+    begun, *logs, last, _ = noted()[before:]
+    assert begun[1]["name"] == "smaller"
+    assert logs[-1][2]["loss"] == pytest.approx(smaller["progress"][-1]["loss"])
+    assert logs[-1][2]["share_of_search"] == 1
+    assert last[2]["result/perplexity"] == smaller["perplexity"]

@@ -16,11 +16,12 @@ from gpmetric.errors import GpmetricError, InputError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.evaluation.references import reference_bytes
 from gpmetric.operands import needs_gradients
-from gpmetric.options import as_function
+from gpmetric.options import as_function, settings_of
 from gpmetric.pruning.output_folder import check_folder, check_room, replacing
 from gpmetric.session.caveats import above_start, few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
+from gpmetric.session.listeners import all_of
 from gpmetric.session.session import Listener, Session, open_session
 from gpmetric.session.work import Work
 from gpmetric.structured.cost_budgets import find_pools, macs
@@ -29,6 +30,7 @@ from gpmetric.structured.exchange import PIECES, ExchangeSearch
 from gpmetric.structured.expert_scores import unreached
 from gpmetric.structured.export import Slimmed, check_format, stored_dtypes, written_bytes
 from gpmetric.structured.groups import find_groups
+from gpmetric.structured.listener import SlimListener, TrackedSlim
 from gpmetric.structured.mixtures import experts_kept
 from gpmetric.structured.policy import Policy
 from gpmetric.structured.repair import DAMPINGS, Repairer
@@ -40,9 +42,10 @@ from gpmetric.structured.shrink import Repair, Shrinker
 from gpmetric.structured.slim_checkpoint import COMPARED, describe_slim, write_slimmed
 from gpmetric.structured.starts import Start, best_start, make_start, started_from
 from gpmetric.structured.unit_space import Pool, UnitSpace, find_space, project, top_units
+from gpmetric.tracking.recorder import Trackers
 
 __all__ = [
-    "SHARES", "STEPS", "SearchStart", "SlimListener", "begin", "explore", "identify", "open_units",
+    "SHARES", "STEPS", "SearchStart", "begin", "explore", "identify", "open_units",
     "prepare", "run_slim", "search", "slim", "slim_work",
 ]  # fmt: skip
 
@@ -54,13 +57,6 @@ _COMPARED = 16  # steps' windows that starts are compared on
 _MINUTES = 6.0  # of a search without a budget
 _CAUTION = 1.3  # times what was measured before, on a machine that is busy
 STEPS = 1000  # of a search whose length is told in minutes, or not at all
-
-
-class SlimListener(Listener):
-    """What structured pruning tells while it runs; every method may be overridden."""
-
-    def report(self, report: Mapping[str, Any], share: float) -> None:
-        """A line of the ledger, and the share of the search that is over."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +174,17 @@ def run_slim(
             it was.
     """
     assert request.output is not None
-    told, output, deadline = listener or SlimListener(), request.output, Deadline.starting(request.minutes, started)
+    deadline = Deadline.starting(request.minutes, started)
+    with Trackers(request.track, request.output.name) as trackers:
+        trackers.start(settings_of(request))
+        result = _run(request, all_of(SlimListener, [listener or SlimListener(), TrackedSlim(trackers)]), deadline)
+        trackers.finish({name: result[name] for name in ("parameters_before", "initial", "found", "perplexity")})
+    return result
+
+
+def _run(request: SlimRequest, told: SlimListener, deadline: Deadline) -> dict[str, Any]:
+    output = request.output
+    assert output is not None
     ledger = request.ledger and request.ledger.absolute().parent
     named = (request.model, request.calibration, request.search, request.validation, ledger)
     check_folder(output, request.force, [Path(str(name)) for name in named if name is not None])

@@ -30,7 +30,7 @@ from gpmetric.pruning.prune import PruneListener
 from gpmetric.session.evaluate import EvaluateListener
 from gpmetric.session.plan import Plan
 from gpmetric.session.session import Listener
-from gpmetric.structured.slim import SlimListener
+from gpmetric.structured.listener import SlimListener
 from gpmetric.terminal.figures import duration, figures_of, needs_of, number, recipe_name
 from gpmetric.terminal.narrow import fitted
 from gpmetric.terminal.text import Text
