@@ -127,7 +127,7 @@ def test_whose_a_ledger_is(ledger: Path, change: str, state: str) -> None:
             other.execute(f"UPDATE owner SET {change}")
         assert status(ledger)["state"] == state
         assert state in ("elsewhere", "killed")
-        assert ("go on with" in shown(status(ledger))) is (state == "killed")
+        assert ("--resume goes on" in shown(status(ledger))) is (state == "killed")
 
 
 class Looking(DiscoverListener):

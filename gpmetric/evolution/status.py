@@ -82,7 +82,7 @@ def _look(path: Path) -> dict[str, Any]:
         note = None  # of a driver before
     runs = state in ("running", "elsewhere")
     begun = state != "finished" and {row.generation for row in measured} == {number}
-    step = note["step"] if note else "finished" if state == "finished" else _furthest(held_out, measured)
+    step = note["step"] if note else "finished" if state == "finished" else _furthest(held_out, candidates or measured)
     minutes = (now - note["began"]) / 60 if note and runs else None
     spent = {"generations": number, "evaluations": counts["paid"], "minutes": minutes}
     budget = make_request(DiscoverRequest, {name: settings.get(name) for name in spent}).limits
@@ -127,7 +127,7 @@ def _describe_owner(owner: Mapping[str, Any], now: float) -> dict[str, Any]:
     return {"host": owner["host"], "pid": owner["pid"], "alive": lives(owner), "silent_seconds": silent}
 
 
-def _furthest(held_out: Sequence[HeldOutMeasurement], measured: Sequence[Measurement]) -> str:
+def _furthest(held_out: Sequence[HeldOutMeasurement], searched: Sequence[Any]) -> str:
     """The last step that the ledger holds something of."""
     if any(row.calibration != "calibration" for row in held_out):
         return "draws"
@@ -135,7 +135,7 @@ def _furthest(held_out: Sequence[HeldOutMeasurement], measured: Sequence[Measure
         return "test"
     if any(row.metric not in BASELINES for row in held_out):
         return "finalists"
-    return "search" if measured else "baselines" if held_out else "calibration"
+    return "search" if searched else "baselines" if held_out else "calibration"
 
 
 def _speed(generations: Sequence[Generation]) -> dict[str, float] | None:

@@ -21,8 +21,8 @@ __all__ = ["StatusReport", "print_status"]
 _STATES = {
     "running": "running",
     "elsewhere": "in use elsewhere",
-    "killed": "killed: its driver is gone; go on with gpmetric discover --resume",
-    "stopped": "stopped; go on with gpmetric discover --resume",
+    "killed": "killed",
+    "stopped": "stopped",
     "finished": "finished",
 }
 _SHOWN = 5  # kinds of failures, and workers
@@ -76,12 +76,13 @@ def _shown(document: Mapping[str, Any], width: int) -> Iterator[RenderableType]:
 
 def _headline(document: Mapping[str, Any]) -> str:
     """`campaign.sqlite: running, search (generation 4, 4 windows: 12 of 40)`."""
-    told = f"{document['ledger']}: {_STATES[document['state']]}"
-    if document["state"] == "finished":
+    told, state = f"{document['ledger']}: {_STATES[document['state']]}", document["state"]
+    if state == "finished":
         return told
     progress = document["progress"]
     come = f" ({progress['what']}: {progress['done']} of {progress['total']})" if progress else ""
-    return f"{told}, {'step' if document['state'] in ('running', 'elsewhere') else 'in step'} {document['step']}{come}"
+    further = "; gpmetric discover --resume goes on" if state in ("killed", "stopped") else ""
+    return f"{told}, step {document['step']}{come}{further}"
 
 
 def _owner(owner: Mapping[str, Any] | None) -> str:
