@@ -17,7 +17,10 @@ from gpmetric.evolution.beside import stop_file
 from gpmetric.evolution.discover import run_campaign
 from gpmetric.evolution.ledger import Ledger, winner_of
 from gpmetric.evolution.listener import STEPS
+from gpmetric.evolution.status import status
+from gpmetric.evolution.status_request import StatusRequest
 from gpmetric.evolution.stop_request import StopRequest
+from gpmetric.terminal.status import print_status
 from gpmetric.terminal.tables import print_discover
 from tests.watch_helpers import Calling, tiny_request
 
@@ -54,6 +57,11 @@ def test_a_search_ends_after_its_generation_and_goes_on_when_resumed(
     print_discover(console, short, request)
     assert "--resume" in console.file.getvalue()  # type: ignore[attr-defined]
     assert "--evaluations 24" in console.file.getvalue()  # type: ignore[attr-defined]
+
+    found = status(request.ledger)
+    assert (found["state"], found["result"]["stopped"]) == ("stopped", 0)
+    print_status(console, found, StatusRequest(ledger=request.ledger))
+    assert "its search ended after generation 0, as was asked" in console.file.getvalue()  # type: ignore[attr-defined]
 
     heard = Calling()
     longer = run_campaign(replace(request, resume=True), heard)

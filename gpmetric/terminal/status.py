@@ -79,6 +79,9 @@ def _headline(document: Mapping[str, Any]) -> str:
     told, state = f"{document['ledger']}: {_STATES[document['state']]}", document["state"]
     if state == "finished":
         return told
+    if state == "stopped" and document["result"] is not None:
+        ended = f"its search ended after generation {document['result']['stopped']}, as was asked"
+        return f"{document['ledger']}: has a result, {ended}; gpmetric discover --resume searches further"
     progress = document["progress"]
     come = f" ({progress['what']}: {progress['done']} of {progress['total']})" if progress else ""
     further = "; gpmetric discover --resume goes on" if state in ("killed", "stopped") else ""
