@@ -276,11 +276,11 @@ def _command(place: Place, run: Callable[..., dict[str, Any]], **options: Any) -
 def _listening(run: Callable[..., Any], told: _Told) -> Any:
     """A listener of the command's kind that passes on what it takes."""
     from gpmetric.allocation.allocate import AllocateListener
-    from gpmetric.evolution.discover import DiscoverListener
+    from gpmetric.evolution.listener import DiscoverListener
     from gpmetric.pruning.bench import BenchListener
     from gpmetric.pruning.prune import PruneListener
     from gpmetric.session.evaluate import EvaluateListener
-    from gpmetric.structured.slim import SlimListener
+    from gpmetric.structured.listener import SlimListener
 
     kinds: dict[str, type[Listener]] = {
         "allocate": AllocateListener, "bench": BenchListener, "discover": DiscoverListener,

@@ -5,8 +5,7 @@ ledger holds in the end with that of an undisturbed campaign: every table but it
 committed before the kill must be there afterwards as it was, so that nothing of it was evaluated twice. Rounds are
 
 - `moment`: the driver, at a random moment of its run;
-- `failpoint`: the driver, before or after its first, a middle or its last call of a function that is named, or inside of
-  the transaction;
+- `failpoint`: the driver, before or after its first, a middle or its last call of a function that is named;
 - `final`: the same among the measurements on test text and the draws of the calibration;
 - `worker`: one of two workers, while it works; the driver goes on;
 - `both`: a worker first, and then the driver.

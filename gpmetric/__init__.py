@@ -1,9 +1,9 @@
 """Discovers pruning metrics for language models by genetic programming.
 
-`discover`, `bench`, `allocate`, `tune`, `prune`, `slim`, `verify`, `evaluate`, `analyse`, `pack` and `unpack` are the
-commands of the command line, and `check_ledger`, `repair_ledger`, `export_ledger`, `merge_ledgers` and `free_ledger`
-those of `gpmetric ledger`; `load` opens what they write; `Metric` and `select_mask` score and choose. Importing the
-package imports neither torch nor transformers; using a name does.
+`discover`, `bench`, `allocate`, `tune`, `prune`, `slim`, `verify`, `evaluate`, `analyse`, `status`, `pack` and `unpack`
+are the commands of the command line, and `check_ledger`, `repair_ledger`, `export_ledger`, `merge_ledgers` and
+`free_ledger` those of `gpmetric ledger`; `load` opens what they write; `Metric` and `select_mask` score and choose.
+Importing the package imports neither torch nor transformers; using a name does.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from gpmetric.evolution.ledger_export import export_ledger
     from gpmetric.evolution.ledger_merge import merge_ledgers
     from gpmetric.evolution.ledger_repair import repair_ledger
+    from gpmetric.evolution.listener import DiscoverListener
+    from gpmetric.evolution.status import status
     from gpmetric.loading import load, load_model
     from gpmetric.metrics import BASELINES, Metric
     from gpmetric.packing.pack import pack
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 # name -> the module it is in
 _HOMES = {
     "BASELINES": "metrics",
+    "DiscoverListener": "evolution.listener",
     "GpmetricError": "errors",
     "Metric": "metrics",
     "allocate": "allocation.allocate",
@@ -59,6 +62,7 @@ _HOMES = {
     "reproduce": "pruning.reproduce",
     "select_mask": "pruning.mask",
     "slim": "structured.slim",
+    "status": "evolution.status",
     "tune": "tuning.tune",
     "unpack": "packing.unpack",
     "verify": "pruning.verify",
@@ -66,6 +70,7 @@ _HOMES = {
 
 __all__ = [
     "BASELINES",
+    "DiscoverListener",
     "GpmetricError",
     "Metric",
     "allocate",
@@ -87,6 +92,7 @@ __all__ = [
     "reproduce",
     "select_mask",
     "slim",
+    "status",
     "tune",
     "unpack",
     "verify",

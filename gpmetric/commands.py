@@ -15,6 +15,7 @@ from gpmetric.evolution.ledger_requests import (
     LedgerRequest,
 )
 from gpmetric.evolution.request import DiscoverRequest
+from gpmetric.evolution.status_request import StatusRequest
 from gpmetric.export.request import ExportRequest
 from gpmetric.lazy import lazy
 from gpmetric.options import Request
@@ -184,6 +185,13 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         LayersRequest,
         lazy("gpmetric.session.layers:run_layers"),
         lazy("gpmetric.terminal.layers:print_layers"),
+    ),
+    "status": Command(
+        "Shows where a campaign is, from another terminal: step, progress, speed, best formulas, failures, owner.",
+        StatusRequest,
+        lazy("gpmetric.evolution.status:run_status"),
+        lazy("gpmetric.terminal.status:print_status"),
+        lazy("gpmetric.terminal.status:StatusReport"),
     ),
     "analyse": Command(
         "Shows which operands, operations, sub-expressions and masks go with good fitness in a campaign.",

@@ -35,6 +35,7 @@ __all__ = [
     "command_line",
     "described",
     "make_request",
+    "settings_of",
 ]
 
 
@@ -239,6 +240,12 @@ def described(request: type[Request]) -> tuple[Described, ...]:
         kind = (several or [part for part in parts if part is not NoneType])[0]
         found.append(Described(field.name, kind, NoneType in parts, option, field.default))
     return tuple(sorted(found, key=lambda one: 0 if one.name == "model" else 2 - (one.name in own)))
+
+
+def settings_of(request: Request) -> dict[str, Any]:
+    """Every option that a request offers, by name, with its value."""
+    shown = (field.name for field in described(type(request)) if not field.option.hidden)
+    return {name: getattr(request, name) for name in shown}
 
 
 def command_line(command: str, request: Request) -> str:

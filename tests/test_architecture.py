@@ -23,7 +23,7 @@ LAYERS = [
     {"pruning"},
     {"session"},
     {"executors"},
-    {"calibration", "evaluation", "export"},
+    {"calibration", "evaluation", "export", "tracking"},
     {"codegen", "loading", "metrics", "options"},
     {"blockwise", "blocks"},
     {"expression", "data", "models", "demo", "provenance", "journal", "targets"},

@@ -16,9 +16,10 @@ import torch
 
 from gpmetric.errors import GpmetricError
 from gpmetric.evolution import discover as discovering
-from gpmetric.evolution.discover import DiscoverListener, find, run_campaign
+from gpmetric.evolution.discover import find, run_campaign
 from gpmetric.evolution.held_out import HeldOut
 from gpmetric.evolution.ledger import Ledger
+from gpmetric.evolution.listener import DiscoverListener
 from gpmetric.evolution.multi_model import LabelledTarget
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.tasks import DenseTask, ExcessTask, ProbeTask, SequentialLoss, SequentialTask, Task

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from gpmetric.allocation.allocators import Ground, Problem, diagonal, search
@@ -25,15 +26,17 @@ from gpmetric.allocation.time_plan import FIRST_IN_USE, TimePlan
 from gpmetric.errors import GpmetricError, InputError, TimeOverError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.files import write_json
-from gpmetric.options import as_function
+from gpmetric.options import as_function, settings_of
 from gpmetric.pruning.allocation import read_allocation
 from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
+from gpmetric.session.listeners import all_of
 from gpmetric.session.memory import retried
 from gpmetric.session.session import Listener
 from gpmetric.session.workers import meet
+from gpmetric.tracking.recorder import Trackers
 
-__all__ = ["AllocateListener", "allocate", "run_allocation", "write_pages"]
+__all__ = ["AllocateListener", "TrackedAllocation", "allocate", "run_allocation", "write_pages"]
 
 
 class AllocateListener(Listener):
@@ -41,6 +44,20 @@ class AllocateListener(Listener):
 
     def generation(self, number: int, population: Sequence[Measured], batches: int, spent: float) -> None:
         """A generation is finished: its population, measured on so many batches, and the share of the budget spent."""
+
+
+class TrackedAllocation(AllocateListener):
+    """What trackers are told of each generation: loss and sparsity of the least, the middle and the most sparse."""
+
+    def __init__(self, trackers: Trackers) -> None:
+        self._trackers = trackers
+
+    def generation(self, number: int, population: Sequence[Measured], batches: int, spent: float) -> None:
+        ends = sorted(population, key=lambda one: one.sparsity)
+        figures = {"share_of_budget": spent}
+        for name, one in (("least", ends[0]), ("middle", ends[len(ends) // 2]), ("most", ends[-1])):
+            figures |= {f"loss/{name}_sparse": one.value(batches), f"sparsity/{name}_sparse": one.sparsity}
+        self._trackers.log(number, figures)
 
 
 def run_allocation(
@@ -59,9 +76,15 @@ def run_allocation(
         GpmetricError: the metric gives no scores, no loss is finite, or a file cannot be written.
     """
     meet(request, (listener or AllocateListener()).progress)
-    result = _searched(request, listener or AllocateListener(), Deadline.starting(request.minutes, started))
-    if result["allocation"] is not None:
-        write_json(request.output, result["allocation"])
+    deadline = Deadline.starting(request.minutes, started)
+    with Trackers(request.track, (request.ledger or request.output or Path("allocate")).stem) as trackers:
+        trackers.start(settings_of(request))
+        told = all_of(AllocateListener, [listener or AllocateListener(), TrackedAllocation(trackers)])
+        result = _searched(request, told, deadline)
+        if result["allocation"] is not None:
+            write_json(request.output, result["allocation"])
+        picked = result["picked"] or {}
+        trackers.finish({name: picked.get(name) for name in ("sparsity", "loss")})
     return result
 
 

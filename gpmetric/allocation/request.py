@@ -17,6 +17,7 @@ from gpmetric.pruning.updaters import FITS, UPDATERS, updater_of
 from gpmetric.session.inputs import Staff
 from gpmetric.session.search_inputs import SearchInputs
 from gpmetric.targets import GRANULARITIES, Target, parse_target
+from gpmetric.tracking.table import TRACK, check_trackers, folders_of
 
 __all__ = [
     "ALLOCATORS", "GENES", "MOST_LEVELS", "PATTERNS", "AllocateRequest", "Allocator", "Genes", "parse_pattern", "rules",
@@ -170,11 +171,17 @@ class AllocateRequest(SearchInputs, Staff):
     ] = None
     csv: Annotated[Path | None, Option("Front and baselines as a table.", metavar="FILE", writes="table")] = None
     plot: Annotated[Path | None, Option("Front and heat map: .png or .pdf.", metavar="FILE", writes="picture")] = None
+    track: Annotated[tuple[str, ...], TRACK] = ()
     force: Annotated[bool, FORCE_FILES] = False
+
+    @property
+    def beside(self) -> dict[str, tuple[Path, str]]:
+        return folders_of(self.track)
 
     def check(self) -> None:
         metric = resolve_metric(self.metric)
         super().check()
+        check_trackers(self.track)
         self._check_update(metric)
         for text in self.patterns:
             parse_pattern(text)

@@ -33,12 +33,18 @@ class Campaign:
     Attributes:
         executor: whose clock may end the search inside a generation.
         on_generation: called after every generation with its number and the campaign.
+        is_asked_to_end: asked after that, while it would go on.
+        progress: told of measurements inside a generation.
+        ended: whether it ended because it was asked to.
     """
 
     config: SearchConfig
     ledger: Ledger
     executor: Executor
     on_generation: Callable[[int, Campaign], None] = lambda number, campaign: None
+    is_asked_to_end: Callable[[], bool] = lambda: False
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    ended: bool = False
 
     def __post_init__(self) -> None:
         self._rng = random.Random(self.config.seed)
@@ -55,15 +61,16 @@ class Campaign:
         self._barren = 0  # generations in a row that found nothing worth evaluating
 
     def run(self) -> None:
-        """Runs, or goes on, until the budget is spent, time is out, or nothing new is found.
+        """Runs, or goes on, until the budget is spent, time is out, nothing new is found, or it is asked to end.
 
         Raises:
             GpmetricError: no formula at all could be evaluated, though there was time.
             LedgerError: the ledger holds other draws than this campaign makes.
         """
         self._restore()
-        while self.wants_more() and self._generation():
+        while not self.ended and self.wants_more() and self._generation():
             self.on_generation(self._number - 1, self)
+            self.ended = self.is_asked_to_end() and self.wants_more()
         if not self.executor.clock.limited and not self.front():
             raise GpmetricError("no formula could be evaluated; the ledger holds the reasons")
 
@@ -78,6 +85,11 @@ class Campaign:
             self._best = pareto([*self._best, *map(self._individual, rows)])
             self._fronted = rows[-1].id or 0
         return by_merit(self._best)
+
+    @property
+    def last_generation(self) -> int | None:
+        """The number of the last finished one."""
+        return self._number - 1 if self._number else None
 
     def wants_more(self) -> bool:
         """Whether it would go on: neither is its budget spent, nor is nothing new to be expected."""
@@ -117,7 +129,7 @@ class Campaign:
             self._rng.seed(self._seeds[self._number])
         draws = self._breeder.draw(self._number, self._population, self._seen.forms.keys())
         self._drawn = {draw.form.name: draw.form for draw in draws}
-        halving = SuccessiveHalving(self.config, self.ledger, self.executor, self._seen, self._number)
+        halving = SuccessiveHalving(self.config, self.ledger, self.executor, self._seen, self._number, self.progress)
         paid = halving.run(draws, self._affordable())
         if paid is None:
             return False

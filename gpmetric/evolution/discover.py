@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -19,26 +19,33 @@ from gpmetric.errors import GpmetricError, LedgerError
 from gpmetric.evolution.campaign import Campaign
 from gpmetric.evolution.document import alone, circumstances, describe_individual, time_split
 from gpmetric.evolution.fork import population_of
+from gpmetric.evolution.generation_hook import GenerationHook
 from gpmetric.evolution.held_out import HeldOut, Measured, choose_finalists
 from gpmetric.evolution.ledger import Ledger
+from gpmetric.evolution.listener import DiscoverListener
 from gpmetric.evolution.multi_model import label_targets
+from gpmetric.evolution.progress_note import ProgressNote
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.rungs import describe_rungs
 from gpmetric.evolution.search_config import SearchConfig, make_config
 from gpmetric.evolution.selection import Individual
 from gpmetric.evolution.settings import BUDGET_KEYS
-from gpmetric.evolution.time_budget import FINALISTS, CampaignPlan, TimeBudget
+from gpmetric.evolution.stop_request import StopRequest
+from gpmetric.evolution.time_budget import FINALISTS, TimeBudget
+from gpmetric.evolution.tracked import TrackedCampaign
 from gpmetric.evolution.verdict import confidence, decide, doubts, measure_test
 from gpmetric.evolution.workplace import collect_statistics, make_executor, open_sessions
 from gpmetric.executors import Executor, OutOfTime
 from gpmetric.files import finite
-from gpmetric.options import as_function
+from gpmetric.options import as_function, settings_of
 from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
-from gpmetric.session.session import Listener, Session
+from gpmetric.session.listeners import all_of
+from gpmetric.session.session import Session
 from gpmetric.session.workers import meet, torch_threads
+from gpmetric.tracking.recorder import Trackers
 
-__all__ = ["DiscoverListener", "campaign_settings", "discover", "find", "run_campaign"]
+__all__ = ["campaign_settings", "discover", "find", "run_campaign"]
 
 _MORE = 36  # finalists that may follow the first ones within a share of --minutes
 # options that decide what a campaign finds: one that goes on must agree in all of them
@@ -46,19 +53,6 @@ _DETERMINING = (
     "target", "update", "objective", "group", "operands", "primitives", "start", "forbid", "population", "max_nodes",
     "calibration_seeds", "seed", "include", "exclude",
 )  # fmt: skip
-
-
-class DiscoverListener(Listener):
-    """What a campaign tells while it runs; every method may be overridden."""
-
-    def baselines(self, excess: Mapping[str, Mapping[str, float]]) -> None:
-        """The baselines' excess on validation by name and target."""
-
-    def plan(self, plan: CampaignPlan, cut: Sequence[str]) -> None:
-        """How the time is shared, and what was left out so far, before the search; not called without a limit."""
-
-    def generation(self, number: int, front: Sequence[Individual], counts: Mapping[str, int]) -> None:
-        """A generation is finished."""
 
 
 def run_campaign(
@@ -91,12 +85,31 @@ def run_campaign(
     if len(sessions) == 1:  # of several, one after the other is in memory
         next(iter(sessions.values())).start()
     settings = campaign_settings(request, sessions)
-    with Ledger.open(request.ledger, settings, resume=request.resume, reseed=request.reseed, fork=fork) as ledger:
+    opened = Ledger.open(request.ledger, settings, resume=request.resume, reseed=request.reseed, fork=fork)
+    with ExitStack() as stack:
+        ledger = stack.enter_context(opened)
         if request.fork is not None and "fork" not in ledger.history:
             raise LedgerError(
                 f"ledger {request.ledger} was not begun by --fork: leave it out, or name another --ledger"
             )
-        return ledger.result() or _run(request, sessions, ledger, listener or DiscoverListener(), deadline)
+        result = ledger.result()
+        if result is not None and result.get("stopped") is None:
+            return result
+        asked = stack.enter_context(StopRequest(request.ledger))
+        note = stack.enter_context(ProgressNote(request.ledger, deadline.elapsed, request.minutes))
+        told = all_of(DiscoverListener, [note, listener or DiscoverListener(), *_others(request, stack)])
+        return _run(request, sessions, ledger, told, deadline, asked)
+
+
+def _others(request: DiscoverRequest, stack: ExitStack) -> Iterator[DiscoverListener]:
+    """Who else listens, as the request asks for it, until the stack is closed."""
+    assert request.ledger is not None
+    if request.on_generation is not None:
+        yield stack.enter_context(GenerationHook(request.on_generation, request.ledger))
+    if request.track:
+        trackers = stack.enter_context(Trackers(request.track, request.ledger.stem))
+        trackers.start(settings_of(request))
+        yield TrackedCampaign(trackers)
 
 
 def _goes_on(request: DiscoverRequest) -> bool:
@@ -130,9 +143,11 @@ def _run(
     ledger: Ledger,
     told: DiscoverListener,
     deadline: Deadline,
+    asked: Callable[[], bool],
 ) -> dict[str, Any]:
     """The result of a campaign that has none yet, saved in its ledger."""
     loaded = deadline.elapsed
+    told.step("calibration")
     progress = deadline.watching(told.progress)
     statistics = {}
     for name, session in sessions.items():
@@ -149,12 +164,14 @@ def _run(
         read = ("calibration", "validation", "test")
         fewest = min(len(session.windows[split].tokens) for session in sessions.values() for split in read)
         held_out = HeldOut(
-            executor, label_targets(request.target, sessions), request.update, request.fit, ledger, fewest
-        )
-        found, steps = find(request, sessions, held_out, told, TimeBudget(deadline), seconds)
+            executor, label_targets(request.target, sessions), request.update, request.fit, ledger, fewest,
+            progress=told.progress,
+        )  # fmt: skip
+        found, steps = find(request, sessions, held_out, told, TimeBudget(deadline), seconds, asked)
     seconds |= steps | {"total": deadline.elapsed}
     result: dict[str, Any] = finite(found | circumstances(request, sessions, ledger))
     ledger.save_result(result, seconds)
+    told.finished(result)
     return result | {"seconds": seconds}
 
 
@@ -165,6 +182,7 @@ def find(
     told: DiscoverListener,
     budget: TimeBudget,
     before: Mapping[str, float],
+    asked: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Baselines on validation, the generation loop, the finalists, and the test.
 
@@ -172,6 +190,7 @@ def find(
         held_out: whose executor evaluates; it is given the budget's clock.
         budget: the time that there is.
         before: seconds by step until now.
+        asked: whether the search is to end after its present generation.
 
     Returns:
         What is found, as the result tells it, and seconds by step.
@@ -181,6 +200,7 @@ def find(
     """
     ledger, now, first = held_out.ledger, budget.deadline.now, request.baselines_by_importance[0]
     held_out.executor.clock = budget.clock
+    told.step("baselines")
     start = now()
     try:
         dense = {"search": held_out.dense("search")}
@@ -201,15 +221,22 @@ def find(
     searching = now()
     labels = tuple(target.label for target in held_out.targets)
     config = make_config(request, sessions, labels, ledger.history.get("fork", {}).get("formulas", ()))
-    campaign = _search(config, ledger, held_out.executor, told)
+    told.step("search")
+    campaign = _search(config, ledger, held_out.executor, told, asked)
     budget.end_search()
+    stopped = campaign.last_generation if campaign.ended else None
+    if stopped is not None:
+        budget.cut.append(f"search: ended after generation {stopped}, as was asked")
     judging = now()
+    told.step("finalists")
     front = campaign.front()
     finalists = _measure_finalists(held_out, front, len(baselines), budget)
     verdict = decide(request, finalists, baselines, ledger.counts()["paid"])
+    told.step("test")
     dense["test"] = _dense_test(held_out)
     tested = measure_test(held_out, request, verdict, (finalists, baselines), budget)
     drawing = now()
+    told.step("draws")
     drawn = confidence(held_out, tested, request.calibration_draws, budget)
     few = {name: few_tokens(session) for name, session in sessions.items()}
     prefix = len(sessions) > 1
@@ -225,6 +252,7 @@ def find(
         "dense": {split: alone(ppl) for split, ppl in dense.items()},
         "plan": None if plan is None else asdict(plan),
         "cut": budget.cut,
+        "stopped": stopped,
     }
     seconds |= {"search": judging - searching, "final": drawing - judging, "confidence": now() - drawing}
     return document, seconds | {"per_evaluation": time_split(ledger)}
@@ -237,13 +265,15 @@ def _too_short(request: DiscoverRequest) -> GpmetricError:
     )
 
 
-def _search(config: SearchConfig, ledger: Ledger, executor: Executor, told: DiscoverListener) -> Campaign:
+def _search(
+    config: SearchConfig, ledger: Ledger, executor: Executor, told: DiscoverListener, asked: Callable[[], bool]
+) -> Campaign:
     """The generation loop, run to its end."""
 
     def tell(number: int, campaign: Campaign) -> None:
         told.generation(number, campaign.front(), ledger.counts())
 
-    campaign = Campaign(config, ledger, executor, on_generation=tell)
+    campaign = Campaign(config, ledger, executor, tell, asked, told.progress)
     campaign.run()
     return campaign
 

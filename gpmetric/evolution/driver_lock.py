@@ -32,6 +32,7 @@ __all__ = [
     "claim",
     "describe_owner",
     "free",
+    "lives",
     "release",
     "watch",
 ]
@@ -205,6 +206,15 @@ def release(connection: sqlite3.Connection, token: str) -> None:
     """Gives the ownership up."""
     with suppress(sqlite3.Error):  # a full disk must not hide what led here
         connection.execute("DELETE FROM owner WHERE token = ?", (token,))
+
+
+def lives(owner: Mapping[str, Any]) -> bool | None:
+    """Whether the driver of a row lives; None where it is of another host or namespace, so that nothing here tells."""
+    boot, _, namespace = _place(owner["started"])
+    here, _, ours = _place(_start_of(os.getpid()))
+    if (namespace, boot) != (ours, here) if namespace else owner["host"] != socket.gethostname():
+        return None
+    return _start_of(owner["pid"]) in (owner["started"], "running")
 
 
 def _start_of(pid: int) -> str:

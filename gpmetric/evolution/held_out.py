@@ -22,6 +22,7 @@ from gpmetric.evolution.tasks import DenseTask, SequentialLoss, SequentialTask
 from gpmetric.executors import Executor, Outcome, OutOfTime
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
 from gpmetric.pruning.updaters import UPDATERS
+from gpmetric.session.session import Progress, silent
 
 __all__ = ["HeldOut", "HeldOutFigures", "choose_finalists", "choose_winner", "interval"]
 
@@ -82,6 +83,7 @@ class HeldOut:
         ledger: takes every measurement as soon as it is there; one it has is not made again.
         fewest_windows: of validation, test or calibration.
         part: only 1/part of the windows is read, of text as of calibration.
+        progress: told of measurements.
     """
 
     executor: Executor
@@ -91,6 +93,7 @@ class HeldOut:
     ledger: Ledger
     fewest_windows: int = 1
     part: int = 1
+    progress: Progress = silent
 
     def dense(self, split: str) -> dict[str, float]:
         """Perplexity of the dense model on a split, by model; a GpmetricError where it is not finite."""
@@ -109,8 +112,12 @@ class HeldOut:
         known = self._known(split, calibration)
         missing = [(metric, at) for metric, at in asked if (metric.name, at.label) not in known]
         tasks = [self._task(metric, at, split, calibration) for metric, at in missing]
+        names = list(dict.fromkeys(metric.name for metric, _ in missing))
+        what = f"{names[0] if len(names) == 1 else f'{len(names)} metrics'} on the {split} text"
         with suppress(OutOfTime):
-            for (metric, at), outcome in zip(missing, self.executor.map_ordered(tasks), strict=True):
+            outcomes = zip(missing, self.executor.map_ordered(tasks), strict=True)
+            for done, ((metric, at), outcome) in enumerate(outcomes):
+                self.progress(what, done + 1, len(missing))
                 row = self._row(metric, at, split, calibration, outcome)
                 self.ledger.hold_out(row)
                 known[metric.name, at.label] = row

@@ -147,6 +147,10 @@ class Ledger(AbstractContextManager["Ledger"]):
         """All that is written inside is there at once, or nothing of it."""
         return self._write()
 
+    def owner(self) -> dict[str, Any] | None:
+        """Whose the ledger is, as `driver_lock.lives` takes it; None where no driver has it."""
+        return next(iter(self._query("SELECT * FROM owner")), None)
+
     def record(self, candidate: Candidate, evaluation: Evaluation | None = None) -> int | None:
         """Id of the candidate's evaluation after writing the candidate and, if new, its evaluation.
 
@@ -191,9 +195,9 @@ class Ledger(AbstractContextManager["Ledger"]):
         with self._write():
             self._insert("judgements", asdict(measurement), "OR IGNORE")
 
-    def held_out(self, split: str, calibration: str) -> list[HeldOutMeasurement]:
-        """Every measurement on a split with statistics of some calibration windows, in the order made."""
-        tail = "judgements WHERE split = ? AND calibration = ? ORDER BY rowid"
+    def held_out(self, split: str | None = None, calibration: str | None = None) -> list[HeldOutMeasurement]:
+        """Every measurement on a split with statistics of some calibration windows, in the order made, or on all."""
+        tail = "judgements WHERE (?1 IS NULL OR split = ?1) AND (?2 IS NULL OR calibration = ?2) ORDER BY rowid"
         return self._select(HeldOutMeasurement, tail, split, calibration)
 
     def commit_generation(self, number: int, population: Any, rng: Any) -> None:

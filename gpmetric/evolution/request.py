@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -12,6 +14,7 @@ from typing import Annotated, Any, Self
 
 from gpmetric.errors import InputError, one_of
 from gpmetric.evaluation.objectives import OBJECTIVES
+from gpmetric.evolution.beside import note_file
 from gpmetric.evolution.grammar import FORBIDDEN, Nesting, foreign_to
 from gpmetric.expression import PRIMITIVES
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
@@ -21,6 +24,7 @@ from gpmetric.pruning.requests import FIT, MODELS, UPDATE, check_fit, target_opt
 from gpmetric.pruning.updaters import UPDATERS
 from gpmetric.session.inputs import Inputs, Staff, Texts
 from gpmetric.targets import parse_target, plain_granularities
+from gpmetric.tracking.table import TRACK, check_trackers, folders_of
 
 __all__ = ["SPLITS", "DiscoverRequest", "parse_nesting"]
 
@@ -77,7 +81,12 @@ class DiscoverRequest(Inputs, Staff):
     max_nodes: Annotated[int, Option("Size of a formula at most.", least=3)] = 30
     ledger: Annotated[
         Path | None,
-        Option("The campaign's SQLite file; campaign-DATE.sqlite by default.", metavar="FILE", writes="ledger"),
+        Option(
+            "The campaign's SQLite file; campaign-DATE.sqlite by default. A file FILE.stop beside it, or SIGUSR1, ends "
+            "the search after its generation; the result follows, and --resume searches further.",
+            metavar="FILE",
+            writes="ledger",
+        ),
     ] = None
     resume: Annotated[bool, Option("Go on with the ledger if it is there.", names=("--resume",))] = False
     fork: Annotated[
@@ -94,6 +103,15 @@ class DiscoverRequest(Inputs, Staff):
             "draws from its own.", names=("--reseed",),
         ),
     ] = False  # fmt: skip
+    on_generation: Annotated[
+        str | None,
+        Option(
+            "Started after each generation, without a shell and not waited for; GPMETRIC_GENERATION, _LEDGER, "
+            "_EVALUATIONS, _FORMULA and _MEAN_EXCESS are in its environment, the front is its input, as JSON.",
+            metavar="COMMAND",
+        ),
+    ] = None
+    track: Annotated[tuple[str, ...], TRACK] = ()
     cache: Annotated[
         Path | None, Option("Statistics cache; ~/.cache/gpmetric by default.", metavar="DIR", writes="cache")
     ] = None
@@ -124,6 +142,9 @@ class DiscoverRequest(Inputs, Staff):
             parse_nesting(nesting)
         for formula in self.start:
             self._check_start(formula)
+        if self.on_generation is not None:
+            _check_command("--on-generation", self.on_generation)
+        check_trackers(self.track)
         named = [f"--{split}" for split in SPLITS if getattr(self, split) is not None]
         if self.reseed and not self.resume and self.fork is None:
             raise InputError("--reseed needs --resume: a new campaign draws from its own --seed")
@@ -147,6 +168,11 @@ class DiscoverRequest(Inputs, Staff):
     def prolonged(self) -> Self:
         """The request that goes on with this campaign, with twice its budget."""
         return replace(self, resume=True, **{name: 2 * limit for name, limit in self.limits.items() if limit})
+
+    @property
+    def beside(self) -> dict[str, tuple[Path, str]]:
+        note = {"the note of a ledger's progress": (note_file(self.ledger), "json")} if self.ledger else {}
+        return note | folders_of(self.track)
 
     def completed(self) -> Self:
         return self if self.ledger else replace(self, ledger=Path(f"campaign-{datetime.now():%Y%m%d-%H%M%S}.sqlite"))
@@ -208,6 +234,16 @@ def parse_nesting(text: str) -> Nesting:
         raise InputError(f"--forbid must be like exp(log), outer(inner), but got {text!r:.60}")
     _check_names("--forbid", found.groups(), PRIMITIVES)
     return found[1], found[2]
+
+
+def _check_command(option: str, command: str) -> None:
+    """Refuses what cannot be taken apart, or names no program."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise InputError(f"{option} {command!r:.60} is no command: {error}") from error
+    if not words or shutil.which(words[0]) is None:
+        raise InputError(f"{option} {command!r:.60}: there is no program {words[0] if words else ''!r}")
 
 
 def _check_names(option: str, names: Iterable[str], known: Iterable[str]) -> None:

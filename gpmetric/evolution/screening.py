@@ -7,7 +7,7 @@ matrices, the loss on few search windows, and the loss on all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -47,6 +47,7 @@ class SuccessiveHalving:
     Attributes:
         ledger: takes every measurement as soon as it is there.
         seen: what was drawn in the generations before.
+        progress: told of the measurements on a rung.
     """
 
     config: SearchConfig
@@ -54,6 +55,7 @@ class SuccessiveHalving:
     executor: Executor
     seen: Seen
     generation: int
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
 
     def __post_init__(self) -> None:
         self._known = {(row.position, row.rung): row for row in self.ledger.measurements(self.generation)}
@@ -112,6 +114,7 @@ class SuccessiveHalving:
         """Stores what is missing on a rung; of several metrics that are lost with their worker, again one by one."""
         missing = [position for position in positions if (position, rung.name) not in self._known]
         batches = [missing[start : start + rung.together] for start in range(0, len(missing), rung.together)]
+        what, done = f"generation {self.generation}, {rung.name}", 0
         while batches:
             lost: list[int] = []
             tasks = [rung.task([metrics[position] for position in batch]) for batch in batches]
@@ -120,6 +123,8 @@ class SuccessiveHalving:
                     lost += batch
                 else:
                     self._store(rung.name, batch, outcome)
+                    done += len(batch)
+                    self.progress(what, done, len(missing))
             batches = [[position] for position in lost]
 
     def _store(self, rung: str, batch: Sequence[int], outcome: Outcome) -> None:

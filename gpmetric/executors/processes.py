@@ -136,9 +136,9 @@ def _main_hidden() -> Iterator[None]:
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Keep Ctrl-C from a process that starts inside: it inherits the mask, ours comes after."""
+    """Keep Ctrl-C and SIGUSR1 from a process that starts inside: it inherits the mask, ours comes after."""
     resource_tracker.ensure_running()  # otherwise start() does, and lifts the mask
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
     try:
         yield
     finally:

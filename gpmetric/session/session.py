@@ -41,14 +41,14 @@ from gpmetric.session.plan import Plan, make_plan
 from gpmetric.session.splits import Sources, open_sources, read_splits
 from gpmetric.session.work import Work
 
-__all__ = ["Listener", "Progress", "Session", "open_session", "plan_command", "plan_session"]
+__all__ = ["Listener", "Progress", "Session", "open_session", "plan_command", "plan_session", "silent"]
 
 _LOG = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # what, done, in all
 
 
-def _silent(what: str, done: int, total: int) -> None:
+def silent(what: str, done: int, total: int) -> None:
     """Tells nobody."""
 
 
@@ -104,7 +104,7 @@ class Session:
         """The metric behind a text, of as many sequences and tokens as the calibration has."""
         return resolve_metric(text, *self.tokens.shape)
 
-    def statistics(self, names: Collection[str], progress: Progress = _silent) -> Statistics:
+    def statistics(self, names: Collection[str], progress: Progress = silent) -> Statistics:
         """Statistics of the dense model by name; what is at hand already is not collected again."""
         held = frozenset[str]() if self.dense is None else self.dense.names
         missing = held.union(names) - held
@@ -118,12 +118,12 @@ class Session:
             self._note_starved(missing)
         return self.dense
 
-    def blocks(self, names: Collection[str], progress: Progress = _silent) -> Iterator[dict[str, LayerStatistics]]:
+    def blocks(self, names: Collection[str], progress: Progress = silent) -> Iterator[dict[str, LayerStatistics]]:
         """Statistics of the model as it is, block by block, of which nothing is kept."""
         told, plan = partial(progress, "calibration"), self.plan
         return collect_blocks(self.model, self.tokens, names, progress=told, at_once=plan.kept, room=plan.room)
 
-    def stored_statistics(self, names: Collection[str], folder: Path | None, progress: Progress = _silent) -> Path:
+    def stored_statistics(self, names: Collection[str], folder: Path | None, progress: Progress = silent) -> Path:
         """The file of the statistics cache that holds statistics of the dense model, written if it is not there.
 
         Args:

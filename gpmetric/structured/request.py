@@ -15,6 +15,7 @@ from gpmetric.options import Option
 from gpmetric.pruning.requests import FORCE, OUTPUT
 from gpmetric.session.inputs import Staff
 from gpmetric.session.search_inputs import SearchInputs
+from gpmetric.tracking.table import TRACK, check_trackers, folders_of
 
 __all__ = [
     "BUDGETS",
@@ -249,7 +250,12 @@ class SlimRequest(SearchInputs, Staff):
     batch: Annotated[int, Option("Windows that models are measured on together.", least=1)] = 1
     rate: Annotated[float | None, Option("Of the first step; the estimator's own by default.", above=0)] = None
     search_windows: Annotated[int, Option("Windows of the search text.", least=1)] = 256
+    track: Annotated[tuple[str, ...], TRACK] = ()
     force: Annotated[bool, FORCE] = False
+
+    @property
+    def beside(self) -> dict[str, tuple[Path, str]]:
+        return folders_of(self.track)
 
     def check(self) -> None:
         if self.output is None:
@@ -257,6 +263,7 @@ class SlimRequest(SearchInputs, Staff):
         if not self.granularity:
             raise InputError(f"--granularity is empty: accepted are {', '.join(UNIT_KINDS)}")
         super().check()
+        check_trackers(self.track)
         if self.start not in STARTS:
             resolve_metric(self.start)
         if self.rate is not None and ESTIMATORS[self.estimator].rate is None:

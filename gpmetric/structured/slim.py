@@ -15,12 +15,12 @@ from torch import Tensor
 
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.evaluation.perplexity import perplexity
-from gpmetric.options import as_function
+from gpmetric.options import as_function, settings_of
 from gpmetric.pruning.output_folder import check_folder, check_room, replacing
 from gpmetric.session.caveats import above_start, few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
-from gpmetric.session.session import Listener
+from gpmetric.session.listeners import all_of
 from gpmetric.session.workers import meet, torch_threads
 from gpmetric.structured.cost_budgets import find_pools, macs
 from gpmetric.structured.draw_objective import DrawObjective
@@ -28,6 +28,7 @@ from gpmetric.structured.draws import Measurer
 from gpmetric.structured.exchange import ExchangeSearch
 from gpmetric.structured.expert_scores import unreached
 from gpmetric.structured.export import Slimmed, stored_dtypes, written_bytes
+from gpmetric.structured.listener import SlimListener, TrackedSlim
 from gpmetric.structured.mixtures import experts_kept
 from gpmetric.structured.open_units import draws_executor, make_repairer, open_units
 from gpmetric.structured.policy import Policy
@@ -40,10 +41,10 @@ from gpmetric.structured.shrink import Repair, Shrinker
 from gpmetric.structured.slim_checkpoint import describe_slim, write_slimmed
 from gpmetric.structured.starts import Start, best_start, make_start, started_from
 from gpmetric.structured.unit_space import Pool, UnitSpace, find_space, project, top_units
+from gpmetric.tracking.recorder import Trackers
 
 __all__ = [
-    "SHARES", "SearchStart", "SlimListener", "begin", "explore", "identify", "prepare", "run_slim",
-    "search", "slim",
+    "SHARES", "SearchStart", "begin", "explore", "identify", "prepare", "run_slim", "search", "slim",
 ]  # fmt: skip
 
 # Of what a search found. Excess on validation at 0.2, 800 steps, by share: gpt2-3m 0.025, 0.020, 0.018, 0.017, 0.016,
@@ -53,13 +54,6 @@ _JUDGED = 64  # steps' windows that they are judged on
 _COMPARED = 16  # steps' windows that starts are compared on
 _MINUTES = 6.0  # of a search without a budget
 _CAUTION = 1.3  # times what was measured before, on a machine that is busy
-
-
-class SlimListener(Listener):
-    """What structured pruning tells while it runs; every method may be overridden."""
-
-    def report(self, report: Mapping[str, Any], share: float) -> None:
-        """A line of the ledger, and the share of the search that is over."""
 
 
 @dataclass(frozen=True)
@@ -151,14 +145,19 @@ def run_slim(
         GpmetricError: no drawn model has a finite loss, or what was written is not what was found; `output` is then as
             it was.
     """
+    assert request.output is not None
     meet(request, (listener or SlimListener()).progress)
-    with torch_threads():  # a model that workers share takes its own number
-        return _run(request, listener or SlimListener(), Deadline.starting(request.minutes, started))
+    deadline = Deadline.starting(request.minutes, started)
+    with torch_threads(), Trackers(request.track, request.output.name) as trackers:  # workers' models take their own
+        trackers.start(settings_of(request))
+        result = _run(request, all_of(SlimListener, [listener or SlimListener(), TrackedSlim(trackers)]), deadline)
+        trackers.finish({name: result[name] for name in ("parameters_before", "initial", "found", "perplexity")})
+    return result
 
 
 def _run(request: SlimRequest, told: SlimListener, deadline: Deadline) -> dict[str, Any]:
-    assert request.output is not None
     output = request.output
+    assert output is not None
     ledger = request.ledger and request.ledger.absolute().parent
     named = (request.model, request.calibration, request.search, request.validation, ledger)
     check_folder(output, request.force, [Path(str(name)) for name in named if name is not None])

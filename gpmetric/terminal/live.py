@@ -20,8 +20,8 @@ from rich.table import Table
 
 from gpmetric.allocation.allocate import AllocateListener
 from gpmetric.allocation.evaluation_log import Measured
-from gpmetric.evolution.discover import DiscoverListener
 from gpmetric.evolution.fitness import mean_excess
+from gpmetric.evolution.listener import DiscoverListener
 from gpmetric.evolution.selection import Individual
 from gpmetric.evolution.time_budget import CampaignPlan
 from gpmetric.plain import plain
@@ -30,7 +30,7 @@ from gpmetric.pruning.prune import PruneListener
 from gpmetric.session.evaluate import EvaluateListener
 from gpmetric.session.plan import Plan
 from gpmetric.session.session import Listener
-from gpmetric.structured.slim import SlimListener
+from gpmetric.structured.listener import SlimListener
 from gpmetric.terminal.figures import duration, figures_of, needs_of, number, recipe_name
 from gpmetric.terminal.narrow import fitted
 from gpmetric.terminal.text import Text
@@ -53,6 +53,12 @@ _SLIM_SECONDS = 10  # between two lines of a structured search
 _LONG, _LARGE = 20, 2 * 10**9  # seconds and bytes from which on a plan is told
 _QUIET = 60  # seconds without a line, where there are no bars
 _SHOWN = 12  # rows of the live table
+_STEPS = {  # of a campaign that say nothing themselves for long
+    "baselines": "baselines on validation",
+    "finalists": "finalists on validation",
+    "test": "winner and baselines on test",
+    "draws": "winner and best baseline on draws of the calibration",
+}
 
 
 class _Bars:
@@ -188,11 +194,12 @@ class TuneReport(PruneReport, SlimReport, TuneListener):
 
 
 class DiscoverReport(_Bars, DiscoverListener):
-    """A live Pareto table on a terminal, a line per generation elsewhere."""
+    """A live Pareto table on a terminal; elsewhere a line per step and generation, and now and then one between."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._live = Live(console=console, auto_refresh=False)
+        self._start = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
         super().__exit__()
@@ -201,7 +208,20 @@ class DiscoverReport(_Bars, DiscoverListener):
     def baselines(self, excess: Mapping[str, Mapping[str, float]]) -> None:
         best = min(excess, key=lambda name: mean_excess(excess[name]))
         self._console.print(Text(f"best baseline on validation: {best}, mean excess {mean_excess(excess[best]):.4f}"))
-        self._bar.stop()
+
+    def step(self, name: str) -> None:
+        if name == "search":  # its table takes the place of the bars
+            self._bar.stop()
+        elif name == "finalists":
+            self._live.stop()
+            self._bar.start()
+        if name in _STEPS and not self._console.is_terminal:
+            self._console.print(Text(f"{_STEPS[name]}{self._elapsed()}"), soft_wrap=True)
+
+    def _elapsed(self) -> str:
+        """How long it has been at it, once that is worth a word."""
+        seconds = time.monotonic() - self._start
+        return f", after {duration(seconds)}" if seconds > _QUIET else ""
 
     def plan(self, plan: CampaignPlan, cut: Sequence[str]) -> None:
         for line in (str(plan), *(f"cut: {one}" for one in cut)):
@@ -212,7 +232,8 @@ class DiscoverReport(_Bars, DiscoverListener):
             f"generation {number}: {counts['drawn']} drawn, {counts['unique_masks']} masks, {counts['paid']} evaluated"
         )
         if not self._console.is_terminal:
-            self._console.print(Text(line + _best(front)), soft_wrap=True)
+            self._told = time.monotonic()
+            self._console.print(Text(line + self._elapsed() + _best(front)), soft_wrap=True)
             return
         self._live.start()
         self._live.update(self._table(line, front), refresh=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,12 @@ def _print_warnings(console: Console, result: Mapping[str, Any]) -> None:
 def _print_verdict(console: Console, result: Mapping[str, Any], request: DiscoverRequest) -> None:
     """The winner and why, or that nothing better was found and how to go on; then what the time did not allow."""
     because = result.get("because", "")  # a ledger of an older version does not say
-    if result.get("better", True):
-        lines = [f"winner: {result['winner']['formula']}", *([because] if because else [])]
-    else:
-        lines = [because.partition(";")[0], f"go on with: {command_line('discover', request.prolonged())}"]
+    better, stopped = result.get("better", True), result.get("stopped") is not None
+    winner = [f"winner: {result['winner']['formula']}", *([because] if because else [])]
+    lines = winner if better else [because.partition(";")[0]]
+    if stopped or not better:
+        further = replace(request, resume=True) if stopped else request.prolonged()
+        lines.append(f"go on with: {command_line('discover', further)}")
     for line in (*lines, *(f"cut: {one}" for one in result.get("cut", ()))):
         console.print(Text(line), soft_wrap=True)
     _print_warnings(console, result)

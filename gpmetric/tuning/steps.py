@@ -15,7 +15,7 @@ from gpmetric.evolution.selection import Individual
 from gpmetric.pruning.prune import PruneListener
 from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
-from gpmetric.structured.slim import SlimListener
+from gpmetric.structured.listener import SlimListener
 from gpmetric.tuning.halving import halve
 from gpmetric.tuning.request import TuneRequest
 from gpmetric.tuning.trial_log import Asked, Measurement, TrialLog

@@ -13,11 +13,12 @@ from torch import Tensor
 from gpmetric.errors import GpmetricError, TimeOverError
 from gpmetric.session.evaluate import text_loss
 from gpmetric.structured.export import Slimmed, check_format
+from gpmetric.structured.listener import SlimListener
 from gpmetric.structured.repair import Repairer
 from gpmetric.structured.scores import UnitSession
 from gpmetric.structured.search_log import SearchLog, State
 from gpmetric.structured.shrink import Shrinker
-from gpmetric.structured.slim import SearchStart, SlimListener, begin, explore, identify
+from gpmetric.structured.slim import SearchStart, begin, explore, identify
 from gpmetric.tuning.request import TuneRequest
 from gpmetric.tuning.trial_log import Measurement, TrialLog
 from gpmetric.tuning.unit_recipes import UnitRecipe, slim_request

@@ -1,0 +1,1 @@
+"""Trackers: what a command tells while it runs, kept where others look at it."""
