@@ -34,7 +34,7 @@ from gpmetric.evolution.stop_request import StopRequest
 from gpmetric.evolution.time_budget import FINALISTS, TimeBudget
 from gpmetric.evolution.tracked import TrackedCampaign
 from gpmetric.evolution.verdict import confidence, decide, doubts, measure_test
-from gpmetric.evolution.workplace import collect_statistics, make_executor, open_sessions
+from gpmetric.evolution.workplace import collect_statistics, make_executor, open_sessions, released
 from gpmetric.executors import Executor, OutOfTime
 from gpmetric.files import finite
 from gpmetric.options import as_function, settings_of
@@ -154,7 +154,7 @@ def _run(
         if len(sessions) > 1:
             session.start()
         statistics[name] = collect_statistics(request, session, progress)
-        if session.plan.workers > 1 or request.ray is not None:  # workers have models of their own
+        if released(request, sessions):
             session.model.module.to("meta")
     seconds = {"load": loaded, "calibration": deadline.elapsed - loaded}
     with ExitStack() as stack:

@@ -44,6 +44,7 @@ __all__ = [
     "make_executor",
     "open_sessions",
     "open_workplaces",
+    "released",
 ]
 
 _EVALUATIONS = 300  # of a campaign whose length is told in minutes, or not at all
@@ -176,7 +177,7 @@ def campaign_work(session: Session) -> Work:
         backward=tokens["calibration"] if needs_gradients(names) else 0,
         dtype=request.kept_dtype,
         workers=(workers := wanted(request, session.model)),
-        models=len(request.models) if workers == 1 else _held(request, workers),
+        models=math.ceil(len(request.models) / (request.workers or workers)),
         devices=max(1, len(devices(session.model.device))),
         share=share(request, session.model),
     )
@@ -231,15 +232,17 @@ def make_executor(
         evaluator = next(iter(places.values())).open(next(iter(models.values())))
         return Together(evaluator.together, alike, size)
     workers = min(session.plan.workers for session in sessions.values())
-    held = len(models) if workers == 1 and request.ray is None else _held(request, workers)
-    here = partial(open_workplaces, places, held, models=models)
+    held = min(session.plan.models for session in sessions.values())
+    here = partial(open_workplaces, places, held, models={} if released(request, sessions) else models)
     executor = staffed(request, list(models.values()), workers, open_workplaces, (places, held), here, held)
     return MultiModel(executor, models) if len(models) > 1 else executor
 
 
-def _held(request: DiscoverRequest, workers: int) -> int:
-    """Models that a worker has at once: its part of all."""
-    return math.ceil(len(request.models) / (request.workers or workers))
+def released(request: DiscoverRequest, sessions: Mapping[str, Session]) -> bool:
+    """Whether the models of this process are let go of once they are calibrated: whoever works opens them again."""
+    plans = [session.plan for session in sessions.values()]
+    elsewhere = request.ray is not None or min(plan.workers for plan in plans) > 1
+    return elsewhere or min(plan.models for plan in plans) < len(sessions)
 
 
 def _resampled(windows: Tensor, draws: Sequence[str], seed: int) -> dict[str, Tensor]:

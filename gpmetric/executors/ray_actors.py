@@ -11,7 +11,6 @@ import os
 import platform
 import signal
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from gpmetric.errors import GpmetricError, InputError
@@ -34,9 +33,7 @@ def connect(address: str) -> Any:
     Raises:
         InputError: Ray is not installed, or there is no cluster at the address.
     """
-    token = "RAY_AUTH_TOKEN" in os.environ or Path("~/.ray/auth_token").expanduser().exists()
-    settings = _SETTINGS | ({"RAY_AUTH_MODE": "token"} if token else {})  # which clusters ask for since Ray 2.59
-    os.environ.update({name: value for name, value in settings.items() if name not in os.environ})
+    os.environ.update({name: value for name, value in _SETTINGS.items() if name not in os.environ})
     try:
         import ray
     except ImportError as error:
@@ -52,8 +49,10 @@ def connect(address: str) -> Any:
                 raise
             ray.init(address="local", include_dashboard=False, **quiet)
     except (ConnectionError, ValueError, RuntimeError, AssertionError, OSError) as error:
-        hint = "; a token may be missing, see RAY_AUTH_MODE" if "AuthToken" in str(error) else ""
-        raise InputError(f"--ray {address}: no cluster answers there ({in_one_line(error):.200}{hint})") from error
+        told = (
+            f"no cluster answers there ({in_one_line(error):.200}); one that asks for a token wants RAY_AUTH_MODE=token"
+        )
+        raise InputError(f"--ray {address}: {told}") from error
     return ray
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -51,6 +52,7 @@ class Plan:
         states: whether hidden states stay on the device.
         inputs: whether what the layers of one block read in the dense model is kept while it is pruned.
         workers: processes that do the work at the same time.
+        models: that each of them holds at once.
         aside: whether pruned weights that are kept are in files.
     """
 
@@ -65,6 +67,7 @@ class Plan:
     states: bool = True
     inputs: bool = True
     workers: int = 1
+    models: int = 1
     aside: bool = False
 
     def describe(self) -> dict[str, Any]:
@@ -84,6 +87,8 @@ class Plan:
 def make_plan(model: Model, work: Work, limit: int | None) -> Plan:
     """The fastest way that keeps to a limit: everything on the device, or weights alone, or block by block.
 
+    Where there is no way with as many models at once as the work has, there are fewer.
+
     Args:
         model: opened, on whatever device.
         limit: bytes on the device (on a CPU, of the process); None is what is free, less a margin.
@@ -91,6 +96,13 @@ def make_plan(model: Model, work: Work, limit: int | None) -> Plan:
     Raises:
         InputError: no way keeps to it; named are what it would take, and what takes less.
     """
+    for models in range(work.models, 1, -1):
+        with suppress(InputError):
+            return replace(_plan_of(model, replace(work, models=models), limit), models=models)
+    return _plan_of(model, replace(work, models=1), limit)
+
+
+def _plan_of(model: Model, work: Work, limit: int | None) -> Plan:
     sizes = _Sizes(model, work)
     part = (1 - _MARGIN) * work.share / work.models
     free = int((limit or free_device(model.device)) * part)

@@ -41,7 +41,7 @@ class Work:
             pay, None where it does if there is room.
         after: bytes on the device once the work is done, in place of what that took.
         workers: processes that do the work at the same time, if there is memory for so many.
-        models: that each of them holds at the same time.
+        models: that each of them holds at the same time, if there is memory for so many.
         devices: that they are on, one after the other.
         share: of the machine's memory that this may take.
     """
