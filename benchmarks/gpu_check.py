@@ -241,7 +241,7 @@ def _runs(place: Place, run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
             "calibration_seeds": 0, "ledger": place.scratch / "demo.sqlite",
         },
         "allocate": {"sparsity": 0.5, "update": "admm", "fit": "dense", "evaluations": 8, "population": 4},
-        "tune": {"target": "2:4", "minutes": 0.7, "output": place.scratch / "tuned"},
+        "tune": {"target": "2:4", "minutes": 1.2, "output": place.scratch / "tuned"},
         "slim": {"sparsity": 0.2, "steps": 4, "output": place.scratch / "slim"},
     }  # fmt: skip
     start = time.perf_counter()

@@ -15,7 +15,6 @@ from gpmetric.evolution.discover import DiscoverListener, run_campaign
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.workplace import Evaluators
-from gpmetric.options import make_request
 from tests.ray_cluster import ray_cluster
 
 Tables = dict[str, list[dict[str, Any]]]
@@ -126,10 +125,10 @@ def test_a_process_holds_as_many_models_as_it_may() -> None:
 
 def test_a_cluster_that_is_not_there_is_said(tiny_llama: Path, tiny_text: Path) -> None:
     pytest.importorskip("ray").shutdown()  # a process is in one cluster
-    with pytest.raises(InputError, match=r"--ray 127\.0\.0\.1:1: no cluster answers there"):
+    with pytest.raises(InputError, match=r"--ray 127\.0\.0\.1:1: nobody answers there"):
         gpmetric.discover(str(tiny_llama), text=str(tiny_text), ray="127.0.0.1:1")
 
 
 def test_an_empty_address_is_refused() -> None:
     with pytest.raises(InputError, match="--ray must be auto or the address of a cluster"):
-        make_request(DiscoverRequest, {"ray": " "})
+        DiscoverRequest(ray=" ").check()

@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import signal
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = ["RayActors", "connect"]
 _LOG = logging.getLogger(__name__)
 # of a cluster that begins here: nothing is sent anywhere, and workers are what the machine is for
 _SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+_ANSWER_SECONDS = 10.0
 _PATIENCE = 15.0  # seconds for a cluster to find room for the first worker, after which it is said what is missing
 
 
@@ -40,6 +42,7 @@ def connect(address: str) -> Any:
         raise InputError("--ray needs Ray, which is not installed: pip install 'gpmetric[ray]'") from error
     if ray.is_initialized():
         return ray
+    _check_answers(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     try:
         try:
@@ -54,6 +57,17 @@ def connect(address: str) -> Any:
         )
         raise InputError(f"--ray {address}: {told}") from error
     return ray
+
+
+def _check_answers(address: str) -> None:
+    """Refuses a HOST:PORT where nobody listens, which Ray would take minutes to say."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in address:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--ray {address}: nobody answers there ({error})") from error
 
 
 class RayActors(Supervised):
