@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeVar
 
+from gpmetric.plain import one_line
+
 __all__ = [
     "Choice",
     "DataError",
@@ -34,7 +36,10 @@ __all__ = [
 
 
 class GpmetricError(Exception):
-    """Base of all deliberate errors; the message is one line meant for the user."""
+    """Base of all deliberate errors; the message is one line meant for the user, whatever it quotes."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
 
 
 class InputError(GpmetricError):
