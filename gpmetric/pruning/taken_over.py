@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 
 from gpmetric.models import Model
 
-__all__ = ["copy_code", "copy_licence", "front_matter", "lacking_code", "measured", "printable"]
+__all__ = ["copy_code", "copy_licence", "front_matter", "lacking_code", "measured", "printable", "titled"]
 
 _LICENCE = re.compile(r"(licen[sc]e|notice|copying|use[_-]policy)([._-].*)?", re.IGNORECASE)
 _TOLD = re.compile(r"^(license(?:_name|_link)?): *(\S.*)$", re.MULTILINE)  # lines of a card's front matter
@@ -92,3 +93,8 @@ def measured(model: Model, manifest: Mapping[str, Any]) -> str:
 def printable(text: str) -> str:
     """Without what would end a line or a code span of the card."""
     return "".join(letter for letter in text if letter.isprintable() and letter != "`")
+
+
+def titled(name: str) -> str:
+    """The name of a model or folder, for a heading of the card: Markdown takes HTML, and links, where it stands."""
+    return re.sub(r"([\\\[\]*])", r"\\\1", html.escape(printable(name), quote=False))
