@@ -263,10 +263,11 @@ def _settle(connection: sqlite3.Connection, settings: dict[str, Any]) -> None:
     """Store the settings of a new campaign, or the budget of one that is continued."""
     here = {key: schema.to_json(value) for key, value in settings.items()}
     there = dict(connection.execute("SELECT key, value FROM meta").fetchall())
-    changed = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
+    # SQLite lets any cell be of any kind, and a key be NULL
+    changed = sorted((key for key in here.keys() | there.keys() if here.get(key) != there.get(key)), key=str)
     foreign = [key for key in changed if key not in BUDGET_KEYS]
     if there and foreign:
-        pairs = (f"{key}={there.get(key, '?'):.60} there, {key}={here.get(key, '?'):.60} here" for key in foreign)
+        pairs = (f"{key}={there.get(key, '?')!s:.60} there, {key}={here.get(key, '?')!s:.60} here" for key in foreign)
         raise Refusal(f"is of another campaign: {'; '.join(pairs)}")
     if changed:
         connection.execute("DELETE FROM results")
