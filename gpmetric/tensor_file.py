@@ -144,7 +144,7 @@ def weight_files(folder: Path) -> list[Path]:
         told = json.loads((folder / "config.json").read_text(encoding="utf-8"))["transformers_weights"]
         name = told if isinstance(told, str) and told else name
     index = name if name.endswith(_INDEX) else f"{name.removesuffix('.safetensors')}{_INDEX}"
-    if name != index and ((folder / name).is_file() or not (folder / index).is_file()):
+    if name != index and (os.path.isfile(folder / name) or not os.path.isfile(folder / index)):
         return [_within(folder, name)]
     try:
         named = set(map(str, json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))

@@ -33,6 +33,7 @@ from gpmetric.loading import DEMO_MODEL, check_path, open_model
 from gpmetric.options import check_request, make_request
 from gpmetric.packing.requests import PackRequest, UnpackRequest
 from gpmetric.plain import LONGEST
+from gpmetric.pruning.taken_over import lacking_code
 from gpmetric.tensor_file import weight_files
 from gpmetric.tuning.trial_log import TrialLog
 
@@ -148,6 +149,19 @@ def test_a_damaged_foot_of_parquet(tmp_path: Path) -> None:
     path.write_bytes(content[: -8 - length] + b"\xff" * length + content[-8:])
     with pytest.raises(DataError, match=r"a\.parquet' is not Parquet"):
         read_text(str(path))
+
+
+def test_a_name_of_parquet_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_table(pa.table({"text": ["a"], "more": ["b"]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"more", b"m\xe9re"))
+    with pytest.raises(DataError, match=r"a\.parquet' is not Parquet"):
+        read_text(str(path))
+
+
+def test_code_of_a_name_longer_than_any_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": f"{'m' * 5000}.Class"}}))
+    assert lacking_code(tmp_path) == [f"{'m' * 5000}.py"]
 
 
 def test_a_column_of_csv_twice(tmp_path: Path) -> None:

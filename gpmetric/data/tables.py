@@ -228,9 +228,9 @@ class _RowGroups(Sequence[str]):
         self._table, name = table, table.file.name
         try:
             self._file = ParquetFile(table.file.path)
-        except (pyarrow.ArrowException, OSError) as error:
+            names = self._file.schema_arrow.names
+        except (pyarrow.ArrowException, OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
             raise DataError(f"text file {name!r} is not Parquet: {first_line(error)}") from error
-        names = self._file.schema_arrow.names
         _check_column(name, table.column, names)
         self.groups = self._file.num_row_groups
         sizes = [self._file.metadata.row_group(group).num_rows for group in range(self.groups)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os.path
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ def copy_code(source: Path, folder: Path) -> None:
     """
     if not any(_files_named(folder)):
         return
-    if all((source / name).is_file() for name in _files_named(folder)):
+    if all(os.path.isfile(source / name) for name in _files_named(folder)):
         for path in source.glob("*.py"):  # those that are named, and those that these import
             shutil.copyfile(path, folder / path.name)
         return
@@ -47,7 +48,7 @@ def copy_code(source: Path, folder: Path) -> None:
 
 def lacking_code(folder: Path) -> list[str]:
     """Files of code that configurations of a folder name, and that are not there."""
-    return sorted({name for name in _files_named(folder) if not (folder / name).is_file()})
+    return sorted({name for name in _files_named(folder) if not os.path.isfile(folder / name)})
 
 
 def _files_named(folder: Path) -> Iterator[str]:
