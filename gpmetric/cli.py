@@ -27,7 +27,7 @@ from gpmetric.files import STDOUT, write_json
 from gpmetric.interrupts import check_stop, watch_signals
 from gpmetric.lazy import lazy
 from gpmetric.options import FORCE_FILES, Described, check_request, described, make_request
-from gpmetric.plain import log_plainly, plain
+from gpmetric.plain import log_plainly, one_line, plain
 from gpmetric.provenance import gpmetric_version
 
 __all__ = ["app", "main", "resume_command"]
@@ -211,5 +211,5 @@ def _usage(error: Any) -> str:
 
 def _fail(message: str, code: int, details: Sequence[str] = ()) -> int:
     for lead, text in (("gpmetric: error: ", message), *(("  ", one) for one in details)):
-        print(lead + plain(" ".join(text.split())), file=sys.stderr)
+        print(lead + one_line(text), file=sys.stderr)
     return code

@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeVar
 
+from gpmetric.plain import one_line
+
 __all__ = [
     "Choice",
     "DataError",
@@ -34,15 +36,15 @@ __all__ = [
 
 
 class GpmetricError(Exception):
-    """Base of all deliberate errors; the message is one line meant for the user.
+    """Base of all deliberate errors; the message is one line meant for the user, whatever it quotes.
 
     Attributes:
         details: what the message announces, a line each.
     """
 
-    def __init__(self, message: str = "", details: Iterable[str] = ()) -> None:
-        super().__init__(message)
-        self.details = tuple(details)
+    def __init__(self, message: object = "", details: Iterable[str] = ()) -> None:
+        super().__init__(one_line(str(message)))
+        self.details = tuple(map(one_line, details))
 
     def __str__(self) -> str:
         return "\n  ".join((str(self.args[0]), *self.details))

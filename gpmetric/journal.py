@@ -12,8 +12,9 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.files import checksum, locked
@@ -85,13 +86,13 @@ class Journal:
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings), sort_keys=True))
         self._command, self._adopted = command, adopted
         self._where = f"--ledger {str(path)!r}"
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         if path is None:
             return
         try:
             if not resume and path.exists() and path.stat().st_size:
                 raise InputError(f"{self._where} exists: go on with --resume, or name another")
-            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
             end = self._opened(self._file, resume)
         except OSError as error:
             self.close()
@@ -129,14 +130,18 @@ class Journal:
         if self._file is None:
             return
         lines = [self.settings, record] if self._begins else [record]
+        left, place = b"".join(_summed(line) + b"\n" for line in lines), self._file.tell()
         try:
-            self._file.write(b"".join(_summed(line) + b"\n" for line in lines))
-            self._file.flush()
+            while left:
+                left = left[self._file.write(left) :]
             self._begins = False
         except OSError as error:
+            with suppress(OSError):  # else the next command drops what was cut short
+                self._file.seek(place)
+                self._file.truncate()
             raise GpmetricError(f"{self._where} cannot be written: {error.strerror or error}") from error
 
-    def _opened(self, file: BinaryIO, resume: bool) -> int:
+    def _opened(self, file: FileIO, resume: bool) -> int:
         """Locks the file, reads it and cuts it off behind the last record to go on from; that place."""
         if not locked(file.fileno()):
             raise _in_use(self._where)
@@ -169,14 +174,14 @@ class Journal:
             if whole is False or (covered and not whole):
                 raise self._damaged(number)
             try:
-                end = place if self.take(dict(json.loads(record))) else end
-            except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+                end = place if self.take(_parsed(record)) else end
+            except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
                 raise self._damaged(number) from error
         return end
 
     def _check_settings(self, line: bytes) -> None:
         try:
-            found = dict(json.loads(line))
+            found = _parsed(line)
         except (ValueError, TypeError, RecursionError) as error:
             raise self._foreign() from error
         self.settings |= {name: found.get(name) for name in self._adopted}
@@ -198,6 +203,14 @@ def _summed(record: Mapping[str, Any]) -> bytes:
     """The line of a record, with the checksum of its text."""
     text = json.dumps(record).encode()
     return text[:-1] + f', "checksum": "{checksum(text)}"}}'.encode()
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    """The object in a line; ValueError, TypeError or RecursionError where it holds none."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise TypeError("not an object")
+    return found
 
 
 def _unsummed(line: bytes) -> tuple[bytes, bool | None]:

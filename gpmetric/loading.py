@@ -8,8 +8,9 @@ import re
 import textwrap
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ _LOG = logging.getLogger(__name__)
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 _LOADING = threading.RLock()
 _HUB_SECONDS = 10  # to answer at all
+_LAYERS = re.compile(r"(n|num|number_of)_(\w+_)?layers?")  # what configs call their number
+_MOST_LAYERS = 1000
+_SPARE = 10**7  # parameters beyond those of the files that a model may seem to have
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -193,7 +197,7 @@ def _base_of(config: Path) -> str:
     """Of which model an adapter is, if it says."""
     try:
         name = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
     return f" of {name!r:.100}"
 
@@ -230,7 +234,7 @@ def _load(path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": not _is_reachable(path)}
     place = repr(path) if Path(path).is_dir() else f"{path!r} (no directory here)"
     with _explained(f"model {place}"):
-        _know_slim(path, options)
+        _look_at_config(path, options)
         config = AutoConfig.from_pretrained(path, **options)
         if (how := _quantised(config)) is not None:
             raise ModelError(
@@ -242,6 +246,7 @@ def _load(path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
             raise ModelError(
                 f"model {path!r} is of type {config.model_type!r}, for which transformers has no causal language model"
             )
+        _check_size(path, config)
         module, info = _mapped(path, config, dtype, options)
     with _explained(f"tokenizer of model {place}"):
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
@@ -298,15 +303,46 @@ def _stored_dtypes(folder: Path) -> set[torch.dtype]:
     return {dtype for dtype in found if dtype is not None}
 
 
-def _know_slim(path: str, options: dict[str, Any]) -> None:
-    """Tells transformers of the models that `gpmetric slim` writes, if this is one, so that none of its code is run."""
+def _look_at_config(path: str, options: dict[str, Any]) -> None:
+    """Refuses what transformers would try to build for hours, and names it the models that `gpmetric slim` writes.
+
+    Of these, if this is one, none of the code that comes with it is run.
+
+    Raises:
+        ModelError: weights outside the folder, or more layers than any model has.
+    """
+    if Path(path).is_dir():
+        weight_files(Path(path))
     config, _ = PreTrainedConfig.get_config_dict(path, **options)
-    if isinstance(config, dict) and str(config.get("model_type")).startswith("slim_"):
+    if not isinstance(config, dict):  # which is told behind this
+        return
+    for part in (config, *config.values()):
+        for name, count in part.items() if isinstance(part, dict) else ():
+            if _LAYERS.fullmatch(str(name)) and isinstance(count, int | float) and not count <= _MOST_LAYERS:
+                raise ModelError(
+                    f"model {path!r}: {name} is {count!r:.30} in its config; at most {_MOST_LAYERS} are built"
+                )
+    if str(config.get("model_type")).startswith("slim_"):
         from gpmetric.slim_models import SLIM_MODELS  # imports every architecture it knows
 
         for kind, made in SLIM_MODELS.values():
             AutoConfig.register(kind.model_type, kind, exist_ok=True)
             AutoModelForCausalLM.register(kind, made, exist_ok=True)
+
+
+def _check_size(path: str, config: Any) -> None:
+    """Refuses a config of a model that is much larger than its weights: transformers would make up all that is missing.
+
+    Raises:
+        ModelError: naming both numbers of parameters.
+    """
+    wanted = stored = 0
+    with suppress(Exception), torch.device("meta"):  # whatever is wrong, loading says it
+        stored = sum(map(prod, stored_shapes(Path(path)).values()))
+        built: Any = AutoModelForCausalLM.from_config(deepcopy(config))
+        wanted = sum(one.numel() for one in built.parameters())
+    if wanted > 2 * stored + _SPARE:  # tied weights are stored once
+        raise ModelError(f"model {path!r} has {stored:,} parameters in its files, its config is of one with {wanted:,}")
 
 
 def _folder(path: str) -> Path:

@@ -6,7 +6,9 @@ import logging
 import sys
 from typing import Any
 
-__all__ = ["log_plainly", "plain"]
+__all__ = ["LONGEST", "log_plainly", "one_line", "plain"]
+
+LONGEST = 2000  # characters of a message
 
 
 def plain(text: str) -> str:
@@ -14,6 +16,16 @@ def plain(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def one_line(text: str) -> str:
+    """A message as it is told, whatever it quotes: in one line, as a terminal may show it, LONGEST characters at most.
+
+    Of a longer one the middle is left out: its beginning says what is wrong, its end what to do.
+    """
+    told = plain(" ".join(text.split()))
+    half = LONGEST // 2 - 3
+    return told if len(told) <= LONGEST else f"{told[:half]} ... {told[-half:]}"
 
 
 def log_plainly() -> None:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from gpmetric.errors import GpmetricError
+from gpmetric.errors import GpmetricError, ModelError
 
 __all__ = [
     "Place", "TensorFile", "create_file", "dtype_name", "tensor_sum", "weight_bytes", "weight_files", "write_header",
@@ -137,20 +137,19 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises:
         OSError: no such file.
-        GpmetricError: an index that cannot be read, or names a file elsewhere.
+        ModelError: an index that cannot be read, or names a file elsewhere.
     """
     name = "model.safetensors"
-    with suppress(OSError, ValueError):
-        name = (
-            dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))).get("transformers_weights") or name
-        )
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        told = json.loads((folder / "config.json").read_text(encoding="utf-8"))["transformers_weights"]
+        name = told if isinstance(told, str) and told else name
     index = name if name.endswith(_INDEX) else f"{name.removesuffix('.safetensors')}{_INDEX}"
-    if name != index and ((folder / name).is_file() or not (folder / index).is_file()):
+    if name != index and (os.path.isfile(folder / name) or not os.path.isfile(folder / index)):
         return [_within(folder, name)]
     try:
         named = set(map(str, json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise GpmetricError(f"{str(folder / index)!r} is no index of weights: {error!s:.120}") from error
+        raise ModelError(f"{str(folder / index)!r} is no index of weights: {error!s:.120}") from error
     return [_within(folder, one) for one in sorted(named)]
 
 
@@ -160,8 +159,8 @@ def weight_bytes(folder: Path) -> int:
 
 
 def _within(folder: Path, name: str) -> Path:
-    if Path(name).name != name:
-        raise GpmetricError(f"{str(folder)!r} names weights in {name!r}, which is not in the folder")
+    if name == ".." or Path(name).name != name or not name.isprintable():
+        raise ModelError(f"{str(folder)!r} names weights in {name!r}, which is not in the folder")
     return folder / name
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from gpmetric.errors import LedgerError
+from gpmetric.errors import GpmetricError, LedgerError
 from gpmetric.evolution import driver_lock, sqlite_schema
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.records import Candidate, Evaluation, HeldOutMeasurement, Measurement
@@ -737,7 +737,7 @@ def test_a_full_disk_loses_nothing_committed(path: Path) -> None:
         ledger.record(EVALUATED, PAID)
         pages = ledger._connection.execute("PRAGMA page_count").fetchone()[0]
         ledger._connection.execute(f"PRAGMA max_page_count = {pages}")
-        with pytest.raises(LedgerError, match="cannot be used: database or disk is full"):
+        with pytest.raises(GpmetricError, match="cannot be used: database or disk is full"):
             ledger.commit_generation(0, ["W" * 50_000], [3, [1], None])
         ledger._connection.execute("PRAGMA max_page_count = 10000")
         assert ledger.generations() == []

@@ -169,10 +169,10 @@ class EvaluationLog(Journal):
     def take(self, record: dict[str, Any]) -> bool:
         """One record of the file; a search can go on behind any."""
         if "seconds" in record:
-            self._times.append(float(record["seconds"]))
+            self._times.append(_duration(record["seconds"]))
             return True
         if "minutes" in record:
-            self._planned[float(record["minutes"])] = float(record["search"])
+            self._planned[_duration(record["minutes"])] = _duration(record["search"])
             return True
         levels = tuple(map(int, record["levels"]))
         if "slopes" in record:
@@ -181,3 +181,9 @@ class EvaluationLog(Journal):
             values = [math.inf if value is None else float(value) for value in record["values"]]
             self._values[levels, int(record["first"]), int(record["first"]) + len(values)] = values
         return True
+
+
+def _duration(value: Any) -> float:
+    if not 0 <= (found := float(value)) < math.inf:
+        raise ValueError(f"a time of {found}")
+    return found

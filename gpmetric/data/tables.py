@@ -189,8 +189,8 @@ class _Csv:
             rows = csv.reader(chain([first], text), delimiter=_delimiter(first), strict=True)
             try:
                 names = next(rows, [])
-                if first and self.column not in names:
-                    raise DataError(_no_column(name, self.column, names))
+                if first:
+                    _check_column(name, self.column, names)
                 for row in rows:
                     if not row:
                         continue
@@ -228,11 +228,10 @@ class _RowGroups(Sequence[str]):
         self._table, name = table, table.file.name
         try:
             self._file = ParquetFile(table.file.path)
-        except pyarrow.ArrowException as error:
+            names = self._file.schema_arrow.names
+        except (pyarrow.ArrowException, OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
             raise DataError(f"text file {name!r} is not Parquet: {first_line(error)}") from error
-        names = self._file.schema_arrow.names
-        if table.column not in names:
-            raise DataError(_no_column(name, table.column, names))
+        _check_column(name, table.column, names)
         self.groups = self._file.num_row_groups
         sizes = [self._file.metadata.row_group(group).num_rows for group in range(self.groups)]
         self._firsts = [sum(sizes[:group]) for group in range(self.groups + 1)]
@@ -245,7 +244,7 @@ class _RowGroups(Sequence[str]):
         name, column = self._table.file.name, self._table.column
         try:
             rows = self._file.read_row_group(group, columns=[column]).column(column).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
             raise DataError(f"text file {name!r} is not Parquet: {first_line(error)}") from error
         return [checked(row, name, f"row {number}", column) for number, row in enumerate(rows, self._firsts[group] + 1)]
 
@@ -274,5 +273,8 @@ def _text_of_row(row: Any, name: str, place: str, column: str) -> str:
     return checked(row[column], name, place, column)
 
 
-def _no_column(name: str, column: str, names: Sequence[str]) -> str:
-    return f"text {name!r} has no column {column!r}; it has {', '.join(names)} (--text-column)"
+def _check_column(name: str, column: str, names: Sequence[str]) -> None:
+    if column not in names:
+        raise DataError(f"text {name!r} has no column {column!r}; it has {', '.join(names)} (--text-column)")
+    if names.count(column) > 1:
+        raise DataError(f"text {name!r} has {names.count(column)} columns {column!r}: one is wanted (--text-column)")

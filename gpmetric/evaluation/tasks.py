@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os.path
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,7 +95,7 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:
 
 def _check_folder(folder: Path) -> None:
     """Refuses files that name code, which the harness would run."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"--task-folder {str(folder)!r} is no folder")
     for path in sorted(folder.rglob("*")):
         if path.suffix not in (".yaml", ".yml") or not path.is_file():

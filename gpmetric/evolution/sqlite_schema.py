@@ -11,11 +11,11 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gpmetric.errors import LedgerError
+from gpmetric.errors import GpmetricError, LedgerError
 from gpmetric.files import checksum
 
 __all__ = [
@@ -57,6 +57,7 @@ VOLATILE = frozenset(
     {"seconds", "seconds_score", "seconds_loss", "duration", "host", "process", "attempt", "finished", "checksum"}
 )
 RECOVERY = "gpmetric ledger check FILE tells all, gpmetric ledger repair FILE -o NEW keeps what is sound"
+_DISK = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)  # the work failed, and the same command goes on
 _HINTS = {sqlite3.SQLITE_CORRUPT: RECOVERY, sqlite3.SQLITE_CANTOPEN: "its folder must exist and be writable"}
 
 _COLUMNS = {
@@ -159,10 +160,11 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except Refusal as refusal:
         raise LedgerError(f"ledger {path} {refusal}", refusal.details) from None
-    except (sqlite3.Error, json.JSONDecodeError) as error:
+    except (sqlite3.Error, json.JSONDecodeError, UnicodeDecodeError) as error:  # the last of a damaged schema
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary one
         hint = "it is a directory" if path.is_dir() else _HINTS.get(code)
-        raise LedgerError(f"ledger {path} cannot be used: {error}{f' ({hint})' if hint else ''}") from error
+        kind = GpmetricError if code in _DISK and not path.is_dir() else LedgerError
+        raise kind(f"ledger {path} cannot be used: {error}{f' ({hint})' if hint else ''}") from error
 
 
 def read_query(path: Path) -> str:
@@ -177,6 +179,9 @@ def opened(path: Path, query: str) -> Iterator[sqlite3.Connection]:
     """Connection that stays open unless the checks made inside fail."""
     uri = f"{path.absolute().as_uri()}?{query}"  # as_uri quotes, so that "a?mode=ro" is only a name
     with explained(path), ExitStack() as stack:
+        if query == "mode=rwc":
+            with suppress(OSError):  # which SQLite tells; the files that it makes are 0644 whatever the umask says
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
         connection = stack.enter_context(closing(sqlite3.connect(uri, uri=True, isolation_level=None)))
         connection.row_factory = sqlite3.Row
         for setting in ("busy_timeout = 30000", "synchronous = FULL", "foreign_keys = ON"):

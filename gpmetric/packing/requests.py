@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +26,7 @@ class PackRequest(Common):
         super().check()
         if self.output is None:
             raise InputError("--output (-o) FILE is needed")
-        if not self.folder.is_dir():
+        if not os.path.isdir(self.folder):
             raise InputError(f"{str(self.folder)!r} is no folder; pack takes a checkpoint's")
 
 
@@ -42,5 +43,5 @@ class UnpackRequest(Common):
         super().check()
         if self.output is None:
             raise InputError("--output (-o) DIR is needed")
-        if not self.archive.is_file():
+        if not os.path.isfile(self.archive):
             raise InputError(f"{str(self.archive)!r} is no file; unpack takes what gpmetric pack wrote")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import zipfile
+import zlib
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,7 +54,9 @@ def run_unpack(request: UnpackRequest, listener: Listener | None = None) -> dict
                         _restore(member, file, one)
                     done += one["bytes"]
                     told.progress("megabytes", done // 10**6, total // 10**6)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
+    except (
+        zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, KeyError, EOFError, NotImplementedError, RuntimeError,
+    ) as error:  # fmt: skip
         raise GpmetricError(f"{str(request.archive)!r} is damaged, or no archive of gpmetric pack: {error}") from error
     except OSError as error:
         raise GpmetricError(f"{str(request.archive)!r} cannot be read: {error.strerror or error}") from error

@@ -27,7 +27,7 @@ from gpmetric.files import read_object, write_text
 from gpmetric.models import Layer, Model
 from gpmetric.pruning.manifest import write_manifest
 from gpmetric.pruning.output_folder import MANIFEST, check_room, files_of, unwritable
-from gpmetric.pruning.taken_over import copy_code, copy_licence, front_matter, measured, printable
+from gpmetric.pruning.taken_over import copy_code, copy_licence, front_matter, measured, printable, titled
 from gpmetric.stored_experts import gathered, put_back, read_pieces
 from gpmetric.stored_names import stored_names
 from gpmetric.targets import Target
@@ -107,7 +107,6 @@ class CheckpointWriter:
         for path in missing:
             partial = self._folder / f".{path.name}.partial"
             shutil.copyfile(path, partial)
-            partial.chmod(0o644)  # safetensors' files are their owner's alone
             os.replace(partial, self._folder / path.name)
         return bool(missing)
 
@@ -330,7 +329,7 @@ def _card(model: Model, manifest: dict[str, Any]) -> str:
     allocation = manifest.get("allocation")
     return _CARD.format(
         head=front_matter(model, ("sparsity", "pruning", "gpmetric")), table=measured(model, manifest),
-        name=printable(Path(model.name).name), formula=printable(manifest["formula"]),
+        name=titled(Path(model.name).name), formula=printable(manifest["formula"]),
         target=printable(manifest["target"]), sparsity=manifest["sparsity"], layers=len(manifest["layers"]),
         allocated=f", allocated layer by layer by `{printable(allocation['file'])}`" if allocation else "",
         version=manifest["versions"]["gpmetric"], manifest=MANIFEST,
@@ -361,7 +360,6 @@ def write_masks(folder: Path, layers: Sequence[Mapping[str, Any]], path: Path) -
     partial = path.with_name(f".{path.name[:200]}.partial")  # which one that was killed left there is written over
     try:
         write_tensors(partial, {name: (torch.bool, layer["shape"]) for name, layer in by_name.items()}, mask, {})
-        partial.chmod(0o644)
         os.replace(partial, path)
     except OSError as error:
         raise unwritable(path, error) from error

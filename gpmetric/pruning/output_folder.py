@@ -36,7 +36,7 @@ def check_folder(folder: Path, force: bool, needed: Sequence[Path] = ()) -> None
     """
     where = f"--output {str(folder)!r}"
     whole = folder.absolute()
-    places = [path.resolve() for path in (Path.cwd(), *needed) if path.exists()]
+    places = [path.resolve() for path in (Path.cwd(), *needed) if os.path.exists(path)]
     if any(whole.resolve() in (place, *place.parents) for place in places):
         raise InputError(f"{where} holds what is needed, or the working directory")
     if os.path.lexists(folder):
@@ -46,7 +46,7 @@ def check_folder(folder: Path, force: bool, needed: Sequence[Path] = ()) -> None
             raise InputError(f"{where} is no folder; --force replaces a checkpoint only")
         if foreign := _foreign(folder):
             raise InputError(f"{where} holds {foreign!r}, which gpmetric did not write; --force replaces its own only")
-    if not whole.parent.is_dir():
+    if not os.path.isdir(whole.parent):
         raise InputError(f"{where}: the directory {str(folder.parent)!r} does not exist")
     if not os.access(whole.parent, os.W_OK):
         raise InputError(f"{where}: {str(folder.parent)!r} is not writable")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import os.path
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +14,7 @@ from typing import Any
 
 from gpmetric.models import Model
 
-__all__ = ["copy_code", "copy_licence", "front_matter", "lacking_code", "measured", "printable"]
+__all__ = ["copy_code", "copy_licence", "front_matter", "lacking_code", "measured", "printable", "titled"]
 
 _LICENCE = re.compile(r"(licen[sc]e|notice|copying|use[_-]policy)([._-].*)?", re.IGNORECASE)
 _TOLD = re.compile(r"^(license(?:_name|_link)?): *(\S.*)$", re.MULTILINE)  # lines of a card's front matter
@@ -34,7 +36,7 @@ def copy_code(source: Path, folder: Path) -> None:
     """
     if not any(_files_named(folder)):
         return
-    if all((source / name).is_file() for name in _files_named(folder)):
+    if all(os.path.isfile(source / name) for name in _files_named(folder)):
         for path in source.glob("*.py"):  # those that are named, and those that these import
             shutil.copyfile(path, folder / path.name)
         return
@@ -46,7 +48,7 @@ def copy_code(source: Path, folder: Path) -> None:
 
 def lacking_code(folder: Path) -> list[str]:
     """Files of code that configurations of a folder name, and that are not there."""
-    return sorted({name for name in _files_named(folder) if not (folder / name).is_file()})
+    return sorted({name for name in _files_named(folder) if not os.path.isfile(folder / name)})
 
 
 def _files_named(folder: Path) -> Iterator[str]:
@@ -92,3 +94,8 @@ def measured(model: Model, manifest: Mapping[str, Any]) -> str:
 def printable(text: str) -> str:
     """Without what would end a line or a code span of the card."""
     return "".join(letter for letter in text if letter.isprintable() and letter != "`")
+
+
+def titled(name: str) -> str:
+    """The name of a model or folder, for a heading of the card: Markdown takes HTML, and links, where it stands."""
+    return re.sub(r"([\\\[\]*])", r"\\\1", html.escape(printable(name), quote=False))

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from stat import S_IMODE
 from typing import Any
 
 import torch
@@ -149,7 +150,7 @@ def write_model(model: Model, shrinker: Shrinker, slimmed: Slimmed, kind: str, f
     if slimmed.groups.mixtures:
         keep_names(_settings(model), folder / "config.json")
     for path in folder.glob("*.safetensors"):
-        path.chmod(0o644)  # safetensors' files are their owner's alone
+        path.chmod(S_IMODE((folder / "config.json").stat().st_mode))  # safetensors' files are their owner's alone
     model.tokenizer.save_pretrained(folder)
     if not FORMATS[kind].stock:
         shutil.copyfile(slim_models.__file__, folder / SLIM_FILE)

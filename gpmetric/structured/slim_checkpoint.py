@@ -21,7 +21,7 @@ from gpmetric.models import Model
 from gpmetric.pruning.checkpoint import tensors
 from gpmetric.pruning.manifest import write_manifest
 from gpmetric.pruning.output_folder import MANIFEST, files_of
-from gpmetric.pruning.taken_over import copy_licence, front_matter, measured, printable
+from gpmetric.pruning.taken_over import copy_licence, front_matter, measured, titled
 from gpmetric.structured.export import Slimmed, in_float32, write_model
 from gpmetric.structured.request import FORMATS, SlimRequest
 from gpmetric.structured.scores import UnitSession
@@ -94,7 +94,7 @@ def write_slimmed(
     card = _CARD.format(
         head=front_matter(model, ("pruning", "structured-pruning", "gpmetric")),
         table=measured(model, manifest),
-        name=printable(Path(model.name).name),
+        name=titled(Path(model.name).name),
         removed=made["sparsity"],
         before=before,
         after=manifest["parameters_after"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -64,10 +65,10 @@ class TuneRequest(SearchInputs):
         for name in self.metric:
             resolve_metric(name)
         beside = self.units_ledger if self.structured else self.formulas_ledger
-        if beside is not None and self.ledger is not None and beside.exists():
+        if beside is not None and self.ledger is not None and os.path.exists(beside):
             if not self.resume:
                 raise InputError(f"--ledger: {str(beside)!r} is of a search: go on with --resume, or name another")
-            if not self.ledger.exists():
+            if not os.path.exists(self.ledger):
                 raise InputError(
                     f"--ledger {str(self.ledger)!r} is not there, but its search {str(beside)!r} is: name another"
                 )
