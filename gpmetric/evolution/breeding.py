@@ -65,23 +65,22 @@ class Breeder:
         self._rng = rng
         self._variation = Variation(config.operands, config.primitives, config.max_nodes, rng, config.forbidden)
 
-    def draw(self, number: int, population: Sequence[Individual], seen: Collection[str]) -> list[Draw]:
-        """Draws until the generation has `config.population` ranked forms that are not in `seen`, or far too many.
+    def draw(self, number: int, population: Sequence[Individual], seen: Collection[str]) -> Iterator[Draw]:
+        """The draws of a generation, each made when it is asked for.
 
-        Every start formula is drawn, however many there are.
+        They end when there are `config.population` ranked forms that are not in `seen`, or far too many draws. Every
+        start formula is drawn, however many there are.
         """
-        draws: list[Draw] = []
         least = len(self._config.start) if number == 0 else 0
         new: set[str] = set()
-        for metric in self._sources(number, population):
-            draw = self._simplified(metric, exact=len(draws) < least)
-            draws.append(draw)
+        for count, metric in enumerate(self._sources(number, population), start=1):
+            draw = self._simplified(metric, exact=count <= least)
+            yield draw
             if draw.key not in seen:
                 new.add(draw.key)
-            full = len(new) >= self._config.population or len(draws) >= _DRAWS_PER_PLACE * self._config.population
-            if full and len(draws) >= least:
+            full = len(new) >= self._config.population or count >= _DRAWS_PER_PLACE * self._config.population
+            if full and count >= least:
                 break
-        return draws
 
     def _sources(self, number: int, population: Sequence[Individual]) -> Iterator[Metric]:
         """The start metrics and random ones at first, neighbours of the best and children of the population later."""

@@ -7,11 +7,11 @@ of workers, nor on how often the campaign was stopped and resumed.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from gpmetric.errors import GpmetricError
-from gpmetric.evolution.breeding import Breeder
+from gpmetric.evolution.breeding import Breeder, Draw
 from gpmetric.evolution.fitness import best_of
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.records import Evaluation
@@ -127,8 +127,8 @@ class Campaign:
         """
         if self._number in self._seeds:
             self._rng.seed(self._seeds[self._number])
-        draws = self._breeder.draw(self._number, self._population, self._seen.forms.keys())
-        self._drawn = {draw.form.name: draw.form for draw in draws}
+        self._drawn = {}
+        draws = self._remembered(self._breeder.draw(self._number, self._population, self._seen.forms.keys()))
         halving = SuccessiveHalving(self.config, self.ledger, self.executor, self._seen, self._number, self.progress)
         paid = halving.run(draws, self._affordable())
         if paid is None:
@@ -136,6 +136,11 @@ class Campaign:
         self._barren = 0 if paid else self._barren + 1
         self._survive(paid)
         return True
+
+    def _remembered(self, draws: Iterable[Draw]) -> Iterator[Draw]:
+        for draw in draws:
+            self._drawn[draw.form.name] = draw.form
+            yield draw
 
     def _survive(self, paid: Sequence[int | None]) -> None:
         """Survivors of parents and children, committed with the random state the next generation starts from."""

@@ -7,7 +7,8 @@ matrices, the loss on few search windows, and the loss on all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.records import Candidate, Evaluation, Measurement
 from gpmetric.evolution.rungs import PROBE, Rung, figures_at, mean_at, promote
 from gpmetric.evolution.search_config import SearchConfig
-from gpmetric.evolution.tasks import Figures, MaskFingerprint, NoMasks
+from gpmetric.evolution.tasks import Figures, MaskFingerprint, NoMasks, Task
 from gpmetric.executors import Executor, Outcome, OutOfTime
 from gpmetric.metrics import Metric
 
@@ -60,22 +61,23 @@ class SuccessiveHalving:
     def __post_init__(self) -> None:
         self._known = {(row.position, row.rung): row for row in self.ledger.measurements(self.generation)}
 
-    def run(self, draws: Sequence[Draw], affordable: int | None = None) -> list[int | None] | None:
+    def run(self, source: Iterable[Draw], affordable: int | None = None) -> list[int | None] | None:
         """Ids of the evaluations paid for; None where time or what is affordable ended before all draws were decided.
 
         The executor's clock tells the time: what it has measured until then is in the ledger.
 
         Args:
+            source: of the draws, which are taken while workers probe those before them.
             affordable: evaluations at most; None is no limit.
 
         Raises:
             LedgerError: the ledger holds other draws.
         """
-        metrics = [draw.form for draw in draws]
+        draws: list[Draw] = []
         *early, last = self.config.rungs
         try:
-            fresh = _new(enumerate(draw.key for draw in draws), self.seen.forms)
-            self._measure(metrics, fresh, PROBE)
+            fresh = self._probe(source, draws)
+            metrics = [draw.form for draw in draws]
             alive = self._promoted(self._first_of_their_masks(fresh), [])
             for count, rung in enumerate(early, start=1):
                 self._measure(metrics, alive, rung)
@@ -91,6 +93,41 @@ class SuccessiveHalving:
         with self.ledger.together():  # what it is made of has been stored, one measurement after the other
             found = [self._record(position, draws[position], position in paid) for position in range(decided)]
         return [found[position] for position in paid] if decided == len(draws) else None
+
+    def _probe(self, source: Iterable[Draw], draws: list[Draw]) -> list[int]:
+        """Positions of draws whose form is a new one, in order, probed; all that is drawn is added to the list."""
+        fresh: dict[str, int] = {}
+        probing: deque[list[int]] = deque()
+
+        def batches() -> Iterator[Task]:
+            missing: list[int] = []
+            for position, draw in enumerate(source):
+                draws.append(draw)
+                if draw.key in self.seen.forms or fresh.setdefault(draw.key, position) != position:
+                    continue
+                missing += [position] * ((position, PROBE.name) not in self._known)
+                if len(missing) == PROBE.together:
+                    yield from self._asked(missing, draws, probing)
+                    missing = []
+            yield from self._asked(missing, draws, probing)
+
+        lost, done = list[int](), 0
+        for outcome in self.executor.map_ordered(batches()):
+            batch = probing.popleft()
+            if outcome.error is not None and len(batch) > 1:
+                lost += batch  # with their worker: again one by one
+            else:
+                self._store(PROBE.name, batch, outcome)
+            done += len(batch)
+            self.progress(f"generation {self.generation}, {PROBE.name}", done, max(done, self.config.population))
+        self._measure([draw.form for draw in draws], lost, PROBE)
+        return list(fresh.values())
+
+    @staticmethod
+    def _asked(positions: list[int], draws: Sequence[Draw], asked: deque[list[int]]) -> Iterator[Task]:
+        if positions:
+            asked.append(positions)
+            yield PROBE.task([draws[position].form for position in positions])
 
     def _first_of_their_masks(self, positions: Sequence[int]) -> list[int]:
         """Those of the probed whose masks are new ones."""
@@ -111,21 +148,12 @@ class SuccessiveHalving:
         return promote(means, (climbed[-1] if climbed else PROBE).keep, always)
 
     def _measure(self, metrics: Sequence[Metric], positions: Sequence[int], rung: Rung) -> None:
-        """Stores what is missing on a rung; of several metrics that are lost with their worker, again one by one."""
+        """Stores what is missing on a rung, of one metric a task."""
         missing = [position for position in positions if (position, rung.name) not in self._known]
-        batches = [missing[start : start + rung.together] for start in range(0, len(missing), rung.together)]
-        what, done = f"generation {self.generation}, {rung.name}", 0
-        while batches:
-            lost: list[int] = []
-            tasks = [rung.task([metrics[position] for position in batch]) for batch in batches]
-            for batch, outcome in zip(batches, self.executor.map_ordered(tasks), strict=True):
-                if outcome.error is not None and len(batch) > 1:
-                    lost += batch
-                else:
-                    self._store(rung.name, batch, outcome)
-                    done += len(batch)
-                    self.progress(what, done, len(missing))
-            batches = [[position] for position in lost]
+        outcomes = self.executor.map_ordered(rung.task([metrics[position]]) for position in missing)
+        for done, (position, outcome) in enumerate(zip(missing, outcomes, strict=True), start=1):
+            self._store(rung.name, [position], outcome)
+            self.progress(f"generation {self.generation}, {rung.name}", done, len(missing))
 
     def _store(self, rung: str, batch: Sequence[int], outcome: Outcome) -> None:
         answers = outcome.value if isinstance(outcome.value, list) else [outcome.value]

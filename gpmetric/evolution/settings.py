@@ -22,14 +22,14 @@ _SHOWN = 60  # characters of a value
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """A line for each setting that differs, budget and history apart: the option, its value there and that here."""
     found: list[str] = []
-    for key in sorted(there.keys() | here.keys()):
+    for key in sorted(there.keys() | here.keys(), key=str):
         old, new = there.get(key), here.get(key)
         if key in BUDGET_KEYS | HISTORY_KEYS or json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True):
             continue
         if key == "models" and isinstance(old, dict) and isinstance(new, dict) and _are_models(old, new):
             found += _models(old, new)
         else:
-            found.append(_line(f"--{key.replace('_', '-')}", *_values(old, new)))
+            found.append(_line(f"--{str(key).replace('_', '-')}", *_values(old, new)))
     return found
 
 

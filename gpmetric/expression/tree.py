@@ -37,14 +37,14 @@ MAX_CONSTANT = 1e30  # every constant, and every constant part of a formula, is 
 _NUMBER = re.compile(r"-?[0-9.]+(e[-+]?[0-9]+)?")
 
 Token = str | float
-_ARITIES: dict[str | float, int] = {name: row.arity for name, row in PRIMITIVES.items()}
 Tokens = tuple[Token, ...]
 T = TypeVar("T")
 
 
 def arity(token: Token) -> int:
     """Number of arguments a token takes: 0 for an operand or a constant."""
-    return _ARITIES.get(token, 0)
+    row = PRIMITIVES.get(token)  # type: ignore[arg-type]
+    return row.arity if row else 0
 
 
 def subtree_end(tokens: Tokens, start: int) -> int:
