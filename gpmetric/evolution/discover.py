@@ -155,7 +155,7 @@ def _run(
             session.start()
         statistics[name] = collect_statistics(request, session, progress)
         if released(request, sessions):
-            session.model.module.to("meta")
+            session.release()
     seconds = {"load": loaded, "calibration": deadline.elapsed - loaded}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpmetric-")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import math
@@ -94,6 +95,13 @@ class Session:
         self.model = prepare_model(self.model, resident=self.plan.resident)
         if self.model.placement is not None:
             self.model.placement.room = self.plan.room
+
+    def release(self) -> None:
+        """Lets go of the model's weights: only its shapes and names are left."""
+        self.model.module.to("meta")
+        gc.collect()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @property
     def tokens(self) -> Tensor:
