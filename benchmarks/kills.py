@@ -22,7 +22,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from benchmarks.results import append, row
 from gpmetric.calibration import cache
 from gpmetric.errors import LedgerError
 from gpmetric.evolution import discover
+from gpmetric.evolution import ledger as ledger_module
 from gpmetric.evolution.evaluator import Evaluator
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.request import DiscoverRequest
@@ -54,14 +56,17 @@ FAILPOINTS: dict[str, tuple[Any, str]] = {
     "generation": (Ledger, "commit_generation"),
     "held out": (Ledger, "hold_out"),
     "result": (Ledger, "save_result"),
-    "write": (Ledger, "_write"),
+    "transaction": (ledger_module, "transaction"),
     "evaluation": (Evaluator, "together"),
 }
 
 
 @dataclass(frozen=True)
 class Failpoint:
-    """A call of a function: `before` or `after` the call of this number, from 0."""
+    """A call of a function: `before` or `after` the call of this number, from 0.
+
+    Of a transaction, `after` is before what was written in it is committed.
+    """
 
     name: str
     side: str
@@ -71,6 +76,17 @@ class Failpoint:
         """Has this process killed there."""
         holder, attribute = FAILPOINTS[self.name]
         original, calls = getattr(holder, attribute), [0]
+
+        @contextmanager
+        def killing_inside(*arguments: Any) -> Iterator[None]:
+            mine = calls[0] == self.number
+            calls[0] += 1
+            with original(*arguments):
+                if mine and self.side == "before":
+                    die()
+                yield
+                if mine:
+                    die()
 
         def killing(*arguments: Any, **options: Any) -> Any:
             mine = calls[0] == self.number
@@ -82,7 +98,7 @@ class Failpoint:
                 die()
             return found
 
-        setattr(holder, attribute, killing)
+        setattr(holder, attribute, killing_inside if self.name == "transaction" else killing)
 
 
 @dataclass(frozen=True)
@@ -129,7 +145,7 @@ def is_over(pid: int) -> bool:
 
 
 def workers_of(driver: int) -> list[int]:
-    """Worker processes that have used some time, so that they are beyond their first imports."""
+    """Worker processes."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -137,7 +153,7 @@ def workers_of(driver: int) -> list[int]:
             command = (path.parent / "cmdline").read_text()
         except OSError:
             continue
-        if int(fields[1]) == driver and "spawn_main" in command and int(fields[11]) > 20:
+        if int(fields[1]) == driver and "spawn_main" in command:
             found.append(int(path.parent.name))
     return found
 
@@ -205,15 +221,18 @@ def outcome(ledger: Path) -> tuple[Any, Any]:
         return opened.comparable_tables(), None if result is None else result["winner"]
 
 
-def kill_worker(driver: int, seconds: float) -> bool:
-    """Kills a worker at work after so many seconds, or as soon as there is one; whether there was one."""
-    time.sleep(seconds)
-    while not is_over(driver):
-        if working := workers_of(driver):
-            os.kill(random.choice(working), signal.SIGKILL)
-            return True
+def kill_worker(driver: int, ledger: Path, seconds: float) -> bool:
+    """Kills a worker so many seconds after workers have given the first figures; whether there was one still.
+
+    Rung after rung and target after target, both have something to do from then on.
+    """
+    while not is_over(driver) and not (ledger.exists() and rows_of(ledger).get("judgements")):
         time.sleep(0.05)
-    return False
+    time.sleep(seconds)
+    if is_over(driver) or not (working := workers_of(driver)):
+        return False
+    os.kill(random.choice(working), signal.SIGKILL)
+    return True
 
 
 def run_round(one: Round, folder: Path, seconds: float, expected: tuple[Any, Any]) -> tuple[str, bool]:
@@ -227,7 +246,7 @@ def run_round(one: Round, folder: Path, seconds: float, expected: tuple[Any, Any
     ledger = folder / "a.sqlite"
     driver, killed = started(folder, one.workers, one.failpoint), False
     if one.kind in ("worker", "both"):
-        killed = kill_worker(driver, one.share * seconds / 2)
+        killed = kill_worker(driver, ledger, one.share * seconds / 3)
     if one.kind in ("moment", "both"):
         time.sleep(one.share * seconds / (1 if one.kind == "moment" else 4))
         os.kill(driver, signal.SIGKILL)
@@ -253,8 +272,8 @@ def timed(folder: Path, workers: int) -> float:
     return time.monotonic() - start
 
 
-def rounds_of(rounds: int, seed: int, folder: Path) -> Iterator[tuple[Round, str, bool]]:
-    """Each round with what went wrong, and whether it killed anything."""
+def rounds_of(rounds: int, seed: int, folder: Path, kinds: Collection[str]) -> Iterator[tuple[Round, str, bool]]:
+    """Each round of these kinds, or of all, with what went wrong, and whether it killed anything."""
     (folder / "undisturbed").mkdir(parents=True)
     counter = Counter(folder / "undisturbed")
     assert ended(started(folder / "undisturbed", 1, counter)) == 0
@@ -263,6 +282,8 @@ def rounds_of(rounds: int, seed: int, folder: Path) -> Iterator[tuple[Round, str
     for workers in (1, 2):
         assert outcome(folder / f"timed-{workers}" / "a.sqlite") == expected
     for number, one in enumerate(plan_rounds(counter.counts(), rounds, random.Random(seed))):
+        if kinds and one.kind not in kinds and (one.failpoint is None or one.failpoint.name not in kinds):
+            continue
         place = folder / str(number)
         place.mkdir()
         wrong, killed = run_round(one, place, seconds[one.workers], expected)
@@ -277,11 +298,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help="add rows to results.csv")
+    parser.add_argument("--kinds", default="", help="of rounds that are run, of those planned; all by default")
     options = parser.parse_args()
+    kinds = options.kinds.split(",") if options.kinds else []
     folder = Path(tempfile.mkdtemp(prefix="gpmetric-kills-"))
     told: dict[str, list[str]] = {}
     kills: dict[str, int] = {}
-    for one, wrong, killed in rounds_of(options.rounds, options.seed, folder):
+    for one, wrong, killed in rounds_of(options.rounds, options.seed, folder, kinds):
         told.setdefault(one.kind, []).append(wrong)
         kills[one.kind] = kills.get(one.kind, 0) + killed
         print(f"{one}: {wrong or 'as undisturbed'}{'' if killed else ' (nothing was killed)'}", flush=True)

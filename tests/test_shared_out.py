@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,11 @@ from gpmetric.evolution.discover import DiscoverListener, run_campaign
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.workplace import Evaluators
+from gpmetric.pruning.requests import BenchRequest
+from gpmetric.session import session as sessions
+from gpmetric.session.plan import Plan
+from gpmetric.session.reopening import Reopening
+from gpmetric.session.session import open_session
 from tests.ray_cluster import ray_cluster
 
 Tables = dict[str, list[dict[str, Any]]]
@@ -57,6 +63,45 @@ def test_whoever_works_the_ledger_is_the_same(
     assert len(expected["evaluations"]) == 8
     assert run("four.sqlite", workers=4) == expected
     assert run("ray.sqlite", Losing(), ray=ray_cluster().address, workers=4) == expected
+
+
+def test_one_worker_that_may_hold_one_model_changes_them(
+    tables: Callable[..., Tables], tiny_llama: Path, tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = (str(tiny_llama), str(tiny_gpt2))
+    expected = tables("both.sqlite", model=both, workers=1)
+    monkeypatch.setattr(sessions, "make_plan", lambda *_: Plan(models=1))
+    assert tables("either.sqlite", model=both, workers=1) == expected
+
+
+def test_real_campaigns_are_merged(tables: Callable[..., Tables], tmp_path: Path) -> None:
+    """Text among their settings, and a last generation that the budget ended."""
+    paid = [len(tables(name, workers=1, seed=seed)["evaluations"]) for seed, name in enumerate(("a", "b"))]
+    gpmetric.merge_ledgers([tmp_path / "a", tmp_path / "b"], output=tmp_path / "merged.sqlite")
+    checked = gpmetric.check_ledger(tmp_path / "merged.sqlite")
+    assert checked["ok"], checked["problems"]
+    with Ledger.read(tmp_path / "merged.sqlite") as ledger:
+        assert max(paid) <= len(ledger.evaluations()) <= sum(paid)
+        assert ledger.settings["objective"] == "kl"
+
+
+def test_a_session_is_opened_again_without_its_texts(
+    tiny_llama: Path, tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another process does, wherever it runs: `-` and relative names are of the first one alone."""
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    shutil.copy(tiny_text, tmp_path / "t.txt")
+    monkeypatch.chdir(tmp_path)
+    request = BenchRequest(model="model", calibration="t.txt", text=("t.txt",), samples=4, sequence_length=32)
+    first = open_session(request)
+    place = Reopening.of(first, request.models[0])
+    (tmp_path / "t.txt").unlink()
+    monkeypatch.chdir("/")
+    again = place.open()
+    assert again.model.name == first.model.name
+    assert [one.text.name for one in again.evaluated] == ["t.txt"]
+    assert again.evaluated[0].tokens_digest == first.evaluated[0].tokens_digest
+    assert again.windows["calibration"].tokens_digest == first.windows["calibration"].tokens_digest
 
 
 def told(document: Any) -> Any:

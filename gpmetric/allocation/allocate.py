@@ -123,7 +123,7 @@ def _searched(request: AllocateRequest, told: AllocateListener, deadline: Deadli
         told.generation(number, population, batches, spent)
 
     with (
-        SharedObjective(calibrated, local) if request.shared_out else nullcontext(local) as objective,
+        SharedObjective(calibrated, local, deadline) if request.shared_out else nullcontext(local) as objective,
         EvaluationLog(table, objective, request.ledger, identity, focus=request.sparsity, resume=request.resume) as log,
     ):
         searching = replace(request, minutes=log.planned(request.minutes, plan.search_minutes()))

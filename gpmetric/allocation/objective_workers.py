@@ -15,8 +15,11 @@ from gpmetric.allocation.candidate_objective import Asked, CandidateObjective, S
 from gpmetric.allocation.levels import Levels
 from gpmetric.allocation.prepare import CalibratedModel, open_pruned
 from gpmetric.allocation.request import AllocateRequest
-from gpmetric.errors import GpmetricError
+from gpmetric.errors import GpmetricError, TimeOverError
+from gpmetric.executors import OutOfTime, TaskClock
+from gpmetric.session.deadline import Deadline
 from gpmetric.session.memory import retried
+from gpmetric.session.reopening import Reopening
 from gpmetric.session.workers import is_small, make_executor, torch_threads
 
 __all__ = ["SharedObjective"]
@@ -30,15 +33,16 @@ class SharedObjective(AbstractContextManager["SharedObjective"]):
     A candidate that is lost with its workers costs infinitely much.
     """
 
-    def __init__(self, calibrated: CalibratedModel, objective: CandidateObjective) -> None:
+    def __init__(self, calibrated: CalibratedModel, objective: CandidateObjective, deadline: Deadline) -> None:
         request, session = calibrated.request, calibrated.session
         self._objective, self.windows, self.tokens = objective, objective.windows, objective.tokens
         self.seconds = objective.seconds
         self._threads = torch_threads(1 if is_small(session.model) else None)  # slopes are the same by any workers
         self._threads.__enter__()
         here = partial(_here, objective)
-        arguments = (request, calibrated.pruned.files())
+        arguments = (Reopening.of(session, request.models[0]), calibrated.pruned.files())
         self._executor = make_executor(request, [session.model], session.plan.workers, _opened, arguments, here)
+        self._executor.clock, self._late = TaskClock(deadline.now, deadline.end), deadline.refusal
 
     def __len__(self) -> int:
         return len(self._objective)
@@ -50,7 +54,11 @@ class SharedObjective(AbstractContextManager["SharedObjective"]):
     def measure_all(self, asked: Sequence[Asked]) -> Iterator[list[float]]:
         """As of `CandidateObjective`."""
         with closing(self._executor.map_ordered(asked)) as outcomes:
-            for (_, first, last), outcome in zip(asked, outcomes, strict=True):
+            for _, first, last in asked:
+                try:
+                    outcome = next(outcomes)
+                except OutOfTime:  # which only a worker that does not answer brings about
+                    raise TimeOverError(self._late) from None
                 if outcome.error is None:
                     yield outcome.value
                 elif outcome.lost:
@@ -79,8 +87,10 @@ def _here(objective: CandidateObjective, threads: int) -> _Measuring:
     return _Measuring(objective)
 
 
-def _opened(request: AllocateRequest, files: Mapping[Hashable, Path], threads: int) -> _Measuring:
+def _opened(place: Reopening, files: Mapping[Hashable, Path], threads: int) -> _Measuring:
     torch.set_num_threads(threads)
-    session, pruned = open_pruned(request, files)
+    session, pruned = open_pruned(place, files)
+    request = session.inputs
+    assert isinstance(request, AllocateRequest)
     made = partial(CandidateObjective, pruned, session.windows["search"].tokens, request.objective)
     return _Measuring(retried(session.model, made))

@@ -31,6 +31,7 @@ from gpmetric.pruning.allocation import Allocation
 from gpmetric.pruning.mask import select_mask
 from gpmetric.pruning.protocol import Protocol
 from gpmetric.pruning.updaters import needed_statistics, prune_weights, updater_of
+from gpmetric.session.reopening import Reopening
 from gpmetric.session.session import Listener, Progress, Session, open_session
 from gpmetric.session.work import Work
 from gpmetric.session.workers import shared
@@ -206,9 +207,11 @@ def calibrate(request: AllocateRequest, progress: Progress, listener: Listener |
     return CalibratedModel(request, session, metric, table, pruned, blocks, evidence, progress)
 
 
-def open_pruned(request: AllocateRequest, files: Mapping[Hashable, Path]) -> tuple[Session, PrunedModel]:
+def open_pruned(place: Reopening, files: Mapping[Hashable, Path]) -> tuple[Session, PrunedModel]:
     """What `calibrate` opened and calibrated in another process, whose `PrunedModel` has these files."""
-    session = open_session(request, work=allocate_work)
+    session = place.open()
+    request = session.inputs
+    assert isinstance(request, AllocateRequest)
     table = levels_of(session.model, request, session.metric(request.metric))
     return session, _pruned_model(session, table, Shelf.of_files(files))
 

@@ -7,12 +7,10 @@ winner and every baseline.
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from gpmetric.errors import GpmetricError, LedgerError
@@ -88,9 +86,9 @@ def run_campaign(
     opened = Ledger.open(request.ledger, settings, resume=request.resume, reseed=request.reseed, fork=fork)
     with ExitStack() as stack:
         ledger = stack.enter_context(opened)
-        if request.fork is not None and "fork" not in ledger.history:
+        if request.fork is not None and ledger.history.get("fork", {}).get("ledger") != str(request.fork):
             raise LedgerError(
-                f"ledger {request.ledger} was not begun by --fork: leave it out, or name another --ledger"
+                f"ledger {request.ledger} was not begun by --fork {request.fork}: leave it out, or name another ledger"
             )
         result = ledger.result()
         if result is not None and result.get("stopped") is None:
@@ -158,9 +156,8 @@ def _run(
             session.release()
     seconds = {"load": loaded, "calibration": deadline.elapsed - loaded}
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpmetric-")))
         stack.enter_context(torch_threads())  # an evaluator in this process takes its own number
-        executor = stack.enter_context(make_executor(request, sessions, statistics, folder))
+        executor = stack.enter_context(make_executor(request, sessions, statistics))
         read = ("calibration", "validation", "test")
         fewest = min(len(session.windows[split].tokens) for session in sessions.values() for split in read)
         held_out = HeldOut(

@@ -52,7 +52,7 @@ def evolve(
         path = request.ledger or folder / "campaign.sqlite"
         ledger = stack.enter_context(Ledger.open(path, campaign_settings(request, sessions), resume=request.resume))
         stack.enter_context(torch_threads())  # an evaluator in this process takes its own number
-        executor = stack.enter_context(make_executor(request, sessions, statistics, folder))
+        executor = stack.enter_context(make_executor(request, sessions, statistics))
         executor.clock = clock
         labels = tuple(target.label for target in label_targets(request.target, sessions))
 

@@ -86,7 +86,8 @@ class _Merged:
                     one, id=len(self.candidates) + 1, generation=one.generation + shift, evaluation=new, status=status
                 )
             )
-        for row in ledger.measurements():
+        places = {(one.generation, one.position) for one in drawn}
+        for row in (one for one in ledger.measurements() if (one.generation, one.position) in places):
             self._measurements.append(asdict(replace(row, generation=row.generation + shift)))
             self._next = max(self._next, row.generation + shift + 1)
         for held in ledger.comparable_tables()["judgements"]:
@@ -120,7 +121,7 @@ class _Merged:
         last = {"number": self._next - 1, "population": list(self._population), "rng": self._rng}
         generations = [last | {"evaluations": len(self.evaluations), "finished": None}] if self._population else []
         found: dict[str, Sequence[dict[str, Any]]] = {
-            "meta": [{"key": key, "value": value} for key, value in sorted(told.items())],
+            "meta": [{"key": key, "value": schema.to_json(value)} for key, value in sorted(told.items())],
             "generations": generations,
             "evaluations": [asdict(one) for one in self.evaluations],
             "candidates": [asdict(one) for one in self.candidates],

@@ -8,7 +8,9 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import FrameType
 
+from gpmetric.errors import InputError
 from gpmetric.evolution.beside import stop_file
+from gpmetric.interrupts import asked_to_end
 
 __all__ = ["StopRequest"]
 
@@ -27,7 +29,12 @@ class StopRequest(AbstractContextManager["StopRequest"]):
 
     def __enter__(self) -> StopRequest:
         if self._take():
+            if self.path.exists():
+                raise InputError(
+                    f"{str(self.path)!r} asks for a search to end, and cannot be removed: remove it, to begin one"
+                )
             _LOG.warning("%s is from before this command: it is removed, and the search goes on", self.path)
+        self._asked = asked_to_end()
         with suppress(ValueError):  # in another thread
             self._before = signal.signal(signal.SIGUSR1, self._answer)
         return self

@@ -11,24 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpmetric.calibration.cache import load_statistics
-from gpmetric.data import Text, Windows
 from gpmetric.errors import GpmetricError
 from gpmetric.evolution.evaluator import TEACHER_BYTES, Evaluator, alike
 from gpmetric.evolution.mask_fingerprint import probe_layers
 from gpmetric.evolution.multi_model import MultiModel, OneModel
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.executors import Executor, Together, Unusable
-from gpmetric.loading import open_model
 from gpmetric.models import Model
 from gpmetric.operands import GRAM, is_regional, needs_gradients
 from gpmetric.pruning.block_fit import PASSES
 from gpmetric.pruning.protocol import check_targets
 from gpmetric.pruning.updaters import UPDATERS
-from gpmetric.session.plan import Plan
+from gpmetric.session.reopening import Reopening
 from gpmetric.session.session import Listener, Progress, Session, plan_session
 from gpmetric.session.splits import open_sources
 from gpmetric.session.work import Work
@@ -52,27 +49,18 @@ _EVALUATIONS = 300  # of a campaign whose length is told in minutes, or not at a
 
 @dataclass(frozen=True)
 class Workplace:
-    """What a worker process opens a session of one of the campaign's models with."""
+    """What a process opens the evaluator of one of the campaign's models with."""
 
-    request: DiscoverRequest
-    model: str | None
-    tokens: Path  # a safetensors file of token windows by split, draws of the calibration's included
+    session: Reopening
     statistics: Path  # a file of the statistics cache
-    plan: Plan  # of one process
 
     def open(self, model: Model | None = None) -> Evaluator:
         """The evaluator of this place; `model` where this process has it already."""
-        request = self.request
-        windows = {split: Windows(Text(split, ""), tokens) for split, tokens in load_file(self.tokens).items()}
-        session = Session(request, model or self._open(), windows, plan=self.plan)
-        if model is None:
-            session.start()
-        session.dense = load_statistics(self.statistics, str(session.model.device), kept=self.plan.kept)
+        session = self.session.open(model)
+        request = session.inputs
+        assert isinstance(request, DiscoverRequest)
+        session.dense = load_statistics(self.statistics, str(session.model.device), kept=session.plan.kept)
         return Evaluator(session, request.target, request.update, request.objective, request.fit)
-
-    def _open(self) -> Model:
-        one = self.request
-        return open_model(self.model, device=one.device, dtype=one.dtype, include=one.include, exclude=one.exclude)
 
 
 class Evaluators:
@@ -214,18 +202,17 @@ def collect_statistics(request: DiscoverRequest, session: Session, progress: Pro
 
 
 def make_executor(
-    request: DiscoverRequest, sessions: Mapping[str, Session], statistics: Mapping[str, Path], folder: Path
+    request: DiscoverRequest, sessions: Mapping[str, Session], statistics: Mapping[str, Path]
 ) -> Executor:
-    """Where candidates are evaluated; `folder` takes the token windows, which workers read.
+    """Where candidates are evaluated.
 
     Candidates that walk together do so in this process.
     """
     places = {}
     for number, (name, session) in enumerate(sessions.items()):
-        tokens = folder / f"tokens-{number}.safetensors"
-        windows = {split: part.tokens for split, part in session.windows.items()}
-        save_file(windows | _resampled(session.tokens, request.calibration_draws, request.seed), tokens)
-        places[name] = Workplace(request, request.models[number], tokens, statistics[name], session.plan)
+        draws = _resampled(session.tokens, request.calibration_draws, request.seed)
+        place = Reopening.of(session, request.models[number], draws)
+        places[name] = Workplace(place, statistics[name].absolute())
     models = {name: session.model for name, session in sessions.items()}
     if len(sessions) == 1 and (size := next(iter(sessions.values())).plan.together) > 1 and request.ray is None:
         torch.set_num_threads(1 if all(map(is_small, models.values())) else cores())

@@ -41,6 +41,9 @@ def connect(address: str) -> Any:
     except ImportError as error:
         raise InputError("--ray needs Ray, which is not installed: pip install 'gpmetric[ray]'") from error
     if ray.is_initialized():
+        here = ray.get_runtime_context().gcs_address
+        if address not in ("auto", here):
+            raise InputError(f"--ray {address}: this process is in the cluster {here}, and can be in one only")
         return ray
     _check_answers(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}

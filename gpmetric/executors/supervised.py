@@ -73,6 +73,8 @@ class Supervised(Executor):
     Args:
         workers: at most; they start with the first candidates and live until `close`.
         timeout: seconds a candidate may take before its worker is taken for hung; None for no limit.
+        patience: so many times what candidates like it took, by the clock, are allowed at least, and so many timeouts
+            where none is known; 0 allows the timeout.
         start_timeout: the same of a worker's start.
         attempts: workers a candidate may cost before it is given up with an error, and workers of a slot in a row that
             may die while starting before it is given up.
@@ -86,6 +88,7 @@ class Supervised(Executor):
         timeout: float | None = None,
         attempts: int = 2,
         start_timeout: float | None = None,
+        patience: float = 0.0,
         held: int = 1,
         spread: int = 1,
     ) -> None:
@@ -93,6 +96,7 @@ class Supervised(Executor):
         assert attempts >= 1, f"attempts must be at least 1, but got {attempts}"
         self._slots = list(range(workers))
         self._timeout, self._start_timeout, self._attempts = timeout, start_timeout, attempts
+        self._patience = patience
         self._held, self._ahead = held, _WAITING * spread if spread > 1 else 1
         self._workers: list[Worker] = []
         self._failed_starts: dict[int, int] = {}  # in a row, by slot
@@ -187,15 +191,19 @@ class Supervised(Executor):
             self._receive(worker, batch, message)
         for worker in [one for one in self._workers if one not in {talking for talking, _ in told}]:
             if self._remaining(worker) <= 0:
-                limit = self._timeout if worker.ready else self._start_timeout
-                self._lose(worker, batch, f"no answer within {limit:g} s")
+                self._lose(worker, batch, f"no answer within {self._limit(worker):g} s")
 
     def _remaining(self, worker: Worker) -> float:
         """Seconds the worker's candidate, or its start, still has; infinite where no limit is set."""
+        return worker.since + self._limit(worker) - time.monotonic()
+
+    def _limit(self, worker: Worker) -> float:
         limit = self._timeout if worker.ready else self._start_timeout
         if limit is None or (worker.ready and worker.task is None) or not worker.placed:
             return float("inf")
-        return worker.since + limit - time.monotonic()
+        if worker.task is None or not self._patience:
+            return limit
+        return max(limit, self._patience * (self.clock.expected(worker.task.candidate) or limit))
 
     def _receive(self, worker: Worker, batch: _Batch, message: Message) -> None:
         kind, *content = message

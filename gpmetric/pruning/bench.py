@@ -255,14 +255,13 @@ def _shared_rows(
 ) -> Iterator[BenchRow]:
     """What `bench_rows` gives of rules by target and metric, by workers that open the model of that name."""
     session = protocol.session
-    assert isinstance(session.inputs, BenchRequest)
 
     def failed(rule: Rule, error: str) -> BenchRow:
         return next(_rows(protocol, [rule], GpmetricError(error)))
 
     yield from (known[pair] for pair in rules if pair in known)
     missing = [rule for pair, rule in rules.items() if pair not in known]
-    with torch_threads(), bench_executor(session.inputs, session, name, bench_work, measured_row) as executor:
+    with torch_threads(), bench_executor(session, name, measured_row) as executor:
         yield from shared_rows(executor, session, missing, deadline, failed)
 
 

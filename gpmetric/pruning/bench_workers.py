@@ -13,8 +13,8 @@ from gpmetric.pruning.bench_log import BenchRow
 from gpmetric.pruning.protocol import Protocol, Rule
 from gpmetric.pruning.requests import BenchRequest
 from gpmetric.session.deadline import Deadline
-from gpmetric.session.session import Session, open_session
-from gpmetric.session.work import Work
+from gpmetric.session.reopening import Reopening
+from gpmetric.session.session import Session
 from gpmetric.session.workers import make_executor
 
 __all__ = ["RuleTask", "bench_executor", "shared_rows"]
@@ -42,11 +42,10 @@ class _Measured:
     starved_pruned: frozenset[str]
 
 
-def bench_executor(
-    request: BenchRequest, session: Session, name: str | None, work: Callable[[Session], Work], measure: Measure
-) -> Executor:
-    """Who measures the rows of one model; `work` and `measure` are module-level functions."""
-    arguments = (request, name, work, measure)
+def bench_executor(session: Session, name: str | None, measure: Measure) -> Executor:
+    """Who measures the rows of the model that was opened by a name; `measure` is a module-level function."""
+    request, arguments = session.inputs, (Reopening.of(session, name), measure)
+    assert isinstance(request, BenchRequest)
     here = partial(_here, session, measure)
     return make_executor(request, [session.model], session.plan.workers, _opened, arguments, here)
 
@@ -74,11 +73,9 @@ def shared_rows(
         yield from (failed(rule, deadline.refusal) for rule in rest)
 
 
-def _opened(
-    request: BenchRequest, name: str | None, work: Callable[[Session], Work], measure: Measure, threads: int
-) -> Callable[[RuleTask], _Measured]:
+def _opened(place: Reopening, measure: Measure, threads: int) -> Callable[[RuleTask], _Measured]:
     torch.set_num_threads(threads)
-    return _measuring(open_session(request, name, work=work), measure)
+    return _measuring(place.open(), measure)
 
 
 def _here(session: Session, measure: Measure, threads: int) -> Callable[[RuleTask], _Measured]:

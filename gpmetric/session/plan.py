@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -87,7 +86,7 @@ class Plan:
 def make_plan(model: Model, work: Work, limit: int | None) -> Plan:
     """The fastest way that keeps to a limit: everything on the device, or weights alone, or block by block.
 
-    Where there is no way with as many models at once as the work has, there are fewer.
+    There are fewer models at once than the work has where that keeps their weights on the device, or is the only way.
 
     Args:
         model: opened, on whatever device.
@@ -96,10 +95,14 @@ def make_plan(model: Model, work: Work, limit: int | None) -> Plan:
     Raises:
         InputError: no way keeps to it; named are what it would take, and what takes less.
     """
-    for models in range(work.models, 1, -1):
-        with suppress(InputError):
-            return replace(_plan_of(model, replace(work, models=models), limit), models=models)
-    return _plan_of(model, replace(work, models=1), limit)
+    found: list[Plan] = []
+    for models in range(work.models, 0, -1):
+        try:
+            found.append(replace(_plan_of(model, replace(work, models=models), limit), models=models))
+        except InputError:
+            if models == 1 and not found:
+                raise
+    return next((plan for plan in found if plan.resident), found[0])
 
 
 def _plan_of(model: Model, work: Work, limit: int | None) -> Plan:

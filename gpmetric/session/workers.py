@@ -19,7 +19,9 @@ from gpmetric.session.work import Work
 __all__ = ["cores", "devices", "is_small", "make_executor", "meet", "share", "shared", "torch_threads", "wanted"]
 
 _LOG = logging.getLogger(__name__)
-_HUNG = 3600.0  # seconds of one task, or of opening a model, after which its worker is taken for hung and replaced
+# seconds of one task, or of opening a model, after which its worker is taken for hung and replaced; of a task at least
+# so many times what others like it took, or while none is known
+_HUNG, _PATIENCE = 3600.0, 24.0
 _SMALL = 50_000_000  # parameters up to which every core gets a copy of the model
 
 
@@ -74,7 +76,7 @@ def make_executor(
         InputError: the cluster cannot be used.
     """
     small = all(map(is_small, models))
-    more = {"timeout": _HUNG, "start_timeout": _HUNG, "held": held, "spread": len(models)}
+    more = {"timeout": _HUNG, "patience": _PATIENCE, "start_timeout": _HUNG, "held": held, "spread": len(models)}
     if request.ray is not None:
         from gpmetric.executors.ray_actors import RayActors  # which only those have who ask for it
 
@@ -84,7 +86,7 @@ def make_executor(
     if workers < (request.workers or 1):
         _LOG.warning("there is memory for %d of %d workers", workers, request.workers)
     threads = 1 if small else max(1, cores() // workers)
-    if workers > 1:
+    if workers > 1 or held < len(models):  # one that changes models does what belongs to one after the other
         seen = devices(models[0].device)
         return LocalProcesses(factory, (*arguments, threads), workers, devices=seen, **more)
     return Serial(here(threads))

@@ -9,6 +9,7 @@ import torch
 from gpmetric.evaluation.references import reference_bytes
 from gpmetric.executors import Executor, Serial
 from gpmetric.operands import needs_gradients
+from gpmetric.session.reopening import Reopening
 from gpmetric.session.session import Listener, Session, open_session
 from gpmetric.session.work import Work
 from gpmetric.session.workers import is_small, make_executor, shared
@@ -24,7 +25,7 @@ from gpmetric.structured.shrink import Shrinker
 from gpmetric.structured.slim_checkpoint import COMPARED
 from gpmetric.structured.starts import started_from
 
-__all__ = ["STEPS", "draws_executor", "make_repairer", "open_units", "slim_work"]
+__all__ = ["STEPS", "draws_executor", "make_repairer", "open_units", "slim_work", "units_of"]
 
 STEPS = 1000  # of a search whose length is told in minutes, or not at all
 
@@ -61,7 +62,17 @@ def open_units(request: SlimRequest, listener: Listener | None = None) -> UnitSe
     Raises:
         InputError, ModelError: model or texts cannot be used.
     """
-    session = open_session(request, work=slim_work, listener=listener)
+    return units_of(open_session(request, work=slim_work, listener=listener))
+
+
+def units_of(session: Session) -> UnitSession:
+    """The units of a session's model.
+
+    Raises:
+        InputError, ModelError: they cannot be told, or not be written as is asked for.
+    """
+    request = session.inputs
+    assert isinstance(request, SlimRequest)
     if request.shared_out and is_small(session.model):
         torch.set_num_threads(1)  # whoever collects features has the same
     groups = find_groups(session.model, request.kinds)
@@ -80,13 +91,14 @@ def draws_executor(request: SlimRequest, units: UnitSession, damping: float, her
     """Who measures the models that a search draws; `here` does it in this process."""
     if not request.shared_out:
         return Serial(here)
-    workers = units.session.plan.workers
-    return make_executor(request, [units.model], workers, _opened, (request, damping), partial(_measuring, here))
+    workers, place = units.session.plan.workers, Reopening.of(units.session, request.models[0])
+    return make_executor(request, [units.model], workers, _opened, (place, damping), partial(_measuring, here))
 
 
-def _opened(request: SlimRequest, damping: float, threads: int) -> Measurer:
+def _opened(place: Reopening, damping: float, threads: int) -> Measurer:
     torch.set_num_threads(threads)
-    units = open_units(request)
+    units, request = units_of(place.open()), place.inputs
+    assert isinstance(request, SlimRequest)
     repairer, windows = make_repairer(request, units).damped(damping), units.session.windows["search"].tokens
     objective = DrawObjective(units.model, windows, request.objective, request.batch, request.seed)
     return Measurer(Shrinker(units.model, units.groups), repairer, objective)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gpmetric.errors import GpmetricError
-from gpmetric.executors import Executor, Serial
+from gpmetric.executors import Executor, OutOfTime, Serial
 from gpmetric.structured.draw_objective import DrawObjective
 from gpmetric.structured.draws import Draw, Measurer
 from gpmetric.structured.policy import Policy, draw, entropy
@@ -113,7 +113,10 @@ class Search(ABC):
         start = time.monotonic() - self.state.seconds
         try:
             while (done := self.schedule.over(self.state)) < 1:
-                self._step(done, start)
+                try:
+                    self._step(done, start)
+                except OutOfTime:  # of a worker that did not answer
+                    break
                 over = self.schedule.over(self.state)
                 if self.state.step % _REPORT == 0 or over >= 1:
                     if not self._finite:

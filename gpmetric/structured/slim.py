@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.evaluation.perplexity import perplexity
+from gpmetric.executors import TaskClock
 from gpmetric.options import as_function, settings_of
 from gpmetric.pruning.output_folder import check_folder, check_room, replacing
 from gpmetric.session.caveats import above_start, few_tokens
@@ -304,6 +305,9 @@ def explore(
     objective = DrawObjective(begun.units.model, windows, request.objective, request.batch, request.seed)
     measurer = Measurer(begun.shrinker, begun.repairer, objective)
     with draws_executor(request, begun.units, begun.repairer.damping, measurer) as executor:
+        if request.shared_out and minutes is not None:  # of a worker that does not answer nobody hears before
+            left = 60 * minutes - (0.0 if log.state is None else log.state.seconds)
+            executor.clock = TaskClock(end=time.monotonic() + left)
         parts = (begun.shrinker, begun.repairer, objective, schedule, log, executor)
         if rate is None:
             exchange = partial(ExchangeSearch, begun.units.groups, begun.space, begun.pools, begun.worth, begun.atoms)

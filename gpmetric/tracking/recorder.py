@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
+from gpmetric.errors import GpmetricError
 from gpmetric.files import finite
 
 __all__ = ["Trackers"]
@@ -36,12 +37,17 @@ class Trackers(AbstractContextManager["Trackers"]):
     """
 
     def __init__(self, texts: Sequence[str], name: str) -> None:
-        self._all = [_Recorder(text, name) for text in texts]
+        self._all: list[_Recorder] = []
+        for text in texts:
+            try:
+                self._all.append(_Recorder(text, name))
+            except OSError as error:  # no process, or no memory
+                raise GpmetricError(f"--track {text} cannot be started: {error}") from error
         self._is_finished = False
 
     def start(self, settings: Mapping[str, Any]) -> None:
         """Begins the runs; of other settings than texts, numbers and truth values, their text is kept."""
-        plain = {key: value for key, value in settings.items() if value not in (None, (), ())}
+        plain = {key: value for key, value in settings.items() if value not in (None, ())}
         self._send("start", {key: _setting(value) for key, value in plain.items()})
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
