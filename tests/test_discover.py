@@ -343,7 +343,7 @@ def test_a_large_model_has_all_cores(
     for session in sessions.values():
         session.start()
     statistics = {name: workplace.collect_statistics(request, one, print) for name, one in sessions.items()}
-    workplace.make_executor(request, sessions, statistics, request.ledger.parent)
+    workplace.make_executor(request, sessions, statistics)
     assert seen == [1 if small else 6, threads]
 
 

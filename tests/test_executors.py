@@ -222,7 +222,9 @@ def test_one_failed_start_is_survived(make: Making, tmp_path: Path) -> None:
 @with_workers
 def test_those_that_start_go_on_without_those_that_do_not(make: Making, tmp_path: Path) -> None:
     with make(helpers.make_only_one, (str(tmp_path),), workers=2) as executor:
-        assert [outcome.value for outcome in executor.map_ordered(range(12))] == [n * n for n in range(12)]
+        end = time.monotonic() + 60
+        while executor.workers == 2 and time.monotonic() < end:
+            assert [outcome.value for outcome in executor.map_ordered(range(6))] == [n * n for n in range(6)]
         assert executor.workers == 1
 
 

@@ -160,6 +160,7 @@ def test_what_is_written_of_a_plan() -> None:
         "states": True,
         "inputs": True,
         "workers": 1,
+        "held_models": 1,
         "aside": False,
     }
     assert (type(told["resident"]), type(told["kept"])) == (bool, bool)

@@ -70,7 +70,7 @@ def test_one_worker_that_may_hold_one_model_changes_them(
 ) -> None:
     both = (str(tiny_llama), str(tiny_gpt2))
     expected = tables("both.sqlite", model=both, workers=1)
-    monkeypatch.setattr(sessions, "make_plan", lambda *_: Plan(models=1))
+    monkeypatch.setattr(sessions, "make_plan", lambda *_: Plan(held_models=1))
     assert tables("either.sqlite", model=both, workers=1) == expected
 
 

@@ -201,12 +201,12 @@ def test_a_worker_holds_its_model_as_planned(
     for session in opened.values():
         session.start()
     statistics = {name: workplace.collect_statistics(request, one, print) for name, one in opened.items()}
-    with workplace.make_executor(request, opened, statistics, tmp_path) as executor:
+    with workplace.make_executor(request, opened, statistics) as executor:
         assert isinstance(executor, LocalProcesses)
         _, (places, *_) = executor._factory, executor._arguments
     (place,) = places.values()
     model = place.open()._model
-    assert place.plan == plan
+    assert place.session.plan == plan
     assert not model.resident
     assert model.placement.room == plan.room
 

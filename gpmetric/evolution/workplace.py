@@ -219,7 +219,7 @@ def make_executor(
         evaluator = next(iter(places.values())).open(next(iter(models.values())))
         return Together(evaluator.together, alike, size)
     workers = min(session.plan.workers for session in sessions.values())
-    held = min(session.plan.models for session in sessions.values())
+    held = min(session.plan.held_models for session in sessions.values())
     here = partial(open_workplaces, places, held, models={} if released(request, sessions) else models)
     executor = staffed(request, list(models.values()), workers, open_workplaces, (places, held), here, held)
     return MultiModel(executor, models) if len(models) > 1 else executor
@@ -229,7 +229,7 @@ def released(request: DiscoverRequest, sessions: Mapping[str, Session]) -> bool:
     """Whether the models of this process are let go of once they are calibrated: whoever works opens them again."""
     plans = [session.plan for session in sessions.values()]
     elsewhere = request.ray is not None or min(plan.workers for plan in plans) > 1
-    return elsewhere or min(plan.models for plan in plans) < len(sessions)
+    return elsewhere or min(plan.held_models for plan in plans) < len(sessions)
 
 
 def _resampled(windows: Tensor, draws: Sequence[str], seed: int) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ class Plan:
         states: whether hidden states stay on the device.
         inputs: whether what the layers of one block read in the dense model is kept while it is pruned.
         workers: processes that do the work at the same time.
-        models: that each of them holds at once.
+        held_models: models that each of them holds at once.
         aside: whether pruned weights that are kept are in files.
     """
 
@@ -66,7 +66,7 @@ class Plan:
     states: bool = True
     inputs: bool = True
     workers: int = 1
-    models: int = 1
+    held_models: int = 1
     aside: bool = False
 
     def describe(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def make_plan(model: Model, work: Work, limit: int | None) -> Plan:
     found: list[Plan] = []
     for models in range(work.models, 0, -1):
         try:
-            found.append(replace(_plan_of(model, replace(work, models=models), limit), models=models))
+            found.append(replace(_plan_of(model, replace(work, models=models), limit), held_models=models))
         except InputError:
             if models == 1 and not found:
                 raise
