@@ -34,8 +34,10 @@ def disk_full(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_every_command_is_tried(disk_full: ModuleType) -> None:
-    tried = {row.words.split()[0] for row in disk_full.RUNS.values()}
-    assert tried == {"plan", *COMMANDS} - {"tune"}  # which is prune and allocate, for half a minute at least
+    commands = {"plan", *COMMANDS}
+    tried = {name for name in commands for row in disk_full.RUNS.values() if f"{row.words} ".startswith(f"{name} ")}
+    # tune is prune and allocate, for half a minute at least; the others write new files only, and over none
+    assert tried == commands - {"tune", "ledger repair", "ledger merge"}
 
 
 @pytest.mark.slow

@@ -46,8 +46,12 @@ def fused_of(folder: Path) -> dict[str, Tensor]:
     return {name: one for name, one in plain(folder).named_parameters() if one.dim() == 3 and "experts" in name}
 
 
+# Where a tensor lies in memory changes last bits on some processors, which a state space carries on from token to token
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
 def test_logits_are_those_of_transformers(model: Model, folder: Path) -> None:
-    torch.testing.assert_close(logits(model.module), logits(plain(folder)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(model.module), logits(plain(folder)), **CLOSE)
 
 
 def test_each_expert_is_a_layer(model: Model, folder: Path) -> None:
@@ -80,10 +84,12 @@ def test_their_files_hold_them(model: Model, folder: Path) -> None:
 
 def test_load_gives_what_transformers_has(folder: Path) -> None:
     module, other = load(folder), plain(folder)
+    theirs = dict(other.named_parameters())
     assert {name: one.shape for name, one in module.named_parameters()} == {
-        name: one.shape for name, one in other.named_parameters()
+        name: one.shape for name, one in theirs.items()
     }
-    assert torch.equal(logits(module), logits(other))
+    assert all(torch.equal(one, theirs[name]) for name, one in module.named_parameters())
+    torch.testing.assert_close(logits(module), logits(other), **CLOSE)
 
 
 def test_families() -> None:

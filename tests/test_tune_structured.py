@@ -340,7 +340,12 @@ def test_the_command_line(
     words += ["-o", str(tmp_path / "a")]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
-    for word in ("wanda_sp, as published", "without repair", "of those inside the blocks removed", "a search for what"):
+    for word in (
+        "wanda_sp, as published",
+        "without granularity",
+        "of those inside the blocks removed",
+        "a search for what",
+    ):
         assert word in done.output
     planned = CliRunner().invoke(app, ["plan", *words, "--json", "-"])
     assert planned.exit_code == 0, planned.output

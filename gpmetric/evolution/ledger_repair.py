@@ -9,7 +9,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-from gpmetric.errors import LedgerError
+from gpmetric.errors import GpmetricError, LedgerError
 from gpmetric.evolution import driver_lock
 from gpmetric.evolution import sqlite_schema as schema
 from gpmetric.evolution.consistency import sound_part
@@ -46,7 +46,10 @@ def run_repair(request: LedgerRepairRequest) -> dict[str, Any]:
         copy = Path(folder) / "ledger.sqlite"
         for suffix in ("", "-wal"):
             if (part := Path(f"{path}{suffix}")).is_file():
-                shutil.copyfile(part, f"{copy}{suffix}")
+                try:
+                    shutil.copyfile(part, f"{copy}{suffix}")
+                except OSError as error:
+                    raise GpmetricError(f"ledger {part} cannot be copied to {folder!r}: {error.strerror}") from error
         found, why, owner = _read(copy)
     if owner is not None and owner["state"] == "alive":
         raise LedgerError(f"ledger {path} is in use by process {owner['pid']} on host {owner['host']}, which writes it")

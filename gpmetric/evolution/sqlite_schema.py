@@ -257,8 +257,9 @@ def create(path: Path, tables: Mapping[str, Iterable[Mapping[str, Any]]]) -> Non
                     statement = f"INSERT INTO {table} ({', '.join(full)}) VALUES ({places})"
                     connection.execute(statement, list(full.values()))
         os.replace(partial, path)
-    except OSError as error:
-        raise LedgerError(f"ledger {path} cannot be written: {error.strerror}") from error
+    except (OSError, GpmetricError) as error:
+        told = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"ledger {partial} ")
+        raise GpmetricError(f"ledger {path} cannot be written: {told}") from error
     finally:
         partial.unlink(missing_ok=True)
 
