@@ -5,7 +5,8 @@
     python benchmarks/bench_scaling.py --tokens-per-second 30000 --overhead 0.2   # a model that is not at hand
 
 Simulated is what `SuccessiveHalving` does: rung after rung, tasks in order to whoever is free, and between two rungs a
-wait for the last task, since who climbs is known then. The driver's own seconds come on top, as nothing runs meanwhile.
+wait for the last task, since who climbs is known then. The driver's own seconds come on top; that workers probe what it
+has drawn while it draws is left out.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+from results import append, row
 
-from benchmarks.results import append, row
-from gpmetric.evolution.discover import run_campaign
+from gpmetric.evolution import discover
+from gpmetric.evolution.campaign import Campaign
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.rungs import PROBE
-from gpmetric.evolution.screening import SuccessiveHalving
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
 POPULATIONS = (1, 4, 16)  # times the measured one
@@ -91,28 +94,27 @@ def modelled(tokens_per_second: float, overhead: float, driver: float, windows: 
 
 
 def measured(folder: Path, workers: int, evaluations: int) -> tuple[Path, float, float]:
-    """(ledger, seconds of the search, driver's seconds for each drawn candidate) of a campaign on the demo model."""
-    ledger = folder / f"{workers}.sqlite"
-    busy = [0.0]
-    original = SuccessiveHalving._measure
+    """(ledger, seconds of the search, driver's seconds for each drawn candidate) of a campaign on the demo model.
 
-    def timed(self: SuccessiveHalving, *arguments: object) -> None:
-        start = time.monotonic()
-        original(self, *arguments)  # type: ignore[arg-type]
-        busy[0] += time.monotonic() - start
+    The driver's are of its processor; with one worker, which is the driver, they are not known.
+    """
+    ledger, spent, original = folder / f"{workers}.sqlite", [0.0], discover._search
 
-    SuccessiveHalving._measure = timed  # type: ignore[method-assign, assignment]
-    try:
+    def timed(*arguments: Any) -> Campaign:
+        start = time.process_time()
+        found = original(*arguments)
+        spent[0] = time.process_time() - start
+        return found
+
+    with patch.object(discover, "_search", timed):
         request = DiscoverRequest(
             ledger=ledger, evaluations=evaluations, samples=16, search_windows=16, windows=4, workers=workers,
             calibration_seeds=0, operands=("W", "X", "G"), target=("0.5", "2:4"),
         )  # fmt: skip
-        found = run_campaign(request)
-    finally:
-        SuccessiveHalving._measure = original  # type: ignore[method-assign]
-    search = found["seconds"]["search"]
+        found = discover.run_campaign(request)
     with Ledger.read(ledger) as opened:
-        return ledger, search, (search - busy[0]) / opened.counts()["drawn"]
+        drawn = opened.counts()["drawn"]
+    return ledger, found["seconds"]["search"], spent[0] / drawn if workers > 1 else 0.0
 
 
 def curve(profile: Profile, times: float, seed: int = 0) -> Iterator[tuple[int, float, float]]:
@@ -164,8 +166,9 @@ def main(write: Callable[[list[dict[str, str]]], None] = append) -> None:
                 made, search, own = measured(Path(folder), workers, options.evaluations)
                 ledger, driver, first = ledger or made, driver or own, first or search
                 per = search / options.evaluations
+                told = f"; driver {1e3 * own:.2f} ms for each drawn" if own else ""
                 print(f"{workers} workers: search {search:.1f} s, {per:.3f} s for each candidate paid for, "
-                      f"{first / search:.2f} times one worker; driver {1e3 * own:.2f} ms for each drawn")  # fmt: skip
+                      f"{first / search:.2f} times one worker{told}")  # fmt: skip
                 told = f"demo, campaign of {options.evaluations} evaluations, seconds for each, {workers} workers"
                 rows.append(row("scaling", told, np.array([per]), first / options.evaluations))
         if options.tokens_per_second:

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from results import append, row
 
-from benchmarks.results import append, row
 from gpmetric.calibration import cache
 from gpmetric.errors import LedgerError
 from gpmetric.evolution import discover
