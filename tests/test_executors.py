@@ -141,6 +141,17 @@ def test_a_hang_is_ended_after_its_timeout(make: Making, tmp_path: Path) -> None
     wait_for(lambda: all(not is_running(pid) for word in ("hang_once", "hang") for pid in pids(tmp_path / word)))
 
 
+def test_an_honest_candidate_is_given_time(tmp_path: Path) -> None:
+    """0.6 s, where 0.4 are allowed at least, and so many times what others like it took."""
+    with LocalProcesses(helpers.make_clumsy, (str(tmp_path),), workers=1, timeout=0.4, patience=5.0) as executor:
+        found = list(executor.map_ordered(["slow 1", "slow 2", "hang once"]))
+    assert [(one.value, one.attempt) for one in found] == [
+        ("slow 1 done", 1),
+        ("slow 2 done", 1),
+        ("hang once done", 2),
+    ]
+
+
 @with_workers
 def test_a_slow_candidate_does_not_stop_the_others(make: Making, tmp_path: Path) -> None:
     words = ["a", "slow", *(f"w{n}" for n in range(20))]
