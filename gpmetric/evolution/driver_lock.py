@@ -72,19 +72,18 @@ def claim(connection: sqlite3.Connection, silent: Owner | None = None) -> str:
 
 def _check_ended(owner: Mapping[str, Any], silent: Owner | None) -> None:
     told = f"is in use by process {owner['pid']} on host {owner['host']}"
-    boot, _, namespace = _place(owner["started"])
-    here, _, ours = _place(_start_of(os.getpid()))
-    if namespace and boot == here:
-        if namespace != ours:
-            age = time.time() - owner["heartbeat"]  # the same clock
-            told += f", in another container or namespace of process numbers, heard of {age:.0f} s ago"
-            raise Unseen(f"{told}; if it has ended, gpmetric ledger free FILE")
-    elif owner["host"] != socket.gethostname() or namespace:
-        if (owner["token"], owner["heartbeat"]) != silent:
-            raise Unheard(told)
+    alive = lives(owner)
+    if alive is not None:
+        if alive:
+            raise Refusal(told)
         return
-    if _start_of(owner["pid"]) in (owner["started"], "running"):
-        raise Refusal(told)
+    boot, _, namespace = _place(owner["started"])
+    if namespace and boot == _place(_start_of(os.getpid()))[0]:
+        age = time.time() - owner["heartbeat"]  # the same clock
+        told += f", in another container or namespace of process numbers, heard of {age:.0f} s ago"
+        raise Unseen(f"{told}; if it has ended, gpmetric ledger free FILE")
+    if (owner["token"], owner["heartbeat"]) != silent:
+        raise Unheard(told)
 
 
 def free(connection: sqlite3.Connection, told: Callable[[str], None]) -> None:

@@ -13,6 +13,7 @@ from gpmetric.options import FORCE_FILES, Common, Option
 __all__ = ["FORMATS", "LedgerExportRequest", "LedgerMergeRequest", "LedgerRepairRequest", "LedgerRequest"]
 
 FORMATS = (".csv", ".jsonl", ".parquet")
+_NEW = Option("Ledger to write; none may be there.", metavar="NEW.sqlite", names=("--output", "-o"), writes="ledger")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +27,7 @@ class LedgerRequest(Common):
 class LedgerRepairRequest(LedgerRequest):
     """Everything `gpmetric ledger repair` can be asked for."""
 
-    output: Annotated[
-        Path | None,
-        Option("Ledger to write; none may be there.", metavar="NEW.sqlite", names=("--output", "-o"), writes="ledger"),
-    ] = None
+    output: Annotated[Path | None, _NEW] = None
 
     def check(self) -> None:
         super().check()
@@ -67,10 +65,7 @@ class LedgerMergeRequest(Common):
             "Ledgers of campaigns of one model, its texts and options.", metavar="LEDGER...", argument=True, reads=True
         ),
     ] = ()
-    output: Annotated[
-        Path | None,
-        Option("Ledger to write; none may be there.", metavar="NEW.sqlite", names=("--output", "-o"), writes="ledger"),
-    ] = None
+    output: Annotated[Path | None, _NEW] = None
 
     def check(self) -> None:
         super().check()
