@@ -40,12 +40,13 @@ from gpmetric.calibration.cache import Sample, cached_statistics, load_statistic
 from gpmetric.commands import COMMANDS
 from gpmetric.config import load_config
 from gpmetric.evaluation.tasks import check_tasks
-from gpmetric.evolution.ledger import Ledger, is_ledger, winner_of
+from gpmetric.evolution.ledger import Ledger, result_of
 from gpmetric.evolution.sqlite_schema import TABLES
 from gpmetric.expression.canonical import canonical
 from gpmetric.expression.parse import parse
+from gpmetric.formula_files import is_ledger, read_formula
 from gpmetric.metrics import BASELINES, resolve_metric
-from gpmetric.options import check_request, make_request
+from gpmetric.options import check_request, described, make_request
 from gpmetric.pruning.allocation import Allocation, read_allocation
 from gpmetric.pruning.bench_log import BenchLog, BenchRow
 from gpmetric.pruning.output_folder import MANIFEST
@@ -128,7 +129,7 @@ def _ledger(folder: Path) -> Opened:
         for side in ("-wal", "-shm"):
             path.with_name(path.name + side).unlink(missing_ok=True)
         is_ledger(str(path))
-        winner_of(path)
+        result_of(path)
         with Ledger.read(path) as ledger:
             for row in [*ledger.candidates(), *ledger.evaluations(), *ledger.measurements(), *ledger.generations()]:
                 vars(row)
@@ -186,6 +187,16 @@ def _tensor_file(folder: Path) -> Opened:
     return of_file(path, read)
 
 
+def _formula_file(folder: Path) -> Opened:
+    """What stands for a metric: exports, and results of campaigns."""
+    path = folder / "a.json"
+    seeds = [
+        b'{"formula": "abs(W)*X", "group": "layer"}',
+        b'{"winner": {"formula": "W"}, "update": "admm", "fit": "own"}',
+    ]
+    return of_file(path, lambda: resolve_metric(read_formula(str(path)).metric), seeds)
+
+
 def _config(folder: Path) -> Opened:
     command = cast(Any, typer.main.get_command(cli.app)).commands["discover"]
     path = folder / "a.toml"
@@ -194,9 +205,9 @@ def _config(folder: Path) -> Opened:
         context = command.make_context("discover", [])
         load_config(context, path)
         command.parse_args(context, [])
-        made = {name: value for name, value in context.params.items() if cli._is_given(context, name)}
-        made = {name: value for name, value in made.items() if name not in ("json", "config", "force")}
-        make_request(COMMANDS["discover"].request, made).check()
+        shown = {name: value for name, value in context.params.items() if name not in ("json", "config", "force")}
+        request = COMMANDS["discover"].request
+        make_request(request, cli._given(context, cli._placed(described(request)), shown)).check()
 
     seed = 'target = ["0.5", "2:4"]\npopulation = 40\nminutes = 1.5\nresume = true\noperands = "W,X"\nmemory = "12GB"\n'
     found = of_file(path, read, [seed.encode()])
@@ -224,8 +235,8 @@ def _command_line(folder: Path) -> Opened:
         with command.make_context(name, words) as context:
             options = dict(context.params)
             json, config = options.pop("json", None), options.pop("config", None)
-            given = {one: value for one, value in options.items() if cli._is_given(context, one)}
             request = COMMANDS[command.name].request
+            given = cli._given(context, cli._placed(described(request)), options)
             force = given.pop("force", False) if "force" not in vars(request).get("__dataclass_fields__", {}) else False
             check_request(make_request(request, given).completed(), json, config=config, force=force)
 
@@ -320,6 +331,7 @@ _LINES = '{"text": "one two\\n"}\n{"text": "three"}\n'
 READERS: dict[str, Reader] = {
     "formula": Reader(_formula, "text", _OF_FORMULAS, 0.2),
     "canonical form": Reader(_canonical, "text", _OF_FORMULAS, 10),
+    "file of a formula": Reader(_formula_file, "json", ("formula", "winner", "group", "update", "{", "null"), 5),
     "target": Reader(_target, "text", ("0.5", ":", "2:4", "row:", "e", "-", "+", "9999:9999", "٣"), 0.2),
     "command line": Reader(
         _command_line, "text", (" --", "-1", " nan", " 1e999", " --memory 9", "'", " ~/x", "../", "\\0", " --seed "), 5

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gpmetric.evolution.ledger_repair import repair_ledger
     from gpmetric.evolution.listener import DiscoverListener
     from gpmetric.evolution.status import status
+    from gpmetric.listing import list_names
     from gpmetric.loading import load, load_model
     from gpmetric.metrics import BASELINES, Metric
     from gpmetric.packing.pack import pack
@@ -52,6 +53,7 @@ _HOMES = {
     "export_ledger": "evolution.ledger_export",
     "free_ledger": "evolution.ledger_check",
     "layers": "session.layers",
+    "list_names": "listing",
     "load": "loading",
     "load_model": "loading",
     "merge_ledgers": "evolution.ledger_merge",
@@ -82,6 +84,7 @@ __all__ = [
     "export_ledger",
     "free_ledger",
     "layers",
+    "list_names",
     "load",
     "load_model",
     "merge_ledgers",

@@ -9,17 +9,18 @@ import inspect
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, replace
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin
 
 import typer
 from rich.console import Console
 
+from gpmetric.command_help import GroupedCommand
 from gpmetric.commands import COMMANDS, GROUPS, Command
 from gpmetric.config import load_config
 from gpmetric.errors import GpmetricError, InputError
@@ -38,9 +39,9 @@ out_of_memory = lazy("gpmetric.session.memory:out_of_memory")
 app = typer.Typer(
     name="gpmetric",
     help="Discovers pruning metrics for language models by genetic programming, benchmarks, exports and applies them.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},  # --sequence_length
 )
 
 _planned = typer.Typer(help="Says what a command would take of memory, disk and time, and runs nothing.")
@@ -51,6 +52,17 @@ _PLANNED: dict[str, Any] = {
     "write": lambda document, request: None,
 }
 
+_PLACED = "placed"  # the parameter of what stands behind a command without a name
+_NAMED = ("model", "ledger")  # what is also offered by its name
+_OTHERS = {  # options of Wanda's and SparseGPT's scripts that have another form here
+    "--sparsity-type": "here --target 0.5 is unstructured, --target 2:4 a pattern",
+    "--prunen": "here --target 2:4 is a pattern, 2 kept of each 4",
+    "--prunem": "here --target 2:4 is a pattern, 2 kept of each 4",
+    "--use-variant": "here --metric says what ranks weights",
+    "--eval-zero-shot": "here gpmetric evaluate MODEL --tasks measures tasks",
+    "--cache-dir": "here HF_HOME in the environment says where models are kept",
+    "--save": "here --json FILE keeps the figures, and -o DIR the model",
+}
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # typer carries its own copy of click, or does not
 _JSON = typer.Option("--json", metavar="FILE", help="Write the full result as JSON; - for standard output.")
 _FORCE = typer.Option("--force", help=FORCE_FILES.help)
@@ -79,11 +91,11 @@ def _add(place: typer.Typer, name: str, command: Command) -> None:
 
     fields = described(command.request)
     own = any(field.name == "force" for field in fields)
+    placed = _placed(fields)
 
     def call(context: typer.Context, json: Path | None, config: Path | None, **options: Any) -> None:
         force = own or options.pop("force")
-        given = {name: value for name, value in options.items() if _is_given(context, name)}
-        _run(command, given, json, config, force=force)
+        _run(command, _given(context, placed, options), json, config, force=force)
 
     shared: list[tuple[str, Any, Any, Any]] = [
         ("json", Path | None, _JSON, None),
@@ -91,38 +103,91 @@ def _add(place: typer.Typer, name: str, command: Command) -> None:
     ]
     shared += [] if own else [("force", bool, _FORCE, False)]
     parameters = [_keyword("context", typer.Context, inspect.Parameter.empty)]
-    parameters += [_parameter(field) for field in fields]
+    parameters += [] if placed is None else [_argument(placed)]
+    parameters += [_parameter(field, hidden=field is placed and field.name not in _NAMED) for field in fields]
     parameters += [_keyword(field, Annotated[kind, option], default) for field, kind, option, default in shared]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    place.command(name, help=command.help)(call)
+    place.command(name, cls=_styled(command, fields), help=command.help, no_args_is_help=False)(call)
 
 
-def _is_given(context: typer.Context, name: str) -> bool:
-    """Whether an option stands on the command line or in a --config file."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
+def _styled(command: Command, fields: Sequence[Described]) -> type[GroupedCommand]:
+    """The command's class, which knows its examples and what its help does not show."""
+    hidden = frozenset(name for field in fields for name in field.option.accepted)
+    return type("StyledCommand", (GroupedCommand,), {"hidden_names": hidden, "examples": command.examples})
+
+
+def _placed(fields: Sequence[Described]) -> Described | None:
+    """The option that stands behind the command without a name: its argument, or else the model."""
+    arguments = [field for field in fields if field.option.argument]
+    models = [field for field in fields if field.name == "model"]
+    return next(iter(arguments or models), None)
+
+
+def _one_place(placed: Described, words: Any, named: Any) -> dict[str, Any]:
+    """What is asked for by an argument, by the option of its name, or by both where it takes several.
+
+    Raises:
+        InputError: it is there twice, or not at all where it must be.
+    """
+    given = list(words or ())
+    more = list(named) if isinstance(named, (list, tuple)) else [] if named is None else [named]
+    several = placed.several or get_origin(placed.kind) is tuple
+    if not several and len(given) + len(more) > 1:
+        raise InputError(f"{placed.metavar} is one, but got {' and '.join(repr(str(one)) for one in given + more)}")
+    if placed.default is MISSING and not given + more:
+        raise InputError(f"{placed.metavar} is missing: {placed.help}")
+    if not given + more:
+        return {}
+    return {placed.name: given + more if several else (given + more)[0]}
+
+
+def _given(context: typer.Context, placed: Described | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that stand on the command line or in a --config file; what stands there without a name has its own.
+
+    Raises:
+        InputError: that is there twice, or not at all where it must be.
+    """
+    sources = {name: context.get_parameter_source(name) for name in options}
+    given = {name: options[name] for name, source in sources.items() if source and source.name != "DEFAULT"}
+    return given if placed is None else given | _one_place(placed, given.pop(_PLACED, None), given.get(placed.name))
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _parameter(field: Described) -> inspect.Parameter:
+def _argument(field: Described) -> inspect.Parameter:
+    """What stands behind the command without a name; words too many are told by `_one_place`."""
+    several = "..." if field.several or get_origin(field.kind) is tuple else ""
+    name = field.metavar.removesuffix("...") + several
+    place = typer.Argument(metavar=f"[{name}]" if field.default is not MISSING else name, help=field.help)
+    return _keyword(_PLACED, Annotated[list[str] | None, place], None)
+
+
+def _parameter(field: Described, *, hidden: bool) -> inspect.Parameter:
     """A field of a request as typer reads it."""
     option, default, kind = field.option, field.default, field.kind
+    if default is MISSING:
+        default = None
     if field.several and option.listed:
         kind, default = str, ",".join(default)
     elif field.several:
         kind, default = list[str] | None, None  # so that the help shows no default: the sentence says it
     elif field.optional:
         kind = kind | None
-    if option.argument:
-        place = typer.Argument(metavar=option.metavar, help=field.help)
-    else:
-        names = option.names or (field.spelled,)
-        place = typer.Option(*names, metavar=option.metavar, help=field.help, hidden=option.hidden)
-    return _keyword(field.name, Annotated[kind, place], inspect.Parameter.empty if default is MISSING else default)
+    choices = option.choices
+    place = typer.Option(
+        *field.spellings, metavar=field.metavar, help=field.help, hidden=option.hidden or hidden,
+        autocompletion=None if choices is None else lambda incomplete: _beginning(incomplete, choices, option.listed),
+    )  # fmt: skip
+    return _keyword(field.name, Annotated[kind, place], default)
+
+
+def _beginning(typed: str, choices: Iterable[str], listed: bool) -> list[str]:
+    """The choices that begin as what is typed, of a list its last item, for the shell."""
+    before, comma, last = typed.rpartition(",") if listed else ("", "", typed)
+    return [f"{before}{comma}{name}" for name in choices if name.startswith(last)]
 
 
 def _run(command: Command, options: Mapping[str, Any], json: Path | None, config: Path | None, *, force: bool) -> None:
@@ -182,7 +247,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does with what a terminal cannot show
     watch_signals()
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], prog_name="gpmetric", standalone_mode=False)
     except _ClickException as error:
         code = _fail(_usage(error), 2)
     except GpmetricError as error:
@@ -200,13 +265,10 @@ def main() -> None:
 
 
 def _usage(error: Any) -> str:
-    """What is wrong with a command line; of words too many, where a model belongs."""
+    """What is wrong with a command line; of an option of the published scripts, what it is called here."""
     told: str = error.format_message()
-    context = getattr(error, "ctx", None)
-    options = [name for one in context.command.params for name in one.opts] if context else []
-    if "unexpected extra argument" in told and "--model" in options:
-        return f"{told}; a model is named by --model"
-    return told
+    name = getattr(error, "option_name", None)
+    return f"{name} is another script's: {_OTHERS[name]}" if name in _OTHERS else told
 
 
 def _fail(message: str, code: int, details: Sequence[str] = ()) -> int:

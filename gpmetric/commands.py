@@ -18,6 +18,7 @@ from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.status_request import StatusRequest
 from gpmetric.export.request import ExportRequest
 from gpmetric.lazy import lazy
+from gpmetric.listing import ListRequest
 from gpmetric.options import Request
 from gpmetric.packing.requests import PackRequest, UnpackRequest
 from gpmetric.pruning.requests import (
@@ -49,6 +50,7 @@ class Command:
         write: called with the document and the request once --json is written, for what can be made of it again.
         live: whether the listener prints what belongs to the tables.
         work: what it does with a session, for `gpmetric plan`; None for a command that runs no model.
+        examples: command lines for the help.
     """
 
     help: str
@@ -61,6 +63,7 @@ class Command:
     write: Callable[..., None] = lambda document, request: None
     live: bool = False
     work: Callable[..., Any] | None = None
+    examples: tuple[str, ...] = ()
 
 
 GROUPS = {"ledger": "Checks, repairs, exports, merges and frees ledgers of campaigns."}
@@ -73,6 +76,12 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         lazy("gpmetric.terminal.live:DiscoverReport"),
         timed=True,
         work=lazy("gpmetric.evolution.workplace:campaign_work"),
+        examples=(
+            "gpmetric discover --target 0.5 --minutes 5 --ledger short.sqlite",
+            "gpmetric discover DIR --text corpus.txt --target 0.5 --target 2:4 --minutes 30 --ledger campaign.sqlite",
+            "gpmetric discover DIR --text corpus.txt --update admm --fit dense --minutes 60 --ledger inside.sqlite",
+            "gpmetric discover --resume --ledger short.sqlite --minutes 10 --target 0.5",
+        ),
     ),
     "bench": Command(
         "Benchmarks metrics: perplexity of the model pruned by each metric to each target.\n\n"
@@ -85,12 +94,22 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         lazy("gpmetric.pruning.bench:first_failure"),
         work=lazy("gpmetric.pruning.bench:bench_work"),
         timed=True,
+        examples=(
+            "gpmetric bench --metric wanda --metric sparsegpt --target 0.5 --target 2:4",
+            "gpmetric bench DIR --calibration c.txt --text t.txt --metric wanda --metric campaign.sqlite",
+            "gpmetric bench NAME --preset published --calibration hf:allenai/c4/en:train --text t.txt",
+        ),
     ),
     "export": Command(
         "Writes a formula, or the winner of a campaign, as a self-contained file.",
         ExportRequest,
         lazy("gpmetric.evolution.export:run_export"),
-        lazy("gpmetric.terminal.tables:print_export"),
+        lazy("gpmetric.terminal.export:print_export"),
+        examples=(
+            "gpmetric export campaign.sqlite --format python -o metric.py",
+            'gpmetric export "abs(W)*sqrt(X)" --format latex',
+            "gpmetric export metric.py --format triton -o kernel.py",
+        ),
     ),
     "catalogue": Command(
         "Shows the formulas that were found, how they transfer, or measures them on other models.",
@@ -100,6 +119,11 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         lazy("gpmetric.terminal.live:BenchReport"),
         timed=True,
         work=lazy("gpmetric.pruning.transfer:catalogue_work"),
+        examples=(
+            "gpmetric catalogue",
+            "gpmetric catalogue fisher_dense",
+            "gpmetric catalogue --model DIR --calibration c.txt --text t.txt --json mine.json",
+        ),
     ),
     "reproduce": Command(
         "Measures published figures again by their protocol, and puts ours beside theirs.",
@@ -108,6 +132,10 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         lazy("gpmetric.terminal.reproduce:print_reproduce"),
         lazy("gpmetric.terminal.live:BenchReport"),
         timed=True,
+        examples=(
+            "gpmetric reproduce --list",
+            "gpmetric reproduce llama-7b",
+        ),
     ),
     "allocate": Command(
         "Searches how sparse each layer should be: the front between sparsity and loss, and one allocation of it.",
@@ -118,6 +146,10 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         work=lazy("gpmetric.allocation.prepare:allocate_work"),
         timed=True,
         write=lazy("gpmetric.allocation.allocate:write_pages"),
+        examples=(
+            "gpmetric allocate DIR --calibration c.txt --sparsity 0.7 -o allocation.json --plot front.png",
+            "gpmetric allocate DIR --calibration c.txt --update admm --fit dense --sparsity 0.6 -o allocation.json",
+        ),
     ),
     "tune": Command(
         "Finds the best pruned model at a sparsity: metric, update and allocation together, chosen on validation text."
@@ -128,6 +160,11 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         lazy("gpmetric.terminal.live:TuneReport"),
         work=lazy("gpmetric.tuning.tune:tune_work"),
         timed=True,
+        examples=(
+            "gpmetric tune DIR --calibration c.txt --sparsity 0.6 --minutes 60 -o tuned",
+            "gpmetric tune DIR --calibration c.txt --sparsity 2:4 --no-evolve -o tuned",
+            "gpmetric tune DIR --calibration c.txt --sparsity 0.3 --structured --minutes 30 -o smaller",
+        ),
     ),
     "prune": Command(
         "Prunes a model, writes it as a standard Hugging Face checkpoint, and verifies what was written.",
@@ -137,6 +174,11 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         lazy("gpmetric.terminal.live:PruneReport"),
         work=lazy("gpmetric.pruning.prune:prune_work"),
         timed=True,
+        examples=(
+            "gpmetric prune DIR --calibration c.txt --metric wanda --target 0.5 -o pruned",
+            "gpmetric prune DIR --calibration c.txt --metric campaign.sqlite --target 2:4 --permute -o pruned",
+            "gpmetric prune DIR --calibration c.txt --recipe tuned/recipe.toml -o again",
+        ),
     ),
     "slim": Command(
         "Removes channels, heads, layers, blocks or experts for good, by a search that needs forward passes only.",
@@ -146,6 +188,10 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         lazy("gpmetric.terminal.live:SlimReport"),
         work=lazy("gpmetric.structured.open_units:slim_work"),
         timed=True,
+        examples=(
+            "gpmetric slim DIR --calibration c.txt --sparsity 0.3 -o smaller",
+            "gpmetric slim DIR --granularity expert --sparsity 0.25 --start reap --steps 0 -o fewer",
+        ),
     ),
     "verify": Command(
         "Re-reads a checkpoint: files, finite values, sparsity, pattern, untouched tensors, perplexity.",
@@ -155,6 +201,10 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         lazy("gpmetric.terminal.live:PlainReport"),
         timed=True,
         failure=lazy("gpmetric.pruning.verify:first_problem"),
+        examples=(
+            "gpmetric verify pruned",
+            "gpmetric verify pruned --against DIR",
+        ),
     ),
     "evaluate": Command(
         "Perplexity of a model on texts, and its figures on tasks of lm-eval.",
@@ -165,6 +215,11 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         timed=True,
         live=True,
         work=lazy("gpmetric.session.evaluate:evaluate_work"),
+        examples=(
+            "gpmetric evaluate DIR --text t.txt",
+            "gpmetric evaluate pruned --text t.txt --windows 64",
+            "gpmetric evaluate DIR --tasks arc_easy,hellaswag --limit 100",
+        ),
     ),
     "pack": Command(
         "Packs a checkpoint into one smaller file, without the loss of a bit: zeros take one each.",
@@ -172,6 +227,7 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         lazy("gpmetric.packing.pack:run_pack"),
         lazy("gpmetric.terminal.packing:print_pack"),
         lazy("gpmetric.terminal.live:PlainReport"),
+        examples=("gpmetric pack pruned -o pruned.pack",),
     ),
     "unpack": Command(
         "Restores the folder that was packed, bit by bit.",
@@ -179,12 +235,17 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         lazy("gpmetric.packing.unpack:run_unpack"),
         lazy("gpmetric.terminal.packing:print_unpack"),
         lazy("gpmetric.terminal.live:PlainReport"),
+        examples=("gpmetric unpack pruned.pack -o again",),
     ),
     "layers": Command(
         "Shows which layers of a model are pruned, what stays dense, and why.",
         LayersRequest,
         lazy("gpmetric.session.layers:run_layers"),
         lazy("gpmetric.terminal.layers:print_layers"),
+        examples=(
+            "gpmetric layers DIR",
+            'gpmetric layers DIR --exclude "lm_head|layers.0"',
+        ),
     ),
     "status": Command(
         "Shows where a campaign is, from another terminal: step, progress, speed, best formulas, failures, owner.",
@@ -192,12 +253,24 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         lazy("gpmetric.evolution.status:run_status"),
         lazy("gpmetric.terminal.status:print_status"),
         lazy("gpmetric.terminal.status:StatusReport"),
+        examples=(
+            "gpmetric status campaign.sqlite",
+            "gpmetric status campaign.sqlite --watch 10",
+        ),
+    ),
+    "list": Command(
+        "Lists the metrics, operands, primitives, targets, updates and other names that options and formulas know.",
+        ListRequest,
+        lazy("gpmetric.listing:run_list"),
+        lazy("gpmetric.terminal.listing:print_list"),
+        examples=("gpmetric list metrics", "gpmetric list operands", "gpmetric list updates --json updates.json"),
     ),
     "analyse": Command(
         "Shows which operands, operations, sub-expressions and masks go with good fitness in a campaign.",
         AnalyseRequest,
         lazy("gpmetric.analysis.analyse:run_analysis"),
         lazy("gpmetric.terminal.tables:print_analysis"),
+        examples=("gpmetric analyse campaign.sqlite -o campaign.png",),
     ),
     "ledger check": Command(
         "Tells everything that is wrong with a campaign's ledger, also while a driver has it.",
@@ -205,29 +278,34 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         lazy("gpmetric.evolution.ledger_check:run_check"),
         lazy("gpmetric.terminal.ledger:print_check"),
         failure=lazy("gpmetric.evolution.ledger_check:first_problem"),
+        examples=("gpmetric ledger check campaign.sqlite",),
     ),
     "ledger repair": Command(
         "Saves what is sound of a damaged ledger in a new one, which discover --resume goes on with.",
         LedgerRepairRequest,
         lazy("gpmetric.evolution.ledger_repair:run_repair"),
         lazy("gpmetric.terminal.ledger:print_repair"),
+        examples=("gpmetric ledger repair campaign.sqlite -o sound.sqlite",),
     ),
     "ledger export": Command(
         "Writes a campaign's candidates with their figures as CSV, JSON Lines or Parquet.",
         LedgerExportRequest,
         lazy("gpmetric.evolution.ledger_export:run_ledger_export"),
         lazy("gpmetric.terminal.ledger:print_ledger_export"),
+        examples=("gpmetric ledger export campaign.sqlite -o candidates.csv",),
     ),
     "ledger merge": Command(
         "Puts campaigns of one model, its texts and options together, to be exported, analysed or forked.",
         LedgerMergeRequest,
         lazy("gpmetric.evolution.ledger_merge:run_merge"),
         lazy("gpmetric.terminal.ledger:print_merge"),
+        examples=("gpmetric ledger merge one.sqlite two.sqlite -o both.sqlite",),
     ),
     "ledger free": Command(
         "Takes a ledger from a driver that has ended in another container or on another host.",
         LedgerRequest,
         lazy("gpmetric.evolution.ledger_check:run_free"),
         lazy("gpmetric.terminal.ledger:print_free"),
+        examples=("gpmetric ledger free campaign.sqlite",),
     ),
 }

@@ -32,8 +32,9 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
         raise InputError(f"{where} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise InputError(f"{where} is not TOML: {error}") from error
-    known = {name: option for option in context.command.params for name in _long_names(option)}
-    first = {_long_names(option)[0] for option in context.command.params}
+    options = [option for option in context.command.params if option.param_type_name == "option"]
+    known = {name: option for option in options for name in _long_names(option)}
+    first = {_long_names(option)[0] for option in options}
     accepted = ", ".join(sorted(first - {"config", "help"}))
     context.default_map = {}
     for key, value in values.items():
@@ -47,9 +48,8 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def _long_names(option: Any) -> list[str]:
-    """Of an option, what stands behind its --, older spellings last; of an argument, its name."""
-    names = [name.removeprefix("--") for name in option.opts if name.startswith("--")]
-    return names or [str(option.name).replace("_", "-")]
+    """What stands behind an option's --, spellings that are not shown last."""
+    return [name.removeprefix("--") for name in option.opts if name.startswith("--")]
 
 
 def _as_typed(option: Any, value: object, where: str) -> bool | str | list[str]:

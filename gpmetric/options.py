@@ -22,6 +22,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 
 from gpmetric.errors import InputError, one_of
 from gpmetric.files import check_picture
+from gpmetric.formula_files import named_formulas
 from gpmetric.outputs import check_outputs, hub_folders
 
 __all__ = [
@@ -47,6 +48,7 @@ class Option:
         help: one sentence; `{default}` and `{choices}` are filled in.
         metavar: what stands for the value in the help.
         names: spelled otherwise than --field-name, `("--output", "-o")`, or a flag's two, `("--a/--b",)`.
+        accepted: more spellings that the help does not show, those of the published scripts for instance.
         argument: whether it is an argument instead.
         choices: what is accepted, where that is a table or a list.
         listed: a tuple that is written as one text with commas, `--operands W,X`, instead of repeating the option.
@@ -55,11 +57,13 @@ class Option:
         reads: whether the value names something that is read, and must not be written.
         writes: what the command writes there, as `outputs.check_outputs` has it.
         hidden: whether it is accepted and not offered, as the command has no use for it.
+        formula: whether it names metrics, so that a file of one stands for it; see `formula_files`.
     """
 
     help: str
     metavar: str | None = None
     names: tuple[str, ...] = ()
+    accepted: tuple[str, ...] = ()
     argument: bool = False
     choices: Collection[str] | None = None
     listed: bool = False
@@ -69,7 +73,10 @@ class Option:
     reads: bool = False
     writes: str | None = None
     hidden: bool = False
+    formula: bool = False
 
+
+_SHORT = 24  # letters of choices that stand in an option's line
 
 FORCE_FILES = Option("Replace files that gpmetric did not write; never one that is read.", names=("--force",))
 
@@ -104,6 +111,20 @@ class Described:
         """Whether it takes several texts."""
         return get_origin(self.kind) is tuple
 
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """All that a command line calls it by, the shown ones first; a flag's two are one, `--a/--b`."""
+        return (*(self.option.names or (self.spelled,)), *self.option.accepted)
+
+    @property
+    def metavar(self) -> str:
+        """What stands for the value in the help."""
+        option = self.option
+        choices = "|".join(option.choices or ())
+        if option.metavar is not None or (choices and len(choices) <= _SHORT and not option.listed):
+            return option.metavar or choices
+        return "A,B" if option.listed else {int: "N", float: "X", Path: "FILE"}.get(self.kind, "TEXT")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -111,11 +132,13 @@ class Request:
 
     unused: ClassVar[frozenset[str]] = frozenset()  # inherited fields that a command has no use for
 
+    formula_files: tuple[str, ...] = ()  # no option: the files that metrics were read from, which must not be written
+
     def __post_init__(self) -> None:
         """Makes tuples of what is given as one for a field of several, `target="0.5"`: texts would be taken apart."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(field.default, tuple) and not isinstance(value, tuple):
+            if isinstance(field.default, tuple) and not isinstance(value, tuple) and field.name != "formula_files":
                 described_field = next(one for one in described(type(self)) if one.name == field.name)
                 object.__setattr__(self, field.name, _converted(described_field, value))
 
@@ -184,7 +207,8 @@ def check_request(
     """
     request.check()
     written = {} if json is None else {"--json": (json, "json")}
-    read = [] if config is None else [(str(config), config)]
+    read = [(name, Path(name)) for name in request.formula_files]
+    read += [] if config is None else [(str(config), config)]
     _check_home("--json", json)
     for field in described(type(request)):
         value = getattr(request, field.name)
@@ -232,7 +256,7 @@ def described(request: type[Request]) -> tuple[Described, ...]:
     own = {name for name in request.__annotations__ if name != "unused"}
     found = []
     for field in fields(request):
-        if field.name in request.unused:
+        if field.name in request.unused or field.name == "formula_files":
             continue
         plain, option = get_args(hints[field.name])[:2]
         parts = get_args(plain) if isinstance(plain, UnionType) else (plain,)
@@ -274,7 +298,7 @@ def make_request(kind: type[Kind], options: dict[str, Any]) -> Kind:
         InputError: a keyword that is no option, or several values for one that takes one.
     """
     known = {field.name: field for field in described(kind)}
-    older = {name[2:]: field.name for field in known.values() for name in field.option.names if name[:2] == "--"}
+    older = {name[2:].replace("-", "_"): field.name for field in known.values() for name in field.spellings}
     given: dict[str, Any] = {}
     for name, value in options.items():
         field = known.get(name) or known.get(older.get(name, ""))
@@ -285,7 +309,8 @@ def make_request(kind: type[Kind], options: dict[str, Any]) -> Kind:
             raise InputError(f"unknown option {name!r}: {hint}accepted are {accepted}")
         if value is not None or field.optional:
             given[field.name] = _converted(field, value)
-    return kind(**kind.filled(given))
+    given, files = named_formulas(given, [field.name for field in known.values() if field.option.formula], known)
+    return kind(**kind.filled(given) | {"formula_files": files})
 
 
 def _converted(field: Described, value: Any) -> Any:

@@ -35,6 +35,14 @@ class Granularity:
     across_rows: bool = False
     counted: bool = False
 
+    @property
+    def sentence(self) -> str:
+        """Where scores compete, as exported files say it; "" for rows, which is what is meant where nothing is said."""
+        if not self.columns:
+            return "Scores compete within the whole matrix." if self.across_rows else ""
+        rows = "over all rows" if self.across_rows else "row by row"
+        return f"Scores compete within each {self.columns} consecutive columns, {rows}."
+
 
 GRANULARITIES: dict[str, Granularity] = {
     "row": Granularity("the weights of one output"),

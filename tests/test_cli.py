@@ -6,10 +6,12 @@ import inspect
 import io
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +23,21 @@ from rich.console import Console
 
 import gpmetric
 from gpmetric import cli
+from gpmetric.command_help import OPTION_GROUPS, group_of
+from gpmetric.commands import COMMANDS as COMMAND_ROWS
+from gpmetric.commands import Command
 from gpmetric.errors import GpmetricError, LedgerError, MaskError
-from gpmetric.evolution.ledger import Ledger
+from gpmetric.evolution.ledger import Ledger, result_of
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.interrupts import check_stop
 from gpmetric.metrics import BASELINES, resolve_metric
+from gpmetric.options import Request, check_request, make_request
+from gpmetric.pruning.recipe import Recipe, recipe_text
 
 CONSOLE_SCRIPT = Path(sys.executable).with_name("gpmetric")
 COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+LEDGER = Path(__file__).parent / "golden" / "ledger-v4-finished.sqlite"
+WINNER = (result_of(LEDGER)["winner"]["formula"],)
 HEAVY = ("torch", "transformers", "sympy")
 
 BAD_FORMULAS = [
@@ -63,6 +72,7 @@ class Outcome:
 
 
 Run = Callable[..., Outcome]
+Asked = Callable[[Sequence[str]], Request]
 
 
 @pytest.fixture
@@ -81,6 +91,24 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     yield call
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def asked(run: Run, monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """The request that a command line makes, checked as before its work, which is not done."""
+    made: list[Request] = []
+
+    def note(command: Command, options: dict[str, Any], json: Path | None, config: Path | None, *, force: bool) -> None:
+        made.append(make_request(command.request, options).completed())
+        check_request(made[-1], json, config=config, force=force)
+
+    monkeypatch.setattr(cli, "_run", note)
+
+    def ask(words: Sequence[str]) -> Request:
+        assert run(*words) == Outcome(0, "", "")
+        return made[-1]
+
+    return ask
 
 
 @pytest.fixture
@@ -119,12 +147,107 @@ def test_help_is_complete(run: Run, name: str) -> None:
     assert (outcome.code, outcome.err) == (0, "")
     for parameter in COMMANDS[name].params:
         if getattr(parameter, "hidden", False):
-            assert parameter.name in ("seed", "device")
-            assert f"--{parameter.name}" not in outcome.out
+            assert f"--{parameter.name} " not in outcome.out
             continue
         shown = [name for name in parameter.opts if name.startswith("--")] or [parameter.metavar or parameter.name]
         assert shown[0].lower() in outcome.out.lower()
         assert parameter.name == "help" or (parameter.help or "").endswith("."), f"--{parameter.name} has no help"
+
+
+@pytest.mark.parametrize("name", COMMANDS.keys() & COMMAND_ROWS.keys())
+def test_options_stand_in_groups_and_no_line_is_wider_than_the_terminal(
+    run: Run, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for width in (60, 80):
+        monkeypatch.setenv("COLUMNS", str(width))
+        lines = run(name, "--help").out.splitlines()
+        assert max(map(len, lines[: lines.index("Examples:")])) <= width
+        headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+        assert headings[-1] == "Examples:"
+        known = ["Arguments:", "Options:", *(f"{group}:" for group in OPTION_GROUPS)]
+        assert headings[:-1] == [one for one in known if one in headings]
+        assert lines[0].endswith("...]" if name in ("bench", "discover") else lines[0][-3:])
+
+
+def test_an_option_is_in_one_group() -> None:
+    names = [name for group in OPTION_GROUPS.values() for name in group]
+    assert len(names) == len(set(names))
+    assert group_of("samples") == "Windows"
+    assert group_of("sparsity") == "Options"
+
+
+EXAMPLES = [(name, line) for name, row in COMMAND_ROWS.items() for line in row.examples]
+
+
+@pytest.mark.parametrize(("name", "line"), EXAMPLES, ids=[line for _, line in EXAMPLES])
+def test_examples_are_accepted(
+    name: str, line: str, tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the work itself; of names that an example uses, there are such files."""
+    assert all(row.examples for row in COMMAND_ROWS.values())
+    shutil.copyfile(LEDGER, tmp_path / "campaign.sqlite")
+    (tmp_path / "pruned").mkdir()
+    (tmp_path / "pruned.pack").touch()
+    if "-o metric.py" not in line:
+        (tmp_path / "metric.py").write_text('"""Pruning score: abs(W)*X\n"""\n')
+    (tmp_path / "tuned").mkdir()
+    recipe = Recipe(metric="wanda", target="0.5", update="none", fit="own")
+    (tmp_path / "tuned" / "recipe.toml").write_text(recipe_text(recipe))
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(line)
+    assert words[:1] + words[1 : 1 + len(name.split())] == ["gpmetric", *name.split()]
+    assert isinstance(asked(words[1:]), COMMAND_ROWS[name].request)
+
+
+def test_the_model_is_named_in_either_way(run: Run, tiny_llama: Path) -> None:
+    """By all commands that read one; also with the names and signs of the published scripts."""
+    with_options = {"layers": [], "evaluate": ["--windows", "0"], "prune": ["-o", "x", "--nsamples", "0"]}
+    for name, options in with_options.items():
+        outcomes = [run(name, *way, *options) for way in ([tiny_llama], ["--model", tiny_llama])]
+        assert outcomes[0] == outcomes[1]
+    told = "MODEL is one, but got 'a' and 'b'"
+    assert run("prune", "a", "--model", "b", "-o", "x").error == told
+    assert run("allocate", "a", "b").error == told
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        (["bench", "a", "--model", "b"], "model", ("a", "b")),
+        (["discover", "a", "b"], "model", ("a", "b")),
+        (["bench", "--nsamples", "7"], "samples", 7),
+        (["bench", "--seqlen", "64"], "sequence_length", 64),
+        (["bench", "--sequence_length=64"], "sequence_length", 64),
+        (["prune", "--sparsity_ratio", "0.6", "--save_model", "x"], "target", "0.6"),
+        (["prune", "--prune_method", "wanda", "-o", "x"], "metric", "wanda"),
+        (["bench", "--sparsity", "2:4"], "target", ("2:4",)),
+        (["allocate", "m", "--sparsity-ratio", "0.6"], "sparsity", 0.6),
+        (["status", "--ledger", "x.sqlite"], "ledger", Path("x.sqlite")),
+        (["bench", "--metric", str(LEDGER)], "metric", WINNER),
+        (["discover", "--start", str(LEDGER)], "start", WINNER),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_other_ways_to_say_it(words: list[str], field: str, value: object, asked: Asked) -> None:
+    assert getattr(asked(words), field) == value
+
+
+def test_other_scripts_options_are_told_what_they_are_here(run: Run) -> None:
+    assert run("prune", "--sparsity_type", "2:4").error == (
+        "--sparsity-type is another script's: here --target 0.5 is unstructured, --target 2:4 a pattern"
+    )
+    assert "No such option: --sparsity-typ" in run("prune", "--sparsity-typ", "2:4").error
+
+
+def test_a_shell_completes_choices(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for typed, word, found in (
+        ("discover --update obs", 3, "obs-blockwise"),
+        ("slim --granularity channel,h", 3, "channel,head"),
+    ):
+        monkeypatch.setenv("_GPMETRIC_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", f"gpmetric {typed}")
+        monkeypatch.setenv("COMP_CWORD", str(word))
+        assert found in run().out.split()
 
 
 @pytest.mark.parametrize(
@@ -363,7 +486,7 @@ def test_a_bad_formula_is_not_exported(run: Run, tmp_path: Path, formula: str) -
     [
         (["benchh"], "No such command 'benchh'"),
         (["bench", "--foo"], "No such option: --foo"),
-        (["bench", "extra"], "unexpected extra argument(s) (extra); a model is named by --model"),
+        (["prune", "a", "b", "-o", "c"], "MODEL is one, but got 'a' and 'b'"),
         (["bench", "--samples"], "requires an argument"),
         (["bench", "--samples", "0"], "--samples"),
         (["bench", "--samples", "many"], "--samples"),
@@ -416,8 +539,7 @@ def test_a_bad_formula_is_not_exported(run: Run, tmp_path: Path, formula: str) -
         (["discover", "--start", "layer:abs(W)", "--group", "row"], "names another comparison group than --group row"),
         (["discover", "--start", "exp(log(W))*X", "--forbid", "exp(log)"], "nests log in exp, which no formula may"),
         (["discover", "--calibration-seeds", "-1"], "--calibration-seeds must be at least 0"),
-        (["export"], "FORMULA|LEDGER"),
-        (["export", "wanda"], "--output (-o) FILE is needed"),
+        (["export"], "METRIC is missing"),
         (["export", "wanda", "-o", "/tmp"], "is a directory"),
         (["export", "no.sqlite", "-o", "x.py"], "no.sqlite"),
     ],

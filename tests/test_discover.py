@@ -24,13 +24,13 @@ from gpmetric.errors import DataError, GpmetricError, InputError, LedgerError
 from gpmetric.evolution import workplace
 from gpmetric.evolution.discover import discover, run_campaign
 from gpmetric.evolution.export import run_export
-from gpmetric.evolution.ledger import Ledger, winner_of
+from gpmetric.evolution.ledger import Ledger, result_of
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.verdict import regrouped
 from gpmetric.evolution.workplace import open_sessions
 from gpmetric.export.request import ExportRequest
 from gpmetric.metrics import BASELINES, masks_only, resolve_metric
-from gpmetric.options import check_request, command_line
+from gpmetric.options import check_request, command_line, make_request
 from gpmetric.session import workers as workers_of
 from gpmetric.session.session import Session
 from gpmetric.terminal.tables import print_discover
@@ -470,8 +470,8 @@ def test_going_on_where_nothing_better_was_found(request_for: Any, tmp_path: Pat
     line = f"go on with: {command_line('discover', request.prolonged())}"
     assert line in told.export_text()
     assert "--evaluations 20" in line
-    assert winner_of(request.ledger) == short["winner"]["formula"]
-    run_export(ExportRequest(formula=str(request.ledger), output=tmp_path / "metric.py"))
+    assert result_of(request.ledger)["winner"]["formula"] == short["winner"]["formula"]
+    run_export(make_request(ExportRequest, {"formula": str(request.ledger), "output": tmp_path / "metric.py"}))
     assert analyse(request.ledger)["formulas"] == 10
     longer = run_campaign(request.prolonged())
     whole = run_campaign(replace(request, evaluations=20, ledger=tmp_path / "b.sqlite"))

@@ -27,7 +27,7 @@ import gpmetric
 from gpmetric.data import read_text
 from gpmetric.demo.text import demo_text
 from gpmetric.errors import DataError, GpmetricError, InputError, LedgerError, ModelError
-from gpmetric.evolution.ledger import Ledger, winner_of
+from gpmetric.evolution.ledger import Ledger, result_of
 from gpmetric.journal import Journal
 from gpmetric.loading import DEMO_MODEL, check_path, open_model
 from gpmetric.options import check_request, make_request
@@ -267,7 +267,7 @@ def test_a_schema_that_is_not_utf8(tmp_path: Path) -> None:
     assert b"CREATE TABLE generations" in content
     path.write_bytes(content.replace(b"CREATE TABLE generations", b"CREATE TABL\xa6 generations"))
     with pytest.raises(LedgerError, match=r"cannot be used|is damaged"):
-        winner_of(path)
+        result_of(path)
 
 
 @pytest.mark.parametrize("cell", [None, b"\xff", 7])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
+import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from gpmetric.packing.requests import PackRequest
 from gpmetric.pruning.requests import BenchRequest, PruneRequest, VerifyRequest
 from gpmetric.tuning.request import TuneRequest
 
+GOLDEN = Path(__file__).parent / "golden" / "ledger-v4-finished.sqlite"
 PAIRS = [
     (command, writing.name, reading.name)
     for command, row in COMMANDS.items()
@@ -173,8 +174,7 @@ def test_what_tune_keeps_beside_its_output_is_guarded(tmp_path: Path) -> None:
 
 def test_a_ledger_is_not_exported_over_itself(tmp_path: Path) -> None:
     path = tmp_path / "led.sqlite"
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("CREATE TABLE meta (key TEXT)")
+    shutil.copyfile(GOLDEN, path)
     before = path.read_bytes()
     words = ["export", str(path), "-o", str(path), "--force"]
     done = subprocess.run([sys.executable, "-m", "gpmetric", *words], capture_output=True, text=True, check=False)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from gpmetric.evolution.beside import stop_file
 from gpmetric.evolution.discover import run_campaign
-from gpmetric.evolution.ledger import Ledger, winner_of
+from gpmetric.evolution.ledger import Ledger, result_of
 from gpmetric.evolution.listener import STEPS
 from gpmetric.evolution.status import status
 from gpmetric.evolution.status_request import StatusRequest
@@ -51,7 +51,7 @@ def test_a_search_ends_after_its_generation_and_goes_on_when_resumed(
     assert "search: ended after generation 0, as was asked" in short["cut"]
     assert short["evaluations"] < 24
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.sqlite", "cache"]
-    assert winner_of(request.ledger) == short["winner"]["formula"]
+    assert result_of(request.ledger)["winner"]["formula"] == short["winner"]["formula"]
     assert signal.getsignal(signal.SIGUSR1) == before
     console = Console(file=StringIO(), width=200)
     print_discover(console, short, request)

@@ -11,8 +11,9 @@ from gpmetric.allocation.search_budget import Budget
 from gpmetric.errors import InputError
 from gpmetric.evaluation.objectives import OBJECTIVES
 from gpmetric.lazy import lazy
-from gpmetric.metrics import BASELINES, Metric, resolve_metric
+from gpmetric.metrics import Metric, resolve_metric
 from gpmetric.options import FORCE_FILES, Option
+from gpmetric.pruning.requests import metric_option
 from gpmetric.pruning.updaters import FITS, UPDATERS, updater_of
 from gpmetric.session.inputs import Staff
 from gpmetric.session.search_inputs import SearchInputs
@@ -116,7 +117,9 @@ class AllocateRequest(SearchInputs, Staff):
 
     unused: ClassVar[frozenset[str]] = frozenset({"statistics_dtype"})  # none are kept
 
-    model: Annotated[str | None, Option("Hugging Face directory or name; the demo model if none.", reads=True)] = None
+    model: Annotated[
+        str | None, Option("Hugging Face directory or name; the demo model if none.", metavar="MODEL", reads=True)
+    ] = None
     output: Annotated[
         Path | None,
         Option(
@@ -128,18 +131,25 @@ class AllocateRequest(SearchInputs, Staff):
     ] = None
     search: Annotated[str | None, Option("Text every candidate is measured on.", reads=True)] = None
     validation: Annotated[str | None, Option("Text the front is reported on.", reads=True)] = None
-    metric: Annotated[str, Option(f"What ranks weights: {', '.join(BASELINES)}, or a formula.")] = "wanda"
-    sparsity: Annotated[float | None, Option("Mean sparsity of the allocation that is written.", above=0, below=1)] = (
-        None
-    )
+    metric: Annotated[str, metric_option("What ranks weights")] = "wanda"
+    sparsity: Annotated[
+        float | None,
+        Option("Mean sparsity of the allocation that is written.", accepted=("--sparsity-ratio",), above=0, below=1),
+    ] = None
     max_loss_ratio: Annotated[
         float | None, Option("Or the sparsest whose validation loss is at most so many times the dense one.", above=1)
     ] = None
-    granularity: Annotated[str | None, Option("{choices}; the metric's own by default.", choices=GRANULARITIES)] = None
+    granularity: Annotated[
+        str | None, Option("Where scores compete; the metric's own by default.", choices=GRANULARITIES)
+    ] = None
     patterns: Annotated[tuple[str, ...], Option("Levels under --granularity n:m.", listed=True)] = PATTERNS
     update: Annotated[
         str,
-        Option("What the allocation will be used with; candidates have its weights. {choices}.", choices=UPDATERS),
+        Option(
+            "What the allocation will be used with; candidates have its weights. {choices}.",
+            metavar="UPDATE",
+            choices=UPDATERS,
+        ),
     ] = "none"
     fit: Annotated[
         str,
@@ -152,9 +162,13 @@ class AllocateRequest(SearchInputs, Staff):
             least=2,
         ),
     ] = None
-    genes: Annotated[str, Option("What shares a sparsity: {choices}.", choices=GENES)] = "matrix"
-    allocator: Annotated[str, Option("{choices}.", choices=ALLOCATORS)] = "nsga2"
-    objective: Annotated[str, Option("What candidates are compared by: {choices}.", choices=OBJECTIVES)] = "kl"
+    genes: Annotated[str, Option("What shares a sparsity.", choices=GENES)] = "matrix"
+    allocator: Annotated[str, Option("What finds the allocation: {choices}.", metavar="NAME", choices=ALLOCATORS)] = (
+        "nsga2"
+    )
+    objective: Annotated[
+        str, Option("What candidates are compared by; kl is the divergence from the dense model.", choices=OBJECTIVES)
+    ] = "kl"
     lowest: Annotated[float, Option("Lowest sparsity of the front.", above=0, below=1)] = 0.4
     highest: Annotated[float, Option("Highest sparsity of the front.", above=0, below=1)] = 0.8
     init: Annotated[
@@ -167,7 +181,7 @@ class AllocateRequest(SearchInputs, Staff):
     tokens: Annotated[int | None, Option("Tokens of the search at most.", least=1)] = None
     ledger: Annotated[
         Path | None,
-        Option("JSON Lines file that keeps everything measured.", "FILE", ("--ledger", "--archive"), writes="ledger"),
+        Option("JSON Lines file that keeps everything measured.", "FILE", accepted=("--archive",), writes="ledger"),
     ] = None
     csv: Annotated[Path | None, Option("Front and baselines as a table.", metavar="FILE", writes="table")] = None
     plot: Annotated[Path | None, Option("Front and heat map: .png or .pdf.", metavar="FILE", writes="picture")] = None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from gpmetric.evolution.ledger import is_ledger, winner_of
 from gpmetric.export import export_expression
 from gpmetric.export.request import ExportRequest
 from gpmetric.metrics import resolve_metric
@@ -17,13 +15,11 @@ _SAMPLE = (128, 2048)  # GBLM's balance depends on the sample: sequences and tok
 
 
 def run_export(request: ExportRequest) -> dict[str, Any]:
-    """Writes what is asked for and returns the JSON document of `gpmetric export`.
+    """Writes what is asked for and returns the JSON document of `gpmetric export`, with its `text` where no file is.
 
     Raises:
-        InputError: no such formula or format, or a ledger of a campaign that is not finished.
+        InputError: no such formula or format.
         GpmetricError: the file cannot be written.
     """
-    assert request.output is not None
-    named = winner_of(Path(request.formula)) if is_ledger(request.formula) else request.formula
-    metric = resolve_metric(named, *_SAMPLE)
+    metric = resolve_metric(request.formula, *_SAMPLE)
     return export_expression(metric.expression, request.format, request.output, gpmetric_version(), metric.granularity)

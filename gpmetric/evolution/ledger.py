@@ -31,7 +31,7 @@ from gpmetric.evolution.seals import Seals
 from gpmetric.evolution.settings import HISTORY_KEYS
 from gpmetric.evolution.sqlite_schema import Refusal, explained, opened, schema_version, transaction
 
-__all__ = ["Ledger", "is_ledger", "winner_of"]
+__all__ = ["Ledger", "result_of"]
 
 _LOG = logging.getLogger(__name__)
 _UNSAFE_SECONDS = 1.0  # that a power cut may cost
@@ -349,18 +349,8 @@ def _add_values(differing: dict[str, set[str]], candidate: Mapping[str, Any]) ->
             values.add(candidate[column])
 
 
-def is_ledger(name: str) -> bool:
-    """Whether a name is a ledger's rather than a formula, which may be the name of a file, too."""
-    if name.endswith(".sqlite"):
-        return True
-    if not os.path.isfile(name):
-        return False
-    with open(name, "rb") as file:
-        return file.read(16) == b"SQLite format 3\0"
-
-
-def winner_of(path: Path) -> str:
-    """The winning metric of a finished campaign, its comparison group before it unless that is the row.
+def result_of(path: Path) -> dict[str, Any]:
+    """The result of a finished campaign, whose winner has its comparison group before it unless that is the row.
 
     Raises:
         LedgerError: it is not finished, or the file is no ledger.
@@ -369,7 +359,6 @@ def winner_of(path: Path) -> str:
         result = ledger.result()
     if result is None:
         raise LedgerError(f"the campaign in {str(path)!r} is not finished; go on with gpmetric discover --resume")
-    try:
-        return str(result["winner"]["formula"])
-    except (KeyError, TypeError) as error:
-        raise LedgerError(f"ledger {str(path)!r} is damaged: its result names no winner") from error
+    if not isinstance(result.get("winner"), dict) or "formula" not in result["winner"]:
+        raise LedgerError(f"ledger {str(path)!r} is damaged: its result names no winner")
+    return result

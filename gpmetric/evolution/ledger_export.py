@@ -40,7 +40,6 @@ def run_ledger_export(request: LedgerExportRequest) -> dict[str, Any]:
         LedgerError: the ledger cannot be used.
         GpmetricError: the file cannot be written.
     """
-    assert request.output is not None
     with Ledger.read(request.ledger) as ledger:
         evaluations = {row.id: row for row in ledger.evaluations()}
         candidates = ledger.candidates()

@@ -39,18 +39,16 @@ class LedgerExportRequest(LedgerRequest):
     """Everything `gpmetric ledger export` can be asked for."""
 
     output: Annotated[
-        Path | None,
+        Path,
         Option(
-            f"File to write, its suffix one of {', '.join(FORMATS)}; - for CSV on standard output.",
+            f"File to write, its suffix one of {', '.join(FORMATS)}; - (the default) is CSV on standard output.",
             metavar="FILE", names=("--output", "-o"), writes="candidates",
         ),
-    ] = None  # fmt: skip
+    ] = STDOUT  # fmt: skip
     force: Annotated[bool, FORCE_FILES] = False
 
     def check(self) -> None:
         super().check()
-        if self.output is None:
-            raise InputError("--output (-o) FILE is needed")
         if self.output != STDOUT and self.output.suffix.lower() not in FORMATS:
             raise InputError(f"--output {str(self.output)!r} must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
 

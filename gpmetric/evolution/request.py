@@ -57,7 +57,9 @@ class DiscoverRequest(Inputs, Staff):
     start: Annotated[
         tuple[str, ...],
         Option(
-            "Formula or baseline to start from, layer: or block: before it or not; may be repeated.", metavar="FORMULA"
+            "Formula or baseline to start from, layer: or block: before it or not; may be repeated.",
+            metavar="METRIC",
+            formula=True,
         ),
     ] = ()
     forbid: Annotated[
@@ -66,12 +68,15 @@ class DiscoverRequest(Inputs, Staff):
     update: Annotated[str, UPDATE] = "none"
     fit: Annotated[str, FIT] = "own"
     objective: Annotated[
-        str, Option("What candidates are compared by: {choices}; kl is the divergence from the dense model.",
+        str, Option("What candidates are compared by; kl is the divergence from the dense model.",
                     choices=OBJECTIVES)
     ] = "kl"  # fmt: skip
     group: Annotated[
         str,
-        Option(f"Where plain-number targets compete: {', '.join(plain_granularities())}, or search, which evolves it."),
+        Option(
+            f"Where plain-number targets compete: {', '.join(plain_granularities())}, or search, which evolves it.",
+            metavar="GROUP",
+        ),
     ] = _EVOLVED
     population: Annotated[int, Option("Formulas per generation.", least=4)] = 40
     generations: Annotated[int | None, Option("Generations at most.", least=1)] = None

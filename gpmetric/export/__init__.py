@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from gpmetric.errors import ExpressionError, InputError
@@ -64,15 +65,6 @@ class Formula:
         """How a weight is cut into groups within which scores compete."""
         return GRANULARITIES[self.group]
 
-    @property
-    def comparison(self) -> str:
-        """Where scores compete, as a sentence; "" for rows, which is what is meant where nothing is said."""
-        row = self.granularity
-        if not row.columns:
-            return "Scores compete within the whole matrix." if row.across_rows else ""
-        rows = "over all rows" if row.across_rows else "row by row"
-        return f"Scores compete within each {row.columns} consecutive columns, {rows}."
-
     def record(self) -> dict[str, Any]:
         """Plain JSON values; `sympy` is None where the formula has no sympy form."""
         try:
@@ -102,7 +94,7 @@ class Formula:
             "version": _quoted(self.version),
             "digest": hashlib.sha256(self.canonical.encode()).hexdigest(),
             "operands": [f"{row.name} [{row.axes.replace(',', ', ')}]: {_quoted(row.meaning)}" for row in rows],
-            "comparison": self.comparison,
+            "comparison": group.sentence,
             "arguments": "".join(f", {row.name}={row.name}" for row in rows if row.name != "W"),
             "place": f"{where} of every row" if group.columns and not group.across_rows else where,
             "columns": group.columns,
@@ -119,19 +111,21 @@ class Format:
         text: the content of a formula's file.
         ready: refuses a path before anything is written.
         check: refuses a file that is written, but not yet in its place.
+        meaning: what it is, for the help.
     """
 
     text: Callable[[Formula], str]
     ready: Callable[[Path], None] | None = None
     check: Callable[[Formula, Path], None] | None = None
+    meaning: str = ""
 
 
 def export_expression(
-    expression: Expression, format: str, output: str | Path, version: str, group: str = "row"
+    expression: Expression, format: str, output: str | Path | None, version: str, group: str = "row"
 ) -> dict[str, Any]:
     """Writes the formula in one of `FORMATS` and returns its record with the format and the place.
 
-    `group` is where scores compete, by the name of a granularity.
+    `group` is where scores compete, by the name of a granularity. Without a place, the record has the file's `text`.
 
     Raises:
         InputError: an unknown format or group.
@@ -141,25 +135,31 @@ def export_expression(
         raise InputError(f"format must be one of {' '.join(FORMATS)}, but got {ascii(format)[:60]}")
     if group not in plain_granularities():
         raise InputError(f"group must be one of {' '.join(plain_granularities())}, but got {ascii(group)[:60]}")
-    row, formula, path = FORMATS[format], Formula(expression, version, group), Path(output)
-    if row.ready:
-        row.ready(path)
+    row, formula = FORMATS[format], Formula(expression, version, group)
     check = row.check
-    write_text(path, row.text(formula), (lambda written: check(formula, written)) if check else None)
-    return {"format": format, "output": str(output), **formula.record()}
+    checked = (lambda written: check(formula, written)) if check else None
+    if row.ready:
+        row.ready(Path(output or "metric.py"))
+    text = row.text(formula)
+    if output is not None:
+        write_text(Path(output), text, checked)
+        return {"format": format, "output": str(output), **formula.record()}
+    with TemporaryDirectory() as folder:
+        write_text(Path(folder) / "metric.py", text, checked)
+    return {"format": format, "output": None, **formula.record(), "text": text}
 
 
 def _latex_text(formula: Formula) -> str:
     """A comment with the plain formula, then displayed mathematics."""
     made = f"% gpmetric {ascii(formula.version)[1:-1]}: {formula.expression}"
     notes = "% Element by element over the weight, [out, in]; needs amsmath."
-    notes += f"\n% {formula.comparison}" if formula.comparison else ""
+    notes += f"\n% {formula.granularity.sentence}" if formula.granularity.sentence else ""
     return f"{made}\n{notes}\n\\[\n  {to_latex(formula.expression)}\n\\]\n"
 
 
 def _sympy_text(formula: Formula) -> str:
     """One line, the formula without guards; before it a comment where scores do not compete within rows."""
-    notes = f"# {formula.comparison}\n" if formula.comparison else ""
+    notes = f"# {formula.granularity.sentence}\n" if formula.granularity.sentence else ""
     return f"{notes}{formula.sympy}\n"
 
 
@@ -188,13 +188,18 @@ def _quoted(text: str) -> str:
 
 
 FORMATS: dict[str, Format] = {
-    "python": Format(lazy("gpmetric.export.python:python_text"), check=lazy("gpmetric.export.python:check_python")),
+    "python": Format(
+        lazy("gpmetric.export.python:python_text"),
+        check=lazy("gpmetric.export.python:check_python"),
+        meaning="a module with score(W, X=...), which needs torch only",
+    ),
     "triton": Format(
         lazy("gpmetric.export.triton:triton_text"),
         lazy("gpmetric.export.triton:ready_for_triton"),
         lazy("gpmetric.export.triton:check_triton"),
+        "fused kernels, prune(W, sparsity, X=...) and prune_nm(W, n, m, X=...)",
     ),
-    "latex": Format(_latex_text),
-    "sympy": Format(_sympy_text),
-    "json": Format(_json_text),
+    "latex": Format(_latex_text, meaning="displayed mathematics for amsmath"),
+    "sympy": Format(_sympy_text, meaning="one line that sympy prints"),
+    "json": Format(_json_text, meaning="formula, group, canonical form, LaTeX, operands and tokens"),
 }

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from gpmetric.errors import InputError
 from gpmetric.export import FORMATS
 from gpmetric.options import FORCE_FILES, Common, Option
 
@@ -18,15 +17,15 @@ class ExportRequest(Common):
     """Everything `gpmetric export` can be asked for."""
 
     formula: Annotated[
-        str, Option("A formula, a metric's name, or a ledger.", metavar="FORMULA|LEDGER", argument=True, reads=True)
-    ]
-    format: Annotated[str, Option("{choices}.", choices=FORMATS)] = "python"
+        str,
+        Option(
+            "A formula, a metric's name, a ledger, or another export of one.",
+            metavar="METRIC", argument=True, reads=True, formula=True,
+        ),
+    ]  # fmt: skip
+    format: Annotated[str, Option("What is written: {choices}.", metavar="FORMAT", choices=FORMATS)] = "python"
     output: Annotated[
-        Path | None, Option("File to write.", metavar="FILE", names=("--output", "-o"), writes="formula")
+        Path | None,
+        Option("File to write; printed without it.", metavar="FILE", names=("--output", "-o"), writes="formula"),
     ] = None
     force: Annotated[bool, FORCE_FILES] = False
-
-    def check(self) -> None:
-        super().check()
-        if self.output is None:
-            raise InputError("--output (-o) FILE is needed")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from gpmetric.options import as_function
 from gpmetric.pruning.bench import BenchListener, run_bench
 from gpmetric.pruning.published import PUBLISHED, Study
 from gpmetric.pruning.requests import BenchRequest, ReproduceRequest
-from gpmetric.session.inputs import Inputs
 
 __all__ = ["reproduce", "run_reproduce"]
 
@@ -78,9 +76,8 @@ def _is_here(model: str) -> bool:
 
 def _bench(request: ReproduceRequest, study: Study) -> BenchRequest:
     """The published protocol; texts and the model may be others, and windows fewer."""
-    shared = {one.name: getattr(request, one.name) for one in fields(Inputs)}
     metrics = dict.fromkeys(metric for metric, _ in study.figures)
-    made = BenchRequest(**shared | {
+    made = BenchRequest(**request.shared | {
         "model": request.model or study.model,
         "calibration": request.calibration or study.calibration,
         "text": (request.text or study.text,),

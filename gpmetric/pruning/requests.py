@@ -18,22 +18,27 @@ from gpmetric.session.inputs import DEVICES, Inputs, Limits, Staff, Texts
 from gpmetric.targets import Target, parse_target, plain_granularities
 
 __all__ = [
-    "BESIDE", "FIT", "METRIC", "MODELS", "PERMUTE", "UPDATE", "BenchRequest", "CatalogueRequest", "PruneRequest",
-    "ReproduceRequest", "VerifyRequest", "check_fit", "check_permute", "target_option",
+    "BESIDE", "FIT", "MODELS", "PERMUTE", "UPDATE", "BenchRequest", "CatalogueRequest", "PruneRequest",
+    "ReproduceRequest", "VerifyRequest", "check_fit", "check_permute",
+    "metric_option", "target_option",
 ]  # fmt: skip
 
-METRIC = Option(f"{', '.join(BASELINES)}, {PREFIX}:NAME, or a formula.")
-MODELS = Option("Hugging Face directory or name; may be repeated. The embedded demo model by default.", reads=True)
-UPDATE = Option("Kept weights: {choices}.", choices=UPDATERS)
+_NAMED = f"a formula, {', '.join(BASELINES)}, {PREFIX}:NAME, a ledger or an exported formula"
+MODELS = Option(
+    "Hugging Face directory or name; may be repeated. The embedded demo model by default.", metavar="MODEL", reads=True
+)
+UPDATE = Option("What becomes of kept weights: {choices}.", metavar="UPDATE", choices=UPDATERS)
 FIT = Option(
-    "What kept weights are fitted to where they change: their layer's own outputs, or the dense model's. {choices}.",
+    "What kept weights are fitted to where they change: their layer's own outputs, or the dense model's.",
     choices=FITS,
 )
 PERMUTE = Option(
     "Under N:M, put MLP channels and values of heads in an order that keeps more of the scores.", names=("--permute",)
 )
 ONE_SHOT = Option("Dense statistics everywhere, or block after pruned block.", names=("--one-shot/--sequential",))
-OUTPUT = Option("Folder to write.", metavar="DIR", names=("--output", "-o"), writes="folder")
+OUTPUT = Option(
+    "Folder to write.", metavar="DIR", names=("--output", "-o"), accepted=("--save-model",), writes="folder"
+)
 FORCE = Option("Replace a checkpoint that gpmetric wrote.", names=("--force",))
 
 BESIDE = ("wanda", "sparsegpt")  # what formulas of the catalogue are measured beside; ratios are to the last
@@ -42,10 +47,18 @@ _TARGETS = ("0.5", "0.6", "0.7", "2:4")
 RESUME = Option("Go on with the same command where it was stopped, or begin anew.", names=("--resume/--restart",))
 
 
+def metric_option(begin: str, end: str = "") -> Option:
+    """The option --metric, between its first words and its last."""
+    return Option(f"{begin}: {_NAMED}{end}.", metavar="METRIC", accepted=("--prune-method",), formula=True)
+
+
 def target_option(end: str) -> Option:
     """The option --target, with a last sentence."""
     groups = ", ".join(f"{name}:0.5" for name in plain_granularities())
-    return Option(f"0.5 (where the metric says), {groups} or 2:4; {end}")
+    return Option(
+        f"0.5 (where the metric says), {groups} or 2:4; {end}",
+        metavar="TARGET", accepted=("--sparsity", "--sparsity-ratio"),
+    )  # fmt: skip
 
 
 def check_fit(fit: str, metrics: Iterable[Metric], update: str, *, one_shot: bool = False) -> None:
@@ -76,17 +89,9 @@ def check_permute(targets: Iterable[Target]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchRequest(Inputs, Staff):
-    """Everything `gpmetric bench` can be asked for."""
+class RowsKept(Inputs):
+    """The options of commands that measure row by row."""
 
-    model: Annotated[str | tuple[str, ...] | None, MODELS] = None
-    text: Annotated[tuple[str, ...], Option("Text to evaluate; may be repeated.", reads=True)] = ()
-    metric: Annotated[tuple[str, ...], Option(f"{METRIC.help[:-1]}; may be repeated. All by default.")] = ()
-    target: Annotated[tuple[str, ...], target_option("may be repeated. 0.5 by default.")] = ("0.5",)
-    update: Annotated[str, UPDATE] = "none"
-    fit: Annotated[str, FIT] = "own"
-    permute: Annotated[bool, PERMUTE] = False
-    one_shot: Annotated[bool, ONE_SHOT] = False
     ledger: Annotated[
         Path | None, Option("JSON Lines file that keeps every row as it is measured.", metavar="FILE", writes="ledger")
     ] = None
@@ -97,6 +102,31 @@ class BenchRequest(Inputs, Staff):
     def check(self) -> None:
         super().check()
         check_ledger(self.ledger, self.resume)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The options of another request of rows for the same model and texts; it goes on with the same ledger."""
+        named = {one.name: getattr(self, one.name) for one in fields(RowsKept)}
+        return named | {"resume": self.ledger is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRequest(RowsKept, Staff):
+    """Everything `gpmetric bench` can be asked for."""
+
+    model: Annotated[str | tuple[str, ...] | None, MODELS] = None
+    text: Annotated[tuple[str, ...], Option("Text to evaluate; may be repeated.", reads=True)] = ()
+    metric: Annotated[
+        tuple[str, ...], metric_option("What ranks weights", "; may be repeated. All baselines by default")
+    ] = ()
+    target: Annotated[tuple[str, ...], target_option("may be repeated. 0.5 by default.")] = ("0.5",)
+    update: Annotated[str, UPDATE] = "none"
+    fit: Annotated[str, FIT] = "own"
+    permute: Annotated[bool, PERMUTE] = False
+    one_shot: Annotated[bool, ONE_SHOT] = False
+
+    def check(self) -> None:
+        super().check()
         check_fit(self.fit, [resolve_metric(name) for name in self.metrics], self.update, one_shot=self.one_shot)
         targets = [parse_target(text) for text in self.target]
         if self.permute:
@@ -113,7 +143,7 @@ class BenchRequest(Inputs, Staff):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReproduceRequest(Inputs):
+class ReproduceRequest(RowsKept):
     """Everything `gpmetric reproduce` can be asked for; what is not given is as it was published."""
 
     unused: ClassVar[frozenset[str]] = frozenset({"sampling", "bos", "preset"})
@@ -133,7 +163,7 @@ class ReproduceRequest(Inputs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CatalogueRequest(Inputs):
+class CatalogueRequest(RowsKept):
     """Everything `gpmetric catalogue` can be asked for."""
 
     name: Annotated[str | None, Option("One formula, target by target; all by default.", argument=True)] = None
@@ -147,8 +177,8 @@ class CatalogueRequest(Inputs):
             one_of("NAME", self.name, CATALOGUE)
         if self.model is not None:
             self.bench.check()
-        elif self.text or self.calibration:
-            raise InputError("texts are for formulas that are measured: --model says on what")
+        elif self.text or self.calibration or self.ledger:
+            raise InputError("texts and ledgers are for formulas that are measured: --model says on what")
 
     @property
     def texts(self) -> Texts:
@@ -158,10 +188,9 @@ class CatalogueRequest(Inputs):
     def bench(self) -> BenchRequest:
         """What measures the formulas beside two published metrics."""
         names = CATALOGUE if self.name is None else (self.name,)
-        shared = {one.name: getattr(self, one.name) for one in fields(Inputs)}
         metrics = (*BESIDE, *(f"{PREFIX}:{name}" for name in names))
         text = () if self.text is None else (self.text,)
-        return BenchRequest(**shared | {"metric": metrics, "target": self.target, "text": text})
+        return BenchRequest(**self.shared | {"metric": metrics, "target": self.target, "text": text})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +199,7 @@ class PruneRequest(Inputs):
 
     output: Annotated[Path | None, OUTPUT] = None
     text: Annotated[str | None, Option("Text of the perplexity; the calibration text by default.", reads=True)] = None
-    metric: Annotated[str, METRIC] = "wanda"
+    metric: Annotated[str, metric_option("What ranks weights")] = "wanda"
     target: Annotated[str | None, target_option("0.5 by default. --allocation must meet it if given.")] = None
     allocation: Annotated[
         Path | None, Option("JSON with the sparsity of each layer; see gpmetric allocate.", metavar="FILE", reads=True)

@@ -58,7 +58,7 @@ class Texts:
 class Limits(Request):
     """What a command that runs a model may take."""
 
-    minutes: Annotated[float | None, Option("Wall time of the whole command.", above=0)] = None
+    minutes: Annotated[float | None, Option("Wall time of the whole command, in minutes.", above=0)] = None
     memory: Annotated[
         str | None, Option("Memory of the device at most, 12GB for instance; what is free by default.", metavar="SIZE")
     ] = None
@@ -105,7 +105,12 @@ class Inputs(Limits):
 
     model: Annotated[
         str | tuple[str, ...] | None,
-        Option("Hugging Face directory or name; the embedded demo model if none.", argument=True, reads=True),
+        Option(
+            "Hugging Face directory or name; the embedded demo model if none.",
+            metavar="MODEL",
+            argument=True,
+            reads=True,
+        ),
     ] = None
     calibration: Annotated[
         str | None,
@@ -118,26 +123,41 @@ class Inputs(Limits):
     ] = None
     preset: Annotated[
         str | None,
-        Option("Samples, length, sampling, BOS and windows at once; options given win. {choices}.", choices=PRESETS),
+        Option(
+            "Samples, length, sampling, BOS and windows at once; options given win.",
+            metavar="|".join(PRESETS),
+            choices=PRESETS,
+        ),
     ] = None
-    samples: Annotated[int, Option("Calibration windows.", least=1)] = 128
+    samples: Annotated[int, Option("Calibration windows.", accepted=("--nsamples",), least=1)] = 128
     sampling: Annotated[
         str,
-        Option("Calibration {choices}: the first windows, or one inside each of random documents.", choices=SAMPLINGS),
+        Option(
+            "Where calibration windows are: the first ones, or one inside each of random documents.", choices=SAMPLINGS
+        ),
     ] = "windows"
-    sequence_length: Annotated[int | None, Option("Tokens per window; the model's context, at most 2048.")] = None
+    sequence_length: Annotated[
+        int | None, Option("Tokens per window; the model's context, at most 2048.", accepted=("--seqlen",))
+    ] = None
     windows: Annotated[int | None, Option("Windows of each text evaluated; all by default.", least=1)] = None
     shuffle: Annotated[bool, Option("Draw windows with --seed, not the first.", names=("--shuffle",))] = False
-    bos: Annotated[
-        str, Option("{choices}: whether a window begins with BOS; auto where the tokenizer adds it.", choices=BOS)
-    ] = "auto"
+    bos: Annotated[str, Option("Whether a window begins with BOS; auto where the tokenizer adds it.", choices=BOS)] = (
+        "auto"
+    )
     seed: Annotated[int, Option("Seed of everything random.", least=0, below=2**63)] = 0
-    device: Annotated[str, Option("{choices}.", choices=DEVICES)] = "auto"
-    dtype: Annotated[str | None, Option("{choices}; float32 on a CPU, as stored on CUDA.", choices=DTYPES)] = None
+    device: Annotated[str, Option("Where it runs.", choices=DEVICES)] = "auto"
+    dtype: Annotated[
+        str | None,
+        Option(
+            "What the model is computed in, {choices}; float32 on a CPU, as stored on CUDA.",
+            metavar="DTYPE",
+            choices=DTYPES,
+        ),
+    ] = None
     include: Annotated[str | None, Option("Prune only layers whose name matches.", metavar="REGEX")] = None
     exclude: Annotated[str | None, Option("Leave layers whose name matches dense.", metavar="REGEX")] = None
     statistics_dtype: Annotated[
-        str, Option("{choices}: what G, H, F and R are kept in.", choices=STATISTICS_DTYPES)
+        str, Option("What G, H, F and R are kept in, {choices}.", metavar="DTYPE", choices=STATISTICS_DTYPES)
     ] = "float32"
 
     @classmethod

@@ -210,6 +210,7 @@ class SlimRequest(SearchInputs, Staff):
         float,
         Option(
             "Share of the parameters inside the blocks that is removed; of experts, share of those of every block.",
+            accepted=("--sparsity-ratio",),
             above=0,
             below=1,
         ),
@@ -223,7 +224,7 @@ class SlimRequest(SearchInputs, Staff):
         Option(f"{_meanings(FORMATS)}; where blocks or experts go as a whole uniform, else hetero.", choices=FORMATS),
     ] = None
     budget: Annotated[str, _told(BUDGETS)] = "global"
-    cost: Annotated[str, Option("What the budget counts: {choices}.", choices=COSTS)] = "parameters"
+    cost: Annotated[str, Option("What the budget counts.", choices=COSTS)] = "parameters"
     multiple_of: Annotated[
         int,
         Option(
@@ -231,12 +232,16 @@ class SlimRequest(SearchInputs, Staff):
         ),
     ] = 1
     estimator: Annotated[str, _told(ESTIMATORS)] = "exchange"
-    objective: Annotated[str, Option("What models are compared by: {choices}.", choices=OBJECTIVES)] = "kl"
+    objective: Annotated[
+        str, Option("What models are compared by; kl is the divergence from the dense model.", choices=OBJECTIVES)
+    ] = "kl"
     start: Annotated[
         str,
         Option(
             f"What the search begins from: {', '.join(STARTS)}, a metric or a formula; auto is the rule "
-            "whose model is best on the search text."
+            "whose model is best on the search text.",
+            metavar="START",
+            formula=True,
         ),
     ] = "auto"
     repair: Annotated[str, _told(REPAIRS)] = "least-squares"

@@ -24,7 +24,6 @@ __all__ = [
     "print_catalogue",
     "print_discover",
     "print_evaluation",
-    "print_export",
     "print_plan",
     "print_prune",
     "print_slim",
@@ -285,10 +284,6 @@ def print_slim(console: Console, result: Mapping[str, Any], request: Request) ->
     asked = f"{result['asked']:g} of the experts" if experts else f"{result['asked']:g}"
     share = f"{result['sparsity']:.4f} of the parameters inside the blocks removed ({asked} asked for)"
     console.print(Text(f"{result['output']}: {before:,} -> {after:,} parameters, {share}; verified"), soft_wrap=True)
-
-
-def print_export(console: Console, result: Mapping[str, Any], request: Request) -> None:
-    """Nothing: the file is there."""
 
 
 def print_catalogue(console: Console, result: Mapping[str, Any], request: Request) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 from gpmetric.errors import InputError
 from gpmetric.metrics import resolve_metric
 from gpmetric.options import Option, described
-from gpmetric.pruning.requests import FORCE, METRIC, OUTPUT
+from gpmetric.pruning.requests import FORCE, OUTPUT, metric_option
 from gpmetric.session.inputs import Texts
 from gpmetric.session.search_inputs import SearchInputs
 from gpmetric.structured.request import FORMATS
@@ -27,7 +27,12 @@ class TuneRequest(SearchInputs):
 
     model: Annotated[
         str | None,
-        Option("Hugging Face directory or name; the embedded demo model if none.", argument=True, reads=True),
+        Option(
+            "Hugging Face directory or name; the embedded demo model if none.",
+            metavar="MODEL",
+            argument=True,
+            reads=True,
+        ),
     ] = None
     output: Annotated[Path | None, OUTPUT] = None
     target: Annotated[
@@ -36,10 +41,11 @@ class TuneRequest(SearchInputs):
             "0.6 (where the metric says), layer:0.6 or 2:4; --structured: of the blocks' parameters.",
             names=("--sparsity", "--target"),
             metavar="TARGET",
+            accepted=("--sparsity-ratio",),
         ),
     ] = "0.5"
     text: Annotated[str | None, Option("Text read once, at the end.", reads=True)] = None
-    metric: Annotated[tuple[str, ...], Option(f"To try besides: {METRIC.help[:-1]}; may be repeated.")] = ()
+    metric: Annotated[tuple[str, ...], metric_option("To try besides", "; may be repeated")] = ()
     evolve: Annotated[
         bool | None, Option("Evolve a formula, or take those that are known.", names=("--evolve/--no-evolve",))
     ] = None
