@@ -20,7 +20,7 @@ from typing import Annotated, Any, get_origin
 import typer
 from rich.console import Console
 
-from gpmetric.command_help import GroupedCommand
+from gpmetric.command_help import GroupedCommand, GroupedCommands
 from gpmetric.commands import COMMANDS, GROUPS, Command
 from gpmetric.config import load_config
 from gpmetric.errors import GpmetricError, InputError
@@ -38,13 +38,16 @@ is_out_of_memory = lazy("gpmetric.session.memory:is_out_of_memory")
 out_of_memory = lazy("gpmetric.session.memory:out_of_memory")
 app = typer.Typer(
     name="gpmetric",
+    cls=GroupedCommands,
     help="Discovers pruning metrics for language models by genetic programming, benchmarks, exports and applies them.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},  # --sequence_length
 )
 
-_planned = typer.Typer(help="Says what a command would take of memory, disk and time, and runs nothing.")
+_planned = typer.Typer(
+    cls=GroupedCommands, help="Says what a command would take of memory, disk and time, and runs nothing."
+)
 _PLANNED: dict[str, Any] = {
     "show": lazy("gpmetric.terminal.tables:print_plan"),
     "listener": None,

@@ -23,7 +23,7 @@ from rich.console import Console
 
 import gpmetric
 from gpmetric import cli
-from gpmetric.command_help import OPTION_GROUPS, group_of
+from gpmetric.command_help import COMMAND_GROUPS, OPTION_GROUPS, group_of
 from gpmetric.commands import COMMANDS as COMMAND_ROWS
 from gpmetric.commands import Command
 from gpmetric.errors import GpmetricError, LedgerError, MaskError
@@ -167,6 +167,16 @@ def test_options_stand_in_groups_and_no_line_is_wider_than_the_terminal(
         known = ["Arguments:", "Options:", *(f"{group}:" for group in OPTION_GROUPS)]
         assert headings[:-1] == [one for one in known if one in headings]
         assert lines[0].endswith("...]" if name in ("bench", "discover") else lines[0][-3:])
+
+
+def test_commands_stand_by_what_they_are_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    told = run("--help").out
+    assert max(map(len, told.splitlines())) <= 60
+    assert " ".join(told.split()).count("Evolves metrics for a model and puts the winner beside every baseline.") == 1
+    names = [name for group in COMMAND_GROUPS.values() for name in group]
+    assert len(names) == len(set(names))
+    assert "More:" not in told
 
 
 def test_an_option_is_in_one_group() -> None:
