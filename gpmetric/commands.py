@@ -27,6 +27,7 @@ from gpmetric.pruning.requests import (
     ReproduceRequest,
     VerifyRequest,
 )
+from gpmetric.report.request import ReportRequest
 from gpmetric.session.requests import EvaluateRequest, LayersRequest
 from gpmetric.structured.request import SlimRequest
 from gpmetric.tuning.request import TuneRequest
@@ -198,6 +199,12 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         AnalyseRequest,
         lazy("gpmetric.analysis.analyse:run_analysis"),
         lazy("gpmetric.terminal.tables:print_analysis"),
+    ),
+    "report": Command(
+        "Writes one self-contained page of a campaign or of a result, to be opened in any browser, offline.",
+        ReportRequest,
+        lazy("gpmetric.report.report:run_report"),
+        lazy("gpmetric.terminal.report:print_report"),
     ),
     "ledger check": Command(
         "Tells everything that is wrong with a campaign's ledger, also while a driver has it.",

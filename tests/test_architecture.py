@@ -18,6 +18,7 @@ LAYERS = [
     {"cli"},
     {"commands", "config"},
     {"terminal"},
+    {"report"},
     {"analysis", "tuning"},
     {"evolution", "allocation", "structured", "packing"},
     {"pruning"},

@@ -31,9 +31,10 @@ from gpmetric.session.evaluate import EvaluateListener
 from gpmetric.session.plan import Plan
 from gpmetric.session.session import Listener
 from gpmetric.structured.listener import SlimListener
-from gpmetric.terminal.figures import duration, figures_of, needs_of, number, recipe_name
+from gpmetric.terminal.figures import duration, figures_of, needs_of, number
 from gpmetric.terminal.narrow import fitted
 from gpmetric.terminal.text import Text
+from gpmetric.tuning.recipe_name import recipe_name
 from gpmetric.tuning.steps import TuneListener
 from gpmetric.tuning.trial_log import Measurement
 
