@@ -1,8 +1,8 @@
 """Discovers pruning metrics for language models by genetic programming.
 
-`discover`, `bench`, `allocate`, `tune`, `prune`, `slim`, `verify`, `evaluate`, `analyse`, `status`, `report`, `pack` and
-`unpack` are the commands of the command line, and `check_ledger`, `repair_ledger`, `export_ledger`, `merge_ledgers` and
-`free_ledger` those of `gpmetric ledger`; `load` opens what they write; `Metric` and `select_mask` score and choose.
+`discover`, `bench`, `allocate`, `tune`, `prune`, `slim`, `verify`, `evaluate`, `analyse`, `status`, `report`, `pack`
+and `unpack` are the commands of the command line, and `check_ledger`, `repair_ledger`, `export_ledger`, `merge_ledgers`
+and `free_ledger` those of `gpmetric ledger`; `load` opens what they write; `Metric` and `select_mask` score and choose.
 Importing the package imports neither torch nor transformers; using a name does.
 """
 

@@ -196,7 +196,7 @@ def _workers(measured: Sequence[Measurement], evaluations: Sequence[Evaluation])
 def ranked(
     evaluations: Sequence[Evaluation], candidates: Sequence[Candidate], settings: Mapping[str, Any]
 ) -> tuple[list[Individual], dict[str, Individual]]:
-    """The front, the best first, and by name the baselines among the first formulas, as the search has measured them."""
+    """The front, the best first, and the baselines among the first formulas by name, as the search measured them."""
     objective = settings.get("objective", "kl")
     done = {row.id: row for row in evaluations if row.losses and row.figures.get(objective)}
     metrics = {index: resolve_metric(row.formula) for index, row in done.items()}

@@ -57,7 +57,7 @@ def ticks(axis: Axis) -> list[float]:
 def framed(across: Axis, up: Axis, content: Markup, title: str, *, live: bool = False) -> Markup:
     """A drawing of so many axes around its content; a live one holds links, a still one is a picture."""
     parts = [
-        Markup('<svg viewBox="0 0 {} {}" role="{}" aria-label="{}">').format(
+        Markup('<svg class="frame" viewBox="0 0 {} {}" role="{}" aria-label="{}">').format(
             number(WIDTH), number(HEIGHT), "group" if live else "img", title
         )
     ]

@@ -42,6 +42,7 @@ class Table(Block):
         words: how many of the first columns are of words; the others are of numbers, aligned at their end.
         strong: indices of the rows that stand out.
         quiet: indices of those that are no rivals of the others.
+        code: columns of formulas, digests and the like, which are broken anywhere.
     """
 
     kind: ClassVar[str] = "table"
@@ -51,6 +52,7 @@ class Table(Block):
     words: int = 1
     strong: frozenset[int] = frozenset()
     quiet: frozenset[int] = frozenset()
+    code: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from gpmetric.evolution.selection import Individual
 from gpmetric.evolution.status import ranked, state_of
 from gpmetric.metrics import BASELINES, masks_only
 
-__all__ = ["Campaign", "Entry", "entries_of", "of_ledger", "of_result"]
+__all__ = ["Campaign", "Entry", "best_entry", "entries_of", "of_ledger", "of_result"]
 
 _RUNNING = ("running", "elsewhere")
 
@@ -158,3 +158,9 @@ def _on(split: str, rows: Sequence[HeldOutMeasurement]) -> dict[str, dict[str, f
         if excess.keys() == targets:
             found[metric] = excess
     return found
+
+
+def best_entry(entries: Sequence[Entry], kinds: Sequence[str], split: str) -> Entry | None:
+    """The lowest of these kinds on a split, if one is known there."""
+    found = [one for one in entries if one.kind in kinds and math.isfinite(one.mean(split))]
+    return min(found, key=lambda one: one.mean(split), default=None)

@@ -17,9 +17,9 @@ from gpmetric.report.axes import Axis, across_at, framed, number, up_at
 
 __all__ = ["Line", "Point", "bars", "differences", "heat_map", "lines", "points"]
 
-_ROW, _NAMES, _BAR = 26.0, 176.0, 300.0  # of bars: height, and widths of names and of the longest
+_WIDTH, _ROW, _BAR = 420.0, 38.0, 350.0  # of bars: all of it, the height of one with its name, the longest
 _CELL, _FIRST = 34.0, 46.0  # of a heat map: height of a row, width of the blocks' numbers
-_LONGEST = 26  # letters of a bar's name
+_LONGEST = 56  # letters of a bar's name
 _MOST_ROWS = 300
 
 
@@ -108,24 +108,23 @@ def _point(one: Point, across: Axis, up: Axis) -> Markup:
 
 
 def bars(title: str, rows: Sequence[tuple[str, float, str, str]]) -> Markup:
-    """Horizontal bars from zero: name, length, class, and the words at the end of it."""
-    rows = [row for row in rows if math.isfinite(row[1])]
+    """Horizontal bars from zero, each below its name: name, length, class, and the words at the end of it."""
+    rows = [row for row in rows if math.isfinite(row[1])][:_MOST_ROWS]
     if not rows:
         return Markup("")
     longest = max(abs(length) for _, length, _, _ in rows) or 1.0
-    width, height = _NAMES + _BAR + 74, _ROW * len(rows) + 8
-    parts = [_head(width, height, title)]
+    parts = [_head("bars", _WIDTH, _ROW * len(rows) + 4, title)]
     for place, (name, length, kind, words) in enumerate(rows):
-        y, shown = _ROW * place + 4, _BAR * max(0.0, length) / longest
+        y, shown = _ROW * place, _BAR * max(0.0, length) / longest
         short = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"
         parts.append(
             Markup(
-                '<text class="name end" x="{}" y="{}">{}<title>{}</title></text>'
-                '<rect class="bar {}" x="{}" y="{}" width="{}" height="16" rx="2"/>'
+                '<text class="name" x="0" y="{}">{}<title>{}</title></text>'
+                '<rect class="bar {}" x="0" y="{}" width="{}" height="13" rx="2"/>'
                 '<text class="tick" x="{}" y="{}">{}</text>'
             ).format(
-                number(_NAMES - 10), number(y + 13), short, name, kind, number(_NAMES), number(y),
-                number(max(1.0, shown)), number(_NAMES + shown + 6), number(y + 13), words,
+                number(y + 13), short, name, kind, number(y + 18), number(max(1.0, shown)), number(shown + 7),
+                number(y + 29), words,
             )
         )  # fmt: skip
     return Markup("").join([*parts, Markup("</svg>")])
@@ -134,11 +133,12 @@ def bars(title: str, rows: Sequence[tuple[str, float, str, str]]) -> Markup:
 def heat_map(
     title: str, rows: Sequence[str], columns: Sequence[str], values: Mapping[tuple[str, str], float]
 ) -> Markup:
-    """Shares from 0 to 1 by row and column, each cell with its figure in percent."""
+    """Shares from 0 to 1 by row and column, each cell with its figure in percent, the more the larger of them."""
+    low, high = min(values.values()), max(values.values())
     rows = rows[:_MOST_ROWS]
     wide = max(58.0, 8.0 * max((len(one) for one in columns), default=0) + 10)
     width, height = _FIRST + wide * len(columns) + 4, _CELL * len(rows) + 30
-    parts = [_head(width, height, title)]
+    parts = [_head("heat", width, height, title)]
     for at, name in enumerate(columns):
         parts.append(
             Markup('<text class="tick mid" x="{}" y="18">{}</text>').format(number(_FIRST + wide * (at + 0.5)), name)
@@ -150,18 +150,22 @@ def heat_map(
         )
         for at, name in enumerate(columns):
             if (value := values.get((row, name))) is not None and math.isfinite(value):
-                parts.append(_cell(_FIRST + wide * at, y, wide, value, f"block {row}, {name}"))
+                parts.append(
+                    _cell(
+                        _FIRST + wide * at, y, wide, value, (value - low) / (high - low or 1.0), f"block {row}, {name}"
+                    )
+                )
     return Markup("").join([*parts, Markup("</svg>")])
 
 
-def _cell(x: float, y: float, wide: float, value: float, name: str) -> Markup:
-    share = min(1.0, max(0.0, value))
+def _cell(x: float, y: float, wide: float, value: float, share: float, name: str) -> Markup:
+    shade = 0.1 + 0.85 * share
     return Markup(
         '<g><title>{}: {}</title><rect class="cell" x="{}" y="{}" width="{}" height="{}" fill-opacity="{:.2f}"/>'
         '<text class="heat mid{}" x="{}" y="{}">{:.0f}</text></g>'
     ).format(
-        name, f"{value:.4f}", number(x), number(y), number(wide - 2), number(_CELL - 2), 0.06 + 0.94 * share,
-        " on" if share > 0.5 else "", number(x + wide / 2 - 1), number(y + 20), 100 * value,
+        name, f"{value:.4f}", number(x), number(y), number(wide - 2), number(_CELL - 2), shade,
+        " on" if shade > 0.55 else "", number(x + wide / 2 - 1), number(y + 20), 100 * value,
     )  # fmt: skip
 
 
@@ -173,7 +177,7 @@ def differences(title: str, found: Sequence[float], interval: tuple[float, float
     axis = Axis.of([*found, 0.0, *(interval or ())], label, margin=0.12)
     height, middle = 116.0, 44.0
     at = [number(across_at(axis, one)) for one in (0.0, *found)]
-    parts = [_head(540.0, height, title)]
+    parts = [_head("frame", 540.0, height, title)]
     for value in (axis.low, 0.0, axis.high):
         place = across_at(axis, value)
         kind = "mid" if value == 0 else "end" if value == axis.high else ""
@@ -200,5 +204,6 @@ def differences(title: str, found: Sequence[float], interval: tuple[float, float
     return Markup("").join([*parts, Markup("</svg>")])
 
 
-def _head(width: float, height: float, title: str) -> Markup:
-    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(number(width), number(height), title)
+def _head(kind: str, width: float, height: float, title: str) -> Markup:
+    head = '<svg class="{0}" viewBox="0 0 {1} {2}" width="{1}" height="{2}" role="img" aria-label="{3}">'
+    return Markup(head).format(kind, number(width), number(height), title)

@@ -15,6 +15,7 @@ from gpmetric.operands import OPERANDS
 
 __all__ = ["FormulaView", "view_formula"]
 
+_NONE = Markup("")
 _LARGEST = 120  # nodes of a formula that is drawn
 _SIGNS = {"*": "\N{MULTIPLICATION SIGN}", "/": "\N{DIVISION SIGN}", "-": "\N{MINUS SIGN}", "**": "^"}
 _ACROSS, _DOWN, _SIZE = 62.0, 54.0, 15.0  # between leaves, between levels, and half a node's height
@@ -38,9 +39,9 @@ class FormulaView:
     text: str
     group: str = ""
     nodes: int | None = None
-    mathematics: Markup = Markup("")
+    mathematics: Markup = _NONE
     latex: str = ""
-    tree: Markup = Markup("")
+    tree: Markup = _NONE
     operands: tuple[tuple[str, str], ...] = ()
 
 

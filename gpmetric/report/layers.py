@@ -33,9 +33,13 @@ def layer_map(sparsity: Mapping[str, float], what: str) -> list[Figure | Table]:
         own = [values[place] for block in blocks if (place := (str(block), names[kind])) in values]
         rows.append([kind, f"{min(own):.4f}", f"{fmean(own):.4f}", f"{max(own):.4f}"])
     rows.sort(key=lambda row: row[2])
-    table = Table("Sparsity over the blocks", ("kind of matrix", "least", "mean", "most"), rows)
+    table = Table("Sparsity over the blocks", ("kind of matrix", "least", "mean", "most"), rows, code=frozenset({0}))
     return [
-        Figure(drawn, f"{what}, in percent: a row for each block, a column for each kind of matrix.", wide=True),
+        Figure(
+            drawn,
+            f"{what}, in percent: a row for each block, a column for each kind of matrix; darker is more.",
+            wide=True,
+        ),
         table,
     ]
 

@@ -98,7 +98,9 @@ def _model(document: Mapping[str, Any], means: Mapping[str, tuple[float, str]], 
             told(row["sparsity"]), told(row["seconds"], 1),
         ])  # fmt: skip
     columns = ("metric", "target", "update", *texts, "sparsity", "seconds")
-    table = Table("Perplexity; the best of each target stands out", columns, rows, 3, frozenset(strong))
+    table = Table(
+        "Perplexity; the best of each target stands out", columns, rows, 3, frozenset(strong), code=frozenset({0})
+    )
     title = f"{Path(str(document['model'])).name}, {document['protocol']} protocol"
     return Section(identity, title, [Figure(drawn, f"{_MEAN.capitalize()}."), table])
 
@@ -124,7 +126,9 @@ def _transfer(rows: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
         at for at, row in enumerate(rows) if all(_number(row["mean_excess"][name]) == lowest[name] for name in models)
     )
     columns = ("metric", "update", *(Path(str(name)).name for name in models), "won", "lost", "tied", "ratio")
-    blocks: list[Block] = [Table("Mean excess by model; won and lost against Wanda", columns, cells, 2, strong)]
+    blocks: list[Block] = [
+        Table("Mean excess by model; won and lost against Wanda", columns, cells, 2, strong, code=frozenset({0}))
+    ]
     if wins:
         drawn = bars("Excess over that of Wanda", sorted(wins, key=lambda one: one[1]))
         blocks.insert(

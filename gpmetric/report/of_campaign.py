@@ -4,39 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from gpmetric.errors import InputError
 from gpmetric.evolution.fitness import mean_excess
-from gpmetric.export.request import ExportRequest
-from gpmetric.options import command_line
-from gpmetric.pruning.requests import PruneRequest
-from gpmetric.report.blocks import (
-    Candidates,
-    Copies,
-    Figure,
-    Page,
-    Panel,
-    Panels,
-    Section,
-    Table,
-    Winner,
-    told,
-)
-from gpmetric.report.campaign import Campaign, Entry, entries_of
-from gpmetric.report.charts import Line, Point, bars, differences, lines, points
-from gpmetric.report.formula import FormulaView, view_formula
+from gpmetric.report.blocks import Candidates, Figure, Page, Section, Table, told
+from gpmetric.report.campaign import Campaign, Entry, best_entry, entries_of
+from gpmetric.report.campaign_front import UNIT, front_section, winner_section
+from gpmetric.report.charts import Line, bars, differences, lines
 from gpmetric.report.provenance import provenance
 
 __all__ = ["campaign_page"]
 
-_SHOWN = 60  # formulas of a front that have a panel
-_UNIT = "mean excess log-loss, nats per token"
-_KEY = (
-    ("winner", "the winner"), ("formula", "found formulas"), ("baseline", "baselines"),
-    ("solver", "baselines that update weights"),
-)  # fmt: skip
 _LAYERS = {  # of the counts -> the layer of simplification that leaves so many
     "unique_texts": "the same text", "unique_opposites": "opposing operations", "unique_canonical": "canonical form",
     "unique_ranked": "the same ranking", "unique_masks": "the same masks",
@@ -47,10 +25,10 @@ def campaign_page(campaign: Campaign) -> Page:
     """The page of a campaign, finished or not."""
     entries = entries_of(campaign)
     sections = [
-        *_winner(campaign, entries),
+        *winner_section(campaign, entries),
         *_tested(campaign, entries),
         *_convergence(campaign),
-        *_front(campaign, entries),
+        *front_section(campaign, entries),
         *_saved(campaign),
         *_interval(campaign),
         *_candidates(campaign),
@@ -59,7 +37,7 @@ def campaign_page(campaign: Campaign) -> Page:
     name = campaign.ledger.name if campaign.ledger is not None else _model(campaign)
     warnings = [*campaign.result.get("warnings", ()), *(f"cut: {one}" for one in campaign.result.get("cut", ()))]
     return Page(
-        f"Campaign {name}", _verdict(campaign, entries), _tiles(campaign, entries), sections, warnings,
+        f"Campaign {name}", _verdict(campaign, entries), list(_tiles(campaign, entries)), sections, warnings,
         campaign.is_running,
     )  # fmt: skip
 
@@ -77,7 +55,7 @@ def _verdict(campaign: Campaign, entries: Sequence[Entry]) -> str:
         return f"{winner} is the winner: {because}."
     rivals = "the best baseline" + " that only masks" * (campaign.update == "none")
     found = f"On the test text, {winner} has a mean excess log-loss of {mine:.4f}"
-    if 0 < theirs and mine < theirs:
+    if mine < theirs and theirs > 0:
         return f"{found}, {1 - mine / theirs:.1%} less than the {theirs:.4f} of {rival}, {rivals}."
     return f"{found}, not less than the {theirs:.4f} of {rival}, {rivals}, though validation chose it."
 
@@ -87,17 +65,12 @@ def _so_far(campaign: Campaign, entries: Sequence[Entry]) -> str:
              "stopped": "was stopped", "finished": "is finished"}[campaign.state]  # fmt: skip
     paid, generations = campaign.counts.get("paid", 0), campaign.generations
     found = f"The campaign {state} after {generations:,} generations and {paid:,} evaluations"
-    best = _best(entries, ("formula", "winner"), "search")
+    best = best_entry(entries, ("formula", "winner"), "search")
     if best is None:
         return f"{found}; no formula is measured yet."
-    bar = _best(entries, ("baseline",), "search")
+    bar = best_entry(entries, ("baseline",), "search")
     beside = "" if bar is None else f", {bar.name}, the best baseline, {bar.mean('search'):.4f}"
     return f"{found}; on the search text, its best formula {best.name} has {best.mean('search'):.4f}{beside}."
-
-
-def _best(entries: Sequence[Entry], kinds: Sequence[str], split: str) -> Entry | None:
-    found = [one for one in entries if one.kind in kinds and math.isfinite(one.mean(split))]
-    return min(found, key=lambda one: one.mean(split), default=None)
 
 
 def _against(result: Mapping[str, Any]) -> tuple[float, str, float]:
@@ -114,59 +87,12 @@ def _tiles(campaign: Campaign, entries: Sequence[Entry]) -> Iterator[tuple[str, 
         mine, rival, theirs = _against(result)
         yield f"mean excess of {'the winner' if result.get('better', True) else 'the best baseline'}", told(mine)
         yield f"mean excess of {rival}", told(theirs)
-    elif (best := _best(entries, ("formula",), "search")) is not None:
+    elif (best := best_entry(entries, ("formula",), "search")) is not None:
         yield "best mean excess on the search text", told(best.mean("search"))
     yield "evaluations paid for", told(counts.get("paid", 0))
     yield "formulas drawn", told(counts.get("drawn", 0))
     if isinstance(total := result.get("seconds", {}).get("total"), float):
         yield "minutes", f"{total / 60:,.1f}"
-
-
-def _winner(campaign: Campaign, entries: Sequence[Entry]) -> Iterator[Section]:
-    result = campaign.result
-    better = result.get("better", True) and "winner" in result
-    best = entries[0] if better and entries else _best(entries, ("formula",), "search")
-    if best is None:
-        return
-    formula = view_formula(best.name)
-    meaning = Table("What it reads of each layer", ("operand", "meaning"), formula.operands, words=2)
-    title = "The winner" if better else "The best formula so far" if not result else "The best formula of the search"
-    block = Winner(formula, meaning, _copies(campaign, best, formula))
-    yield Section("winner", title, [block], str(result.get("because", "")) if better else "")
-
-
-def _copies(campaign: Campaign, entry: Entry, formula: FormulaView) -> Copies:
-    """The formula, its LaTeX source, and the commands that export it and prune with it."""
-    found = {"formula": formula.text}
-    if formula.latex:
-        found["LaTeX"] = formula.latex
-    output, stored = Path("metric.py"), entry.kind == "winner" and campaign.ledger is not None
-    named = str(campaign.ledger) if stored else entry.name
-    if entry.kind != "solver":
-        found["export"] = command_line("export", ExportRequest(formula=named, output=output))
-    if (pruning := _pruning(campaign, entry)) is not None:
-        found["prune"] = command_line("prune", pruning)
-    return Copies(found)
-
-
-def _pruning(campaign: Campaign, entry: Entry) -> PruneRequest | None:
-    """What prunes the campaign's model with a metric; None of several models, and where the text is not known."""
-    result = campaign.result
-    model, calibration = result.get("model"), result.get("splits", {}).get("calibration")
-    if not isinstance(model, str) or calibration is None or not campaign.targets:
-        return None
-    ours = entry.kind in ("winner", "formula")
-    try:
-        return PruneRequest(
-            model=None if model == "demo" else model,
-            calibration=None if model == "demo" else str(calibration["text"]),
-            samples=int(calibration["windows"]), sequence_length=int(calibration["sequence_length"]),
-            seed=int(result["seed"]), metric=entry.name, target=campaign.targets[0],
-            update=campaign.update if ours else "none", fit=str(result.get("fit", "own")) if ours else "own",
-            output=Path("pruned"),
-        )  # fmt: skip
-    except InputError:
-        return None
 
 
 def _tested(campaign: Campaign, entries: Sequence[Entry]) -> Iterator[Section]:
@@ -205,9 +131,16 @@ def _tested(campaign: Campaign, entries: Sequence[Entry]) -> Iterator[Section]:
     spelled = (
         told(dense, 3) if not isinstance(dense, Mapping) else ", ".join(f"{a} {told(b, 3)}" for a, b in dense.items())
     )
-    table = Table(f"Perplexity and excess on the test text; dense {spelled}", columns, cells, 1, strong, quiet)
+    table = Table(
+        f"Perplexity and excess on the test text; dense {spelled}", columns, cells, 1, strong, quiet, frozenset({0})
+    )
     note = "" if not quiet else "Baselines that update the weights that stay are no rivals of metrics that only mask."
-    yield Section("test", "On the test text", [Figure(drawn, f"{_UNIT.capitalize()}; less is better."), table], note)
+    yield Section(
+        "test",
+        "On the test text",
+        [Figure(drawn, "Mean excess log-loss, nats per token; less is better."), table],
+        note,
+    )
 
 
 def _finite(value: float | None) -> float:
@@ -232,7 +165,7 @@ def _convergence(campaign: Campaign) -> Iterator[Section]:
     level = min(((name, mean) for name, mean in rivals.items()), key=lambda one: one[1], default=None)
     drawn = [Line("best of a generation", "each", each), Line("best so far", "best", falling, steps=True)]
     svg = lines(
-        f"Best mean excess by generation, from {each[0][1]:.4f} to {best:.4f}", "generation", _UNIT, drawn, level
+        f"Best mean excess by generation, from {each[0][1]:.4f} to {best:.4f}", "generation", UNIT, drawn, level
     )
     key = [
         ("best", "best so far"),
@@ -242,61 +175,6 @@ def _convergence(campaign: Campaign) -> Iterator[Section]:
     counted = [[str(number), told(mean), told(low)] for (number, mean), (_, low) in zip(each, falling, strict=True)]
     table = Table("The last generations", ("generation", "best of it", "best so far"), counted[-8:])
     yield Section("convergence", "Convergence", [Figure(svg, "On the search text.", key), table])
-
-
-def _front(campaign: Campaign, entries: Sequence[Entry]) -> Iterator[Section]:
-    """Excess over the size of the formula, on validation and on the search text, with a panel for each point."""
-    shown = sorted(entries, key=lambda one: (one.kind != "winner", _finite_or(one.mean("search"))))
-    formulas = [one for one in shown if one.kind in ("winner", "formula")][:_SHOWN]
-    shown = [*formulas, *(one for one in shown if one.kind in ("baseline", "solver"))]
-    views = {one.name: view_formula(one.name) for one in shown}
-    shown = [one for one in shown if views[one.name].nodes is not None]
-    ids = {one.name: f"point-{place}" for place, one in enumerate(shown)}
-    figures = []
-    for split, words in (("validation", "On the validation text"), ("search", "On the search text")):
-        spots = [
-            Point(one.name, one.kind, float(views[one.name].nodes or 0), one.mean(split), ids[one.name])
-            for one in shown
-        ]
-        drawn = points(
-            f"{words}: mean excess over nodes of the formula", "nodes of the formula", _UNIT, spots,
-            [Line("the front", "front", _staircase(spots), steps=True)], whole=True,
-        )  # fmt: skip
-        if drawn and any(one.kind in ("formula", "winner") and math.isfinite(one.y) for one in spots):
-            figures.append(Figure(drawn, f"{words}.", [row for row in _KEY if row[0] in {one.kind for one in spots}]))
-    if not figures:
-        return
-    panels = [
-        Panel(
-            ids[one.name], one.name, views[one.name], _figures(campaign, one), _copies(campaign, one, views[one.name])
-        )
-        for one in shown
-    ]
-    note = "Select a point to see its formula; the arrow keys go from point to point."
-    yield Section("front", "The front", [Panels(figures, panels)], note)
-
-
-def _finite_or(value: float) -> float:
-    return value if math.isfinite(value) else math.inf
-
-
-def _staircase(spots: Sequence[Point]) -> list[tuple[float, float]]:
-    """The lowest of the found formulas with so many nodes or fewer."""
-    found: list[tuple[float, float]] = []
-    for one in sorted(spots, key=lambda one: (one.x, one.y)):
-        if one.kind in ("winner", "formula") and math.isfinite(one.y) and (not found or one.y < found[-1][1]):
-            found.append((one.x, one.y))
-    return found
-
-
-def _figures(campaign: Campaign, entry: Entry) -> Table:
-    """A formula's excess on each text."""
-    known = {name: getattr(entry, name) for name in ("search", "validation", "test")}
-    known = {name: found for name, found in known.items() if found}
-    rows = [
-        [target, *(told(found.get(target)) for found in known.values())] for target in campaign.targets
-    ] + [["mean", *(told(entry.mean(name) if math.isfinite(entry.mean(name)) else None) for name in known)]]  # fmt: skip
-    return Table("Excess by target", ("target", *known), rows, strong=frozenset({len(rows) - 1}))
 
 
 def _saved(campaign: Campaign) -> Iterator[Section]:
@@ -318,12 +196,13 @@ def _saved(campaign: Campaign) -> Iterator[Section]:
         rows.append([f"measured: {name}", told(measured), told(out), f"{out * each:,.1f} s", f"{seconds:.3f}", related])
         shown.append((f"measured: {name}", float(measured), "rung", told(measured)))
         left = min(left, measured)
-    columns = ("step", "formulas left", "kept from the rest", "time saved, about", "seconds each", "rank correlation")
-    table = Table("What each step kept from the last rung, at the last rung's seconds each", columns, rows)
-    note = "Rank correlation is with the last rung. Formulas that differ in nothing that matters are measured once."
-    yield Section(
-        "saved", "What simplification and screening saved", [Figure(bars("Formulas left", shown)), table], note
+    columns = ("step", "left", "spared", "time saved", "s each", "correlation")
+    table = Table(
+        "Formulas spared by each step, and the time that they would have taken on the last rung", columns, rows
     )
+    note = "Formulas that differ in nothing that matters are measured once; the first rung tells equal masks. "
+    note += "Then few windows decide who goes on to more of them. The correlation is of ranks, with the last rung."
+    yield Section("saved", "What was saved", [Figure(bars("Formulas left", shown)), table], note)
 
 
 def _interval(campaign: Campaign) -> Iterator[Section]:
@@ -342,7 +221,7 @@ def _interval(campaign: Campaign) -> Iterator[Section]:
     rows = [[str(at + 1), told(a), told(b), f"{a - b:+.4f}"] for at, (a, b) in enumerate(pairs)]
     table = Table("By draw", ("draw", "winner", str(found["rival"]), "difference"), rows)
     note = "Statistics of calibration windows drawn anew, figures on the test text. Below zero, the winner is better."
-    yield Section("interval", "Over calibration draws", [Figure(drawn, f"{words}."), table], note)
+    yield Section("interval", "The interval", [Figure(drawn, f"{words}."), table], note)
 
 
 def _candidates(campaign: Campaign) -> Iterator[Section]:

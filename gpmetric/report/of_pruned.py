@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ def _stays(widths: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
     for name in names:
         rows = [(f"block {at}", float(one[name]), "plain", told(one[name])) for at, one in enumerate(widths)]
         figures.append(Figure(bars(f"{name} that stay of each block", rows), f"{name.capitalize()} that stay."))
-    rows = [[str(at), *(str(one.get(name, "")) for name in widths[0])] for at, one in enumerate(widths)]
-    table = Table("What stays of each block", ("block", *(name.replace("_", " ") for name in widths[0])), rows)
+    cells = [[str(at), *(str(one.get(name, "")) for name in widths[0])] for at, one in enumerate(widths)]
+    table = Table("What stays of each block", ("block", *(name.replace("_", " ") for name in widths[0])), cells)
     yield Section("stays", "What stays of each block", [*figures, table])
 
 
@@ -209,7 +210,7 @@ def _less(places: Sequence[tuple[float, float]], of: Sequence[tuple[float, float
     """The differences to a line, where it has a value."""
     found = []
     for x, y in places:
-        for (left, low), (right, high) in zip(of, of[1:], strict=False):
+        for (left, low), (right, high) in pairwise(of):
             if left <= x <= right and right > left:
                 found.append((x, y - low - (high - low) * (x - left) / (right - left)))
                 break

@@ -1,4 +1,4 @@
-"""A page as one HTML file that asks nothing of any network, under a policy that names its own script and style alone."""
+"""A page as one HTML file that asks nothing of any network; its policy allows its own script and style alone."""
 
 from __future__ import annotations
 

@@ -25,10 +25,10 @@ def provenance(document: Mapping[str, Any], more: Mapping[str, str] = {}) -> Sec
     """The section of a result's document, and of what else is known."""
     rows = [(name, _spelled(document[key])) for key, name in _FACTS if document.get(key) not in (None, [], {})]
     rows += list(more.items())
-    blocks: list[Block] = [Table("What it was made with", ("", "value"), rows, words=2)]
+    blocks: list[Block] = [Table("What it was made with", ("", "value"), rows, words=2, code=frozenset({1}))]
     if texts := list(_texts(document)):
         columns = ("read for", "text", "SHA-256", "windows", "tokens")
-        blocks.append(Table("Texts and their fingerprints", columns, texts, words=3))
+        blocks.append(Table("Texts and their fingerprints", columns, texts, words=3, code=frozenset({2})))
     if versions := document.get("versions"):
         blocks.append(Table("Versions", ("package", "version"), list(versions.items()), words=2))
     seconds = document.get("seconds")

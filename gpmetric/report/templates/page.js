@@ -91,7 +91,7 @@
     let order = rows, shownRows = 0, sorted = given.sorted, falling = false;
     const cell = (value, at) => {
       const made = document.createElement(at ? "td" : "th");
-      if (!at) made.scope = "row";
+      if (!at) { made.scope = "row"; made.className = "code"; }
       if (heads[at].classList.contains("number")) made.className = "number";
       made.textContent = value === null ? "\u2013" : Number.isInteger(value) || typeof value === "string" ? value : value.toFixed(4);
       return made;
