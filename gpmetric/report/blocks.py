@@ -4,24 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, ClassVar
 
 from markupsafe import Markup
 
 from gpmetric.report.formula import FormulaView
 
-__all__ = ["Block", "Candidates", "Copies", "Figure", "Page", "Panel", "Panels", "Section", "Table", "Winner", "told"]
+__all__ = [
+    "Block",
+    "Candidates",
+    "Copies",
+    "Figure",
+    "Page",
+    "Panel",
+    "Panels",
+    "Section",
+    "Table",
+    "Winner",
+    "file_names",
+    "told",
+]
 
-NOTHING = "\N{EN DASH}"
+_NOTHING = "\N{EN DASH}"
 
 
 def told(value: Any, digits: int = 4) -> str:
     """A figure as a cell shows it; a dash where there is none."""
     if value is None:
-        return NOTHING
-    if isinstance(value, float) and not isinstance(value, bool):
+        return _NOTHING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
         return f"{value:,.{digits}f}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def file_names(paths: Sequence[str]) -> list[str]:
+    """The last parts of paths, or all of them as they are where two would be called alike."""
+    names = [PurePath(one).name or one for one in paths]
+    return names if len(set(names)) == len(names) else list(paths)
 
 
 @dataclass(frozen=True)

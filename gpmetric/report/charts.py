@@ -19,7 +19,7 @@ __all__ = ["Line", "Point", "bars", "differences", "heat_map", "lines", "points"
 
 _WIDTH, _ROW, _BAR = 420.0, 38.0, 350.0  # of bars: all of it, the height of one with its name, the longest
 _CELL, _FIRST = 34.0, 46.0  # of a heat map: height of a row, width of the blocks' numbers
-_LONGEST = 56  # letters of a bar's name
+_LONGEST = 48  # letters of a bar's name
 _MOST_ROWS = 300
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from gpmetric.options import command_line
 from gpmetric.pruning.requests import PruneRequest, VerifyRequest
-from gpmetric.report.blocks import Block, Candidates, Copies, Figure, Page, Section, Table, told
+from gpmetric.report.blocks import Block, Candidates, Copies, Figure, Page, Section, Table, file_names, told
 from gpmetric.report.charts import Line, bars, lines
 from gpmetric.report.layers import layer_map
 from gpmetric.report.provenance import provenance
@@ -97,7 +97,7 @@ def _model(document: Mapping[str, Any], means: Mapping[str, tuple[float, str]], 
             str(row["metric"]), str(row["target"]), str(row["update"]), *(told(row["ppl"][text], 3) for text in texts),
             told(row["sparsity"]), told(row["seconds"], 1),
         ])  # fmt: skip
-    columns = ("metric", "target", "update", *texts, "sparsity", "seconds")
+    columns = ("metric", "target", "update", *file_names(list(map(str, texts))), "sparsity", "seconds")
     table = Table(
         "Perplexity; the best of each target stands out", columns, rows, 3, frozenset(strong), code=frozenset({0})
     )
@@ -125,15 +125,14 @@ def _transfer(rows: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
     strong = frozenset(
         at for at, row in enumerate(rows) if all(_number(row["mean_excess"][name]) == lowest[name] for name in models)
     )
-    columns = ("metric", "update", *(Path(str(name)).name for name in models), "won", "lost", "tied", "ratio")
+    columns = ("metric", "update", *file_names(list(map(str, models))), "won", "lost", "tied", "ratio")
     blocks: list[Block] = [
         Table("Mean excess by model; won and lost against Wanda", columns, cells, 2, strong, code=frozenset({0}))
     ]
     if wins:
         drawn = bars("Excess over that of Wanda", sorted(wins, key=lambda one: one[1]))
-        blocks.insert(
-            0, Figure(drawn, "Mean of excess over Wanda's on the same model, target and text; below 1 is better.")
-        )
+        note = "Mean of excess over Wanda's on the same model, target and text; below 1 is better."
+        blocks.insert(0, Figure(drawn, note))
     yield Section("transfer", "Over the models", blocks)
 
 
@@ -157,8 +156,12 @@ def tuned_page(document: Mapping[str, Any]) -> Page:
         layers = {str(layer): float(value) for layer, value in found.items()}
         sections.append(Section("sparsity", "Sparsity by layer", layer_map(layers, "Sparsity by block and matrix")))
     sections += [Section("next", "What to do next", [_again(document, pruned)]), provenance(document)]
-    tiles = [("excess on validation", told(document["excess"])), ("perplexity", told(pruned.get("perplexity"), 3)),
-             ("dense", told(pruned.get("dense"), 3)), ("recipes tried", told(len(document["trials"])))]  # fmt: skip
+    tiles = [
+        ("excess on validation", told(document["excess"])),
+        ("perplexity", told(pruned.get("perplexity"), 3)),
+        ("perplexity, dense", told(pruned.get("dense"), 3)),
+        ("recipes tried", told(len(document["trials"]))),
+    ]
     warnings = [*document.get("warnings", ()), *(f"cut: {one}" for one in document.get("cut", ()))]
     return Page(f"Recipe for {model}", verdict, tiles, sections, warnings)
 
@@ -194,7 +197,7 @@ def _parts(document: Mapping[str, Any]) -> Iterator[Section]:
         on_texts = [*row.get("text_excess", ()), *[None] * len(texts)][: len(texts)]
         cells.append([str(row["what"]), told(row["excess"]), *map(told, on_texts), told(row["seconds"], 1)])
     strong = frozenset(at for at, row in enumerate(rows) if row["what"] == "recipe")
-    columns = ("what", "validation", *texts, "seconds")
+    columns = ("what", "validation", *file_names(texts), "seconds")
     table = Table("Excess log-loss, nats per token", columns, cells, strong=strong)
     yield Section("parts", "What each part is worth", [Figure(drawn, "Excess on validation; less is better."), table])
 

@@ -29,7 +29,7 @@ def pruned_page(document: Mapping[str, Any]) -> Page:
     verdict += f"{document['text']['text']} went from {told(dense, 3)} to {told(after, 3)}."
     layers = {str(layer["name"]): float(layer["sparsity"]) for layer in document["layers"]}
     sections = [_sparsity(layers), Section("next", "What to do next", [_verify(document)]), provenance(document)]
-    tiles = [("sparsity", told(sparsity)), ("perplexity", told(after, 3)), ("dense", told(dense, 3)),
+    tiles = [("sparsity", told(sparsity)), ("perplexity", told(after, 3)), ("perplexity, dense", told(dense, 3)),
              ("layers pruned", told(len(layers)))]  # fmt: skip
     return Page(f"{model}, pruned", verdict, tiles, [one for one in sections if one.blocks], _warnings(document))
 
@@ -61,7 +61,7 @@ def slimmed_page(document: Mapping[str, Any]) -> Page:
     found = [*_stays(document["widths"]), *_starts(document)]
     sections = [*found, Section("next", "What to do next", [_verify(document)]), provenance(document)]
     tiles = [("parameters", told(after)), ("before", told(before)), ("perplexity", told(now, 3)),
-             ("dense", told(dense, 3))]  # fmt: skip
+             ("perplexity, dense", told(dense, 3))]  # fmt: skip
     return Page(f"{model}, slimmer", verdict, tiles, sections, _warnings(document))
 
 
@@ -72,7 +72,7 @@ def _stays(widths: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
     for name in names:
         rows = [(f"block {at}", float(one[name]), "plain", told(one[name])) for at, one in enumerate(widths)]
         figures.append(Figure(bars(f"{name} that stay of each block", rows), f"{name.capitalize()} that stay."))
-    cells = [[str(at), *(str(one.get(name, "")) for name in widths[0])] for at, one in enumerate(widths)]
+    cells = [[str(at), *(told(one.get(name)) for name in widths[0])] for at, one in enumerate(widths)]
     table = Table("What stays of each block", ("block", *(name.replace("_", " ") for name in widths[0])), cells)
     yield Section("stays", "What stays of each block", [*figures, table])
 
@@ -118,7 +118,7 @@ def allocation_page(document: Mapping[str, Any]) -> Page:
     tiles = [("evaluations", told(document["evaluations"])), ("points of the front", told(len(document["front"])))]
     if picked is not None:
         tiles = [("excess of what was picked", told(picked["excess"])), ("perplexity", told(picked["perplexity"], 3)),
-                 ("dense", told(document["dense"]["perplexity"], 3)), *tiles]  # fmt: skip
+                 ("perplexity, dense", told(document["dense"]["perplexity"], 3)), *tiles]  # fmt: skip
     return Page(f"Allocation for {model}", verdict, tiles, [one for one in sections if one.blocks], _warnings(document))
 
 

@@ -46,8 +46,7 @@ def _spelled(value: Any) -> str:
         return "; ".join(f"{name}: {_spelled(one)}" for name, one in value.items())
     if isinstance(value, list):
         return ", ".join(map(_spelled, value[:20])) + (f" and {len(value) - 20} more" if len(value) > 20 else "")
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else told(value) \
-        if isinstance(value, float) else str(value)  # fmt: skip
+    return told(value) if isinstance(value, (bool, float)) else str(value)
 
 
 def _texts(document: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

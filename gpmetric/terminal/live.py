@@ -210,6 +210,9 @@ class DiscoverReport(_Bars, DiscoverListener):
         best = min(excess, key=lambda name: mean_excess(excess[name]))
         self._console.print(Text(f"best baseline on validation: {best}, mean excess {mean_excess(excess[best]):.4f}"))
 
+    def serving(self, address: str) -> None:
+        self._console.print(Text(f"live page: {address}"), soft_wrap=True)
+
     def step(self, name: str) -> None:
         if name == "search":  # its table takes the place of the bars
             self._bar.stop()
