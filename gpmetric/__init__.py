@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gpmetric.pruning.prune import prune
     from gpmetric.pruning.reproduce import reproduce
     from gpmetric.pruning.verify import verify
-    from gpmetric.report.report import report
+    from gpmetric.reporting.report import report
     from gpmetric.session.evaluate import evaluate
     from gpmetric.session.layers import layers
     from gpmetric.structured.slim import slim
@@ -60,7 +60,7 @@ _HOMES = {
     "parse_target": "targets",
     "prune": "pruning.prune",
     "repair_ledger": "evolution.ledger_repair",
-    "report": "report.report",
+    "report": "reporting.report",
     "reproduce": "pruning.reproduce",
     "select_mask": "pruning.mask",
     "slim": "structured.slim",

@@ -27,7 +27,7 @@ from gpmetric.pruning.requests import (
     ReproduceRequest,
     VerifyRequest,
 )
-from gpmetric.report.request import ReportRequest
+from gpmetric.reporting.request import ReportRequest
 from gpmetric.session.requests import EvaluateRequest, LayersRequest
 from gpmetric.structured.request import SlimRequest
 from gpmetric.tuning.request import TuneRequest
@@ -203,7 +203,7 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
     "report": Command(
         "Writes one self-contained page of a campaign or of a result, to be opened in any browser, offline.",
         ReportRequest,
-        lazy("gpmetric.report.report:run_report"),
+        lazy("gpmetric.reporting.report:run_report"),
         lazy("gpmetric.terminal.report:print_report"),
     ),
     "ledger check": Command(

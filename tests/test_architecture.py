@@ -18,7 +18,7 @@ LAYERS = [
     {"cli"},
     {"commands", "config"},
     {"terminal"},
-    {"report"},
+    {"reporting"},
     {"analysis", "tuning"},
     {"evolution", "allocation", "structured", "packing"},
     {"pruning"},

@@ -41,7 +41,8 @@ class LivePage:
         try:
             self._socket = socket.create_server((HOST, port))
         except OSError as error:
-            raise InputError(f"--live {port}: {error.strerror or error}; name another port, or 0 for any") from error
+            told = os.strerror(error.errno) if error.errno else str(error)
+            raise InputError(f"--live {port}: {told}; name another port, or 0 for any") from error
         self.address = f"http://{HOST}:{self._socket.getsockname()[1]}/"
         self._ledger = ledger
 
@@ -50,7 +51,7 @@ class LivePage:
         place = self._socket.fileno()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "gpmetric.report", str(place), str(self._ledger.absolute())],
+                [sys.executable, "-P", "-m", "gpmetric.reporting", str(place), str(self._ledger.absolute())],
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=(place,), bufsize=0,
                 start_new_session=True,  # Ctrl-C is the command's
                 env=os.environ | {"PYTHONPATH": path},

@@ -9,11 +9,11 @@ from typing import Any
 
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.files import read_object
-from gpmetric.report.blocks import Page
-from gpmetric.report.campaign import of_ledger, of_result
-from gpmetric.report.of_bench import bench_page, tuned_page
-from gpmetric.report.of_campaign import campaign_page
-from gpmetric.report.of_pruned import allocation_page, pruned_page, slimmed_page
+from gpmetric.reporting.blocks import Page
+from gpmetric.reporting.campaign import of_ledger, of_result
+from gpmetric.reporting.of_bench import bench_page, tuned_page
+from gpmetric.reporting.of_campaign import campaign_page
+from gpmetric.reporting.of_pruned import allocation_page, pruned_page, slimmed_page
 
 __all__ = ["page_of"]
 

@@ -10,10 +10,10 @@ from gpmetric.errors import InputError
 from gpmetric.export.request import ExportRequest
 from gpmetric.options import command_line
 from gpmetric.pruning.requests import PruneRequest
-from gpmetric.report.blocks import Copies, Figure, Panel, Panels, Section, Table, Winner, told
-from gpmetric.report.campaign import Campaign, Entry, best_entry
-from gpmetric.report.charts import Line, Point, points
-from gpmetric.report.formula import FormulaView, view_formula
+from gpmetric.reporting.blocks import Copies, Figure, Panel, Panels, Section, Table, Winner, told
+from gpmetric.reporting.campaign import Campaign, Entry, best_entry
+from gpmetric.reporting.charts import Line, Point, points
+from gpmetric.reporting.formula import FormulaView, view_formula
 
 __all__ = ["UNIT", "front_section", "winner_section"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gpmetric.report.blocks import Block, Figure, Section, Table, told
-from gpmetric.report.charts import bars
+from gpmetric.reporting.blocks import Block, Figure, Section, Table, told
+from gpmetric.reporting.charts import bars
 
 __all__ = ["provenance"]
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from gpmetric.report.axes import Axis, across_at, framed, number, up_at
+from gpmetric.reporting.axes import Axis, across_at, framed, number, up_at
 
 __all__ = ["Line", "Point", "bars", "differences", "heat_map", "lines", "points"]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from gpmetric.files import write_text
 from gpmetric.options import as_function
-from gpmetric.report.page import render
-from gpmetric.report.request import ReportRequest
-from gpmetric.report.source import page_of
+from gpmetric.reporting.page import render
+from gpmetric.reporting.request import ReportRequest
+from gpmetric.reporting.source import page_of
 
 __all__ = ["report", "run_report"]
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from gpmetric.report.blocks import Figure, Table
-from gpmetric.report.charts import heat_map
+from gpmetric.reporting.blocks import Figure, Table
+from gpmetric.reporting.charts import heat_map
 
 __all__ = ["layer_map"]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from gpmetric.errors import GpmetricError
 from gpmetric.evolution.live_page import HOST
 from gpmetric.plain import one_line
-from gpmetric.report.blocks import Page
-from gpmetric.report.page import render
-from gpmetric.report.source import page_of
+from gpmetric.reporting.blocks import Page
+from gpmetric.reporting.page import render
+from gpmetric.reporting.source import page_of
 
 __all__ = ["LiveServer", "Served"]
 

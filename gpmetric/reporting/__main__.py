@@ -1,4 +1,4 @@
-"""The process that serves a campaign's page: `python -m gpmetric.report FD LEDGER`, until its standard input ends.
+"""The process that serves a campaign's page: `python -m gpmetric.reporting FD LEDGER`, until its standard input ends.
 
 FD is the number of a listening socket that it was handed.
 """
@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 from gpmetric.plain import log_plainly
-from gpmetric.report.live import LiveServer, Served
+from gpmetric.reporting.live import LiveServer, Served
 
 
 def main(descriptor: str, ledger: str) -> None:

@@ -84,8 +84,8 @@
 
   const data = document.getElementById("rows");
   if (data) {
-    const { rows, total, what, ...given } = JSON.parse(data.textContent), body = document.querySelector("#candidates tbody");
-    const heads = find("#candidates thead th"), search = document.getElementById("search");
+    const { rows, total, what, ...given } = JSON.parse(data.textContent), body = document.querySelector("#candidate-rows tbody");
+    const heads = find("#candidate-rows thead th"), search = document.getElementById("search");
     const more = document.getElementById("more"), found = document.getElementById("found");
     const STEP = 50;
     let order = rows, shownRows = 0, sorted = given.sorted, falling = false;

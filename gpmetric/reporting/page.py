@@ -13,7 +13,7 @@ from markupsafe import Markup
 from gpmetric.files import finite
 from gpmetric.plain import plain
 from gpmetric.provenance import gpmetric_version
-from gpmetric.report.blocks import Candidates, Page, told
+from gpmetric.reporting.blocks import Candidates, Page, told
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -30,10 +30,12 @@ def render(page: Page, *, live: float | None = None) -> str:
     policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; "
     policy += "base-uri 'none'; form-action 'none'"
     policy += "; connect-src 'self'" if live else ""
-    return _environment().get_template("page.html.jinja").render(
+    content = _environment().get_template("page.html.jinja").render(
         page=page, policy=Markup(policy), script=Markup(script), style=Markup(style), version=gpmetric_version(),
         live=live is not None, seconds=live,
     )  # fmt: skip
+    # names from elsewhere can hold anything: what would do more than be seen is shown as an escape
+    return "\n".join(map(plain, content.split("\n")))
 
 
 def _hash(content: str) -> str:
@@ -51,16 +53,11 @@ def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     made = Environment(
-        loader=PackageLoader("gpmetric.report"), autoescape=True, undefined=StrictUndefined, finalize=_shown,
+        loader=PackageLoader("gpmetric.reporting"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     made.globals |= {"data": _data, "count": _count, "cell_of": told}
     return made
-
-
-def _shown(value: Any) -> Any:
-    """Text from elsewhere with escapes in place of what would do more than be seen; HTML of ours as it is."""
-    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _data(block: Candidates) -> Markup:

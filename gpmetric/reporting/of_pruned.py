@@ -11,10 +11,10 @@ from typing import Any
 from gpmetric.errors import InputError
 from gpmetric.options import command_line
 from gpmetric.pruning.requests import PruneRequest, VerifyRequest
-from gpmetric.report.blocks import Block, Copies, Figure, Page, Section, Table, told
-from gpmetric.report.charts import Line, Point, bars, lines, points
-from gpmetric.report.layers import layer_map
-from gpmetric.report.provenance import provenance
+from gpmetric.reporting.blocks import Block, Copies, Figure, Page, Section, Table, told
+from gpmetric.reporting.charts import Line, Point, bars, lines, points
+from gpmetric.reporting.layers import layer_map
+from gpmetric.reporting.provenance import provenance
 
 __all__ = ["allocation_page", "pruned_page", "slimmed_page"]
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gpmetric.evolution.fitness import mean_excess
-from gpmetric.report.blocks import Candidates, Figure, Page, Section, Table, told
-from gpmetric.report.campaign import Campaign, Entry, best_entry, entries_of
-from gpmetric.report.campaign_front import UNIT, front_section, winner_section
-from gpmetric.report.charts import Line, bars, differences, lines
-from gpmetric.report.provenance import provenance
+from gpmetric.reporting.blocks import Candidates, Figure, Page, Section, Table, told
+from gpmetric.reporting.campaign import Campaign, Entry, best_entry, entries_of
+from gpmetric.reporting.campaign_front import UNIT, front_section, winner_section
+from gpmetric.reporting.charts import Line, bars, differences, lines
+from gpmetric.reporting.provenance import provenance
 
 __all__ = ["campaign_page"]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from gpmetric.options import command_line
 from gpmetric.pruning.requests import PruneRequest, VerifyRequest
-from gpmetric.report.blocks import Block, Candidates, Copies, Figure, Page, Section, Table, file_names, told
-from gpmetric.report.charts import Line, bars, lines
-from gpmetric.report.layers import layer_map
-from gpmetric.report.provenance import provenance
+from gpmetric.reporting.blocks import Block, Candidates, Copies, Figure, Page, Section, Table, file_names, told
+from gpmetric.reporting.charts import Line, bars, lines
+from gpmetric.reporting.layers import layer_map
+from gpmetric.reporting.provenance import provenance
 from gpmetric.tuning.recipe_name import recipe_name
 
 __all__ = ["bench_page", "tuned_page"]

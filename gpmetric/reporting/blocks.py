@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from markupsafe import Markup
 
-from gpmetric.report.formula import FormulaView
+from gpmetric.reporting.formula import FormulaView
 
 __all__ = [
     "Block",
