@@ -1,8 +1,8 @@
 """Discovers pruning metrics for language models by genetic programming.
 
-`discover`, `bench`, `allocate`, `tune`, `prune`, `slim`, `verify`, `evaluate`, `analyse`, `status`, `pack` and `unpack`
-are the commands of the command line, and `check_ledger`, `repair_ledger`, `export_ledger`, `merge_ledgers` and
-`free_ledger` those of `gpmetric ledger`; `load` opens what they write; `Metric` and `select_mask` score and choose.
+`discover`, `bench`, `allocate`, `tune`, `prune`, `slim`, `verify`, `evaluate`, `analyse`, `status`, `report`, `pack`
+and `unpack` are the commands of the command line, and `check_ledger`, `repair_ledger`, `export_ledger`, `merge_ledgers`
+and `free_ledger` those of `gpmetric ledger`; `load` opens what they write; `Metric` and `select_mask` score and choose.
 Importing the package imports neither torch nor transformers; using a name does.
 """
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gpmetric.pruning.prune import prune
     from gpmetric.pruning.reproduce import reproduce
     from gpmetric.pruning.verify import verify
+    from gpmetric.reporting.report import report
     from gpmetric.session.evaluate import evaluate
     from gpmetric.session.layers import layers
     from gpmetric.structured.slim import slim
@@ -61,6 +62,7 @@ _HOMES = {
     "parse_target": "targets",
     "prune": "pruning.prune",
     "repair_ledger": "evolution.ledger_repair",
+    "report": "reporting.report",
     "reproduce": "pruning.reproduce",
     "select_mask": "pruning.mask",
     "slim": "structured.slim",
@@ -92,6 +94,7 @@ __all__ = [
     "parse_target",
     "prune",
     "repair_ledger",
+    "report",
     "reproduce",
     "select_mask",
     "slim",

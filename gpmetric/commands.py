@@ -28,6 +28,7 @@ from gpmetric.pruning.requests import (
     ReproduceRequest,
     VerifyRequest,
 )
+from gpmetric.reporting.request import ReportRequest
 from gpmetric.session.requests import EvaluateRequest, LayersRequest
 from gpmetric.structured.request import SlimRequest
 from gpmetric.tuning.request import TuneRequest
@@ -271,6 +272,12 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         lazy("gpmetric.analysis.analyse:run_analysis"),
         lazy("gpmetric.terminal.tables:print_analysis"),
         examples=("gpmetric analyse campaign.sqlite -o campaign.png",),
+    ),
+    "report": Command(
+        "Writes one self-contained page of a campaign or of a result, to be opened in any browser, offline.",
+        ReportRequest,
+        lazy("gpmetric.reporting.report:run_report"),
+        lazy("gpmetric.terminal.report:print_report"),
     ),
     "ledger check": Command(
         "Tells everything that is wrong with a campaign's ledger, also while a driver has it.",

@@ -169,6 +169,12 @@ def _is_candidates(path: Path) -> bool:
     return begin.startswith((b"generation,position,formula,status,", b'{"generation": '))
 
 
+def _is_page(path: Path) -> bool:
+    """What `gpmetric report` writes."""
+    begin = _ends(path)
+    return begin.startswith(b"<!doctype html>") and b'<meta name="generator" content="gpmetric report ' in begin
+
+
 OURS: dict[str, Callable[[Path], bool]] = {  # what an option writes -> whether a file is one of those
     "json": _is_result,
     "allocation": _is_allocation,
@@ -178,5 +184,6 @@ OURS: dict[str, Callable[[Path], bool]] = {  # what an option writes -> whether 
     "masks": _is_masks,
     "candidates": _is_candidates,
     "archive": lambda path: _ends(path).startswith(b"PK") and _ends(path).endswith(b"gpmetric pack"),
+    "page": _is_page,
     "recipe": lambda path: _ends(path).startswith(b"# How a model is pruned: `gpmetric prune"),
 }

@@ -18,6 +18,7 @@ LAYERS = [
     {"cli"},
     {"commands", "config", "command_help"},
     {"terminal"},
+    {"reporting"},
     {"analysis", "tuning", "listing"},
     {"evolution", "allocation", "structured", "packing"},
     {"pruning"},

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +21,7 @@ from gpmetric.evolution.generation_hook import GenerationHook
 from gpmetric.evolution.held_out import HeldOut, Measured, choose_finalists
 from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.listener import DiscoverListener
+from gpmetric.evolution.live_page import LivePage
 from gpmetric.evolution.multi_model import label_targets
 from gpmetric.evolution.progress_note import ProgressNote
 from gpmetric.evolution.request import DiscoverRequest
@@ -77,6 +78,24 @@ def run_campaign(
     deadline = Deadline.starting(request.minutes, started, now)
     meet(request, (listener or DiscoverListener()).progress)
     request = request.completed()
+    with _served(request, listener or DiscoverListener()):
+        return _campaign(request, listener, deadline)
+
+
+@contextmanager
+def _served(request: DiscoverRequest, told: DiscoverListener) -> Iterator[None]:
+    """Has the campaign's page served, if that is asked for."""
+    if request.live is None:
+        yield
+        return
+    assert request.ledger is not None
+    with LivePage(request.live, request.ledger) as page:
+        told.serving(page.address)
+        yield
+
+
+def _campaign(request: DiscoverRequest, listener: DiscoverListener | None, deadline: Deadline) -> dict[str, Any]:
+    """What `run_campaign` returns."""
     assert request.ledger is not None
     fork = None if request.fork is None or _goes_on(request) else population_of(request.fork, request)
     sessions = open_sessions(request, listener)

@@ -28,6 +28,9 @@ class DiscoverListener(Listener):
     def plan(self, plan: CampaignPlan, cut: Sequence[str]) -> None:
         """How the time is shared, and what was left out so far, before the search; not called without a limit."""
 
+    def serving(self, address: str) -> None:
+        """The campaign's page is at this address while the campaign runs."""
+
     def generation(self, number: int, front: Sequence[Individual], counts: Mapping[str, int]) -> None:
         """A generation is finished: the front, the best first, and what `Ledger.counts` gives."""
 

@@ -117,6 +117,13 @@ class DiscoverRequest(Inputs, Staff):
         ),
     ] = None
     track: Annotated[tuple[str, ...], TRACK] = ()
+    live: Annotated[
+        int | None,
+        Option(
+            "Serve the campaign's page while it runs, at this port of 127.0.0.1 alone; 0 for any that is free.",
+            metavar="PORT", least=0, below=65536,
+        ),
+    ] = None  # fmt: skip
     cache: Annotated[
         Path | None, Option("Statistics cache; ~/.cache/gpmetric by default.", metavar="DIR", writes="cache")
     ] = None

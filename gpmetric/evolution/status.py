@@ -27,7 +27,7 @@ from gpmetric.evolution.status_request import StatusRequest
 from gpmetric.metrics import BASELINES, masks_only, resolve_metric
 from gpmetric.options import as_function, make_request
 
-__all__ = ["StatusListener", "run_status", "status"]
+__all__ = ["StatusListener", "on_validation", "ranked", "run_status", "state_of", "status"]
 
 _BEST = 10  # members of the front that are told
 _RECENT = 8  # generations that the speed is of
@@ -77,7 +77,7 @@ def _look(path: Path) -> dict[str, Any]:
         generations, candidates, evaluations = book.generations(), book.candidates(), book.evaluations()
         held_out, number = book.held_out(), len(generations)
         measured = book.measurements(number) or book.measurements(max(0, number - 1))
-    state, note, now = _state(owner, result), read_note(path), time.time()
+    state, note, now = state_of(owner, result), read_note(path), time.time()
     if note is not None and (owner is None or any(note[key] != owner[key] for key in ("host", "pid"))):
         note = None  # of a driver before
     runs = state in ("running", "elsewhere")
@@ -87,7 +87,7 @@ def _look(path: Path) -> dict[str, Any]:
     spent = {"generations": number, "evaluations": counts["paid"], "minutes": minutes}
     budget = make_request(DiscoverRequest, {name: settings.get(name) for name in spent}).limits
     speed = _speed(generations)
-    front, baselines = _ranked(evaluations, candidates, settings)
+    front, baselines = ranked(evaluations, candidates, settings)
     return {
         "ledger": str(path),
         "state": state,
@@ -108,14 +108,17 @@ def _look(path: Path) -> dict[str, Any]:
         "fates": dict(Counter(row.status for row in candidates)),
         "failures": _failures(candidates, held_out),
         "workers": _workers(measured, evaluations),
-        "front": front,
-        "baselines": baselines,
-        "validation": _on_validation(held_out, settings.get("update", "none")),
+        "front": [_describe(one) for one in front[:_BEST]],
+        "baselines": sorted(
+            ({"name": name} | _describe(one) for name, one in baselines.items()), key=lambda row: row["mean_excess"]
+        ),
+        "validation": on_validation(held_out, settings.get("update", "none")),
         "result": result and {key: result.get(key) for key in _TOLD},
     }
 
 
-def _state(owner: Mapping[str, Any] | None, result: Mapping[str, Any] | None) -> str:
+def state_of(owner: Mapping[str, Any] | None, result: Mapping[str, Any] | None) -> str:
+    """The `state` of a campaign, of what its ledger says of owner and result."""
     if owner is None:
         return "stopped" if result is None or result.get("stopped") is not None else "finished"
     return {True: "running", False: "killed", None: "elsewhere"}[lives(owner)]
@@ -190,10 +193,10 @@ def _workers(measured: Sequence[Measurement], evaluations: Sequence[Evaluation])
     return found
 
 
-def _ranked(
+def ranked(
     evaluations: Sequence[Evaluation], candidates: Sequence[Candidate], settings: Mapping[str, Any]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The front, and the baselines among the first formulas, the best first, as the search has measured them."""
+) -> tuple[list[Individual], dict[str, Individual]]:
+    """The front, the best first, and the baselines among the first formulas by name, as the search measured them."""
     objective = settings.get("objective", "kl")
     done = {row.id: row for row in evaluations if row.losses and row.figures.get(objective)}
     metrics = {index: resolve_metric(row.formula) for index, row in done.items()}
@@ -202,10 +205,7 @@ def _ranked(
     named = _baselines_among(first, settings.get("update", "none"))
     bar = best_of(one.excess for one in named.values())
     front = by_merit(pareto([Individual(one.metric, one.searched, one.excess, {}, bar) for one in plain.values()]))
-    told = [_describe(one) for one in front[:_BEST]]
-    return told, sorted(
-        ({"name": name} | _describe(one) for name, one in named.items()), key=lambda row: row["mean_excess"]
-    )
+    return front, named
 
 
 def _baselines_among(first: Iterable[Individual], update: str) -> dict[str, Individual]:
@@ -230,7 +230,7 @@ def _describe(one: Individual) -> dict[str, Any]:
     return {"formula": one.text, "mean_excess": mean_excess(one.excess), "excess": one.excess}
 
 
-def _on_validation(held_out: Sequence[HeldOutMeasurement], update: str) -> list[dict[str, Any]]:
+def on_validation(held_out: Sequence[HeldOutMeasurement], update: str) -> list[dict[str, Any]]:
     """Mean excess of what there are figures of at every target, on as many windows as was measured last.
 
     A formula's rivals are baselines that only mask, unless the campaign updates weights.

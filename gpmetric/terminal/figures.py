@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["duration", "experts_of", "figure", "figures_of", "needs_of", "number", "recipe_name"]
+__all__ = ["duration", "experts_of", "figure", "figures_of", "needs_of", "number"]
 
 
 def number(value: float | None) -> float:
@@ -38,25 +38,6 @@ def experts_of(experts: Mapping[str, Any]) -> str:
     tokens, starved = experts["tokens"], len(experts["starved"])
     told = f"experts read {min(tokens.values())} to {max(tokens.values())} calibration tokens each"
     return f"{told}; {starved} of {len(tokens)} layers too few: theirs are siblings' statistics" if starved else told
-
-
-def recipe_name(recipe: Mapping[str, Any]) -> str:
-    """A recipe in a few words."""
-    if "start" in recipe:
-        return _units_name(recipe)
-    fit = ", fit dense" if recipe["fit"] == "dense" else ""
-    more = f"{', allocated' * ('allocation' in recipe)}{', permuted' * bool(recipe.get('permute'))}"
-    return f"{recipe['metric']} ({recipe['update']}{fit}{more})"
-
-
-def _units_name(recipe: Mapping[str, Any]) -> str:
-    """A recipe of units in a few words; what is usual is left out."""
-    shape = [",".join(recipe["granularity"]), *[f"budget {recipe['budget']}"] * (recipe["budget"] != "global")]
-    shape += [recipe["format"]] * (recipe["format"] != "hetero")
-    damping = "" if recipe["damping"] is None else f" {recipe['damping']:g}"
-    repair = f"repair {recipe['repair']}{damping}{' with biases' * recipe['add_bias']}"
-    search = [f"{recipe['steps']} steps"] * bool(recipe["steps"])
-    return f"{recipe['start']} ({'; '.join([*shape, repair, *search])})"
 
 
 def duration(seconds: float) -> str:

@@ -31,9 +31,10 @@ from gpmetric.session.evaluate import EvaluateListener
 from gpmetric.session.plan import Plan
 from gpmetric.session.session import Listener
 from gpmetric.structured.listener import SlimListener
-from gpmetric.terminal.figures import duration, figures_of, needs_of, number, recipe_name
+from gpmetric.terminal.figures import duration, figures_of, needs_of, number
 from gpmetric.terminal.narrow import fitted
 from gpmetric.terminal.text import Text
+from gpmetric.tuning.recipe_name import recipe_name
 from gpmetric.tuning.steps import TuneListener
 from gpmetric.tuning.trial_log import Measurement
 
@@ -208,6 +209,9 @@ class DiscoverReport(_Bars, DiscoverListener):
     def baselines(self, excess: Mapping[str, Mapping[str, float]]) -> None:
         best = min(excess, key=lambda name: mean_excess(excess[name]))
         self._console.print(Text(f"best baseline on validation: {best}, mean excess {mean_excess(excess[best]):.4f}"))
+
+    def serving(self, address: str) -> None:
+        self._console.print(Text(f"live page: {address}"), soft_wrap=True)
 
     def step(self, name: str) -> None:
         if name == "search":  # its table takes the place of the bars

@@ -13,9 +13,10 @@ from rich.table import Table
 
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.options import Request, command_line
-from gpmetric.terminal.figures import experts_of, figure, needs_of, number, recipe_name
+from gpmetric.terminal.figures import experts_of, figure, needs_of, number
 from gpmetric.terminal.narrow import fitted
 from gpmetric.terminal.text import Text
+from gpmetric.tuning.recipe_name import recipe_name
 
 __all__ = [
     "print_allocation",

@@ -1,0 +1,33 @@
+"""What `gpmetric report` is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Self
+
+from gpmetric.options import FORCE_FILES, Common, Option
+
+__all__ = ["ReportRequest"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportRequest(Common):
+    """Everything `gpmetric report` can be asked for."""
+
+    source: Annotated[
+        Path,
+        Option(
+            "A campaign's ledger, in use or not, or the --json of discover, bench, allocate, prune, slim or tune.",
+            metavar="LEDGER|JSON", argument=True, reads=True,
+        ),
+    ]  # fmt: skip
+    output: Annotated[
+        Path | None,
+        Option("Page to write; beside the source by default.", metavar="FILE.html", names=("--output", "-o"),
+               writes="page"),
+    ] = None  # fmt: skip
+    force: Annotated[bool, FORCE_FILES] = False
+
+    def completed(self) -> Self:
+        return self if self.output else replace(self, output=Path(f"{self.source.with_suffix('')}.html"))
