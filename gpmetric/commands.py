@@ -16,7 +16,7 @@ from gpmetric.evolution.ledger_requests import (
 )
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.status_request import StatusRequest
-from gpmetric.export.request import ExportRequest
+from gpmetric.formats.request import ExportRequest
 from gpmetric.lazy import lazy
 from gpmetric.options import Request
 from gpmetric.packing.requests import PackRequest, UnpackRequest

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from gpmetric.catalogue import CATALOGUE, PREFIX
+from gpmetric.discovered import CATALOGUE, PREFIX
 from gpmetric.errors import ExpressionError
 from gpmetric.expression import Expression, parse
 from gpmetric.operands import OPERANDS, needs_gradients

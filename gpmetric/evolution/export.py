@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from gpmetric.evolution.ledger import is_ledger, winner_of
-from gpmetric.export import export_expression
-from gpmetric.export.request import ExportRequest
+from gpmetric.formats import export_expression
+from gpmetric.formats.request import ExportRequest
 from gpmetric.metrics import resolve_metric
 from gpmetric.provenance import gpmetric_version
 

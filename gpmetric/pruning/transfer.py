@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from gpmetric.catalogue import CATALOGUE, EVIDENCE, PREFIX
+from gpmetric.discovered import CATALOGUE, EVIDENCE, PREFIX
 from gpmetric.errors import GpmetricError
 from gpmetric.pruning.bench import BenchListener, bench_work, first_failure, run_bench
 from gpmetric.pruning.requests import BESIDE, CatalogueRequest

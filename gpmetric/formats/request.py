@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from gpmetric.errors import InputError
-from gpmetric.export import FORMATS
+from gpmetric.formats import FORMATS
 from gpmetric.options import FORCE_FILES, Common, Option
 
 __all__ = ["ExportRequest"]

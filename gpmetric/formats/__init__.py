@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpmetric.errors import ExpressionError, InputError
-from gpmetric.export.latex import to_latex
 from gpmetric.expression import Expression
 from gpmetric.files import write_text
+from gpmetric.formats.latex import to_latex
 from gpmetric.lazy import lazy
 from gpmetric.operands import OPERANDS
 from gpmetric.targets import GRANULARITIES, Granularity, plain_granularities
@@ -173,7 +173,7 @@ def _templates() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     return Environment(
-        loader=PackageLoader("gpmetric.export"),
+        loader=PackageLoader("gpmetric.formats"),
         autoescape=False,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -188,11 +188,11 @@ def _quoted(text: str) -> str:
 
 
 FORMATS: dict[str, Format] = {
-    "python": Format(lazy("gpmetric.export.python:python_text"), check=lazy("gpmetric.export.python:check_python")),
+    "python": Format(lazy("gpmetric.formats.python:python_text"), check=lazy("gpmetric.formats.python:check_python")),
     "triton": Format(
-        lazy("gpmetric.export.triton:triton_text"),
-        lazy("gpmetric.export.triton:ready_for_triton"),
-        lazy("gpmetric.export.triton:check_triton"),
+        lazy("gpmetric.formats.triton:triton_text"),
+        lazy("gpmetric.formats.triton:ready_for_triton"),
+        lazy("gpmetric.formats.triton:check_triton"),
     ),
     "latex": Format(_latex_text),
     "sympy": Format(_sympy_text),
