@@ -24,7 +24,7 @@ from gpmetric.targets import GRANULARITIES, Granularity, plain_granularities
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["FORMATS", "Format", "Formula", "export_expression"]
+__all__ = ["FORMATS", "Format", "Formula", "export_expression", "formula_text"]
 
 
 @dataclass(frozen=True)
@@ -137,16 +137,27 @@ def export_expression(
         InputError: an unknown format or group.
         GpmetricError: the place cannot be written, or the written file fails its check; nothing is then left there.
     """
-    if format not in FORMATS:
-        raise InputError(f"format must be one of {' '.join(FORMATS)}, but got {ascii(format)[:60]}")
-    if group not in plain_granularities():
-        raise InputError(f"group must be one of {' '.join(plain_granularities())}, but got {ascii(group)[:60]}")
-    row, formula, path = FORMATS[format], Formula(expression, version, group), Path(output)
+    row, formula = _chosen(expression, format, version, group)
+    path = Path(output)
     if row.ready:
         row.ready(path)
     check = row.check
     write_text(path, row.text(formula), (lambda written: check(formula, written)) if check else None)
     return {"format": format, "output": str(output), **formula.record()}
+
+
+def formula_text(expression: Expression, format: str, version: str, group: str = "row") -> str:
+    """What `export_expression` writes, unchecked; arguments and errors as of it."""
+    row, formula = _chosen(expression, format, version, group)
+    return row.text(formula)
+
+
+def _chosen(expression: Expression, format: str, version: str, group: str) -> tuple[Format, Formula]:
+    if format not in FORMATS:
+        raise InputError(f"format must be one of {' '.join(FORMATS)}, but got {ascii(format)[:60]}")
+    if group not in plain_granularities():
+        raise InputError(f"group must be one of {' '.join(plain_granularities())}, but got {ascii(group)[:60]}")
+    return FORMATS[format], Formula(expression, version, group)
 
 
 def _latex_text(formula: Formula) -> str:
