@@ -27,11 +27,11 @@ from gpmetric.pruning.requests import (
     ReproduceRequest,
     VerifyRequest,
 )
-from gpmetric.session.requests import EvaluateRequest, LayersRequest
+from gpmetric.session.requests import CalibrateRequest, EvaluateRequest, LayersRequest
 from gpmetric.structured.request import SlimRequest
 from gpmetric.tuning.request import TuneRequest
 
-__all__ = ["COMMANDS", "GROUPS", "Command"]
+__all__ = ["COMMANDS", "GROUPS", "Command", "listener_of"]
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,15 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         live=True,
         work=lazy("gpmetric.session.evaluate:evaluate_work"),
     ),
+    "calibrate": Command(
+        "Collects what the score of an exported formula reads, layer by layer, in one file.",
+        CalibrateRequest,
+        lazy("gpmetric.session.calibrate:run_calibrate"),
+        lazy("gpmetric.terminal.calibrate:print_calibrate"),
+        lazy("gpmetric.terminal.live:PlainReport"),
+        timed=True,
+        work=lazy("gpmetric.session.calibrate:calibrate_work"),
+    ),
     "pack": Command(
         "Packs a checkpoint into one smaller file, without the loss of a bit: zeros take one each.",
         PackRequest,
@@ -231,3 +240,8 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         lazy("gpmetric.terminal.ledger:print_free"),
     ),
 }
+
+
+def listener_of(request: type[Request]) -> Callable[..., Any] | None:
+    """The listener of the command that is asked for by this request, None where it shows no progress."""
+    return next((command.listener for command in COMMANDS.values() if command.request is request), None)

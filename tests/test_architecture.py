@@ -25,11 +25,11 @@ LAYERS = [
     {"executors"},
     {"calibration", "evaluation", "formats", "tracking"},
     {"codegen", "loading", "metrics", "options"},
-    {"blockwise", "blocks"},
+    {"blockwise", "blocks", "results"},
     {"expression", "data", "models", "demo", "provenance", "journal", "targets"},
     {"digests", "outputs", "stored_names", "stored_experts"},
     {"experts"},
-    {"files", "tensor_file"},
+    {"files", "tensor_file", "notebook"},
     {"operands", "errors", "pareto", "lazy", "interrupts", "kernels", "slim_models", "placement", "discovered"},
     {"plain"},
 ]
