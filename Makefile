@@ -1,4 +1,4 @@
-# make test | quick | demo | benchmark | lint | clean. Everything happens in .venv, made on first use by $(PYTHON), 3.11 or later.
+# make test | quick | demo | benchmark | lint | stubs | clean. All happens in .venv, made on first use by $(PYTHON), 3.11+.
 # On Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes: torch's CPU build.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ BASELINES := magnitude magnitude_row wanda ria gblm_l1 gblm_l2 pruner_zero spars
 # Not 0.7: a model this small is destroyed there (perplexity 13 becomes 144 to 434), and ranks by chance.
 TARGETS := 0.5 0.6 2:4
 
-.PHONY: test quick demo benchmark lint clean
+.PHONY: test quick demo benchmark lint stubs clean
 
 # Two processes of one thread each; one that has nothing left takes over half of what the other still has to do.
 test: .venv/installed
@@ -40,6 +40,10 @@ lint: .venv/installed
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy gpmetric
+
+# What type checkers and editors know of the functions; after a change of a command's options.
+stubs: .venv/installed
+	$(BIN)/python benchmarks/make_stub.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,43 +1,17 @@
 """Discovers pruning metrics for language models by genetic programming.
 
-`discover`, `bench`, `allocate`, `tune`, `prune`, `slim`, `verify`, `evaluate`, `analyse`, `status`, `report`, `pack`
-and `unpack` are the commands of the command line, and `check_ledger`, `repair_ledger`, `export_ledger`, `merge_ledgers`
-and `free_ledger` those of `gpmetric ledger`; `load` opens what they write; `Metric` and `select_mask` score and choose.
-Importing the package imports neither torch nor transformers; using a name does.
+`discover`, `bench`, `allocate`, `tune`, `prune`, `slim`, `verify`, `evaluate`, `calibrate`, `analyse`, `report` and the
+others are the commands of the command line, and `check_ledger`, `repair_ledger`, `export_ledger`, `merge_ledgers` and
+`free_ledger` those of `gpmetric ledger`. What they give is a `Result`, which `load_result` reads from a file; `load`
+opens the models that they write; `Metric`, `statistics` and `select_mask` score and choose. Importing the package
+imports neither torch nor transformers; using a name does. Type checkers read `__init__.pyi`, which `make stubs` makes of
+the functions.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from gpmetric.allocation.allocate import allocate
-    from gpmetric.analysis.analyse import analyse
-    from gpmetric.errors import GpmetricError
-    from gpmetric.evolution.discover import discover
-    from gpmetric.evolution.ledger_check import check_ledger, free_ledger
-    from gpmetric.evolution.ledger_export import export_ledger
-    from gpmetric.evolution.ledger_merge import merge_ledgers
-    from gpmetric.evolution.ledger_repair import repair_ledger
-    from gpmetric.evolution.listener import DiscoverListener
-    from gpmetric.evolution.status import status
-    from gpmetric.listing import list_names
-    from gpmetric.loading import load, load_model
-    from gpmetric.metrics import BASELINES, Metric
-    from gpmetric.packing.pack import pack
-    from gpmetric.packing.unpack import unpack
-    from gpmetric.pruning.bench import bench
-    from gpmetric.pruning.mask import select_mask
-    from gpmetric.pruning.prune import prune
-    from gpmetric.pruning.reproduce import reproduce
-    from gpmetric.pruning.verify import verify
-    from gpmetric.reporting.report import report
-    from gpmetric.session.evaluate import evaluate
-    from gpmetric.session.layers import layers
-    from gpmetric.structured.slim import slim
-    from gpmetric.targets import parse_target
-    from gpmetric.tuning.tune import tune
+from typing import Any
 
 # name -> the module it is in
 _HOMES = {
@@ -45,18 +19,23 @@ _HOMES = {
     "DiscoverListener": "evolution.listener",
     "GpmetricError": "errors",
     "Metric": "metrics",
+    "Result": "results",
     "allocate": "allocation.allocate",
     "analyse": "analysis.analyse",
     "bench": "pruning.bench",
+    "calibrate": "session.calibrate",
+    "catalogue": "pruning.transfer",
     "check_ledger": "evolution.ledger_check",
     "discover": "evolution.discover",
     "evaluate": "session.evaluate",
+    "export": "evolution.export",
     "export_ledger": "evolution.ledger_export",
     "free_ledger": "evolution.ledger_check",
     "layers": "session.layers",
     "list_names": "listing",
     "load": "loading",
     "load_model": "loading",
+    "load_result": "results",
     "merge_ledgers": "evolution.ledger_merge",
     "pack": "packing.pack",
     "parse_target": "targets",
@@ -66,6 +45,7 @@ _HOMES = {
     "reproduce": "pruning.reproduce",
     "select_mask": "pruning.mask",
     "slim": "structured.slim",
+    "statistics": "session.calibrate",
     "status": "evolution.status",
     "tune": "tuning.tune",
     "unpack": "packing.unpack",
@@ -77,18 +57,23 @@ __all__ = [
     "DiscoverListener",
     "GpmetricError",
     "Metric",
+    "Result",
     "allocate",
     "analyse",
     "bench",
+    "calibrate",
+    "catalogue",
     "check_ledger",
     "discover",
     "evaluate",
+    "export",
     "export_ledger",
     "free_ledger",
     "layers",
     "list_names",
     "load",
     "load_model",
+    "load_result",
     "merge_ledgers",
     "pack",
     "parse_target",
@@ -98,6 +83,7 @@ __all__ = [
     "reproduce",
     "select_mask",
     "slim",
+    "statistics",
     "status",
     "tune",
     "unpack",
@@ -106,6 +92,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("gpmetric.provenance").gpmetric_version()
     if name not in _HOMES:
         raise AttributeError(f"module 'gpmetric' has no attribute {name!r}")
     return getattr(import_module(f"gpmetric.{_HOMES[name]}"), name)

@@ -30,6 +30,7 @@ from gpmetric.lazy import lazy
 from gpmetric.options import FORCE_FILES, Described, check_request, described, make_request
 from gpmetric.plain import log_plainly, one_line, plain
 from gpmetric.provenance import gpmetric_version
+from gpmetric.results import marked
 
 __all__ = ["app", "main", "resume_command"]
 
@@ -217,8 +218,7 @@ def _run(command: Command, options: Mapping[str, Any], json: Path | None, config
         if ledger is not None:
             print(plain(f"stopped; go on with: {resume_command(ledger)}"), file=sys.stderr)
         raise
-    marked = document if "versions" in document else {"gpmetric": gpmetric_version()} | document  # ours, to `outputs`
-    write_json(json, marked)
+    write_json(json, marked(document))
     command.write(document, request)
     command.show(tables, document, request)
     if failure := command.failure(document):

@@ -16,7 +16,7 @@ from gpmetric.evolution.ledger_requests import (
 )
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.status_request import StatusRequest
-from gpmetric.export.request import ExportRequest
+from gpmetric.formats.request import ExportRequest
 from gpmetric.lazy import lazy
 from gpmetric.listing import ListRequest
 from gpmetric.options import Request
@@ -29,11 +29,11 @@ from gpmetric.pruning.requests import (
     VerifyRequest,
 )
 from gpmetric.reporting.request import ReportRequest
-from gpmetric.session.requests import EvaluateRequest, LayersRequest
+from gpmetric.session.requests import CalibrateRequest, EvaluateRequest, LayersRequest
 from gpmetric.structured.request import SlimRequest
 from gpmetric.tuning.request import TuneRequest
 
-__all__ = ["COMMANDS", "GROUPS", "Command"]
+__all__ = ["COMMANDS", "GROUPS", "Command", "listener_of"]
 
 
 @dataclass(frozen=True)
@@ -222,6 +222,15 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
             "gpmetric evaluate DIR --tasks arc_easy,hellaswag --limit 100",
         ),
     ),
+    "calibrate": Command(
+        "Collects what the score of an exported formula reads, layer by layer, in one file.",
+        CalibrateRequest,
+        lazy("gpmetric.session.calibrate:run_calibrate"),
+        lazy("gpmetric.terminal.calibrate:print_calibrate"),
+        lazy("gpmetric.terminal.live:PlainReport"),
+        timed=True,
+        work=lazy("gpmetric.session.calibrate:calibrate_work"),
+    ),
     "pack": Command(
         "Packs a checkpoint into one smaller file, without the loss of a bit: zeros take one each.",
         PackRequest,
@@ -316,3 +325,8 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         examples=("gpmetric ledger free campaign.sqlite",),
     ),
 }
+
+
+def listener_of(request: type[Request]) -> Callable[..., Any] | None:
+    """The listener of the command that is asked for by this request, None where it shows no progress."""
+    return next((command.listener for command in COMMANDS.values() if command.request is request), None)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from gpmetric.allocation.request import ALLOCATORS, GENES
-from gpmetric.catalogue import CATALOGUE, PREFIX
+from gpmetric.discovered import CATALOGUE, PREFIX
 from gpmetric.evaluation.objectives import OBJECTIVES
-from gpmetric.export import FORMATS
 from gpmetric.expression import PRIMITIVES
+from gpmetric.formats import FORMATS
 from gpmetric.metrics import BASELINES
 from gpmetric.operands import OPERANDS
 from gpmetric.options import Common, Option, as_function

@@ -65,19 +65,20 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def load_model(name: str | None = None, *, resident: bool = True, **options: Any) -> Model:
-    """A model that is ready to run; arguments and errors as of `open_model`.
+def load_model(
+    name: str | None = None, *, resident: bool = True, device: str = "auto", dtype: str | None = None,
+    include: str | None = None, exclude: str | None = None,
+) -> Model:  # fmt: skip
+    """A model that is ready to run; other arguments and errors as of `open_model`.
 
     Args:
-        name: a directory or a Hub name; None is the embedded demo model.
         resident: whether all weights are brought to the device, or each block when it is needed.
-        options: of `open_model`.
 
     Raises:
         ModelError: also for weights that are not finite, and for a model that is not causal or whose blocks cannot be
             run one by one.
     """
-    model = open_model(name, **options)
+    model = open_model(name, device=device, dtype=dtype, include=include, exclude=exclude)
     return prepare_model(model, resident=resident)
 
 
@@ -96,13 +97,9 @@ def prepare_model(model: Model, *, resident: bool) -> Model:
 
 
 def open_model(
-    name: str | None = None,
-    *,
-    device: str = "auto",
-    dtype: str | None = None,
-    include: str | None = None,
+    name: str | None = None, *, device: str = "auto", dtype: str | None = None, include: str | None = None,
     exclude: str | None = None,
-) -> Model:
+) -> Model:  # fmt: skip
     """Opens a Hugging Face causal language model and finds its prunable layers; its weights are mapped, not read.
 
     Args:

@@ -9,12 +9,16 @@ import difflib
 import math
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpmetric.catalogue import CATALOGUE, PREFIX
+from gpmetric.discovered import CATALOGUE, PREFIX
 from gpmetric.errors import ExpressionError
 from gpmetric.expression import Expression, parse
+from gpmetric.lazy import lazy
 from gpmetric.operands import OPERANDS, needs_gradients
+from gpmetric.outputs import check_outputs
+from gpmetric.provenance import gpmetric_version
 from gpmetric.targets import plain_granularities
 
 if TYPE_CHECKING:
@@ -72,7 +76,12 @@ BASELINES: dict[str, Baseline] = {
 }
 
 
-@dataclass(frozen=True)
+_to_latex = lazy("gpmetric.formats.latex:to_latex")
+_formula_text = lazy("gpmetric.formats:formula_text")
+_export_expression = lazy("gpmetric.formats:export_expression")
+
+
+@dataclass(frozen=True, repr=False)
 class Metric:
     """A rule giving each weight a score: a baseline or a user's formula.
 
@@ -113,6 +122,43 @@ class Metric:
             raise ExpressionError(f"each operand is given once, in the order of {', '.join(OPERANDS)} or by name")
         given = placed | operands | {"W": W}
         return evaluate(self.expression, {name: value for name, value in given.items() if value is not None})
+
+    def __str__(self) -> str:
+        """The formula, as every command reads it: with its comparison group where that is not the row."""
+        return spelled(self.expression, self.granularity)
+
+    def __repr__(self) -> str:
+        formula = "" if self.name == str(self) else f": {self}"
+        return f"<Metric {self.name}{formula}{f'; update {self.update}' if self.update else ''}>"
+
+    @property
+    def latex(self) -> str:
+        """The formula as LaTeX mathematics without delimiters; needs amsmath."""
+        return str(_to_latex(self.expression))
+
+    def _repr_latex_(self) -> str:
+        return f"$\\displaystyle {self.latex}$"
+
+    def export(self, format: str = "python", path: str | Path | None = None, *, force: bool = False) -> str:
+        """The formula as a self-contained file, as `gpmetric export` writes it; a file of Python defines `score`.
+
+        Args:
+            format: python, triton, latex, sympy or json.
+            path: where to write it; nowhere by default.
+            force: replace a file that gpmetric did not write.
+
+        Returns:
+            The text of the file.
+
+        Raises:
+            InputError: no such format, or the path holds what gpmetric did not write.
+            GpmetricError: the file cannot be written, or fails its check.
+        """
+        if path is None:
+            return str(_formula_text(self.expression, format, gpmetric_version(), self.granularity))
+        check_outputs({"path": (Path(path), "formula")}, [], force=force)
+        _export_expression(self.expression, format, path, gpmetric_version(), self.granularity)
+        return Path(path).read_text(encoding="utf-8")
 
     @property
     def operands(self) -> tuple[str, ...]:

@@ -152,13 +152,23 @@ def _is_picture(path: Path) -> bool:
     return ends.startswith((b"\x89PNG", b"%PDF")) and b"gpmetric" in ends
 
 
-def _is_masks(path: Path) -> bool:
-    """A safetensors file of boolean matrices and nothing else."""
+def _header(path: Path) -> dict[str, Any]:
+    """That of a safetensors file."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(length, os.fstat(file.fileno()).st_size)))
+        return dict(json.loads(file.read(min(length, os.fstat(file.fileno()).st_size))))
+
+
+def _is_masks(path: Path) -> bool:
+    """A safetensors file of boolean matrices and nothing else."""
+    header = _header(path)
     header.pop("__metadata__", None)
     return bool(header) and all(one["dtype"] == "BOOL" and len(one["shape"]) == 2 for one in header.values())
+
+
+def _is_statistics(path: Path) -> bool:
+    """A safetensors file of `gpmetric calibrate`."""
+    return "operands" in json.loads(_header(path)["__metadata__"]["gpmetric"])
 
 
 def _is_candidates(path: Path) -> bool:
@@ -182,6 +192,7 @@ OURS: dict[str, Callable[[Path], bool]] = {  # what an option writes -> whether 
     "table": lambda path: _ends(path).startswith(b"method,sparsity,"),
     "picture": _is_picture,
     "masks": _is_masks,
+    "statistics": _is_statistics,
     "candidates": _is_candidates,
     "archive": lambda path: _ends(path).startswith(b"PK") and _ends(path).endswith(b"gpmetric pack"),
     "page": _is_page,

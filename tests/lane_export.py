@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from gpmetric.codegen.loading import load_module
-from gpmetric.export import Formula
-from gpmetric.export.triton import triton_text
 from gpmetric.expression import parse
 from gpmetric.expression.evaluate import evaluate
+from gpmetric.formats import Formula
+from gpmetric.formats.triton import triton_text
 from gpmetric.pruning.mask import select_mask
 from gpmetric.targets import parse_target
 

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 import gpmetric
-from gpmetric.catalogue import CATALOGUE, EVIDENCE
 from gpmetric.cli import app
+from gpmetric.discovered import CATALOGUE, EVIDENCE
 from gpmetric.errors import ExpressionError, InputError
 from gpmetric.metrics import resolve_metric
 from gpmetric.options import make_request

@@ -28,7 +28,7 @@ from gpmetric.evolution.ledger import Ledger, result_of
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.verdict import regrouped
 from gpmetric.evolution.workplace import open_sessions
-from gpmetric.export.request import ExportRequest
+from gpmetric.formats.request import ExportRequest
 from gpmetric.metrics import BASELINES, masks_only, resolve_metric
 from gpmetric.options import check_request, command_line, make_request
 from gpmetric.session import workers as workers_of

@@ -22,14 +22,14 @@ import torch
 
 from gpmetric.codegen.loading import load_module
 from gpmetric.errors import GpmetricError, InputError
-from gpmetric.export import FORMATS, Formula, export_expression, python, triton
-from gpmetric.export.latex import to_latex
-from gpmetric.export.python import python_text
-from gpmetric.export.triton import triton_text
 from gpmetric.expression import PRIMITIVES, Expression, parse
 from gpmetric.expression.canonical import canonical
 from gpmetric.expression.evaluate import evaluate
 from gpmetric.expression.tree import arity
+from gpmetric.formats import FORMATS, Formula, export_expression, python, triton
+from gpmetric.formats.latex import to_latex
+from gpmetric.formats.python import python_text
+from gpmetric.formats.triton import triton_text
 from gpmetric.operands import OPERANDS
 from gpmetric.targets import plain_granularities
 

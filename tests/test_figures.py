@@ -56,7 +56,8 @@ def test_the_newest_figure_of_every_seed_counts(figures: Any, results: Path) -> 
 
 def test_a_figure_is_allowed_near_its_range(figures: Any, results: Path) -> None:
     figure = figures.figures_of("discovered", results)[("ours", "0.5")]
-    assert figure.allows(0.3, 0) and figure.allows(0.45 * 1.09, 0.1)
+    assert figure.allows(0.3, 0)
+    assert figure.allows(0.45 * 1.09, 0.1)
     assert not figure.allows(0.5, 0.1)
     assert not figure.allows(0.26, 0.1)
 
@@ -65,7 +66,8 @@ def test_a_page_is_written_anew_between_its_marks(figures: Any, results: Path, t
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- figures: discovered -->\nold\n<!-- end of figures -->\nafter\n")
     made = figures.write_pages([page], results)[page]
-    assert made.startswith("before\n<!-- figures: discovered -->\n| excess") and made.endswith("-->\nafter\n")
+    assert made.startswith("before\n<!-- figures: discovered -->\n| excess")
+    assert made.endswith("-->\nafter\n")
     page.write_text(made)
     assert figures.write_pages([page], results) == {}
 

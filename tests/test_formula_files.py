@@ -10,8 +10,8 @@ import pytest
 
 from gpmetric.errors import InputError
 from gpmetric.evolution.ledger import result_of
-from gpmetric.export import export_expression
 from gpmetric.expression.parse import parse
+from gpmetric.formats import export_expression
 from gpmetric.formula_files import Named, read_formula
 from gpmetric.listing import KINDS, list_names
 from gpmetric.options import check_request, make_request
@@ -32,7 +32,7 @@ def test_what_export_writes_is_read_again(format: str, suffix: str, group: str, 
     path, expression = tmp_path / f"metric{suffix}", parse(FORMULA)
     export_expression(expression, "json" if format == "triton" else format, path, "1", group)
     if format == "triton":  # without the check, which runs its kernels
-        from gpmetric.export import FORMATS, Formula
+        from gpmetric.formats import FORMATS, Formula
 
         path.write_text(FORMATS["triton"].text(Formula(expression, "1", group)))
     assert read_formula(str(path)) == Named(f"{'' if group == 'row' else f'{group}:'}{expression}", {})

@@ -19,9 +19,6 @@ from gpmetric import cli
 from gpmetric.codegen.functions import triton_functions
 from gpmetric.codegen.loading import load_module
 from gpmetric.errors import ExpressionError
-from gpmetric.export import FORMATS, Format, Formula, export_expression
-from gpmetric.export.latex import to_latex
-from gpmetric.export.triton import triton_text
 from gpmetric.expression import PRIMITIVES, parse
 from gpmetric.expression.canonical import canonical, to_sympy
 from gpmetric.expression.columns import ColumnScores
@@ -30,6 +27,9 @@ from gpmetric.expression.primitives import KernelStep, Latex, Primitive
 from gpmetric.expression.rank import rank_form
 from gpmetric.expression.shared_program import SharedProgram
 from gpmetric.expression.sign import nonnegative, parity
+from gpmetric.formats import FORMATS, Format, Formula, export_expression
+from gpmetric.formats.latex import to_latex
+from gpmetric.formats.triton import triton_text
 from gpmetric.operands import OPERANDS, Operand
 from gpmetric.pruning.bench import bench
 from gpmetric.targets import GRANULARITIES, Granularity

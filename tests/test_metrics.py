@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from gpmetric.calibration.accumulators import LayerStatistics, curvature
-from gpmetric.errors import ExpressionError
+from gpmetric.errors import ExpressionError, InputError
 from gpmetric.expression.evaluate import evaluate
+from gpmetric.formats import FORMATS, export_expression
+from gpmetric.formats.latex import to_latex
 from gpmetric.metrics import BASELINES, Metric, masks_only, resolve_metric, spelled
 from gpmetric.operands import GRAM, OPERANDS
+from gpmetric.provenance import gpmetric_version
 from gpmetric.pruning.mask import select_mask
 from gpmetric.pruning.updaters import needed_statistics
 from gpmetric.targets import GRANULARITIES, parse_target
@@ -285,3 +289,34 @@ def test_an_operand_given_twice_or_beyond_the_last_is_refused() -> None:
             metric(weight, torch.ones(3), X=torch.ones(3))
         with pytest.raises(ExpressionError, match="each operand is given once"):
             metric(weight, *[torch.ones(3)] * len(OPERANDS))
+
+
+# How a metric shows itself, and becomes a file
+
+
+def test_a_metric_shows_its_formula() -> None:
+    plain, baseline = Metric.parse("layer: abs(W)*X**0.5"), Metric.parse("sparsegpt")
+    assert (str(plain), str(baseline), str(Metric.parse("magnitude"))) == (
+        "layer:abs(W)*X**0.5", "W*W*D", "layer:abs(W)"
+    )  # fmt: skip
+    assert resolve_metric(str(plain)).expression == plain.expression
+    assert repr(baseline) == "<Metric sparsegpt: W*W*D; update obs-blockwise>"
+    assert repr(Metric.parse("abs(W)*X")) == "<Metric abs(W)*X>"
+    assert plain.latex == to_latex(plain.expression)
+    assert plain._repr_latex_() == rf"$\displaystyle {plain.latex}$"
+
+
+@pytest.mark.parametrize("format", [name for name in FORMATS if name != "triton"])
+def test_a_metric_exports_what_the_command_writes(format: str, tmp_path: Path) -> None:
+    metric, path = Metric.parse("layer:abs(W)*X"), tmp_path / "metric.txt"
+    text = metric.export(format)
+    export_expression(metric.expression, format, path, gpmetric_version(), "layer")
+    assert text == path.read_text()
+    assert metric.export(format, path) == text  # over a file of ours
+    path.write_text("mine")
+    with pytest.raises(InputError, match="gpmetric did not write it"):
+        metric.export(format, path)
+    assert path.read_text() == "mine"
+    assert metric.export(format, path, force=True) == path.read_text() == text
+    with pytest.raises(InputError, match="format must be one of python"):
+        metric.export("pickle")

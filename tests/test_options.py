@@ -28,6 +28,7 @@ from gpmetric.errors import InputError
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.options import Option, Request, as_function, check_request, command_line, described, make_request
 from gpmetric.pruning.requests import BenchRequest, PruneRequest, VerifyRequest
+from gpmetric.results import Result
 from gpmetric.session.requests import EvaluateRequest
 from gpmetric.targets import parse_target
 
@@ -264,7 +265,7 @@ def test_the_function_refuses_arguments_without_a_name() -> None:
 def test_the_signature() -> None:
     """What `help` and editors show: names, order, defaults and types of the fields, no `Option` among them."""
     parameters = inspect.signature(paint).parameters
-    assert list(parameters) == [*FIELDS, "listener"]
+    assert list(parameters) == [*FIELDS, "listener", "progress"]
     kinds = {name for name, one in parameters.items() if one.kind is not inspect.Parameter.KEYWORD_ONLY}
     assert kinds == {"model"}
     assert {name: one.default for name, one in parameters.items()} == {
@@ -273,12 +274,13 @@ def test_the_signature() -> None:
     assert parameters["samples"].annotation is int
     assert parameters["weight"].annotation == float | None
     assert parameters["text"].annotation == tuple[str, ...]
-    assert inspect.signature(paint).return_annotation == dict[str, Any]
+    assert inspect.signature(paint).return_annotation is Result
     assert paint.__doc__ == run.__doc__
 
 
 def test_a_field_without_default_is_asked_for() -> None:
     verify = as_function("made_up", VerifyRequest, lambda request: {"folder": request.folder}, "folder")
+    assert "progress" not in inspect.signature(verify).parameters  # there is nobody to tell
     assert inspect.signature(verify).parameters["folder"].default is inspect.Parameter.empty
     assert verify("x") == verify(folder="x") == verify(Path("x")) == {"folder": "x"}
     with pytest.raises(TypeError, match="folder"):

@@ -23,10 +23,10 @@ from gpmetric.allocation.request import AllocateRequest
 from gpmetric.analysis.request import AnalyseRequest
 from gpmetric.commands import COMMANDS
 from gpmetric.errors import InputError
-from gpmetric.export import FORMATS, export_expression
-from gpmetric.export.request import ExportRequest
 from gpmetric.expression.parse import parse
 from gpmetric.files import write_picture
+from gpmetric.formats import FORMATS, export_expression
+from gpmetric.formats.request import ExportRequest
 from gpmetric.options import Request, check_request, described
 from gpmetric.outputs import OURS
 from gpmetric.packing.pack import run_pack

@@ -28,6 +28,7 @@ from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.files import write_json
 from gpmetric.options import as_function, settings_of
 from gpmetric.pruning.allocation import read_allocation
+from gpmetric.results import AllocateResult
 from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.listeners import all_of
@@ -96,7 +97,7 @@ def write_pages(result: Mapping[str, Any], request: AllocateRequest) -> None:
         draw_front(result, request.plot)
 
 
-allocate = as_function("allocate", AllocateRequest, run_allocation, "model", write=write_pages)
+allocate = as_function("allocate", AllocateRequest, run_allocation, "model", result=AllocateResult, write=write_pages)
 
 
 def _searched(request: AllocateRequest, told: AllocateListener, deadline: Deadline) -> dict[str, Any]:

@@ -11,17 +11,16 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from gpmetric.files import check_picture, finite, write_picture, write_text
+from gpmetric.results.picture import Picture, printable
 
-__all__ = ["draw_front", "write_csv"]
+__all__ = ["draw_front", "front_figure", "write_csv"]
 
 _FIGURES = (
     "sparsity", "sparsity_total", "removed", "kept_prunable", "kept_total", "loss", "perplexity", "excess",
@@ -75,8 +74,17 @@ def draw_front(document: Mapping[str, Any], path: Path) -> None:
         GpmetricError: the file cannot be written.
     """
     check_picture("--plot", path)
+    write_picture(path, front_figure(document), _DPI)
+
+
+def front_figure(document: Mapping[str, Any]) -> Figure:
+    """The page of an allocation search.
+
+    Args:
+        document: of `gpmetric allocate`.
+    """
     document = finite(document)
-    figure = Figure(figsize=(16, 9), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))  # not pyplot's
+    figure = Picture(figsize=(16, 9), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))  # not pyplot's
     places = figure.subplots(2, 2, height_ratios=[2.3, 1], width_ratios=[1, 1.15])
     for axes in places.flat:
         axes.tick_params(labelsize=9)
@@ -89,14 +97,14 @@ def draw_front(document: Mapping[str, Any], path: Path) -> None:
     title = _title(document)
     size = 14 * min(1.0, _TITLE / len(title))
     figure.suptitle(title, fontsize=size, fontweight="bold", parse_math=False)
-    write_picture(path, figure, _DPI)
+    return figure
 
 
 def _title(document: Mapping[str, Any]) -> str:
     """Model and settings; a character that the font lacks becomes a question mark."""
     name, metric = (_shortened(str(document[one]), _NAME) for one in ("model", "metric"))
     how = f"{document['allocator']} on {document['objective']}"
-    return _printable(f"{name}: {metric} by {document['granularity']}, sparsity allocated by {how}")
+    return printable(f"{name}: {metric} by {document['granularity']}, sparsity allocated by {how}")
 
 
 def _front(axes: Axes, document: Mapping[str, Any]) -> None:
@@ -267,7 +275,7 @@ def _heat_map(axes: Axes, grid: _Grid) -> None:
     )
     axes.patch.set(facecolor="#f4f4f4", hatch="////", edgecolor="#d9d9d9", linewidth=0)  # where there is no gene
     rows = _ticks(len(grid.rows), _ROW_TICKS)
-    axes.set_yticks(rows, [_printable(_shortened(grid.rows[row], _ROW)) for row in rows], parse_math=False)
+    axes.set_yticks(rows, [printable(_shortened(grid.rows[row], _ROW)) for row in rows], parse_math=False)
     _label_blocks(axes, grid)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -372,8 +380,3 @@ def _plain(value: float, figures: int = 3) -> str:
 def _shortened(text: str, length: int) -> str:
     """The text with its middle left out: the end of a name tells most, its beginning says whose it is."""
     return text if len(text) <= length else f"{text[: length // 3]}…{text[length // 3 + 1 - length :]}"
-
-
-def _printable(text: str) -> str:
-    font = get_font(findfont(FontProperties(family=mpl.rcParams["font.family"])))
-    return "".join(sign if sign.isprintable() and font.get_char_index(ord(sign)) else "?" for sign in text)

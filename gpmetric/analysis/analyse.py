@@ -24,6 +24,7 @@ from gpmetric.metrics import resolve_metric, spelled
 from gpmetric.operands import OPERANDS
 from gpmetric.options import as_function
 from gpmetric.pareto import pareto_front
+from gpmetric.results import AnalyseResult
 from gpmetric.targets import plain_granularities
 
 __all__ = ["analyse", "run_analysis"]
@@ -67,7 +68,7 @@ def run_analysis(request: AnalyseRequest) -> dict[str, Any]:
     return document
 
 
-analyse = as_function("analyse", AnalyseRequest, run_analysis, "ledger")
+analyse = as_function("analyse", AnalyseRequest, run_analysis, "ledger", result=AnalyseResult)
 
 
 def _analysed(ledger: Path, seed: int) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gpmetric.files import check_picture, write_picture
+from gpmetric.results.picture import Picture
 
-__all__ = ["draw_page"]
+__all__ = ["draw_page", "page_figure"]
 
 _GOOD, _BAD, _MUTED = "#0072b2", "#d55e00", "#9a9a9a"  # Okabe and Ito's blue and vermilion: told apart by everyone
 _SIGNIFICANT = 0.05
@@ -33,7 +34,16 @@ def draw_page(document: Mapping[str, Any], path: Path) -> None:
         GpmetricError: the file cannot be written.
     """
     check_picture("--output", path)
-    figure = Figure(figsize=(15, 9.5), layout="constrained")  # not pyplot's: no global state
+    write_picture(path, page_figure(document))
+
+
+def page_figure(document: Mapping[str, Any]) -> Figure:
+    """The page of an analysis.
+
+    Args:
+        document: of `analyse`.
+    """
+    figure = Picture(figsize=(15, 9.5), layout="constrained")  # not pyplot's: no global state
     panels = [_symbols, _sub_expressions, _targets, _distances, _sizes, _progress]
     for axes, panel in zip(figure.subplots(2, 3).flat, panels, strict=True):
         axes.tick_params(labelsize=8)
@@ -42,7 +52,7 @@ def draw_page(document: Mapping[str, Any], path: Path) -> None:
     name = Path(document["ledger"]).name
     title = f"{name}: {document['formulas']} formulas measured, {document['evaluations']} evaluations paid for"
     figure.suptitle(title, fontsize=12, fontweight="bold", parse_math=False)
-    write_picture(path, figure)
+    return figure
 
 
 def _symbols(axes: Axes, document: Mapping[str, Any]) -> None:

@@ -30,7 +30,9 @@ from gpmetric.models import Layer, Model
 from gpmetric.operands import OPERANDS, shape_of
 from gpmetric.tensor_file import TensorFile, create_file, tensor_sum, write_header
 
-__all__ = ["Sample", "cache_key", "cached_statistics", "estimate_bytes", "load_statistics", "stored_dtype"]
+__all__ = [
+    "Sample", "as_stored", "cache_key", "cached_statistics", "estimate_bytes", "load_statistics", "stored_dtype",
+]  # fmt: skip
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 3
@@ -94,6 +96,21 @@ def stored_dtype(name: str, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and matrix else torch.float32
 
 
+def as_stored(layer: str, name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A layer's statistic on the CPU as it is kept, contiguous, where matrices [out, in] are to be in `dtype`.
+
+    Raises:
+        GpmetricError: a number is not finite.
+    """
+    stored = value.cpu().to(stored_dtype(name, dtype)).contiguous()
+    if not stored.isfinite().all():
+        raise GpmetricError(
+            f"statistic {name} of layer {layer} is not finite on the calibration windows: try --dtype float32, or "
+            "leave the statistic out"
+        )
+    return stored
+
+
 def cached_statistics(
     folder: Path, key: str, sample: Sample, blocks: Callable[[], Iterable[Mapping[str, LayerStatistics]]]
 ) -> Path:
@@ -149,12 +166,7 @@ def _fill(
             for layer, statistics in block.items():
                 for name, value in statistics.values.items():
                     place = f"{layer}/{name}"
-                    stored = value.cpu().to(file.places[place].dtype).contiguous()
-                    if not stored.isfinite().all():  # or it would be measured again each time
-                        raise GpmetricError(
-                            f"statistic {name} of layer {layer} is not finite on the calibration windows: try --dtype "
-                            "float32, or leave the statistic out"
-                        )
+                    stored = as_stored(layer, name, value, sample.dtype)  # or it would be measured again each time
                     file.write(place, stored)
                     sums[place] = tensor_sum([stored])
     with _explained(folder):

@@ -37,6 +37,7 @@ from gpmetric.evolution.workplace import collect_statistics, make_executor, open
 from gpmetric.executors import Executor, OutOfTime
 from gpmetric.files import finite
 from gpmetric.options import as_function, settings_of
+from gpmetric.results import DiscoverResult
 from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.listeners import all_of
@@ -135,7 +136,7 @@ def _goes_on(request: DiscoverRequest) -> bool:
     return request.resume and path is not None and path.is_file() and path.stat().st_size > 0
 
 
-discover = as_function("discover", DiscoverRequest, run_campaign, "model")
+discover = as_function("discover", DiscoverRequest, run_campaign, "model", result=DiscoverResult)
 
 
 def campaign_settings(request: DiscoverRequest, sessions: Mapping[str, Session]) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpmetric.export import export_expression
-from gpmetric.export.request import ExportRequest
+from gpmetric.formats import export_expression
+from gpmetric.formats.request import ExportRequest
 from gpmetric.metrics import resolve_metric
+from gpmetric.options import as_function
 from gpmetric.provenance import gpmetric_version
 
-__all__ = ["run_export"]
+__all__ = ["export", "run_export"]
 
 _SAMPLE = (128, 2048)  # GBLM's balance depends on the sample: sequences and tokens of its paper
 
@@ -17,9 +18,15 @@ _SAMPLE = (128, 2048)  # GBLM's balance depends on the sample: sequences and tok
 def run_export(request: ExportRequest) -> dict[str, Any]:
     """Writes what is asked for and returns the JSON document of `gpmetric export`, with its `text` where no file is.
 
+    Args:
+        request: which formula, in which format, where to.
+
     Raises:
         InputError: no such formula or format.
         GpmetricError: the file cannot be written.
     """
     metric = resolve_metric(request.formula, *_SAMPLE)
     return export_expression(metric.expression, request.format, request.output, gpmetric_version(), metric.granularity)
+
+
+export = as_function("export", ExportRequest, run_export, "formula")

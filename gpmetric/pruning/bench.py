@@ -21,6 +21,7 @@ from gpmetric.pruning.protocol import Measured, Protocol, Rule, check_targets
 from gpmetric.pruning.requests import BenchRequest
 from gpmetric.pruning.updaters import needed_statistics
 from gpmetric.pruning.win_loss import win_loss
+from gpmetric.results import BenchResult
 from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
@@ -199,7 +200,7 @@ def run_bench(
         return document
 
 
-bench = as_function("bench", BenchRequest, run_bench, "model")
+bench = as_function("bench", BenchRequest, run_bench, "model", result=BenchResult)
 
 
 def _bench_model(

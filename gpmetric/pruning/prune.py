@@ -23,6 +23,7 @@ from gpmetric.pruning.requests import PruneRequest, VerifyRequest, check_permute
 from gpmetric.pruning.unfinished import Record, Unfinished, is_begun, unfinished
 from gpmetric.pruning.updaters import needed_statistics, resolve_target
 from gpmetric.pruning.verify import verify_files
+from gpmetric.results import PruneResult
 from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
@@ -118,7 +119,7 @@ def run_prune(
     return result | ended | {"warnings": few_tokens(session, needed_statistics([rule.metric], rule.update))}
 
 
-prune = as_function("prune", PruneRequest, run_prune, "model")
+prune = as_function("prune", PruneRequest, run_prune, "model", result=PruneResult)
 
 
 def _write(

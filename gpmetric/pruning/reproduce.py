@@ -14,6 +14,7 @@ from gpmetric.options import as_function
 from gpmetric.pruning.bench import BenchListener, run_bench
 from gpmetric.pruning.published import PUBLISHED, Study
 from gpmetric.pruning.requests import BenchRequest, ReproduceRequest
+from gpmetric.results import ReproduceResult
 
 __all__ = ["reproduce", "run_reproduce"]
 
@@ -66,7 +67,7 @@ def run_reproduce(
     return {"studies": studies, "error": error}
 
 
-reproduce = as_function("reproduce", ReproduceRequest, run_reproduce, "name")
+reproduce = as_function("reproduce", ReproduceRequest, run_reproduce, "name", result=ReproduceResult)
 
 
 def _is_here(model: str) -> bool:

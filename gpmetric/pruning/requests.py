@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from gpmetric.catalogue import CATALOGUE, PREFIX
+from gpmetric.discovered import CATALOGUE, PREFIX
 from gpmetric.errors import InputError, one_of
 from gpmetric.journal import check_ledger
 from gpmetric.metrics import BASELINES, Metric, resolve_metric

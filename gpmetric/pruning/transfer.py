@@ -10,14 +10,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from gpmetric.catalogue import CATALOGUE, EVIDENCE, PREFIX
+from gpmetric.discovered import CATALOGUE, EVIDENCE, PREFIX
 from gpmetric.errors import GpmetricError
+from gpmetric.options import as_function
 from gpmetric.pruning.bench import BenchListener, bench_work, first_failure, run_bench
 from gpmetric.pruning.requests import BESIDE, CatalogueRequest
+from gpmetric.results import CatalogueResult
 from gpmetric.session.session import Session
 from gpmetric.session.work import Work
 
-__all__ = ["catalogue_work", "run_catalogue"]
+__all__ = ["catalogue", "catalogue_work", "run_catalogue"]
 
 
 def run_catalogue(
@@ -45,6 +47,9 @@ def run_catalogue(
     found = run_bench(request.bench, listener, started)
     whole = [document for document in found.get("models", [found]) if not document.get("error")]
     return {"entries": entries, "models": list(map(_measured, whole)), "error": first_failure(found)}
+
+
+catalogue = as_function("catalogue", CatalogueRequest, run_catalogue, "name", result=CatalogueResult)
 
 
 def catalogue_work(session: Session) -> Work:

@@ -25,6 +25,7 @@ from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of
 from gpmetric.pruning.requests import VerifyRequest
 from gpmetric.pruning.taken_over import lacking_code
 from gpmetric.pruning.verify_experts import are_there, by_tensor, expert_differences, pieces_of
+from gpmetric.results import VerifyResult
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.plan import Plan, make_plan
@@ -131,7 +132,7 @@ def verify_files(
     }
 
 
-verify = as_function("verify", VerifyRequest, run_verify, "folder")
+verify = as_function("verify", VerifyRequest, run_verify, "folder", result=VerifyResult)
 
 
 def _work(windows: Tensor) -> Work:

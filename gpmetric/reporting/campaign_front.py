@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gpmetric.errors import InputError
-from gpmetric.export.request import ExportRequest
+from gpmetric.formats.request import ExportRequest
 from gpmetric.options import command_line
 from gpmetric.pruning.requests import PruneRequest
 from gpmetric.reporting.blocks import Copies, Figure, Panel, Panels, Section, Table, Winner, told

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from gpmetric.errors import ExpressionError
-from gpmetric.export.latex import to_latex
 from gpmetric.expression import PRIMITIVES, Expression
 from gpmetric.expression.tree import Token, arity
+from gpmetric.formats.latex import to_latex
 from gpmetric.metrics import resolve_metric
 from gpmetric.operands import OPERANDS
 

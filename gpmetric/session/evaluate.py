@@ -14,6 +14,7 @@ from gpmetric.evaluation.perplexity import batches, mean_loss, perplexity
 from gpmetric.evaluation.tasks import check_tasks, task_figures
 from gpmetric.models import Model
 from gpmetric.options import as_function
+from gpmetric.results import EvaluateResult
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.memory import retried
 from gpmetric.session.requests import EvaluateRequest
@@ -114,4 +115,4 @@ def _measured(model: Model, tokens: Tensor, until: float, deadline: Deadline, to
     return total / count, count
 
 
-evaluate = as_function("evaluate", EvaluateRequest, run_evaluate, "model")
+evaluate = as_function("evaluate", EvaluateRequest, run_evaluate, "model", result=EvaluateResult)

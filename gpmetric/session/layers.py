@@ -7,6 +7,7 @@ from typing import Any
 from gpmetric.blocks import why_dense
 from gpmetric.loading import load_model
 from gpmetric.options import as_function
+from gpmetric.results import LayersResult
 from gpmetric.session.requests import LayersRequest
 
 __all__ = ["layers", "run_layers"]
@@ -57,4 +58,4 @@ def run_layers(request: LayersRequest) -> dict[str, Any]:
     }
 
 
-layers = as_function("layers", LayersRequest, run_layers, "model")
+layers = as_function("layers", LayersRequest, run_layers, "model", result=LayersResult)

@@ -1,4 +1,4 @@
-"""What `gpmetric evaluate` and `gpmetric layers` are asked for."""
+"""What `gpmetric evaluate`, `layers` and `calibrate` are asked for, and `gpmetric.statistics`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from gpmetric.errors import InputError
-from gpmetric.options import Option
+from gpmetric.operands import OPERANDS
+from gpmetric.options import FORCE_FILES, Option
 from gpmetric.session.inputs import Inputs, Texts
 
-__all__ = ["EvaluateRequest", "LayersRequest"]
+__all__ = ["CalibrateRequest", "EvaluateRequest", "LayersRequest", "StatisticsRequest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,3 +60,45 @@ class LayersRequest(Inputs):
             "text_column",
         }
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsRequest(Inputs):
+    """Everything `gpmetric.statistics` can be asked for."""
+
+    unused: ClassVar[frozenset[str]] = frozenset({"windows"})
+
+    operands: Annotated[
+        tuple[str, ...],
+        Option("What formulas read besides W, of {choices}.", choices=OPERANDS, metavar="X,G", listed=True),
+    ] = ("X",)
+
+    def check(self) -> None:
+        super().check()
+        if not self.operands:
+            raise InputError("--operands names nothing: X, for instance")
+        if "W" in self.operands:
+            raise InputError("--operands W is the weight itself, which the model's own files hold")
+
+    @property
+    def texts(self) -> Texts:
+        return Texts({"calibration": self.calibration}, {"calibration": self.samples})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateRequest(StatisticsRequest):
+    """Everything `gpmetric calibrate` can be asked for."""
+
+    output: Annotated[
+        Path | None,
+        Option(
+            "Safetensors file to write, a tensor LAYER.OPERAND each.", metavar="FILE", names=("--output", "-o"),
+            writes="statistics",
+        ),
+    ] = None  # fmt: skip
+    force: Annotated[bool, FORCE_FILES] = False
+
+    def check(self) -> None:
+        super().check()
+        if self.output is None:
+            raise InputError("--output (-o) FILE is needed")

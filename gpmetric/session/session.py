@@ -42,7 +42,7 @@ from gpmetric.session.plan import Plan, make_plan
 from gpmetric.session.splits import Sources, open_sources, read_splits
 from gpmetric.session.work import Work
 
-__all__ = ["Listener", "Progress", "Session", "open_session", "plan_command", "plan_session", "silent"]
+__all__ = ["Listener", "Progress", "Session", "check_disk", "open_session", "plan_command", "plan_session", "silent"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class Session:
         folder = folder or cache_folder()
         names = frozenset({"X", *names})
         dtype = self.inputs.kept_dtype
-        _check_room(folder, estimate_bytes(self.model.layers, names, dtype))
+        check_disk("--cache", folder, estimate_bytes(self.model.layers, names, dtype))
         key = cache_key(self.model, self.tokens, names, dtype)
         sample = Sample.of(self.model, self.tokens, names, dtype)
         path = cached_statistics(folder, key, sample, lambda: self.blocks(names, progress))
@@ -325,11 +325,15 @@ class _Store(Mapping[str, LayerStatistics]):
         return len(self._names)
 
 
-def _check_room(folder: Path, size: int) -> None:
-    """Refuses to start what the disk cannot hold."""
+def check_disk(option: str, folder: Path, size: int) -> None:
+    """Refuses to start what the disk of a folder that an option names cannot hold.
+
+    Raises:
+        GpmetricError: naming what is needed and what is free, in GiB.
+    """
     free = free_disk(folder)
     if size > free:
         raise GpmetricError(
             f"the statistics need {size / 2**30:.1f} GiB, but {str(folder)!r} has {free / 2**30:.1f} GiB free: "
-            "choose another --cache, fewer --operands, or --include fewer layers"
+            f"choose another {option}, fewer --operands, or --include fewer layers"
         )

@@ -18,6 +18,7 @@ from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.executors import TaskClock
 from gpmetric.options import as_function, settings_of
 from gpmetric.pruning.output_folder import check_folder, check_room, replacing
+from gpmetric.results import SlimResult
 from gpmetric.session.caveats import above_start, few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
@@ -216,7 +217,7 @@ def _held_out(begun: SearchStart, slimmed: Slimmed, told: SlimListener) -> float
         return text_loss(session.model, session.windows["validation"].tokens, told.progress)
 
 
-slim = as_function("slim", SlimRequest, run_slim, "model")
+slim = as_function("slim", SlimRequest, run_slim, "model", result=SlimResult)
 
 
 def prepare(request: SlimRequest, units: UnitSession) -> SearchStart:

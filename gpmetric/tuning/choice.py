@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from gpmetric.allocation.by_rule import directions_of
-from gpmetric.catalogue import CATALOGUE
+from gpmetric.discovered import CATALOGUE
 from gpmetric.evolution.evolve import evolve
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.workplace import campaign_work

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from gpmetric.catalogue import CATALOGUE
+from gpmetric.discovered import CATALOGUE
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
 from gpmetric.pruning.recipe import Recipe
 from gpmetric.pruning.updaters import UPDATERS, fit_of

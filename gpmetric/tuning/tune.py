@@ -18,6 +18,7 @@ from gpmetric.pruning.protocol import Protocol, check_targets
 from gpmetric.pruning.prune import run_prune
 from gpmetric.pruning.recipe import Recipe, read_recipe, write_recipe
 from gpmetric.pruning.requests import PruneRequest
+from gpmetric.results import TuneResult
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.inputs import Inputs
 from gpmetric.session.session import Session, open_session
@@ -85,7 +86,7 @@ def run_tune(
     return result
 
 
-tune = as_function("tune", TuneRequest, run_tune, "model")
+tune = as_function("tune", TuneRequest, run_tune, "model", result=TuneResult)
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from torch import Tensor
 from gpmetric.codegen.functions import torch_functions
 from gpmetric.codegen.loading import load_module
 from gpmetric.errors import GpmetricError
-from gpmetric.export import Formula
 from gpmetric.expression.evaluate import evaluate
+from gpmetric.formats import Formula
 from gpmetric.operands import OPERANDS, shape_of
 
 __all__ = ["check_python", "python_text"]

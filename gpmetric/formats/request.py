@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from gpmetric.export import FORMATS
+from gpmetric.formats import FORMATS
 from gpmetric.options import FORCE_FILES, Common, Option
 
 __all__ = ["ExportRequest"]

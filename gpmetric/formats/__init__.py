@@ -15,9 +15,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from gpmetric.errors import ExpressionError, InputError
-from gpmetric.export.latex import to_latex
 from gpmetric.expression import Expression
 from gpmetric.files import write_text
+from gpmetric.formats.latex import to_latex
 from gpmetric.lazy import lazy
 from gpmetric.operands import OPERANDS
 from gpmetric.targets import GRANULARITIES, Granularity, plain_granularities
@@ -25,7 +25,7 @@ from gpmetric.targets import GRANULARITIES, Granularity, plain_granularities
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["FORMATS", "Format", "Formula", "export_expression"]
+__all__ = ["FORMATS", "Format", "Formula", "export_expression", "formula_text"]
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,7 @@ def export_expression(
         InputError: an unknown format or group.
         GpmetricError: the place cannot be written, or the written file fails its check; nothing is then left there.
     """
-    if format not in FORMATS:
-        raise InputError(f"format must be one of {' '.join(FORMATS)}, but got {ascii(format)[:60]}")
-    if group not in plain_granularities():
-        raise InputError(f"group must be one of {' '.join(plain_granularities())}, but got {ascii(group)[:60]}")
-    row, formula = FORMATS[format], Formula(expression, version, group)
+    row, formula = _chosen(expression, format, version, group)
     check = row.check
     checked = (lambda written: check(formula, written)) if check else None
     if row.ready:
@@ -147,6 +143,20 @@ def export_expression(
     with TemporaryDirectory() as folder:
         write_text(Path(folder) / "metric.py", text, checked)
     return {"format": format, "output": None, **formula.record(), "text": text}
+
+
+def formula_text(expression: Expression, format: str, version: str, group: str = "row") -> str:
+    """What `export_expression` writes, unchecked; arguments and errors as of it."""
+    row, formula = _chosen(expression, format, version, group)
+    return row.text(formula)
+
+
+def _chosen(expression: Expression, format: str, version: str, group: str) -> tuple[Format, Formula]:
+    if format not in FORMATS:
+        raise InputError(f"format must be one of {' '.join(FORMATS)}, but got {ascii(format)[:60]}")
+    if group not in plain_granularities():
+        raise InputError(f"group must be one of {' '.join(plain_granularities())}, but got {ascii(group)[:60]}")
+    return FORMATS[format], Formula(expression, version, group)
 
 
 def _latex_text(formula: Formula) -> str:
@@ -173,7 +183,7 @@ def _templates() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     return Environment(
-        loader=PackageLoader("gpmetric.export"),
+        loader=PackageLoader("gpmetric.formats"),
         autoescape=False,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -189,14 +199,14 @@ def _quoted(text: str) -> str:
 
 FORMATS: dict[str, Format] = {
     "python": Format(
-        lazy("gpmetric.export.python:python_text"),
-        check=lazy("gpmetric.export.python:check_python"),
+        lazy("gpmetric.formats.python:python_text"),
+        check=lazy("gpmetric.formats.python:check_python"),
         meaning="a module with score(W, X=...), which needs torch only",
     ),
     "triton": Format(
-        lazy("gpmetric.export.triton:triton_text"),
-        lazy("gpmetric.export.triton:ready_for_triton"),
-        lazy("gpmetric.export.triton:check_triton"),
+        lazy("gpmetric.formats.triton:triton_text"),
+        lazy("gpmetric.formats.triton:ready_for_triton"),
+        lazy("gpmetric.formats.triton:check_triton"),
         "fused kernels, prune(W, sparsity, X=...) and prune_nm(W, n, m, X=...)",
     ),
     "latex": Format(_latex_text, meaning="displayed mathematics for amsmath"),

@@ -18,7 +18,7 @@ import torch
 
 from gpmetric.codegen.functions import operands_with, prune_parameters, torch_functions, triton_functions
 from gpmetric.errors import GpmetricError, InputError
-from gpmetric.export import Formula
+from gpmetric.formats import Formula
 from gpmetric.operands import OPERANDS
 
 __all__ = ["check_triton", "ready_for_triton", "triton_text"]
