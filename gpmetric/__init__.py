@@ -4,8 +4,8 @@
 others are the commands of the command line, and `check_ledger`, `repair_ledger`, `export_ledger`, `merge_ledgers` and
 `free_ledger` those of `gpmetric ledger`. What they give is a `Result`, which `load_result` reads from a file; `load`
 opens the models that they write; `Metric`, `statistics` and `select_mask` score and choose. Importing the package
-imports neither torch nor transformers; using a name does. Type checkers read `__init__.pyi`, which `make stubs` makes of
-the functions.
+imports neither torch nor transformers; using a name does. Type checkers read `__init__.pyi`, which `make stubs` makes
+of the functions.
 """
 
 from __future__ import annotations

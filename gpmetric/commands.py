@@ -230,6 +230,10 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         lazy("gpmetric.terminal.live:PlainReport"),
         timed=True,
         work=lazy("gpmetric.session.calibrate:calibrate_work"),
+        examples=(
+            "gpmetric calibrate DIR --calibration c.txt --operands X,F -o statistics.safetensors",
+            "gpmetric calibrate --operands X -o statistics.safetensors",
+        ),
     ),
     "pack": Command(
         "Packs a checkpoint into one smaller file, without the loss of a bit: zeros take one each.",
@@ -287,6 +291,10 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         ReportRequest,
         lazy("gpmetric.reporting.report:run_report"),
         lazy("gpmetric.terminal.report:print_report"),
+        examples=(
+            "gpmetric report campaign.sqlite -o page.html",
+            "gpmetric report bench.json",
+        ),
     ),
     "ledger check": Command(
         "Tells everything that is wrong with a campaign's ledger, also while a driver has it.",

@@ -19,7 +19,7 @@ from gpmetric.targets import Target, parse_target, plain_granularities
 
 __all__ = [
     "BESIDE", "FIT", "MODELS", "PERMUTE", "UPDATE", "BenchRequest", "CatalogueRequest", "PruneRequest",
-    "ReproduceRequest", "VerifyRequest", "check_fit", "check_permute",
+    "ReproduceRequest", "RowsKept", "VerifyRequest", "check_fit", "check_permute",
     "metric_option", "target_option",
 ]  # fmt: skip
 
