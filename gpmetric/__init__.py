@@ -2,7 +2,8 @@
 
 `discover`, `bench`, `allocate`, `tune`, `prune`, `slim`, `verify`, `evaluate`, `analyse`, `status`, `pack` and `unpack`
 are the commands of the command line, and `check_ledger`, `repair_ledger`, `export_ledger`, `merge_ledgers` and
-`free_ledger` those of `gpmetric ledger`; `load` opens what they write; `Metric` and `select_mask` score and choose.
+`free_ledger` those of `gpmetric ledger`; `load` opens what they write; `Metric` and `select_mask` score and choose;
+`load_plugin` takes operands, primitives and the like from a file of yours.
 Importing the package imports neither torch nor transformers; using a name does.
 """
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from gpmetric.metrics import BASELINES, Metric
     from gpmetric.packing.pack import pack
     from gpmetric.packing.unpack import unpack
+    from gpmetric.plugins import load_plugin
     from gpmetric.pruning.bench import bench
     from gpmetric.pruning.mask import select_mask
     from gpmetric.pruning.prune import prune
@@ -54,6 +56,7 @@ _HOMES = {
     "layers": "session.layers",
     "load": "loading",
     "load_model": "loading",
+    "load_plugin": "plugins",
     "merge_ledgers": "evolution.ledger_merge",
     "pack": "packing.pack",
     "parse_target": "targets",
@@ -84,6 +87,7 @@ __all__ = [
     "layers",
     "load",
     "load_model",
+    "load_plugin",
     "merge_ledgers",
     "pack",
     "parse_target",

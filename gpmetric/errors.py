@@ -8,6 +8,7 @@ GpmetricError
 │   └── LedgerError      a ledger that cannot be used
 ├── OutOfMemoryError     a device or the host has no memory left
 ├── TimeOverError        --minutes are over, and what was done is kept
+├── PluginError          what a plug-in's function raised
 ├── MaskError            a score or target that gives no valid mask
 └── SolverError          a Gram matrix that cannot be factorised
 """
@@ -20,6 +21,7 @@ from typing import TypeVar
 from gpmetric.plain import one_line
 
 __all__ = [
+    "NO_MEMORY",
     "Choice",
     "DataError",
     "ExpressionError",
@@ -29,10 +31,13 @@ __all__ = [
     "MaskError",
     "ModelError",
     "OutOfMemoryError",
+    "PluginError",
     "SolverError",
     "TimeOverError",
     "one_of",
 ]
+
+NO_MEMORY = ("not enough memory", "out of memory", "Cannot allocate memory")  # what a RuntimeError says then
 
 
 class GpmetricError(Exception):
@@ -76,6 +81,10 @@ class OutOfMemoryError(GpmetricError):
 
 class TimeOverError(GpmetricError):
     """The time that a command was given is over; the same command goes on with what it did."""
+
+
+class PluginError(GpmetricError):
+    """What a function of a plug-in raised; names both."""
 
 
 class MaskError(GpmetricError):

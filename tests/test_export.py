@@ -20,7 +20,6 @@ import pytest
 import sympy
 import torch
 
-from gpmetric.codegen.loading import load_module
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.export import FORMATS, Formula, export_expression, python, triton
 from gpmetric.export.latex import to_latex
@@ -30,6 +29,7 @@ from gpmetric.expression import PRIMITIVES, Expression, parse
 from gpmetric.expression.canonical import canonical
 from gpmetric.expression.evaluate import evaluate
 from gpmetric.expression.tree import arity
+from gpmetric.modules import load_module
 from gpmetric.operands import OPERANDS
 from gpmetric.targets import plain_granularities
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from gpmetric import cli
 from gpmetric.codegen.functions import triton_functions
-from gpmetric.codegen.loading import load_module
 from gpmetric.errors import ExpressionError
 from gpmetric.export import FORMATS, Format, Formula, export_expression
 from gpmetric.export.latex import to_latex
@@ -30,6 +29,7 @@ from gpmetric.expression.primitives import KernelStep, Latex, Primitive
 from gpmetric.expression.rank import rank_form
 from gpmetric.expression.shared_program import SharedProgram
 from gpmetric.expression.sign import nonnegative, parity
+from gpmetric.modules import load_module
 from gpmetric.operands import OPERANDS, Operand
 from gpmetric.pruning.bench import bench
 from gpmetric.targets import GRANULARITIES, Granularity

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from gpmetric.options import Common, Option
+from gpmetric.options import Common, Extensible, Option
 
 __all__ = ["StatusRequest"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatusRequest(Common):
+class StatusRequest(Extensible, Common):
     """Everything `gpmetric status` can be asked for."""
 
     ledger: Annotated[Path, Option("A campaign's ledger, in use or not.", metavar="LEDGER", argument=True, reads=True)]

@@ -8,13 +8,13 @@ from typing import Annotated
 
 from gpmetric.errors import InputError
 from gpmetric.export import FORMATS
-from gpmetric.options import FORCE_FILES, Common, Option
+from gpmetric.options import FORCE_FILES, Common, Extensible, Option
 
 __all__ = ["ExportRequest"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportRequest(Common):
+class ExportRequest(Extensible, Common):
     """Everything `gpmetric export` can be asked for."""
 
     formula: Annotated[

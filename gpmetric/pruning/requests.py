@@ -11,7 +11,7 @@ from gpmetric.catalogue import CATALOGUE, PREFIX
 from gpmetric.errors import InputError, one_of
 from gpmetric.journal import check_ledger
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
-from gpmetric.options import Common, Option
+from gpmetric.options import Common, Extensible, Option
 from gpmetric.pruning.published import PUBLISHED
 from gpmetric.pruning.updaters import FITS, UPDATERS, updater_of
 from gpmetric.session.inputs import DEVICES, Inputs, Limits, Staff, Texts
@@ -116,7 +116,7 @@ class BenchRequest(Inputs, Staff):
 class ReproduceRequest(Inputs):
     """Everything `gpmetric reproduce` can be asked for; what is not given is as it was published."""
 
-    unused: ClassVar[frozenset[str]] = frozenset({"sampling", "bos", "preset"})
+    unused: ClassVar[frozenset[str]] = frozenset({"sampling", "bos", "preset", "plugin"})
 
     name: Annotated[
         str | None,
@@ -222,7 +222,7 @@ class PruneRequest(Inputs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyRequest(Limits, Common):
+class VerifyRequest(Limits, Extensible, Common):
     """Everything `gpmetric verify` can be asked for."""
 
     folder: Annotated[
