@@ -21,6 +21,7 @@ from typing import TypeVar
 from gpmetric.plain import one_line
 
 __all__ = [
+    "METRIC_ERRORS",
     "NO_MEMORY",
     "Choice",
     "DataError",
@@ -94,6 +95,8 @@ class MaskError(GpmetricError):
 class SolverError(GpmetricError):
     """A Gram matrix that is not positive definite even after stronger damping."""
 
+
+METRIC_ERRORS = (MaskError, SolverError, PluginError)  # what fails one metric, and costs no other
 
 Choice = TypeVar("Choice", bound=str)
 

@@ -23,13 +23,11 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 from gpmetric.errors import InputError, one_of
 from gpmetric.files import check_picture
 from gpmetric.outputs import check_outputs, hub_folders
-from gpmetric.plugins import load_plugin
 
 __all__ = [
     "FORCE_FILES",
     "Common",
     "Described",
-    "Extensible",
     "Option",
     "Request",
     "as_function",
@@ -154,36 +152,6 @@ class Common(Request):
 
     seed: Annotated[int, Option("Not used.", least=0, below=2**63, hidden=True)] = 0
     device: Annotated[str, Option("Not used.", choices=("auto", "cpu", "cuda"), hidden=True)] = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Extensible(Request):
-    """The option of commands that read tables which plug-ins add to; they are loaded before anything is checked."""
-
-    plugin: Annotated[
-        tuple[str, ...],
-        Option(
-            "Python file with operands, primitives, objectives, updaters, allocators or exporters of your own, or the "
-            "name of an installed plug-in; may be repeated.",
-            metavar="FILE|NAME", reads=True,
-        ),
-    ] = ()  # fmt: skip
-
-    @classmethod
-    def filled(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """The values given; a plug-in among them is loaded.
-
-        Raises:
-            InputError: it cannot be.
-        """
-        for one in given.get("plugin", ()):
-            load_plugin(one)
-        return super().filled(given)
-
-    def check(self) -> None:
-        for one in self.plugin:
-            load_plugin(one)
-        super().check()
 
 
 def _check(field: Described, value: Any) -> None:

@@ -24,6 +24,7 @@ LAYERS = [
     {"session"},
     {"executors"},
     {"calibration", "evaluation", "export", "tracking"},
+    {"extensible"},
     {"codegen", "loading", "metrics", "options"},
     {"blockwise", "blocks"},
     {"expression", "data", "models", "demo", "provenance", "journal", "targets"},

@@ -119,14 +119,13 @@ def test_a_primitive(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
     assert mine == pytest.approx(known, rel=1e-4)
     plugin, formula = example("cube_root"), "cbrt(-W)*W*X"
     record = export(formula, plugin, "python", tmp_path / "score.py")
-    assert record["canonical"] == "W*X*cbrt(W)" or "-" in record["canonical"]
+    assert "cbrt(W)" in record["canonical"]  # it is odd
     assert record["latex"].startswith(r"\sqrt[3]{")
     operands = {"W": torch.tensor([[8.0, -1.0], [0.0, 27.0]]), "X": torch.tensor([1.0, 2.0])}
-    assert load_module(tmp_path / "score.py").score(**operands).tolist() == pytest.approx(
-        [[-16.0, -2.0], [0.0, -162.0]], rel=1e-5
-    ) or torch.equal(load_module(tmp_path / "score.py").score(**operands), evaluate(parse(formula), operands))
-    assert "op_div(v1, op_pow(tl.abs(v1), 0.6666666666666666))" in triton_functions([parse("cbrt(W)")])
-    assert export(formula, plugin, "sympy", tmp_path / "a.txt")["sympy"].endswith("*cbrt(W)")
+    score = load_module(tmp_path / "score.py").score(**operands)
+    assert score.flatten().tolist() == pytest.approx([-16.0, -2.0, 0.0, -162.0], rel=1e-5)
+    assert "op_div(v0, op_pow(tl.abs(v0), 0.6666666666666666))" in triton_functions([parse("cbrt(W)")])
+    assert export(formula, plugin, "sympy", tmp_path / "a.txt")["sympy"] == "W*X*cbrt(-W)"
 
 
 @pytest.mark.usefixtures("here")
@@ -234,7 +233,7 @@ REFUSED = {
     "def f(:": "SyntaxError",
     PRIMITIVE + "PLUGIN = {'abs': Primitive('abs', 1, half)}": "primitive abs: gpmetric has one called abs already",
     PRIMITIVE + "PLUGIN = {'half': Primitive('other', 1, half)}": "by 'half' and 'other'",
-    PRIMITIVE + "PLUGIN = {'half': Primitive('half', 2, half)}": r"half takes 1 positional argument",
+    PRIMITIVE + "PLUGIN = {'half': Primitive('half', 2, half)}": r"half\(\) takes 1 positional argument",
     PRIMITIVE + "PLUGIN = {'half': Primitive('half', 1, half, lambda x: x)}": "scalar is not so",
     PRIMITIVE + "PLUGIN = {'half': Primitive('half', 1, half, parity='even')}": "parity even is not so",
     PRIMITIVE + "PLUGIN = {'half': Primitive('half', 1, half, sign='always')}": "sign always is not so",
@@ -330,7 +329,7 @@ def test_names_that_lead_nowhere(named: str, told: str) -> None:
 def test_a_changed_file_needs_another_process(write: Any) -> None:
     text = PRIMITIVE + "PLUGIN = {'half': Primitive('half', 1, half)}\n"
     load_plugin(write(text))
-    with pytest.raises(InputError, match="plug-in mine is loaded as [0-9a-f]{12}, and .*mine.py is [0-9a-f]{12}: "):
+    with pytest.raises(InputError, match=r"plug-in mine is loaded as [0-9a-f]{12}, and .*mine.py is [0-9a-f]{12}: "):
         load_plugin(write(text + "# changed\n"))
     with pytest.raises(InputError, match="primitive half: plug-in mine has one called half already"):
         load_plugin(write(text, "yours"))
@@ -355,7 +354,7 @@ def test_an_installed_plugin_is_loaded_when_it_is_named(tmp_path: Path, monkeypa
     adopt([carried])
     assert "half" in PRIMITIVES
     forget()
-    with pytest.raises(InputError, match="plug-in half is [0-9a-f]{12} here, 000000000000 where it was asked for"):
+    with pytest.raises(InputError, match=r"plug-in half is [0-9a-f]{12} here, 000000000000 where it was asked for"):
         adopt([Source(carried.name, carried.place, None, "0" * 64)])
     with pytest.raises(InputError, match="plug-in broken cannot be loaded from no_module_of_mine: ModuleNotFoundError"):
         load_plugin("broken")
@@ -409,7 +408,7 @@ def test_a_failing_primitive_is_a_failed_candidate(
     result = discover(**made, plugin=write(FAILS))
     assert result["winner"]["formula"]
     with Ledger.read(made["ledger"]) as ledger:
-        errors = {row.error for row in ledger.candidates() if row.error and "plug-in" in row.error}
+        errors = {row.reason for row in ledger.candidates() if row.reason}
     assert any("plug-in mine, primitive wide, torch: ValueError: too wide (mine.py, line 5)" in one for one in errors)
 
 
@@ -444,14 +443,14 @@ def test_a_campaign_with_a_plugin(tiny_llama: Path, tiny_text: Path, tmp_path: P
     assert [line.partition(":")[0] for line in refusal.value.details] == ["--plugin"]
     forget()
     write(text, "mean_input")
-    assert discover(**again, plugin=plugin)["evaluations"]["paid"] > result["evaluations"]["paid"]
+    assert discover(**again, plugin=plugin)["evaluations"] > result["evaluations"]
 
 
 def test_a_json_ledger_is_of_its_plugins(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
     made = {"calibration": str(tiny_text), "text": str(tiny_text), "ledger": tmp_path / "a.jsonl", **SIZE}
     bench(str(tiny_llama), metric="abs(W)*cbrt(X)", plugin=example("cube_root"), **made)
     forget()
-    with pytest.raises(InputError, match="another search's: plugin is {'cube_root': '.* there, None here"):
+    with pytest.raises(InputError, match=r"another search's: plugin is {'cube_root': '.* there, None here"):
         bench(str(tiny_llama), metric="wanda", resume=True, **made)
 
 
@@ -473,9 +472,9 @@ def test_exports_say_what_they_lack(tmp_path: Path, write: Any) -> None:
     plugin, place = write(text), tmp_path / "out.py"
     with pytest.raises(InputError, match="primitive helped has no Triton form"):
         export("helped(W)", plugin, "triton", place)
-    with pytest.raises(InputError, match="the function helped of a plug-in cannot stand .*: it uses math, and torch"):
+    with pytest.raises(InputError, match=r"the function helped of a plug-in cannot stand .*: it uses math, and torch"):
         export("helped(W)", plugin, "python", place)
-    with pytest.raises(InputError, match="the function sigmoid of a plug-in .*: its text is not to be had"):
+    with pytest.raises(InputError, match=r"the function sigmoid of a plug-in .*: its text is not to be had"):
         export("sigmoid(W)", plugin, "python", place)
     with pytest.raises(InputError, match="it must be a plain def"):
         export("half(W)", plugin, "python", place)

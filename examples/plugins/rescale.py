@@ -26,13 +26,12 @@ def rescale(
 ) -> list[list[Tensor]]:
     """The pruned copies [out, in] by target and weight."""
     masked = prune_by_mask(weights, metric, targets, statistics, scores)
-    return [
-        [_rescaled(weight.float(), one.float(), known[GRAM]) for weight, one, known in zip(weights, row, statistics)]
-        for row in masked
-    ]
+    grams = [known[GRAM] for known in statistics]
+    return [[*map(_rescaled, weights, pruned, grams)] for pruned in masked]
 
 
 def _rescaled(weight: Tensor, pruned: Tensor, gram: Tensor) -> Tensor:
+    weight, pruned = weight.float(), pruned.float()
     products = pruned @ gram  # [out, in]
     scale = (products * weight).sum(dim=1) / (products * pruned).sum(dim=1).clamp(min=1e-30)
     return pruned * scale[:, None]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from gpmetric.options import FORCE_FILES, Common, Extensible, Option
+from gpmetric.extensible import Extensible
+from gpmetric.options import FORCE_FILES, Common, Option
 
 __all__ = ["AnalyseRequest"]
 

@@ -8,7 +8,8 @@ from typing import Annotated
 
 from gpmetric.errors import InputError
 from gpmetric.export import FORMATS
-from gpmetric.options import FORCE_FILES, Common, Extensible, Option
+from gpmetric.extensible import Extensible
+from gpmetric.options import FORCE_FILES, Common, Option
 
 __all__ = ["ExportRequest"]
 

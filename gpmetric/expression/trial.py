@@ -51,7 +51,7 @@ def check_primitive(name: str, row: Primitive, fellows: Mapping[str, Any]) -> No
         raise InputError("a plug-in's is written as a call, and its algebra open or closed; sign and parity no power")
     if row.algebra == "open" and row.sympy is None:
         raise InputError("algebra open needs its sympy form")
-    if len(row.monotonicity) != row.arity:
+    if row.monotonicity != (None,) and len(row.monotonicity) != row.arity:
         raise InputError(f"monotonicity must have {row.arity} entries, but has {len(row.monotonicity)}")
     function = row.torch.__name__  # exported files have it, unless it is a lambda
     taken = {"score", "plain_score", *(one.torch.__name__ for one in PRIMITIVES.values())}

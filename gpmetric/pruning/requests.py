@@ -9,9 +9,10 @@ from typing import Annotated, Any, ClassVar
 
 from gpmetric.catalogue import CATALOGUE, PREFIX
 from gpmetric.errors import InputError, one_of
+from gpmetric.extensible import Extensible
 from gpmetric.journal import check_ledger
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
-from gpmetric.options import Common, Extensible, Option
+from gpmetric.options import Common, Option
 from gpmetric.pruning.published import PUBLISHED
 from gpmetric.pruning.updaters import FITS, UPDATERS, updater_of
 from gpmetric.session.inputs import DEVICES, Inputs, Limits, Staff, Texts

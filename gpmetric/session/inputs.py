@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gpmetric.errors import InputError, one_of
-from gpmetric.options import Extensible, Option, Request, described
+from gpmetric.extensible import Extensible
+from gpmetric.options import Option, Request, described
 
 if TYPE_CHECKING:
     import torch
