@@ -382,6 +382,38 @@ def test_a_failing_updater_costs_its_rows_alone(tiny_llama: Path, tiny_text: Pat
     assert "plug-in mine, updater late, prune: ValueError: too wide (mine.py, line 6)" in errors["wanda"]
 
 
+@pytest.mark.parametrize("one_shot", [False, True])
+@pytest.mark.parametrize("source", ["inputs", "gradients"])
+def test_a_failing_operand_costs_its_rows_alone(
+    source: str, one_shot: bool, tiny_llama: Path, tiny_text: Path, write: Any
+) -> None:
+    """One that fails on more tokens than it was tried with, or in the third backward pass."""
+    text = """
+        import torch
+        from gpmetric.calibration.accumulators import FromGradients, FromInputs
+        from gpmetric.operands import Operand
+        def few(rows):
+            if len(rows) > 20:
+                raise ValueError("too many")
+            return rows.abs()
+        class Few:
+            def __init__(self, shape, device): self.count = 0
+            def add(self, gradient):
+                self.count += 1
+                few("x" * 10 * self.count) if self.count > 2 else None
+            def result(self, sequences): return torch.ones(3, 5)
+        HOW = {"inputs": FromInputs(lambda mean: mean, of=few), "gradients": FromGradients(Few)}
+        PLUGIN = {"M": (Operand("M", AXES, "", SOURCE, "M"), HOW[SOURCE])}
+    """.replace("SOURCE", repr(source)).replace("AXES", repr("in" if source == "inputs" else "out,in"))
+    result = bench(
+        str(tiny_llama), plugin=write(text), metric=["abs(W)*M", "wanda"], target="0.5", one_shot=one_shot,
+        calibration=str(tiny_text), text=str(tiny_text), **SIZE,
+    )  # fmt: skip
+    errors = {row["metric"]: row["error"] for row in result["results"]}
+    assert errors["wanda"] is None
+    assert re.search("plug-in mine, accumulator M, .*: ValueError: too many .mine.py, line 7.", errors["abs(W)*M"])
+
+
 FAILS = textwrap.dedent("""
     from gpmetric.expression.primitives import Primitive
     def wide(x):
