@@ -21,7 +21,7 @@ PLUGIN = {
         1,
         torch_cbrt,
         scalar=lambda x: math.copysign(abs(x) ** (1 / 3), x),
-        triton="op_div({0}, op_pow(tl.abs({0}), 0.6666666666666666))",
+        triton="op_div({0}, op_pow({0}, tl.full({0}.shape, 0.6666666666666666, tl.float32)))",
         latex=Latex(r"\sqrt[3]{#1}"),
         sign="all",
         parity="odd",
