@@ -23,7 +23,7 @@ from gpmetric.allocation.allocate import allocate
 from gpmetric.calibration.cache import cache_key
 from gpmetric.calibration.collect import collect
 from gpmetric.codegen.functions import triton_functions
-from gpmetric.errors import GpmetricError, InputError, LedgerError
+from gpmetric.errors import GpmetricError, InputError, LedgerError, PluginError
 from gpmetric.evaluation.objectives import OBJECTIVES
 from gpmetric.evolution.discover import discover
 from gpmetric.evolution.export import run_export
@@ -416,6 +416,35 @@ def test_a_failing_operand_costs_its_rows_alone(
     errors = {row["metric"]: row["error"] for row in result["results"]}
     assert errors["wanda"] is None
     assert re.search("plug-in mine, accumulator M, .*: ValueError: too many .mine.py, line 7.", errors["abs(W)*M"])
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ("problem.no_such", "plug-in mine, allocator odd, rule: AttributeError: .*mine.py, line 3"),
+        ("(0, 1)", r"allocator odd gave no level of each of 3 genes, but \(0, 1\)"),
+    ],
+)
+def test_a_failing_rule_is_no_baseline(
+    rule: str, told: str, tiny_llama: Path, tiny_text: Path, write: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The front is searched without it; asked for, it is the error."""
+    text = f"""
+        from gpmetric.allocation.request import Allocator
+        def odd(problem, sparsity): return {rule}
+        PLUGIN = {{"odd": Allocator("fails", odd)}}
+    """
+    made: dict[str, Any] = {
+        "plugin": write(text), "sparsity": 0.6, "genes": "block", "evaluations": 20, "calibration": str(tiny_text),
+        "search_windows": 8, **SIZE,
+    }  # fmt: skip
+    found = allocate(str(tiny_llama), **made)
+    assert "owl" in found["baselines"]
+    assert "odd" not in found["baselines"]
+    assert re.search(f"{told}.*; it is no baseline here", caplog.text)
+    with pytest.raises(PluginError, match=told):
+        allocate(str(tiny_llama), allocator="odd", **made)
 
 
 FAILS = textwrap.dedent("""
