@@ -3,9 +3,9 @@
 `discover`, `bench`, `allocate`, `tune`, `prune`, `slim`, `verify`, `evaluate`, `calibrate`, `analyse`, `report` and the
 others are the commands of the command line, and `check_ledger`, `repair_ledger`, `export_ledger`, `merge_ledgers` and
 `free_ledger` those of `gpmetric ledger`. What they give is a `Result`, which `load_result` reads from a file; `load`
-opens the models that they write; `Metric`, `statistics` and `select_mask` score and choose. Importing the package
-imports neither torch nor transformers; using a name does. Type checkers read `__init__.pyi`, which `make stubs` makes
-of the functions.
+opens the models that they write; `Metric`, `statistics` and `select_mask` score and choose; `load_plugin` takes
+operands, primitives and the like from a file of yours. Importing the package imports neither torch nor transformers;
+using a name does. Type checkers read `__init__.pyi`, which `make stubs` makes of the functions.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _HOMES = {
     "list_names": "listing",
     "load": "loading",
     "load_model": "loading",
+    "load_plugin": "plugins",
     "load_result": "results",
     "merge_ledgers": "evolution.ledger_merge",
     "pack": "packing.pack",
@@ -73,6 +74,7 @@ __all__ = [
     "list_names",
     "load",
     "load_model",
+    "load_plugin",
     "load_result",
     "merge_ledgers",
     "pack",

@@ -12,6 +12,7 @@ from gpmetric.evolution.listener import DiscoverListener
 from gpmetric.evolution.status import StatusListener
 from gpmetric.loading import load, load_model
 from gpmetric.metrics import BASELINES, Metric
+from gpmetric.plugins import load_plugin
 from gpmetric.pruning.bench import BenchListener
 from gpmetric.pruning.mask import select_mask
 from gpmetric.pruning.prune import PruneListener
@@ -59,6 +60,7 @@ __all__ = [
     "list_names",
     "load",
     "load_model",
+    "load_plugin",
     "load_result",
     "merge_ledgers",
     "pack",
@@ -108,6 +110,7 @@ def allocate(
     workers: int | None = None,
     ray: str | None = None,
     worker_gpus: float = 1.0,
+    plugin: str | Path | Iterable[str | Path] = (),
     minutes: float | None = None,
     memory: str | None = None,
     calibration: str | Path | None = None,
@@ -137,6 +140,7 @@ def analyse(
     seed: int = 0,
     output: str | Path | None = None,
     force: bool = False,
+    plugin: str | Path | Iterable[str | Path] = (),
 ) -> AnalyseResult:
     """Which parts of formulas, sizes and masks go with good fitness in a campaign."""
 
@@ -153,6 +157,7 @@ def bench(
     workers: int | None = None,
     ray: str | None = None,
     worker_gpus: float = 1.0,
+    plugin: str | Path | Iterable[str | Path] = (),
     minutes: float | None = None,
     memory: str | None = None,
     calibration: str | Path | None = None,
@@ -182,6 +187,7 @@ def calibrate(
     *,
     output: str | Path | None = None,
     force: bool = False,
+    plugin: str | Path | Iterable[str | Path] = (),
     minutes: float | None = None,
     memory: str | None = None,
     calibration: str | Path | None = None,
@@ -210,6 +216,7 @@ def catalogue(
     model: str | Path | Iterable[str | Path] | None = None,
     text: str | Path | None = None,
     target: str | float | Iterable[str | float] = ("0.5", "0.6", "0.7", "2:4"),
+    plugin: str | Path | Iterable[str | Path] = (),
     minutes: float | None = None,
     memory: str | None = None,
     calibration: str | Path | None = None,
@@ -296,6 +303,7 @@ def discover(
     workers: int | None = None,
     ray: str | None = None,
     worker_gpus: float = 1.0,
+    plugin: str | Path | Iterable[str | Path] = (),
     minutes: float | None = None,
     memory: str | None = None,
     calibration: str | Path | None = None,
@@ -348,6 +356,7 @@ def export(
     format: str = "python",
     output: str | Path | None = None,
     force: bool = False,
+    plugin: str | Path | Iterable[str | Path] = (),
 ) -> Result:
     """Writes what is asked for and returns the JSON document of `gpmetric export`, with its `text` where no
     file is."""
@@ -380,6 +389,8 @@ def layers(
 
 def list_names(
     kind: str | None = None,
+    *,
+    plugin: str | Path | Iterable[str | Path] = (),
 ) -> Result:
     """The names that options and formulas know: `gpmetric.list_names("metrics")`."""
 
@@ -416,6 +427,7 @@ def prune(
     save_masks: str | Path | None = None,
     force: bool = False,
     resume: bool = True,
+    plugin: str | Path | Iterable[str | Path] = (),
     minutes: float | None = None,
     memory: str | None = None,
     calibration: str | Path | None = None,
@@ -450,6 +462,7 @@ def report(
     *,
     output: str | Path | None = None,
     force: bool = False,
+    plugin: str | Path | Iterable[str | Path] = (),
 ) -> Result:
     """Writes the page of a result: `gpmetric.report("campaign.sqlite", output="page.html")`."""
 
@@ -507,6 +520,7 @@ def slim(
     workers: int | None = None,
     ray: str | None = None,
     worker_gpus: float = 1.0,
+    plugin: str | Path | Iterable[str | Path] = (),
     minutes: float | None = None,
     memory: str | None = None,
     calibration: str | Path | None = None,
@@ -532,6 +546,7 @@ def statistics(
     model: str | Path | None = None,
     *,
     operands: str | Iterable[str] = ("X",),
+    plugin: str | Path | Iterable[str | Path] = (),
     minutes: float | None = None,
     memory: str | None = None,
     calibration: str | Path | None = None,
@@ -557,6 +572,7 @@ def status(
     ledger: str | Path,
     *,
     watch: float | None = None,
+    plugin: str | Path | Iterable[str | Path] = (),
     listener: StatusListener | None = None,
     progress: bool | None = None,
 ) -> Result:
@@ -573,6 +589,7 @@ def tune(
     structured: bool = False,
     format: str | None = None,
     force: bool = False,
+    plugin: str | Path | Iterable[str | Path] = (),
     minutes: float | None = None,
     memory: str | None = None,
     calibration: str | Path | None = None,
@@ -614,6 +631,7 @@ def verify(
     *,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     against: str | Path | None = None,
+    plugin: str | Path | Iterable[str | Path] = (),
     minutes: float | None = None,
     memory: str | None = None,
     listener: Listener | None = None,

@@ -8,6 +8,7 @@ GpmetricError
 │   └── LedgerError      a ledger that cannot be used
 ├── OutOfMemoryError     a device or the host has no memory left
 ├── TimeOverError        --minutes are over, and what was done is kept
+├── PluginError          what a plug-in's function raised
 ├── MaskError            a score or target that gives no valid mask
 └── SolverError          a Gram matrix that cannot be factorised
 """
@@ -20,6 +21,8 @@ from typing import TypeVar
 from gpmetric.plain import one_line
 
 __all__ = [
+    "METRIC_ERRORS",
+    "NO_MEMORY",
     "Choice",
     "DataError",
     "ExpressionError",
@@ -29,10 +32,13 @@ __all__ = [
     "MaskError",
     "ModelError",
     "OutOfMemoryError",
+    "PluginError",
     "SolverError",
     "TimeOverError",
     "one_of",
 ]
+
+NO_MEMORY = ("not enough memory", "out of memory", "Cannot allocate memory")  # what a RuntimeError says then
 
 
 class GpmetricError(Exception):
@@ -78,6 +84,10 @@ class TimeOverError(GpmetricError):
     """The time that a command was given is over; the same command goes on with what it did."""
 
 
+class PluginError(GpmetricError):
+    """What a function of a plug-in raised; names both."""
+
+
 class MaskError(GpmetricError):
     """A score that is not finite, or a target the layer's shape does not allow."""
 
@@ -85,6 +95,8 @@ class MaskError(GpmetricError):
 class SolverError(GpmetricError):
     """A Gram matrix that is not positive definite even after stronger damping."""
 
+
+METRIC_ERRORS = (MaskError, SolverError, PluginError)  # what fails one metric, and costs no other
 
 Choice = TypeVar("Choice", bound=str)
 

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.files import checksum, locked
+from gpmetric.plugins import in_use
 
 __all__ = ["Journal", "check_ledger"]
 
@@ -83,7 +84,7 @@ class Journal:
         adopted: Collection[str] = (),
         resume: bool = False,
     ) -> None:
-        self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings), sort_keys=True))
+        self.settings: dict[str, Any] = json.loads(json.dumps({**settings, **in_use("plugin")}, sort_keys=True))
         self._command, self._adopted = command, adopted
         self._where = f"--ledger {str(path)!r}"
         self._file: FileIO | None = None

@@ -11,10 +11,12 @@ from gpmetric.allocation.request import ALLOCATORS, GENES
 from gpmetric.discovered import CATALOGUE, PREFIX
 from gpmetric.evaluation.objectives import OBJECTIVES
 from gpmetric.expression import PRIMITIVES
+from gpmetric.extensible import Extensible
 from gpmetric.formats import FORMATS
 from gpmetric.metrics import BASELINES
 from gpmetric.operands import OPERANDS
 from gpmetric.options import Common, Option, as_function
+from gpmetric.plugins import installed
 from gpmetric.pruning.published import PUBLISHED
 from gpmetric.pruning.updaters import FITS, UPDATERS
 from gpmetric.session.inputs import PRESETS
@@ -95,11 +97,12 @@ KINDS: dict[str, Callable[[], dict[str, str]]] = {
     "exports": lambda: _meanings(FORMATS),
     "trackers": lambda: {name: f"needs gpmetric[{row.library}]" for name, row in TRACKERS.items()},
     "studies": _published,
+    "plugins": lambda: {one["name"]: f"{one['place']}, {one.get('package', '')}" for one in installed()},
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class ListRequest(Common):
+class ListRequest(Extensible, Common):
     """Everything `gpmetric list` can be asked for."""
 
     kind: Annotated[str | None, Option("{choices}; all by default.", metavar="KIND", choices=KINDS, argument=True)] = (

@@ -5,9 +5,13 @@ How a row is accumulated from calibration text is the row of the same name in `g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
+
+from gpmetric.errors import InputError
+from gpmetric.plugins import open_table
 
 __all__ = ["CROSS", "GRAM", "OPERANDS", "Axes", "Operand", "Source", "is_regional", "needs_gradients", "shape_of"]
 
@@ -59,6 +63,21 @@ _ROWS = (
 )
 
 OPERANDS: dict[str, Operand] = {row.name: row for row in _ROWS}
+
+
+def _check(name: str, row: Operand, fellows: Mapping[str, Any]) -> None:
+    """Refuses the row of a plug-in, whose accumulator is tried by itself."""
+    if name != row.name or re.fullmatch("[A-Z]", name) is None:
+        raise InputError(f"an operand is called by one capital letter, but by {name!r} and {row.name!r:.60}")
+    for field, kinds in (("axes", Axes), ("source", Source)):
+        if (value := getattr(row, field)) not in get_args(kinds) or value == "weight":
+            accepted = ", ".join(kind for kind in get_args(kinds) if kind != "weight")
+            raise InputError(f"{field} must be one of {accepted}, but is {value!r:.60}")
+    if "accumulator" not in fellows:
+        raise InputError(f"how it is measured is missing: {name!r}: (Operand(...), FromInputs(...)), for instance")
+
+
+open_table("operand", OPERANDS, Operand, _check)
 
 
 def shape_of(name: str, weight: Sequence[int]) -> tuple[int, ...]:

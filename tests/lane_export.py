@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpmetric.codegen.loading import load_module
 from gpmetric.expression import parse
 from gpmetric.expression.evaluate import evaluate
 from gpmetric.formats import Formula
 from gpmetric.formats.triton import triton_text
+from gpmetric.modules import load_module
 from gpmetric.pruning.mask import select_mask
 from gpmetric.targets import parse_target
 

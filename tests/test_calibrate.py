@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 import gpmetric
 from gpmetric import cli
 from gpmetric.calibration.collect import collect
-from gpmetric.codegen.loading import load_module
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.loading import load_model
+from gpmetric.modules import load_module
 from gpmetric.operands import OPERANDS, shape_of
 from gpmetric.options import make_request
 from gpmetric.results import StatisticsResult, load_result

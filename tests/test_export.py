@@ -20,7 +20,6 @@ import pytest
 import sympy
 import torch
 
-from gpmetric.codegen.loading import load_module
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.expression import PRIMITIVES, Expression, parse
 from gpmetric.expression.canonical import canonical
@@ -30,6 +29,7 @@ from gpmetric.formats import FORMATS, Formula, export_expression, python, triton
 from gpmetric.formats.latex import to_latex
 from gpmetric.formats.python import python_text
 from gpmetric.formats.triton import triton_text
+from gpmetric.modules import load_module
 from gpmetric.operands import OPERANDS
 from gpmetric.targets import plain_granularities
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from gpmetric import cli
 from gpmetric.codegen.functions import triton_functions
-from gpmetric.codegen.loading import load_module
 from gpmetric.errors import ExpressionError
 from gpmetric.expression import PRIMITIVES, parse
 from gpmetric.expression.canonical import canonical, to_sympy
@@ -30,6 +29,7 @@ from gpmetric.expression.sign import nonnegative, parity
 from gpmetric.formats import FORMATS, Format, Formula, export_expression
 from gpmetric.formats.latex import to_latex
 from gpmetric.formats.triton import triton_text
+from gpmetric.modules import load_module
 from gpmetric.operands import OPERANDS, Operand
 from gpmetric.pruning.bench import bench
 from gpmetric.targets import GRANULARITIES, Granularity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from gpmetric.allocation.exact_budget import uniform_budget
 from gpmetric.allocation.levels import Levels, LevelTable, Numbers
 from gpmetric.allocation.request import ALLOCATORS, AllocateRequest, Allocator, rules
 from gpmetric.allocation.variation import repair
+from gpmetric.errors import PluginError
+from gpmetric.plugins import names_of
 from gpmetric.pruning.allocation import Allocation
 from gpmetric.session.session import Progress
 
@@ -22,6 +25,8 @@ __all__ = [
     "Ground", "OnGeneration", "Problem", "arithmetic", "diagonal", "dlp", "one_threshold", "owl", "search",
     "sensitivity", "uniform",
 ]  # fmt: skip
+
+_LOG = logging.getLogger(__name__)
 
 # told of a generation: its number, its population, the batches that it is measured on, the share of the budget spent
 OnGeneration = Callable[[int, Sequence[Measured], int, float], None]
@@ -35,6 +40,7 @@ _OWL_SPREAD, _DLP_SPREAD = 0.08, 0.15  # their lambda and alpha
 _WAY = 0.5
 _STEPS = 9  # of an arithmetic progression that are tried, 0 among them
 _PROBES = (0.4, 0.6, 0.8, 0.95)  # sparsities that a gene is probed at, the others dense
+_TRIED = 0.5  # sparsity at which a plug-in's rule is tried
 _HIGHEST = 0.99  # sparsity of a gene that a rule may ask for
 
 
@@ -46,11 +52,36 @@ class Ground:
     blocks: Sequence[int]  # by gene, the block it is in
     evidence: Evidence
 
-    @property
+    @cached_property
     def rules(self) -> dict[str, Allocator]:
-        """Those rules whose statistics are there, the simplest first."""
+        """Those rules whose statistics are there, the simplest first; of plug-ins, what measures nothing and works."""
         measured = self.evidence.saliency is not None
-        return {name: row for name, row in rules().items() if measured or not row.needs}
+        known = {name: row for name, row in rules().items() if measured or not row.needs}
+        foreign = {name: known[name] for name in names_of("allocator") if name in known}
+        return {name: row for name, row in known.items() if name not in foreign or self._works(name, row)}
+
+    def levels_of(self, name: str, row: Allocator, sparsity: float) -> Levels:
+        """What a rule gives.
+
+        Raises:
+            PluginError: that is no level of every gene.
+        """
+        assert row.rule is not None
+        levels, counts = row.rule(self, sparsity), [len(removed) for removed in self.table.removed]
+        if not isinstance(levels, tuple) or len(levels) != len(counts) or not all(map(_is_level, levels, counts)):
+            raise PluginError(f"allocator {name} gave no level of each of {len(counts)} genes, but {levels!r:.60}")
+        return levels
+
+    def _works(self, name: str, row: Allocator) -> bool:
+        """Whether a plug-in's rule can stand beside the others; told where it fails."""
+        if row.measures != "nothing":
+            return False
+        try:
+            self.levels_of(name, row, _TRIED)
+        except PluginError as error:
+            _LOG.warning("%s; it is no baseline here", error)
+            return False
+        return True
 
     def budget(self, sparsity: float) -> int:
         """Weights that the uniform mask of that sparsity removes."""
@@ -107,6 +138,10 @@ class Problem(Ground):
         return found
 
 
+def _is_level(level: object, count: int) -> bool:
+    return isinstance(level, int | np.integer) and 0 <= int(level) < count
+
+
 def search(
     request: AllocateRequest,
     problem: Problem,
@@ -117,8 +152,7 @@ def search(
     row = ALLOCATORS[request.allocator]
     if row.search is not None:
         return row.search(problem, request, profiles, on_generation)
-    assert row.rule is not None
-    return [row.rule(problem, sparsity) for sparsity in diagonal(request, problem.log.focus)]
+    return [problem.levels_of(request.allocator, row, one) for one in diagonal(request, problem.log.focus)]
 
 
 def diagonal(request: AllocateRequest, focus: float | None) -> list[float]:

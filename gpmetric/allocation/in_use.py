@@ -195,4 +195,4 @@ def _of_rule(calibrated: CalibratedModel, ground: Ground, name: str, sparsity: f
         return Allocation(target.granularity or "row", dict.fromkeys(ground.table.layers, target))
     if row.measures == "nothing":
         ground = _finest(calibrated, ground)
-    return exact_allocation(ground.table, row.rule(ground, sparsity), ground.budget(sparsity))
+    return exact_allocation(ground.table, ground.levels_of(name, row, sparsity), ground.budget(sparsity))

@@ -21,7 +21,7 @@ from gpmetric.allocation.levels import LevelTable, Numbers, level_table, within_
 from gpmetric.allocation.request import ALLOCATORS, MOST_LEVELS, AllocateRequest
 from gpmetric.blockwise.shelf import Shelf
 from gpmetric.calibration.accumulators import LayerStatistics
-from gpmetric.errors import MaskError, SolverError
+from gpmetric.errors import METRIC_ERRORS
 from gpmetric.evaluation.perplexity import AtHand
 from gpmetric.evaluation.references import reference_bytes
 from gpmetric.metrics import Metric
@@ -196,7 +196,7 @@ def calibrate(request: AllocateRequest, progress: Progress, listener: Listener |
             continue  # only the evidence is needed
         try:
             put(shelf, table, layer, metric, statistics, request.update)
-        except (MaskError, SolverError) as error:
+        except METRIC_ERRORS as error:
             raise type(error)(f"metric {metric.name}: {error} (layer {layer.name})") from error
         del statistics  # before the next block is collected
     of_layer = [index for index, block in enumerate(model.blocks) for _ in block.layers]

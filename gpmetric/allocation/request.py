@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from gpmetric.allocation.search_budget import Budget
 from gpmetric.errors import InputError
 from gpmetric.evaluation.objectives import OBJECTIVES
 from gpmetric.lazy import lazy
 from gpmetric.metrics import Metric, resolve_metric
+from gpmetric.operands import OPERANDS
 from gpmetric.options import FORCE_FILES, Option
+from gpmetric.plugins import open_table
 from gpmetric.pruning.requests import metric_option
 from gpmetric.pruning.updaters import FITS, UPDATERS, updater_of
 from gpmetric.session.inputs import Staff
@@ -26,6 +30,8 @@ __all__ = [
 
 MOST_LEVELS = 250  # of the largest gene; a byte tells at which one a weight goes
 
+_RULE = ("problem", "sparsity")  # what a rule, and what a search is called with
+_SEARCH = ("problem", "request", "profiles", "on_generation")
 _SOLVED_LEVELS = 32  # where every level is a copy of the weights
 _EVALUATIONS = 800  # of a search without a budget
 
@@ -79,6 +85,25 @@ ALLOCATORS: dict[str, Allocator] = {
     "owl": Allocator("blocks with more outliers keep more", lazy("gpmetric.allocation.allocators:owl")),
     "uniform": Allocator("every gene alike", lazy("gpmetric.allocation.allocators:uniform")),
 }
+
+
+def _check_allocator(name: str, row: Allocator, fellows: Mapping[str, Any]) -> None:
+    """Refuses the row of a plug-in whose function could not be called."""
+    if re.fullmatch(r"[a-z][a-z0-9_-]*", name) is None:
+        raise InputError(f"an allocator is called in small letters, but by {name!r}")
+    if (row.rule is None) == (row.search is None):
+        raise InputError("it must have either a rule or a search")
+    if row.measures not in ("nothing", "candidates", "genes") or not set(row.needs) <= set(OPERANDS):
+        raise InputError(f"measures {row.measures!r}, needs {list(row.needs)}: there is no such")
+    function, takes = (row.rule, _RULE) if row.rule is not None else (row.search, _SEARCH)
+    assert function is not None
+    try:
+        signature(function).bind(*takes)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"it is called with {', '.join(takes)}: {error}") from error
+
+
+open_table("allocator", ALLOCATORS, Allocator, _check_allocator)
 
 
 def rules() -> dict[str, Allocator]:

@@ -73,6 +73,7 @@ analyse = as_function("analyse", AnalyseRequest, run_analysis, "ledger", result=
 
 def _analysed(ledger: Path, seed: int) -> dict[str, Any]:
     with Ledger.read(ledger) as book:
+        book.check_plugins()
         rows = book.evaluations()
         references = {name: _find_reference(book, text) for name, text in _REFERENCES.items()}
     done = [row for row in rows if row.status == "done" and row.losses]

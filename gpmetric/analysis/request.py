@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from gpmetric.extensible import Extensible
 from gpmetric.options import FORCE_FILES, Common, Option
 
 __all__ = ["AnalyseRequest"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnalyseRequest(Common):
+class AnalyseRequest(Extensible, Common):
     """Everything `gpmetric analyse` can be asked for."""
 
     ledger: Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, Self
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from gpmetric.errors import SolverError
+from gpmetric.lazy import lazy
 from gpmetric.operands import GRAM, OPERANDS
+from gpmetric.plugins import open_table
 
 __all__ = [
     "ACCUMULATORS",
@@ -31,6 +33,7 @@ __all__ = [
     "curvature",
     "damped",
     "damped_factor",
+    "functions_of",
     "inverse_factor",
 ]
 
@@ -108,9 +111,19 @@ class LayerStatistics:
 
 
 class InputMoments:
-    """Second moments of a layer's input; `gram` is kept only when asked for."""
+    """Second moments of a layer's input, and means of functions of it.
 
-    def __init__(self, width: int, device: torch.device, *, gram: bool) -> None:
+    Args:
+        width: of the input.
+        device: where sums are kept.
+        gram: whether the Gram matrix is.
+        functions: of activations [tokens, in], of the same shape.
+    """
+
+    def __init__(
+        self, width: int, device: torch.device, *, gram: bool, functions: Iterable[Callable[[Tensor], Tensor]] = ()
+    ) -> None:
+        self.sums = {one: torch.zeros(width, device=device) for one in functions}
         self.tokens = 0
         self.squares = torch.zeros(width, device=device)
         self.products = torch.zeros(width, width, device=device) if gram else None
@@ -119,6 +132,8 @@ class InputMoments:
         """Adds activations [..., in]; sums are fp32: squares of fp16 activations overflow above 256."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()  # [tokens, in]
         self.tokens += len(rows)
+        for function, total in self.sums.items():
+            total += function(rows).sum(dim=0)
         if self.products is None:
             self.squares += rows.square().sum(dim=0)
         else:
@@ -128,8 +143,10 @@ class InputMoments:
     def pooled(cls, parts: Sequence[InputMoments]) -> InputMoments:
         """Of all tokens that these have seen."""
         first = parts[0].squares
-        found = cls(len(first), first.device, gram=parts[0].products is not None)
+        found = cls(len(first), first.device, gram=parts[0].products is not None, functions=parts[0].sums)
         for part in parts:
+            for function, total in part.sums.items():
+                found.sums[function] += total
             found.tokens += part.tokens
             found.squares += part.squares
             if found.products is not None and part.products is not None:
@@ -140,6 +157,10 @@ class InputMoments:
         """Root mean square per input feature, [in]."""
         squares = self.squares if self.products is None else self.products.diagonal()
         return (squares / max(1, self.tokens)).sqrt()
+
+    def mean(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Mean over tokens of one of the functions, [in]."""
+        return self.sums[function] / max(1, self.tokens)
 
     def gram(self) -> Tensor:
         """X^T X / n, [in, in]; only where it was asked for."""
@@ -225,10 +246,26 @@ class Accumulator(Protocol):
 
 @dataclass(frozen=True)
 class FromInputs:
-    """Read off the moments of a layer's inputs at the end; `pairs` where that needs their Gram matrix."""
+    """Read off a layer's inputs at the end.
 
-    read: Callable[[InputMoments], Tensor]
+    Attributes:
+        read: (their moments) -> the operand; where there is `of`, (its mean over tokens [in], fp32) -> the operand.
+        pairs: whether it needs the Gram matrix.
+        of: (activations [tokens, in], fp32, not to be written to) -> [tokens, in].
+    """
+
+    read: Callable[..., Tensor]
     pairs: bool = False
+    of: Callable[[Tensor], Tensor] | None = None
+
+    def result(self, moments: InputMoments) -> Tensor:
+        """The operand."""
+        return self.read(moments if self.of is None else moments.mean(self.of))
+
+
+def functions_of(rows: Mapping[str, FromInputs]) -> list[Callable[[Tensor], Tensor]]:
+    """What of activations these rows want the means of."""
+    return [row.of for row in rows.values() if row.of is not None]
 
 
 @dataclass(frozen=True)
@@ -262,6 +299,13 @@ ACCUMULATORS: dict[str, FromInputs | FromGradients | FromTokens | FromRegion] = 
     "R": FromRegion(RegionalGradients),
     GRAM: FromInputs(InputMoments.gram, pairs=True),
 }
+open_table(
+    "accumulator",
+    ACCUMULATORS,
+    (FromInputs, FromGradients, FromTokens, FromRegion),
+    lazy("gpmetric.calibration.trial:check_accumulator"),
+    makers=("start",),
+)
 
 
 def curvature(gram: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from gpmetric.errors import GpmetricError
 from gpmetric.files import locked
 from gpmetric.models import Layer, Model
 from gpmetric.operands import OPERANDS, shape_of
+from gpmetric.plugins import digests_of
 from gpmetric.tensor_file import TensorFile, create_file, tensor_sum, write_header
 
 __all__ = [
@@ -48,6 +49,8 @@ def cache_key(model: Model, tokens: Tensor, names: Collection[str], dtype: torch
         "layers": [layer.name for layer in model.layers],
         "names": sorted({"X", *names}),
     }
+    if measured := digests_of("operand", names):  # by what plug-ins say
+        content["plugins"] = measured
     if dtype is not None:
         content["dtype"] = str(dtype)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

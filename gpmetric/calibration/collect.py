@@ -26,6 +26,7 @@ from gpmetric.calibration.accumulators import (
     FromTokens,
     InputMoments,
     LayerStatistics,
+    functions_of,
 )
 from gpmetric.calibration.regional import collect_regional, gradients_of
 from gpmetric.calibration.siblings import Siblings, families
@@ -314,9 +315,10 @@ class _Watch(AbstractContextManager["_Watch"]):
 
     def __enter__(self) -> Self:
         pairs = any(row.pairs for row in self._read.values())
+        functions = functions_of(self._read)
         for layer in self._layers:
             shape, device = layer.weight.shape, layer.weight.device
-            self._moments[layer.name] = InputMoments(shape[1], device, gram=pairs)
+            self._moments[layer.name] = InputMoments(shape[1], device, gram=pairs, functions=functions)
             by_gradient = {name: start(shape, device) for name, start in self._gradients.items()}
             by_token = {name: start(shape, device) for name, start in self._tokens.items()}
             self._accumulated[layer.name] = {**by_gradient, **by_token}

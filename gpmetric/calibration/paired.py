@@ -6,7 +6,7 @@ The layers of a block are looked at in the order in which they read: by then, th
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 
@@ -17,7 +17,13 @@ from torch.nn import Module
 from gpmetric.blockwise.hidden import Hidden
 from gpmetric.blockwise.replay import BlockCalls
 from gpmetric.blockwise.steps import EnoughError
-from gpmetric.calibration.accumulators import ACCUMULATORS, FromInputs, InputMoments, LayerStatistics
+from gpmetric.calibration.accumulators import (
+    ACCUMULATORS,
+    FromInputs,
+    InputMoments,
+    LayerStatistics,
+    functions_of,
+)
 from gpmetric.calibration.siblings import Siblings, families
 from gpmetric.models import Layer
 from gpmetric.operands import CROSS, GRAM
@@ -119,7 +125,7 @@ def collect_paired(
         SolverError: a Gram matrix has no inverse even after stronger damping.
     """
     rows = {name: row for name, row in ACCUMULATORS.items() if name in {*names, "X"} and isinstance(row, FromInputs)}
-    pairs, model = {layer.name: _Pair(layer) for layer in layers}, calls.model
+    pairs, model = {layer.name: _Pair(layer, functions_of(rows)) for layer in layers}, calls.model
     for number, mine in enumerate(pruned):
         tokens = calls.batches[number].numel()
         before = dense.of(number, layers)
@@ -144,10 +150,10 @@ def collect_paired(
 class _Pair:
     """Moments of a layer's inputs in the pruned model, and their products with those in the dense one."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, functions: Iterable[Callable[[Tensor], Tensor]]) -> None:
         width, device = layer.weight.shape[1], layer.weight.device
         self.of = self
-        self.moments = InputMoments(width, device, gram=True)
+        self.moments = InputMoments(width, device, gram=True, functions=functions)
         self._products: Tensor | None = torch.zeros(width, width, device=device)
 
     def add(self, pruned: Tensor, dense: Tensor | None, tokens: int) -> None:

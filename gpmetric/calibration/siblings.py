@@ -109,7 +109,7 @@ class Siblings:
         for name, row in rows.items():
             lacking = len(self._family) > 1 and tokens < (layer.weight.shape[1] if row.pairs else 1)
             try:
-                found[name] = row.read(self._pool(moments) if lacking else moments[layer.name])
+                found[name] = row.result(self._pool(moments) if lacking else moments[layer.name])
             except SolverError as error:
                 raise SolverError(f"layer {layer.name}: {error}") from error
             borrowed += [name] if lacking else []

@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from gpmetric.errors import InputError
 from gpmetric.expression import torch_forms
 from gpmetric.expression.primitives import ATOM, PRIMITIVES, Primitive
 from gpmetric.expression.tree import Expression, Token, Tokens, arity, fold, rooted, subtree_end
 from gpmetric.operands import OPERANDS, Axes
 
-__all__ = ["operands_with", "prune_parameters", "remaining_score", "torch_functions", "triton_functions"]
+__all__ = ["has_kernels", "operands_with", "prune_parameters", "remaining_score", "torch_functions", "triton_functions"]
 
 _WIDTH = 72  # a part longer than this becomes a line of its own
 _OUT_AFTER = "D"  # files are called by position: `out` stays where it was when this was the last operand
@@ -52,8 +53,13 @@ def torch_functions(expression: Expression, name: str) -> str:
     """Text of a function of that name that gives the score, after the constants and functions that it uses.
 
     The primitives are copied from the table with `inspect.getsource`.
+
+    Raises:
+        InputError: a plug-in's needs more than torch.
     """
     functions = list(_torch_forms(expression))
+    for function in functions:
+        _check_alone(function)
     names = {used for function in functions for used in function.__code__.co_names}
     constants = [f"{used} = {getattr(torch_forms, used)!r}\n" for used in ("TINY", "EXP_LIMIT") if used in names]
     parts = ["\n" + "".join(constants)] if constants else [""]
@@ -79,15 +85,30 @@ def {name}(
 
 def _torch_forms(expression: Expression) -> Iterator[Any]:
     """Functions of the primitives used and of those they call, in the order of the table."""
-    rows = {PRIMITIVES[str(token)] for token in expression.tokens if token in PRIMITIVES}
-    used = {row.torch for row in rows if not row.in_ring}
+    known = {name: inspect.unwrap(row.torch) for name, row in PRIMITIVES.items()}
+    used = {known[str(token)] for token in expression.tokens if token in known and not PRIMITIVES[str(token)].in_ring}
     waiting = list(used)
     while waiting:
-        called = waiting.pop().__code__.co_names
-        found = {row.torch for row in PRIMITIVES.values() if row.torch.__name__ in called} - used
+        code = getattr(waiting.pop(), "__code__", None)  # one of a plug-in may be a class, say
+        called = code.co_names if code else ()
+        found = {function for function in known.values() if function.__name__ in called} - used
         used |= found
         waiting.extend(found)
-    return (row.torch for row in PRIMITIVES.values() if row.torch in used)
+    return (function for function in known.values() if function in used)
+
+
+def _check_alone(function: Any) -> None:
+    """Refuses a function whose text does not run in a file that has torch, Tensor and the functions of primitives."""
+    known = {"torch", "Tensor", "TINY", "EXP_LIMIT", *(row.torch.__name__ for row in PRIMITIVES.values())}
+    told = f"the function {function.__name__} of a plug-in cannot stand in a file of its own"
+    try:
+        text, used = inspect.getsource(function), inspect.getclosurevars(function)
+    except (OSError, TypeError) as error:
+        raise InputError(f"{told}: its text is not to be had ({error})") from error
+    if not text.startswith("def "):
+        raise InputError(f"{told}: it must be a plain def at the beginning of a line")
+    if foreign := {*used.nonlocals, *used.globals} - known:
+        raise InputError(f"{told}: it uses {', '.join(sorted(foreign))}, and torch only may be used")
 
 
 def _torch_lines(expression: Expression) -> list[str]:
@@ -169,11 +190,26 @@ def _stored_axes(token: Token, arguments: list[frozenset[str]]) -> frozenset[str
 # Triton
 
 
+def has_kernels(tokens: Tokens) -> bool:
+    """Whether every primitive has a Triton form; one of a plug-in may have none."""
+    return _without_kernel(tokens) is None
+
+
+def _without_kernel(tokens: Tokens) -> str | None:
+    return next((str(one) for one in tokens if one in PRIMITIVES and not PRIMITIVES[str(one)].triton), None)
+
+
 def triton_functions(expressions: Sequence[Expression]) -> str:
     """Python text of `score`, of the `part` that reductions go over, if any, and of `LAYOUT`, a `launch.Layout`.
 
     Several formulas are one score, which computes the one that it is asked for: they share a kernel's compilation.
+
+    Raises:
+        InputError: a primitive has no Triton form.
     """
+    for expression in expressions:
+        if name := _without_kernel(expression.tokens):
+            raise InputError(f"primitive {name} has no Triton form: its plug-in would have to say it, as triton=...")
     return _TritonWriter(expressions).text
 
 

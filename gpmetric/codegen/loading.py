@@ -1,4 +1,4 @@
-"""Importing module files that gpmetric has written; text is never executed as text."""
+"""Importing module files that gpmetric has written."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 
 from gpmetric.codegen.functions import remaining_score, triton_functions
 from gpmetric.errors import GpmetricError
 from gpmetric.expression.tree import Expression, Tokens
 from gpmetric.files import cache_folder, write_text
+from gpmetric.modules import load_module
 
-__all__ = ["load_functions", "load_module", "load_remaining_score"]
+__all__ = ["load_functions", "load_remaining_score"]
 
 _IMPORTS = '''"""Triton functions of pruning metrics, written by gpmetric."""
 
@@ -30,16 +29,6 @@ from gpmetric.kernels.ops import *
 
 
 '''
-
-
-def load_module(path: Path) -> ModuleType:
-    """The module of a file, from its text as it is now: bytecode beside it is neither read nor written."""
-    loader = _FreshLoader(path.stem, str(path))
-    spec = spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    loader.exec_module(module)
-    return module
 
 
 def load_functions(expressions: Sequence[Expression], folder: Path | None = None) -> ModuleType:
@@ -75,12 +64,6 @@ def _loaded(functions: str, folder: Path | None = None) -> ModuleType:
         return load_module(_kept(cache_folder() / "kernels" / name, text))
     except GpmetricError:
         return load_module(_kept(_temporary_folder() / name, text))
-
-
-class _FreshLoader(SourceFileLoader):
-    def get_code(self, fullname: str) -> CodeType:
-        code: CodeType = self.source_to_code(self.get_data(self.path), self.path)
-        return code
 
 
 def _kept(path: Path, text: str) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from gpmetric.lazy import lazy
+from gpmetric.plugins import open_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,3 +66,4 @@ OBJECTIVES: dict[str, Objective] = {
         absolute=lazy("gpmetric.evaluation.perplexity:mean_loss"),
     ),
 }
+open_table("objective", OBJECTIVES, Objective, lazy("gpmetric.evaluation.trial:check_objective"), makers=("reference",))

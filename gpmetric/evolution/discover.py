@@ -37,6 +37,7 @@ from gpmetric.evolution.workplace import collect_statistics, make_executor, open
 from gpmetric.executors import Executor, OutOfTime
 from gpmetric.files import finite
 from gpmetric.options import as_function, settings_of
+from gpmetric.plugins import in_use
 from gpmetric.results import DiscoverResult
 from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
@@ -152,7 +153,7 @@ def campaign_settings(request: DiscoverRequest, sessions: Mapping[str, Session])
     }
     kept = {} if request.kept_dtype is None else {"statistics_dtype": request.statistics_dtype}
     fitted = {} if request.fit == "own" else {"fit": request.fit}
-    return {"models": models, **chosen, **kept, **fitted}
+    return {"models": models, **chosen, **kept, **fitted, **in_use("plugin")}
 
 
 def _run(

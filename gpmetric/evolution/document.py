@@ -14,6 +14,7 @@ from gpmetric.evolution.multi_model import label_targets
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.selection import Individual
 from gpmetric.metrics import Metric
+from gpmetric.plugins import in_use
 from gpmetric.provenance import versions
 from gpmetric.session.session import Session
 
@@ -70,6 +71,7 @@ def circumstances(request: DiscoverRequest, sessions: Mapping[str, Session], led
         "left_out": alone({name: session.left_out for name, session in sessions.items()}),
         "sequence_length": first.windows["search"].tokens.shape[1],
         "versions": versions(),
+        **in_use("plugins"),
     } | _experts(sessions)
 
 

@@ -22,7 +22,7 @@ from gpmetric.blockwise.hidden import Hidden
 from gpmetric.blockwise.replay import BlockCalls, record_calls
 from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.data import Windows
-from gpmetric.errors import GpmetricError, MaskError, OutOfMemoryError, SolverError
+from gpmetric.errors import METRIC_ERRORS, GpmetricError, OutOfMemoryError
 from gpmetric.evaluation.objectives import OBJECTIVES, Reference
 from gpmetric.evaluation.perplexity import Teacher, batches, mean_loss
 from gpmetric.evaluation.references import References
@@ -179,7 +179,7 @@ class Evaluator:
             for one in pruned:
                 try:
                     self._through(one, span, layers, statistics)
-                except (MaskError, SolverError) as error:
+                except METRIC_ERRORS as error:
                     one.fail(error)
             if dense is not None:
                 for index in span:

@@ -30,6 +30,7 @@ from gpmetric.evolution.records import Candidate, Evaluation, Generation, HeldOu
 from gpmetric.evolution.seals import Seals
 from gpmetric.evolution.settings import HISTORY_KEYS
 from gpmetric.evolution.sqlite_schema import Refusal, explained, opened, schema_version, transaction
+from gpmetric.plugins import in_use
 
 __all__ = ["Ledger", "result_of"]
 
@@ -128,6 +129,14 @@ class Ledger(AbstractContextManager["Ledger"]):
     def settings(self) -> dict[str, Any]:
         """The settings the campaign runs under, budget included."""
         return {key: value for key, value in self._meta.items() if key not in HISTORY_KEYS}
+
+    def check_plugins(self) -> None:
+        """Refuses a campaign whose formulas may use what plug-ins have added that this process does not have."""
+        there, here = (found.get("plugin") or {} for found in (self.settings, in_use("plugin")))
+        for name, digest in there.items():
+            if here.get(name) != digest:
+                found = f"{here[name]:.12} here" if name in here else "not named"
+                raise LedgerError(f"ledger {self.path} is of --plugin {name} ({digest:.12} there, {found})")
 
     @property
     def history(self) -> dict[str, Any]:
@@ -353,9 +362,10 @@ def result_of(path: Path) -> dict[str, Any]:
     """The result of a finished campaign, whose winner has its comparison group before it unless that is the row.
 
     Raises:
-        LedgerError: it is not finished, or the file is no ledger.
+        LedgerError: it is not finished, is of plug-ins that are not there, or the file is no ledger.
     """
     with Ledger.read(path) as ledger:
+        ledger.check_plugins()
         result = ledger.result()
     if result is None:
         raise LedgerError(f"the campaign in {str(path)!r} is not finished; go on with gpmetric discover --resume")

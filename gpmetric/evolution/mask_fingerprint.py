@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.collect import Statistics
-from gpmetric.errors import MaskError, SolverError
+from gpmetric.errors import METRIC_ERRORS, MaskError
 from gpmetric.evolution.tasks import MaskFingerprint, NoMasks
 from gpmetric.expression.shared_program import SharedProgram
 from gpmetric.metrics import Metric
@@ -76,7 +76,7 @@ class ProbeLayers:
     def _solve(self, metric: Metric, statistics: Sequence[LayerStatistics], findings: _Findings) -> None:
         try:
             pruned = prune_weights(self._weights, metric, self._targets, statistics, self._update)
-        except (MaskError, SolverError) as error:
+        except METRIC_ERRORS as error:
             findings.error = str(error)
             return
         by_weight = zip(*pruned, strict=True)

@@ -20,6 +20,7 @@ from gpmetric.expression import PRIMITIVES
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
 from gpmetric.operands import OPERANDS, is_regional, needs_gradients
 from gpmetric.options import Option
+from gpmetric.plugins import names_of
 from gpmetric.pruning.requests import FIT, MODELS, UPDATE, check_fit, target_option
 from gpmetric.pruning.updaters import UPDATERS
 from gpmetric.session.inputs import Inputs, Staff, Texts
@@ -35,6 +36,7 @@ _TARGETS = ("0.5", "0.6", "0.7", "2:4")
 _IMPORTANCE = ("wanda", "gblm_l1", "ria", "pruner_zero", "gblm_l2", "sparsegpt", "magnitude_row", "magnitude")
 # R takes as long as all gradients together, and that again wherever a formula with it is measured block by block.
 _OPERANDS = tuple(name for name in OPERANDS if not is_regional([name]))
+_PRIMITIVES = tuple(PRIMITIVES)
 _EVOLVED = "search"  # the comparison group that is evolved with the formula
 
 
@@ -51,9 +53,10 @@ class DiscoverRequest(Inputs, Staff):
         tuple[str, ...], target_option(f"may be repeated. By default {', '.join(_TARGETS[:-1])} and {_TARGETS[-1]}.")
     ] = _TARGETS
     operands: Annotated[
-        tuple[str, ...], Option("What formulas may use; W,X needs no gradients. By default all but R.", listed=True)
+        tuple[str, ...],
+        Option("What formulas may use; W,X needs no gradients. By default all but R, with a plug-in's.", listed=True),
     ] = _OPERANDS
-    primitives: Annotated[tuple[str, ...], Option("Operations formulas may use.", listed=True)] = tuple(PRIMITIVES)
+    primitives: Annotated[tuple[str, ...], Option("Operations formulas may use.", listed=True)] = _PRIMITIVES
     start: Annotated[
         tuple[str, ...],
         Option(
@@ -135,6 +138,13 @@ class DiscoverRequest(Inputs, Staff):
     calibration_seeds: Annotated[
         int, Option("Draws of calibration windows for the confidence interval of the winner's gain.", least=0)
     ] = 3
+
+    @classmethod
+    def filled(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """With what plug-ins add, where no operands or primitives are named."""
+        found = super().filled(given)
+        added = {"operands": _OPERANDS + names_of("operand"), "primitives": _PRIMITIVES + names_of("primitive")}
+        return added | found
 
     def check(self) -> None:
         super().check()

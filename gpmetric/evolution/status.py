@@ -73,6 +73,7 @@ def _look(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise LedgerError(f"ledger {path} does not exist")
     with Ledger.read(path) as book:
+        book.check_plugins()
         settings, owner, result, counts = book.settings, book.owner(), book.result(), book.counts()
         generations, candidates, evaluations = book.generations(), book.candidates(), book.evaluations()
         held_out, number = book.held_out(), len(generations)

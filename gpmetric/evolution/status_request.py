@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from gpmetric.extensible import Extensible
 from gpmetric.options import Common, Option
 
 __all__ = ["StatusRequest"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatusRequest(Common):
+class StatusRequest(Extensible, Common):
     """Everything `gpmetric status` can be asked for."""
 
     ledger: Annotated[Path, Option("A campaign's ledger, in use or not.", metavar="LEDGER", argument=True, reads=True)]

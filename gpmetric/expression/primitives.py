@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from gpmetric.expression import torch_forms as forms
 from gpmetric.expression.sympy_forms import opaque, symbolic_abs, symbolic_pow
 from gpmetric.expression.torch_forms import EXP_LIMIT, TINY
+from gpmetric.lazy import lazy
+from gpmetric.plugins import open_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,8 +88,8 @@ class Primitive:
         scalar: the same on floats; None when the result depends on the shape. May raise OverflowError.
         sympy: form without guards, called with the sympy module and the arguments; None for an undefined function.
         triton: Triton text, {0} and {1} for the arguments, with functions of `gpmetric.kernels.ops`; of a reduction,
-            {0} is its vector, or {1} and on are the numbers it needs besides the argument.
-        latex: how it is written in TeX.
+            {0} is its vector, or {1} and on are the numbers it needs besides the argument; "" for no kernels.
+        latex: how it is written in TeX; by default as a function of its name.
         sign: where it is known to be >= 0: never, always, where all or any of its arguments are, or as a product or a
             power is.
         parity: how it answers to a change of sign of its arguments: an even or odd function, a sum, product or power;
@@ -108,10 +110,10 @@ class Primitive:
     name: str
     arity: int
     torch: Callable[..., Tensor]
-    scalar: Callable[..., float] | None
-    sympy: Callable[..., Any] | None
-    triton: str
-    latex: Latex
+    scalar: Callable[..., float] | None = None
+    sympy: Callable[..., Any] | None = None
+    triton: str = ""
+    latex: Latex = Latex("")
     sign: SignRule = "unknown"
     parity: ParityRule = "none"
     power: float | None = None
@@ -126,7 +128,13 @@ class Primitive:
     right_associative: bool = False
 
     def __post_init__(self) -> None:
-        assert (self.reduces is None) == (self.kernel_step is None), "a reduction says what the kernels compute before"
+        needed = self.reduces is not None and bool(self.triton)
+        assert needed == (self.kernel_step is not None), "a reduction says what the kernels compute before"
+        if not self.latex.template:
+            arguments = ", ".join(f"#{place + 1}" for place in range(self.arity))
+            name = self.name.replace("_", r"\_")
+            called = Latex(rf"\operatorname{{{name}}}\left({arguments}\right)")
+            object.__setattr__(self, "latex", called)
 
     @property
     def in_ring(self) -> bool:
@@ -262,3 +270,4 @@ _ROWS = (
 # fmt: on
 
 PRIMITIVES: dict[str, Primitive] = {row.name: row for row in _ROWS}
+open_table("primitive", PRIMITIVES, Primitive, lazy("gpmetric.expression.trial:check_primitive"))

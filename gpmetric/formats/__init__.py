@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -15,11 +16,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from gpmetric.errors import ExpressionError, InputError
-from gpmetric.expression import Expression
+from gpmetric.expression import Expression, parse
 from gpmetric.files import write_text
 from gpmetric.formats.latex import to_latex
 from gpmetric.lazy import lazy
 from gpmetric.operands import OPERANDS
+from gpmetric.plugins import open_table
 from gpmetric.targets import GRANULARITIES, Granularity, plain_granularities
 
 if TYPE_CHECKING:
@@ -213,3 +215,15 @@ FORMATS: dict[str, Format] = {
     "sympy": Format(_sympy_text, meaning="one line that sympy prints"),
     "json": Format(_json_text, meaning="formula, group, canonical form, LaTeX, operands and tokens"),
 }
+
+
+def _check(name: str, row: Format, fellows: Mapping[str, Any]) -> None:
+    """Refuses the row of a plug-in that does not make a text of a formula."""
+    if re.fullmatch(r"[a-z][a-z0-9_-]*", name) is None:
+        raise InputError(f"an exporter is called in small letters, but by {name!r}")
+    text = row.text(Formula(parse("abs(W)*X"), "0"))
+    if not isinstance(text, str):
+        raise InputError(f"text of abs(W)*X must be a str, but is {text!r:.60}")
+
+
+open_table("exporter", FORMATS, Format, _check)

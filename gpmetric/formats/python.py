@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from gpmetric.codegen.functions import torch_functions
-from gpmetric.codegen.loading import load_module
 from gpmetric.errors import GpmetricError
 from gpmetric.expression.evaluate import evaluate
 from gpmetric.formats import Formula
+from gpmetric.modules import load_module
 from gpmetric.operands import OPERANDS, shape_of
 
 __all__ = ["check_python", "python_text"]
@@ -34,7 +34,10 @@ def check_python(formula: Formula, written: Path) -> None:
     Raises:
         GpmetricError: they differ.
     """
-    module = load_module(written)
+    try:
+        module = load_module(written)
+    except Exception as error:  # the function of a plug-in may want more than there is
+        raise GpmetricError(f"the exported file does not run: {error!r}; nothing written") from error
     for seed, (shape, dtype) in enumerate(_CASES):
         operands = _random_operands(shape, dtype, seed)
         found, expected = module.score(**operands), evaluate(formula.expression, operands)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from gpmetric.extensible import Extensible
 from gpmetric.formats import FORMATS
 from gpmetric.options import FORCE_FILES, Common, Option
 
@@ -13,7 +14,7 @@ __all__ = ["ExportRequest"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportRequest(Common):
+class ExportRequest(Extensible, Common):
     """Everything `gpmetric export` can be asked for."""
 
     formula: Annotated[

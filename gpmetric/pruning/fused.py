@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gpmetric.codegen.functions import has_kernels
 from gpmetric.codegen.loading import load_functions
 from gpmetric.errors import ExpressionError, GpmetricError, MaskError
 from gpmetric.expression import Expression
@@ -38,8 +39,11 @@ _compiling = threading.Lock()  # groups are compiled one at a time
 _groups: OrderedDict[Expression, tuple[Future[ModuleType], int]] = OrderedDict()  # a formula -> its group, its number
 
 
-def usable(weight: Tensor, targets: Sequence[Target]) -> bool:
-    """Whether the kernels can prune a weight [out, in] at all these targets; GPMETRIC_KERNELS=0 turns them off."""
+def usable(weight: Tensor, targets: Sequence[Target], expression: Expression | None = None) -> bool:
+    """Whether the kernels can prune a weight [out, in] at all these targets, by scores that are there or by a formula.
+
+    GPMETRIC_KERNELS=0 turns them off.
+    """
     return (
         weight.numel() > 0
         and (weight.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
@@ -47,6 +51,7 @@ def usable(weight: Tensor, targets: Sequence[Target]) -> bool:
         and _installed()
         and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and all(_fits(weight.shape, target) for target in targets)
+        and (expression is None or has_kernels(expression.tokens))
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from gpmetric.codegen.functions import has_kernels
 from gpmetric.codegen.loading import load_remaining_score
 from gpmetric.errors import GpmetricError, MaskError
 from gpmetric.expression.columns import ColumnScores
@@ -60,7 +61,8 @@ def solve_by_scores(
         targets: all of them plain numbers, or all N:M with one M.
 
     Returns:
-        None where only torch can choose: what has W in it is reduced, or M is not of the kernels'.
+        None where only torch can choose: what has W in it is reduced or has no Triton form, or M is not of the
+        kernels'.
 
     Raises:
         MaskError: a score is not finite.
@@ -68,7 +70,7 @@ def solve_by_scores(
     from gpmetric.kernels.solver import GROUPS, Choice
 
     found, group = scores.parts(), targets[0].group
-    if found is None or (group and group not in GROUPS):
+    if found is None or (group and group not in GROUPS) or not has_kernels(found[0]):
         return None
     score, operands = _prepared(*found)
     choice = Choice(weights, score, operands, [target.removed for target in targets], group)

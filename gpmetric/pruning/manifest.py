@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 
 from gpmetric.errors import InputError
 from gpmetric.files import finite, write_text
+from gpmetric.plugins import in_use
 from gpmetric.pruning.allocation import GranularityName
 from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of
 from gpmetric.pruning.updaters import UPDATERS
@@ -126,6 +127,12 @@ class Manifest(BaseModel):
         return self
 
 
+def _plugins(text: str) -> list[str]:
+    """The plug-ins that the text of a manifest names, and that are not loaded here."""
+    named = json.loads(text).get("plugins")
+    return [name for name in named if name not in in_use("").get("", {})] if isinstance(named, dict) else []
+
+
 def read_manifest(folder: Path) -> tuple[Manifest, str]:
     """What a manifest says, and the digest that it should have.
 
@@ -141,6 +148,10 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
+        if place == "update" and (lacking := _plugins(text)):
+            raise InputError(
+                f"{str(path)!r} names what a plug-in added: --plugin {' --plugin '.join(lacking)}"
+            ) from error
         raise InputError(f"{str(path)!r} is no manifest: {place}: {first['msg']}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{str(path)!r} is no manifest: {error}") from error

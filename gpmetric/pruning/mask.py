@@ -35,12 +35,12 @@ def prune_by_mask(
     scores: Sequence[Tensor] | None = None,
 ) -> list[list[Tensor]]:
     """The masked copies of weights by target and weight, in their dtype: the updater `none`."""
-    if scores is None and _by_kernels(weights, targets):
+    if scores is None and _by_kernels(weights, targets, metric):
         by_weight = fused.prune(weights, metric.expression, [one.operands for one in statistics], targets)
         return [list(pruned) for pruned in zip(*by_weight, strict=True)]
     by_weight = []
     for index, (weight, measured) in enumerate(zip(weights, statistics, strict=True)):
-        if scores is None and fused.usable(weight, targets):
+        if scores is None and fused.usable(weight, targets, metric.expression):
             by_weight += fused.prune([weight], metric.expression, [measured.operands], targets)
         else:
             score = [scores[index]] if scores else None
@@ -58,15 +58,16 @@ def compile_ahead(
         layers: weights with their statistics, at least one of each width.
         bits: whether masks will be asked for, or else pruned copies.
     """
-    if fused.usable(layers[0][0], targets):
+    expressions = [one.expression for one in metrics if fused.usable(layers[0][0], targets, one.expression)]
+    if expressions:
         found = [(weight, statistics.operands) for weight, statistics in layers]
-        fused.compile_together([metric.expression for metric in metrics], found, targets, bits)
+        fused.compile_together(expressions, found, targets, bits)
 
 
-def _by_kernels(weights: Sequence[Tensor], targets: Sequence[Target]) -> bool:
-    """Whether the kernels prune all of them, in one place."""
+def _by_kernels(weights: Sequence[Tensor], targets: Sequence[Target], metric: Metric) -> bool:
+    """Whether the kernels prune all of them by a metric, in one place."""
     here = {weight.device for weight in weights}
-    return len(here) == 1 and all(fused.usable(weight, targets) for weight in weights)
+    return len(here) == 1 and all(fused.usable(weight, targets, metric.expression) for weight in weights)
 
 
 def choose_masks(
@@ -84,11 +85,11 @@ def choose_masks(
     Raises:
         MaskError: as `select_mask`.
     """
-    if scores is None and _by_kernels(weights, targets):
+    if scores is None and _by_kernels(weights, targets, metric):
         return fused.masks(weights, metric.expression, [one.operands for one in statistics], targets)
     found = []
     for index, (weight, measured) in enumerate(zip(weights, statistics, strict=True)):
-        if scores is None and fused.usable(weight, targets):
+        if scores is None and fused.usable(weight, targets, metric.expression):
             found += fused.masks([weight], metric.expression, [measured.operands], targets)
             continue
         score = scores[index] if scores else evaluate(metric.expression, measured.operands | {"W": weight})

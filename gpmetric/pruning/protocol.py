@@ -24,7 +24,7 @@ from gpmetric.calibration.accumulators import LayerStatistics
 from gpmetric.calibration.collect import collect_block
 from gpmetric.calibration.paired import DenseInputs, collect_paired, reading_order
 from gpmetric.calibration.regional import collect_regional
-from gpmetric.errors import GpmetricError, InputError, MaskError, SolverError
+from gpmetric.errors import METRIC_ERRORS, GpmetricError, InputError
 from gpmetric.evaluation.perplexity import batches, mean_of, sum_loss
 from gpmetric.metrics import Metric
 from gpmetric.models import Layer, Model
@@ -271,7 +271,7 @@ class Walk:
             pruned = self._pruned(branch, index, dense, couplings)
             if branch.rule.updater.fits_blocks:
                 pruned = self._block_fitted(branch, index, pruned)
-        except (MaskError, SolverError) as error:
+        except METRIC_ERRORS as error:
             branch.error = error
             branch.close()
             return {}

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from gpmetric.discovered import CATALOGUE, PREFIX
 from gpmetric.errors import InputError, one_of
+from gpmetric.extensible import Extensible
 from gpmetric.journal import check_ledger
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
 from gpmetric.options import Common, Option
@@ -146,7 +147,7 @@ class BenchRequest(RowsKept, Staff):
 class ReproduceRequest(RowsKept):
     """Everything `gpmetric reproduce` can be asked for; what is not given is as it was published."""
 
-    unused: ClassVar[frozenset[str]] = frozenset({"sampling", "bos", "preset"})
+    unused: ClassVar[frozenset[str]] = frozenset({"sampling", "bos", "preset", "plugin"})
 
     name: Annotated[
         str | None,
@@ -251,7 +252,7 @@ class PruneRequest(Inputs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyRequest(Limits, Common):
+class VerifyRequest(Limits, Extensible, Common):
     """Everything `gpmetric verify` can be asked for."""
 
     folder: Annotated[

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpmetric.blockwise.couplings import Coupling
 from gpmetric.calibration.accumulators import LayerStatistics
-from gpmetric.errors import MaskError, SolverError
+from gpmetric.errors import METRIC_ERRORS
 from gpmetric.metrics import Metric
 from gpmetric.models import Layer
 from gpmetric.pruning.allocation import Allocation
@@ -94,6 +94,6 @@ def told_where(rule: Rule, layer: Layer) -> Iterator[None]:
     """Adds metric, target and layer to what is raised."""
     try:
         yield
-    except (MaskError, SolverError) as error:
+    except METRIC_ERRORS as error:
         told = f"metric {rule.metric.name} at {rule.target(layer.name).text}: {error} (layer {layer.name})"
         raise type(error)(told) from error

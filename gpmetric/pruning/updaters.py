@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from gpmetric.lazy import lazy
 from gpmetric.metrics import Metric
 from gpmetric.operands import GRAM
+from gpmetric.plugins import open_table
 from gpmetric.targets import Target
 
 if TYPE_CHECKING:
@@ -93,7 +94,13 @@ def _and_block(name: str, row: Updater) -> tuple[str, Updater]:
     return f"{name}+block", replace(row, meaning=f"{name}, then {meaning}", fits_blocks=True)
 
 
+def _variants(name: str, row: Updater) -> dict[str, Updater]:
+    """The row of a plug-in, and the same with rounds behind it."""
+    return {name: row} if row.fits_blocks or not row.solves else dict([(name, row), _and_block(name, row)])
+
+
 UPDATERS: dict[str, Updater] = _OF_LAYERS | dict(_and_block(name, row) for name, row in _OF_LAYERS.items())
+open_table("updater", UPDATERS, Updater, lazy("gpmetric.pruning.trial:check_updater"), variants=_variants)
 
 FITS = {
     "own": "a layer's own outputs, as published",

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Self
 
+from gpmetric.extensible import Extensible
 from gpmetric.options import FORCE_FILES, Common, Option
 
 __all__ = ["ReportRequest"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportRequest(Common):
+class ReportRequest(Extensible, Common):
     """Everything `gpmetric report` can be asked for."""
 
     source: Annotated[

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gpmetric.errors import InputError, one_of
+from gpmetric.extensible import Extensible
 from gpmetric.options import Option, Request, described
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Staff(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs(Limits):
+class Inputs(Limits, Extensible):
     """The options that commands share; those of a command that has no use for some name them in `unused`."""
 
     model: Annotated[
@@ -162,6 +163,7 @@ class Inputs(Limits):
 
     @classmethod
     def filled(cls, given: dict[str, Any]) -> dict[str, Any]:
+        given = super().filled(given)
         others = {name: value for name, value in given.items() if name != "preset"}
         if (preset := given.get("preset")) is None:
             return others

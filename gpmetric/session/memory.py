@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from gpmetric.errors import OutOfMemoryError
+from gpmetric.errors import NO_MEMORY, OutOfMemoryError
 from gpmetric.models import Model
 
 __all__ = [
@@ -81,8 +81,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that a device or the host has no memory left."""
     told = str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(words in told for words in ("not enough memory", "out of memory", "Cannot allocate memory"))
+        isinstance(error, RuntimeError) and any(words in told for words in NO_MEMORY)
     )
 
 

@@ -19,7 +19,7 @@ class EvaluateRequest(Inputs):
     """Everything `gpmetric evaluate` can be asked for."""
 
     unused: ClassVar[frozenset[str]] = frozenset(
-        {"calibration", "samples", "sampling", "include", "exclude", "statistics_dtype"}
+        {"calibration", "samples", "sampling", "include", "exclude", "statistics_dtype", "plugin"}
     )
 
     text: Annotated[tuple[str, ...], Option("Text to evaluate; may be repeated.", reads=True)] = ()
@@ -58,6 +58,7 @@ class LayersRequest(Inputs):
             "sampling",
             "preset",
             "text_column",
+            "plugin",
         }
     )
 

@@ -35,6 +35,7 @@ from gpmetric.files import cache_folder
 from gpmetric.loading import open_model, prepare_model
 from gpmetric.metrics import Metric, resolve_metric
 from gpmetric.models import Model
+from gpmetric.plugins import in_use
 from gpmetric.provenance import versions
 from gpmetric.session.inputs import Inputs
 from gpmetric.session.memory import free_disk
@@ -228,6 +229,7 @@ class Session:
             "text_column": self.inputs.text_column,
             "left_out": self.left_out,
             "versions": versions(),
+            **in_use("plugins"),
         } | {name: getattr(self.inputs, name) for name in ("sampling", "statistics_dtype") if name not in unused}
 
 

@@ -13,6 +13,7 @@ import torch
 
 from gpmetric.executors import Executor, Function, LocalProcesses, Serial
 from gpmetric.models import Model
+from gpmetric.plugins import Source, adopt, sources
 from gpmetric.session.inputs import Staff
 from gpmetric.session.work import Work
 
@@ -75,6 +76,8 @@ def make_executor(
     Raises:
         InputError: the cluster cannot be used.
     """
+    if carried := sources():
+        factory, arguments = _equipped, (carried, factory, *arguments)
     small = all(map(is_small, models))
     more = {"timeout": _HUNG, "patience": _PATIENCE, "start_timeout": _HUNG, "held": held, "spread": len(models)}
     if request.ray is not None:
@@ -90,6 +93,12 @@ def make_executor(
         seen = devices(models[0].device)
         return LocalProcesses(factory, (*arguments, threads), workers, devices=seen, **more)
     return Serial(here(threads))
+
+
+def _equipped(carried: Sequence[Source], factory: Callable[..., Function], *arguments: Any) -> Function:
+    """What the factory makes in a worker, where the driver's plug-ins are loaded."""
+    adopt(carried)
+    return factory(*arguments)
 
 
 def shared(work: Work, request: Staff, model: Model) -> Work:
