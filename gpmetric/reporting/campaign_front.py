@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gpmetric.errors import InputError
 from gpmetric.export.request import ExportRequest
+from gpmetric.files import checksum
 from gpmetric.options import command_line
 from gpmetric.pruning.requests import PruneRequest
 from gpmetric.reporting.blocks import Copies, Figure, Panel, Panels, Section, Table, Winner, told
@@ -79,7 +80,8 @@ def front_section(campaign: Campaign, entries: Sequence[Entry]) -> Iterator[Sect
     shown = [*formulas, *(one for one in shown if one.kind in ("baseline", "solver"))]
     views = {one.name: view_formula(one.name) for one in shown}
     shown = [one for one in shown if views[one.name].nodes is not None]
-    ids = {one.name: f"point-{place}" for place, one in enumerate(shown)}
+    # the same on every page of a campaign, so that one that is live goes on with what is selected
+    ids = {one.name: f"point-{checksum(one.name.encode())}" for one in shown}
     figures = []
     for split, words in (("validation", "On the validation text"), ("search", "On the search text")):
         spots = [
