@@ -77,9 +77,10 @@
       next.focus();
     });
   }
+  const before = session && document.body.dataset.live ? session.getItem("gpmetric-point") : "";
   const first = find(".panel.on")[0];
   if (first) select(first.id);
-  if (session && document.body.dataset.live) select(session.getItem("gpmetric-point") || "");
+  if (before) select(before);
   if (location.hash) select(location.hash.slice(1));
 
   const data = document.getElementById("rows");
