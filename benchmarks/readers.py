@@ -250,6 +250,12 @@ def _report(folder: Path) -> Opened:
     return of_file(path, lambda: render(page_of(path)), [one.read_bytes() for one in results])
 
 
+def _report_of_journal(folder: Path) -> Opened:
+    path, journals = folder / "a.jsonl", [*sorted((GOLDEN / "report").glob("*.jsonl")), GOLDEN / "slim.jsonl"]
+    render(Page("", "", (), ()))
+    return of_file(path, lambda: render(page_of(path)), [one.read_bytes() for one in journals])
+
+
 def _report_of_ledger(folder: Path) -> Opened:
     path, golden = KINDS["ledger"](folder).path, sorted(GOLDEN.glob("*.sqlite"))
     render(Page("", "", (), ()))
@@ -352,6 +358,7 @@ READERS: dict[str, Reader] = {
     "ledger": Reader(_ledger, "sqlite", ("SQLite format 3", "CREATE TABLE", "json_valid", "[]", "{}"), 10),
     "ledger resumed": Reader(_resumed, "sqlite", ("SQLite format 3", "CHECK", "rng", "[]"), 30),
     "report of a result": Reader(_report, "json", ("excess", "NaN", "null", "1e999", "</script>", "formula", "{"), 20),
+    "report of a journal": Reader(_report_of_journal, "lines", ("row", "losses", "step", "null", "1e999"), 20),
     "report of a ledger": Reader(_report_of_ledger, "sqlite", ("figures", "loss", "winner", "[]", "{}", "<b>"), 50),
     "archive of allocate": Reader(_archive, "lines", ("levels", "slopes", "values", "NaN", "seconds")),
     "ledger of slim": Reader(
