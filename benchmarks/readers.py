@@ -51,6 +51,9 @@ from gpmetric.pruning.allocation import Allocation, read_allocation
 from gpmetric.pruning.bench_log import BenchLog, BenchRow
 from gpmetric.pruning.output_folder import MANIFEST
 from gpmetric.pruning.recipe import Recipe, read_recipe, recipe_text
+from gpmetric.reporting.blocks import Page
+from gpmetric.reporting.page import render
+from gpmetric.reporting.source import page_of
 from gpmetric.structured.search_log import SearchLog, State
 from gpmetric.targets import parse_target
 from gpmetric.tensor_file import TensorFile
@@ -252,6 +255,30 @@ def _recipe(folder: Path) -> Opened:
     return of_file(path, lambda: read_recipe(path).document(), [recipe_text(one).encode() for one in seeds])
 
 
+def _report(folder: Path) -> Opened:
+    path, results = folder / "a.json", sorted((GOLDEN / "report").glob("*.json"))
+    render(Page("", "", (), ()))  # jinja compiles our templates once, before anything is read
+    return of_file(path, lambda: render(page_of(path)), [one.read_bytes() for one in results])
+
+
+def _report_of_journal(folder: Path) -> Opened:
+    path, journals = folder / "a.jsonl", [*sorted((GOLDEN / "report").glob("*.jsonl")), GOLDEN / "slim.jsonl"]
+    render(Page("", "", (), ()))
+    return of_file(path, lambda: render(page_of(path)), [one.read_bytes() for one in journals])
+
+
+def _report_of_ledger(folder: Path) -> Opened:
+    path, golden = KINDS["ledger"](folder).path, sorted(GOLDEN.glob("*.sqlite"))
+    render(Page("", "", (), ()))
+
+    def read() -> None:
+        for side in ("-wal", "-shm"):
+            path.with_name(path.name + side).unlink(missing_ok=True)
+        render(page_of(path))
+
+    return of_file(path, read, [path.read_bytes(), *(one.read_bytes() for one in golden)])
+
+
 def _allocation(folder: Path) -> Opened:
     path, seeds = folder / "a.json", sorted(GOLDEN.glob("allocation-*.json"))
     return of_file(path, lambda: read_allocation(path).document(), [one.read_bytes() for one in seeds])
@@ -342,6 +369,9 @@ READERS: dict[str, Reader] = {
     "manifest": Reader(manifest, "json", ("files", "../", "slim", "null", "widths"), 5),
     "ledger": Reader(_ledger, "sqlite", ("SQLite format 3", "CREATE TABLE", "json_valid", "[]", "{}"), 10),
     "ledger resumed": Reader(_resumed, "sqlite", ("SQLite format 3", "CHECK", "rng", "[]"), 30),
+    "report of a result": Reader(_report, "json", ("excess", "NaN", "null", "1e999", "</script>", "formula", "{"), 20),
+    "report of a journal": Reader(_report_of_journal, "lines", ("row", "losses", "step", "null", "1e999"), 20),
+    "report of a ledger": Reader(_report_of_ledger, "sqlite", ("figures", "loss", "winner", "[]", "{}", "<b>"), 50),
     "archive of allocate": Reader(_archive, "lines", ("levels", "slopes", "values", "NaN", "seconds")),
     "ledger of slim": Reader(
         _journal("s.jsonl", lambda path: SearchLog(path, {"seed": 1}, resume=True), _fill_slim),

@@ -20,7 +20,7 @@ from gpmetric.errors import GpmetricError, InputError
 from gpmetric.files import checksum, locked
 from gpmetric.plugins import in_use
 
-__all__ = ["Journal", "check_ledger"]
+__all__ = ["Journal", "check_ledger", "read_journal"]
 
 _LOG = logging.getLogger(__name__)
 _SUM = re.compile(rb', "checksum": "([0-9a-f]{16})"}', re.ASCII)  # that ends a line
@@ -198,6 +198,27 @@ class Journal:
 
     def _foreign(self) -> InputError:
         return InputError(f"{self._where} is no ledger of gpmetric {self._command}")
+
+
+def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The settings and the records of a journal as it is now, in use or not; a line that is cut short is left out.
+
+    Raises:
+        OSError: it cannot be read.
+        InputError: it is damaged, or no journal.
+    """
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        record, whole = _unsummed(line)
+        try:
+            if whole is False:
+                raise ValueError("its checksum is another one")
+            found.append(_parsed(record))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InputError(f"{str(path)!r} is damaged at line {number}, or no ledger") from error
+    if not found:
+        raise InputError(f"{str(path)!r} holds no whole line")
+    return found[0], found[1:]
 
 
 def _summed(record: Mapping[str, Any]) -> bytes:

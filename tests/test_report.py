@@ -100,6 +100,36 @@ def test_ledgers_of_every_version(path: Path, tmp_path: Path) -> None:
     assert_self_contained(content)
 
 
+@pytest.mark.parametrize(
+    ("path", "sections", "told"),
+    [
+        (GOLDEN / "report" / "bench.jsonl", ["rows"], "8 rows of a bench are measured"),
+        (GOLDEN / "report" / "tune.jsonl", ["convergence", "candidates", "provenance"], "recipes are measured"),
+        (GOLDEN / "slim.jsonl", ["convergence", "provenance"], "The search is at step "),
+    ],
+    ids=lambda value: value.stem if isinstance(value, Path) else None,
+)
+def test_files_of_searches(path: Path, sections: list[str], told: str, tmp_path: Path) -> None:
+    found, content = page(path, tmp_path)
+    assert found["sections"] == sections
+    assert told in found["verdict"]
+    assert_self_contained(content)
+
+
+def test_files_of_searches_that_cannot_be_shown(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds nothing to show: the --json of its command has more"):
+        report(GOLDEN / "allocate.jsonl", output=tmp_path / "page.html")
+    content = (GOLDEN / "report" / "bench.jsonl").read_text()
+    (tmp_path / "a.jsonl").write_text(content.replace("27.7", "17.7"))
+    with pytest.raises(InputError, match=r"a\.jsonl' is damaged at line 2"):
+        report(tmp_path / "a.jsonl", output=tmp_path / "page.html")
+    (tmp_path / "a.jsonl").write_text(content[:1000])  # cut short while it was written
+    assert "3 rows" in report(tmp_path / "a.jsonl", output=tmp_path / "page.html")["verdict"]
+    (tmp_path / "a.jsonl").write_text("{}")
+    with pytest.raises(InputError, match="holds no whole line"):
+        report(tmp_path / "a.jsonl", output=tmp_path / "page.html")
+
+
 def assert_self_contained(content: str) -> None:
     """Nothing outside is named, the policy allows exactly the script and style that are there, ids are unique."""
     read = Reader(content)

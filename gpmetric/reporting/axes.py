@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-__all__ = ["HEIGHT", "WIDTH", "Axis", "framed", "number", "ticks"]
+__all__ = ["Axis", "across_at", "framed", "number", "ticks", "up_at"]
 
-WIDTH, HEIGHT = 540.0, 340.0
-LEFT, RIGHT, TOP, BOTTOM = 62.0, 14.0, 14.0, 50.0
+_WIDTH, _HEIGHT = 540.0, 340.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 14.0, 14.0, 50.0  # margins
 _TICKS = 5
 
 
@@ -58,40 +58,42 @@ def framed(across: Axis, up: Axis, content: Markup, title: str, *, live: bool = 
     """A drawing of so many axes around its content; a live one holds links, a still one is a picture."""
     parts = [
         Markup('<svg class="frame" viewBox="0 0 {} {}" role="{}" aria-label="{}">').format(
-            number(WIDTH), number(HEIGHT), "group" if live else "img", title
+            number(_WIDTH), number(_HEIGHT), "group" if live else "img", title
         )
     ]
     for value in ticks(up):
         y = up_at(up, value)
         parts.append(
             Markup('<path class="grid" d="M{} {}H{}"/><text class="tick end" x="{}" y="{}">{}</text>').format(
-                number(LEFT), number(y), number(WIDTH - RIGHT), number(LEFT - 8), number(y + 4), tick(value)
+                number(_LEFT), number(y), number(_WIDTH - _RIGHT), number(_LEFT - 8), number(y + 4), _tick(value)
             )
         )
     for value in ticks(across):
         x = across_at(across, value)
         parts.append(
             Markup('<path class="grid" d="M{0} {1}V{2}"/><text class="tick mid" x="{0}" y="{3}">{4}</text>').format(
-                number(x), number(TOP), number(HEIGHT - BOTTOM), number(HEIGHT - BOTTOM + 18), tick(value)
+                number(x), number(_TOP), number(_HEIGHT - _BOTTOM), number(_HEIGHT - _BOTTOM + 18), _tick(value)
             )
         )
-    middle = (TOP + HEIGHT - BOTTOM) / 2
+    middle = (_TOP + _HEIGHT - _BOTTOM) / 2
     parts.append(
         Markup(
             '<text class="axis mid" x="{}" y="{}">{}</text>'
             '<text class="axis mid" transform="translate(14 {}) rotate(-90)">{}</text>'
-        ).format(number((LEFT + WIDTH - RIGHT) / 2), number(HEIGHT - 8), across.label, number(middle), up.label)
+        ).format(number((_LEFT + _WIDTH - _RIGHT) / 2), number(_HEIGHT - 8), across.label, number(middle), up.label)
     )
     return Markup("").join([*parts, content, Markup("</svg>")])
 
 
 def across_at(axis: Axis, value: float) -> float:
-    return LEFT + axis.place(value) * (WIDTH - LEFT - RIGHT)
+    """Where a value is, from the left."""
+    return _LEFT + axis.place(value) * (_WIDTH - _LEFT - _RIGHT)
 
 
 def up_at(axis: Axis, value: float) -> float:
-    return HEIGHT - BOTTOM - axis.place(value) * (HEIGHT - TOP - BOTTOM)
+    """Where a value is, from the top."""
+    return _HEIGHT - _BOTTOM - axis.place(value) * (_HEIGHT - _TOP - _BOTTOM)
 
 
-def tick(value: float) -> str:
+def _tick(value: float) -> str:
     return f"{value:.6g}".replace("-", "\N{MINUS SIGN}")

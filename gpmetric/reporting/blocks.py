@@ -68,6 +68,7 @@ class Table(Block):
     """
 
     kind: ClassVar[str] = "table"
+    shown: ClassVar[int] = 500  # rows
     caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]

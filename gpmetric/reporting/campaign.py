@@ -16,26 +16,27 @@ from gpmetric.evolution.selection import Individual
 from gpmetric.evolution.status import ranked, state_of
 from gpmetric.metrics import BASELINES, masks_only
 
-__all__ = ["Campaign", "Entry", "best_entry", "entries_of", "of_ledger", "of_result"]
+__all__ = ["Campaign", "Entry", "best_entry", "best_formula", "entries_of", "of_ledger", "of_result"]
 
 _RUNNING = ("running", "elsewhere")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A formula or baseline with its excess by target; None on a split where it is not known.
+    """A formula or baseline with its excess by target and split, and what it was searched by; None where not known.
 
     `kind` is winner, formula, baseline, or solver: a baseline that updates weights where the campaign does not.
     """
 
     name: str
     kind: str
+    searched: Mapping[str, float] | None = None
     search: Mapping[str, float] | None = None
     validation: Mapping[str, float] | None = None
     test: Mapping[str, float] | None = None
 
     def mean(self, split: str) -> float:
-        """Mean excess on a split; NaN where it is not known or not finite."""
+        """Mean of one of these; NaN where it is not known or not finite."""
         figures = getattr(self, split)
         if not figures or not all(isinstance(one, (int, float)) for one in figures.values()):
             return math.nan
@@ -82,6 +83,24 @@ class Campaign:
         return list(dict.fromkeys(found))
 
     @property
+    def objective(self) -> str:
+        """What candidates are compared by, a key of OBJECTIVES."""
+        return str(self.result.get("objective", self.settings.get("objective", "kl")))
+
+    @property
+    def measure(self) -> str:
+        """The objective in words."""
+        return {"kl": "mean divergence", "loss": "mean excess"}.get(
+            self.objective, f"mean {self.objective}"
+        ) + self.unit
+
+    @property
+    def unit(self) -> str:
+        """Of excess and divergence, behind a comma."""
+        several = len(self.settings.get("models", ())) > 1 or not isinstance(self.result.get("model", ""), str)
+        return " over wanda's" if several else ", nats per token"
+
+    @property
     def update(self) -> str:
         return str(self.result.get("update", self.settings.get("update", "none")))
 
@@ -119,12 +138,13 @@ def of_result(document: Mapping[str, Any]) -> Campaign:
 def entries_of(campaign: Campaign) -> list[Entry]:
     """The winner, the front and the baselines, each once, the winner first."""
     result, update = campaign.result, campaign.update
-    searched: dict[str, Any] = {one.text: one.excess for one in campaign.front}
-    searched |= {name: one.excess for name, one in campaign.named.items()}
+    found = {one.text: one for one in campaign.front} | dict(campaign.named)
+    excess: dict[str, Any] = {name: one.excess for name, one in found.items()}
+    searched: dict[str, Any] = {name: one.searched for name, one in found.items()}
     validation: dict[str, Any] = dict(_on("validation", campaign.held_out))
     tested: dict[str, Any] = {}
     for row in result.get("front", ()):
-        searched[row["formula"]] = row["excess"]
+        excess[row["formula"]], searched[row["formula"]] = row["excess"], row[campaign.objective]
         if row["validation"] is not None:
             validation[row["formula"]] = row["validation"]
     for name, row in result.get("baselines", {}).items():
@@ -133,12 +153,15 @@ def entries_of(campaign: Campaign) -> list[Entry]:
     if winner is not None:
         tested[winner], validation[winner] = result["winner"]["excess"], result["winner"]["validation"]
     same = {one.text for one in campaign.named.values()}  # of the front, baselines by their formulas
-    names = dict.fromkeys([*([winner] if winner else []), *searched, *validation, *tested])
+    names = dict.fromkeys([*([winner] if winner else []), *excess, *validation, *tested])
     return [
-        Entry(name, _kind(name, winner, update), searched.get(name), validation.get(name), tested.get(name))
+        Entry(
+            name, _kind(name, winner, update), searched.get(name), excess.get(name), validation.get(name),
+            tested.get(name),
+        )
         for name in names
         if name == winner or name not in same or name in BASELINES
-    ]
+    ]  # fmt: skip
 
 
 def _kind(name: str, winner: str | None, update: str) -> str:
@@ -164,3 +187,10 @@ def best_entry(entries: Sequence[Entry], kinds: Sequence[str], split: str) -> En
     """The lowest of these kinds on a split, if one is known there."""
     found = [one for one in entries if one.kind in kinds and math.isfinite(one.mean(split))]
     return min(found, key=lambda one: one.mean(split), default=None)
+
+
+def best_formula(entries: Sequence[Entry]) -> Entry | None:
+    """The first of the front that was found, or the winner."""
+    return next(
+        (one for one in entries if one.kind in ("winner", "formula") and math.isfinite(one.mean("search"))), None
+    )

@@ -7,18 +7,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gpmetric.errors import InputError
+from gpmetric.files import checksum
 from gpmetric.formats.request import ExportRequest
 from gpmetric.options import command_line
 from gpmetric.pruning.requests import PruneRequest
 from gpmetric.reporting.blocks import Copies, Figure, Panel, Panels, Section, Table, Winner, told
-from gpmetric.reporting.campaign import Campaign, Entry, best_entry
+from gpmetric.reporting.campaign import Campaign, Entry, best_formula
 from gpmetric.reporting.charts import Line, Point, points
 from gpmetric.reporting.formula import FormulaView, view_formula
 
-__all__ = ["UNIT", "front_section", "winner_section"]
+__all__ = ["front_section", "winner_section"]
 
 _SHOWN = 60  # formulas of a front that have a panel
-UNIT = "mean excess, nats per token"
 _KEY = (
     ("winner", "the winner"), ("formula", "found formulas"), ("baseline", "baselines"),
     ("solver", "baselines that update weights"),
@@ -28,7 +28,7 @@ _KEY = (
 def winner_section(campaign: Campaign, entries: Sequence[Entry]) -> Iterator[Section]:
     result = campaign.result
     better = result.get("better", True) and "winner" in result
-    best = entries[0] if better and entries else best_entry(entries, ("formula",), "search")
+    best = entries[0] if better and entries else best_formula(entries)
     if best is None:
         return
     formula = view_formula(best.name)
@@ -74,20 +74,24 @@ def _pruning(campaign: Campaign, entry: Entry) -> PruneRequest | None:
 
 def front_section(campaign: Campaign, entries: Sequence[Entry]) -> Iterator[Section]:
     """Excess over the size of the formula, on validation and on the search text, with a panel for each point."""
-    shown = sorted(entries, key=lambda one: (one.kind != "winner", _finite_or(one.mean("search"))))
+    shown = sorted(entries, key=lambda one: (one.kind != "winner", _finite_or(one.mean("searched"))))
     formulas = [one for one in shown if one.kind in ("winner", "formula")][:_SHOWN]
     shown = [*formulas, *(one for one in shown if one.kind in ("baseline", "solver"))]
     views = {one.name: view_formula(one.name) for one in shown}
     shown = [one for one in shown if views[one.name].nodes is not None]
-    ids = {one.name: f"point-{place}" for place, one in enumerate(shown)}
+    # the same on every page of a campaign, so that one that is live goes on with what is selected
+    ids = {one.name: f"point-{checksum(one.name.encode())}" for one in shown}
     figures = []
-    for split, words in (("validation", "On the validation text"), ("search", "On the search text")):
+    for split, words, measure in (
+        ("validation", "On the validation text", f"mean excess{campaign.unit}"),
+        ("searched", "On the search text", campaign.measure),
+    ):
         spots = [
             Point(one.name, one.kind, float(views[one.name].nodes or 0), one.mean(split), ids[one.name])
             for one in shown
         ]
         drawn = points(
-            f"{words}: mean excess over nodes of the formula", "nodes of the formula", UNIT, spots,
+            f"{words}: {measure}, over nodes of the formula", "nodes of the formula", measure, spots,
             [Line("the front", "front", _staircase(spots), steps=True)], whole=True,
         )  # fmt: skip
         if drawn and any(one.kind in ("formula", "winner") and math.isfinite(one.y) for one in spots):

@@ -182,7 +182,9 @@ def differences(title: str, found: Sequence[float], interval: tuple[float, float
         place = across_at(axis, value)
         kind = "mid" if value == 0 else "end" if value == axis.high else ""
         parts.append(
-            Markup('<text class="tick {}" x="{}" y="88">{:+.3g}</text>').format(kind, number(place), value)
+            Markup('<text class="tick {}" x="{}" y="88">{}</text>').format(
+                kind, number(place), f"{value:+.3g}" if value else "0"
+            )
             if value == 0 or abs(value) > 0.2 * (axis.high - axis.low)
             else Markup("")
         )

@@ -60,10 +60,10 @@ def view_formula(text: str) -> FormulaView:
     operands = tuple((name, OPERANDS[name].meaning) for name in form.operands)
     # of our own source text alone: names of operands and primitives, and numbers
     mathematics = Markup(convert(latex, display="block"))
-    return FormulaView(text, metric.granularity, len(form), mathematics, latex, draw_tree(form), operands)
+    return FormulaView(text, metric.granularity, len(form), mathematics, latex, _tree_of(form), operands)
 
 
-def draw_tree(form: Expression) -> Markup:
+def _tree_of(form: Expression) -> Markup:
     """The tree of a formula as SVG, the root at the top."""
     children = [form.children(index) for index in range(len(form))]
     depth, across, leaves = [0] * len(form), [0.0] * len(form), 0

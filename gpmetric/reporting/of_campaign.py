@@ -8,8 +8,8 @@ from typing import Any
 
 from gpmetric.evolution.fitness import mean_excess
 from gpmetric.reporting.blocks import Candidates, Figure, Page, Section, Table, told
-from gpmetric.reporting.campaign import Campaign, Entry, best_entry, entries_of
-from gpmetric.reporting.campaign_front import UNIT, front_section, winner_section
+from gpmetric.reporting.campaign import Campaign, Entry, best_entry, best_formula, entries_of
+from gpmetric.reporting.campaign_front import front_section, winner_section
 from gpmetric.reporting.charts import Line, bars, differences, lines
 from gpmetric.reporting.provenance import provenance
 
@@ -65,12 +65,13 @@ def _so_far(campaign: Campaign, entries: Sequence[Entry]) -> str:
              "stopped": "was stopped", "finished": "is finished"}[campaign.state]  # fmt: skip
     paid, generations = campaign.counts.get("paid", 0), campaign.generations
     found = f"The campaign {state} after {generations:,} generations and {paid:,} evaluations"
-    best = best_entry(entries, ("formula", "winner"), "search")
+    best = best_formula(entries)
     if best is None:
         return f"{found}; no formula is measured yet."
     bar = best_entry(entries, ("baseline",), "search")
-    beside = "" if bar is None else f", {bar.name}, the best baseline, {bar.mean('search'):.4f}"
-    return f"{found}; on the search text, its best formula {best.name} has {best.mean('search'):.4f}{beside}."
+    beside = "" if bar is None else f", {bar.name}, the best baseline, one of {bar.mean('search'):.4f}"
+    mine = f"its best formula {best.name} has a mean excess of {best.mean('search'):.4f}"
+    return f"{found}; on the search text, {mine}{beside}."
 
 
 def _against(result: Mapping[str, Any]) -> tuple[float, str, float]:
@@ -87,7 +88,7 @@ def _tiles(campaign: Campaign, entries: Sequence[Entry]) -> Iterator[tuple[str, 
         mine, rival, theirs = _against(result)
         yield f"mean excess of {'the winner' if result.get('better', True) else 'the best baseline'}", told(mine)
         yield f"mean excess of {rival}", told(theirs)
-    elif (best := best_entry(entries, ("formula",), "search")) is not None:
+    elif (best := best_formula(entries)) is not None:
         yield "best mean excess on the search text", told(best.mean("search"))
     yield "evaluations paid for", told(counts.get("paid", 0))
     yield "formulas drawn", told(counts.get("drawn", 0))
@@ -138,7 +139,7 @@ def _tested(campaign: Campaign, entries: Sequence[Entry]) -> Iterator[Section]:
     yield Section(
         "test",
         "On the test text",
-        [Figure(drawn, "Mean excess log-loss, nats per token; less is better."), table],
+        [Figure(drawn, f"Mean excess log-loss{campaign.unit}; less is better."), table],
         note,
     )
 
@@ -148,11 +149,11 @@ def _finite(value: float | None) -> float:
 
 
 def _convergence(campaign: Campaign) -> Iterator[Section]:
-    """The best of each generation and until then, on the search text."""
+    """The best of each generation and until then, by what candidates are compared by."""
     by_generation: dict[int, float] = {}
     for row in campaign.evaluations:
-        if row.losses:
-            mean = mean_excess(row.losses)
+        if figures := row.figures.get(campaign.objective):
+            mean = mean_excess(figures)
             by_generation[row.generation] = min(mean, by_generation.get(row.generation, math.inf))
     if not by_generation:
         return
@@ -161,12 +162,11 @@ def _convergence(campaign: Campaign) -> Iterator[Section]:
     for generation, mean in each:
         best = min(best, mean)
         falling.append((generation, best))
-    rivals = {name: mean_excess(one.excess) for name, one in campaign.named.items()}
+    rivals = {name: mean_excess(one.searched) for name, one in campaign.named.items()}
     level = min(((name, mean) for name, mean in rivals.items()), key=lambda one: one[1], default=None)
     drawn = [Line("best of a generation", "each", each), Line("best so far", "best", falling, steps=True)]
-    svg = lines(
-        f"Best mean excess by generation, from {each[0][1]:.4f} to {best:.4f}", "generation", UNIT, drawn, level
-    )
+    words = f"Best {campaign.measure} by generation, from {each[0][1]:.4f} to {best:.4f}"
+    svg = lines(words, "generation", campaign.measure, drawn, level)
     key = [
         ("best", "best so far"),
         ("each", "best of the generation"),

@@ -19,7 +19,7 @@ class ReportRequest(Extensible, Common):
     source: Annotated[
         Path,
         Option(
-            "A campaign's ledger, in use or not, or the --json of discover, bench, allocate, prune, slim or tune.",
+            "A ledger of discover, bench, slim or tune, in use or not, or the --json of these, of allocate or prune.",
             metavar="LEDGER|JSON", argument=True, reads=True,
         ),
     ]  # fmt: skip

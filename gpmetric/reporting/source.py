@@ -9,16 +9,18 @@ from typing import Any
 
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.files import read_object
+from gpmetric.journal import read_journal
 from gpmetric.reporting.blocks import Page
 from gpmetric.reporting.campaign import of_ledger, of_result
 from gpmetric.reporting.of_bench import bench_page, tuned_page
 from gpmetric.reporting.of_campaign import campaign_page
+from gpmetric.reporting.of_journal import journal_page
 from gpmetric.reporting.of_pruned import allocation_page, pruned_page, slimmed_page
 
 __all__ = ["page_of"]
 
 _LARGEST = 2**27  # bytes of a result
-_ACCEPTED = "a campaign's ledger, or what discover, bench, allocate, prune, slim or tune wrote by --json"
+_ACCEPTED = "a ledger of discover, or what discover, bench, allocate, prune, slim or tune wrote by --json"
 _SQLITE = b"SQLite format 3\0"
 # keys of a result -> the page of it
 _PAGES: dict[frozenset[str], Callable[[Mapping[str, Any]], Page]] = {
@@ -61,7 +63,11 @@ def _of_document(path: Path, where: str, size: int) -> Page:
     if size > _LARGEST:
         raise InputError(f"{where} has {size:,} bytes, more than {_LARGEST:,}: {_ACCEPTED} is wanted")
     try:
+        if path.suffix == ".jsonl":
+            return journal_page(path.name, *read_journal(path))
         document = read_object(path)
+    except InputError:
+        raise
     except (GpmetricError, OSError) as error:
         raise InputError(f"{error}: {_ACCEPTED} is wanted") from error
     for keys, made in _PAGES.items():

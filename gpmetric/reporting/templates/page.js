@@ -77,9 +77,10 @@
       next.focus();
     });
   }
+  const before = session && document.body.dataset.live ? session.getItem("gpmetric-point") : "";
   const first = find(".panel.on")[0];
   if (first) select(first.id);
-  if (session && document.body.dataset.live) select(session.getItem("gpmetric-point") || "");
+  if (before) select(before);
   if (location.hash) select(location.hash.slice(1));
 
   const data = document.getElementById("rows");
@@ -87,7 +88,7 @@
     const { rows, total, what, ...given } = JSON.parse(data.textContent), body = document.querySelector("#candidate-rows tbody");
     const heads = find("#candidate-rows thead th"), search = document.getElementById("search");
     const more = document.getElementById("more"), found = document.getElementById("found");
-    const STEP = 50;
+    const STEP = 20;
     let order = rows, shownRows = 0, sorted = given.sorted, falling = false;
     const cell = (value, at) => {
       const made = document.createElement(at ? "td" : "th");
@@ -131,7 +132,7 @@
     }));
     search.addEventListener("input", show);
     search.form.addEventListener("submit", (event) => event.preventDefault());
-    more.addEventListener("click", () => add(4 * STEP));
+    more.addEventListener("click", () => add(10 * STEP));
     if (session && document.body.dataset.live && session.getItem("gpmetric-candidates")) {
       [search.value, sorted, falling] = JSON.parse(session.getItem("gpmetric-candidates"));
     }
