@@ -27,9 +27,10 @@ from gpmetric.loading import load_model
 from gpmetric.options import make_request
 from gpmetric.pruning import prune as module
 from gpmetric.pruning import unfinished as folders
+from gpmetric.pruning.listeners import PruneListener
 from gpmetric.pruning.output_folder import MANIFEST
 from gpmetric.pruning.protocol import Walk
-from gpmetric.pruning.prune import PruneListener, prune
+from gpmetric.pruning.prune import prune
 from gpmetric.pruning.recipe import Recipe, write_recipe
 from gpmetric.pruning.requests import PruneRequest
 from gpmetric.pruning.unfinished import Record, unfinished

@@ -19,7 +19,7 @@ from gpmetric import cli
 from gpmetric.pruning.bench import BenchRow
 from gpmetric.pruning.requests import BenchRequest
 from gpmetric.pruning.win_loss import win_loss
-from gpmetric.terminal.tables import print_bench
+from gpmetric.terminal.bench import print_bench
 
 FORMULA = "abs(W)*[X]"  # no formula, but markup to rich
 Excess = Mapping[str, tuple[float, ...]]  # by metric, one for each target

@@ -16,6 +16,7 @@ from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.options import as_function
 from gpmetric.pruning.allocation import Allocation, check_allocation, mean_sparsity, read_allocation
 from gpmetric.pruning.checkpoint import CheckpointWriter, stored_layers, write_masks
+from gpmetric.pruning.listeners import PruneListener
 from gpmetric.pruning.output_folder import MANIFEST, check_folder, file_digest
 from gpmetric.pruning.protocol import Protocol, Rule, check_targets
 from gpmetric.pruning.recipe import Recipe, read_recipe
@@ -26,25 +27,16 @@ from gpmetric.pruning.verify import verify_files
 from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
+from gpmetric.session.listeners import Progress
 from gpmetric.session.memory import retried
-from gpmetric.session.session import Listener, Progress, Session, open_session
+from gpmetric.session.session import Session, open_session
 from gpmetric.session.work import Work
 from gpmetric.targets import Target, parse_target
 from gpmetric.tensor_file import weight_bytes
 
 RECIPE = "recipe.toml"  # in the checkpoint that was made by one
 
-__all__ = ["RECIPE", "PruneListener", "prune", "prune_work", "run_prune"]
-
-
-class PruneListener(Listener):
-    """What pruning tells while it runs; every method may be overridden."""
-
-    def resumed(self, block: int, blocks: int) -> None:
-        """A command that was killed is gone on with at a block, counted from 0."""
-
-    def other_use(self, made_for: Mapping[str, str], used: Mapping[str, str]) -> None:
-        """The allocation was made for another formula, update or fit than it is used with."""
+__all__ = ["RECIPE", "prune", "prune_work", "run_prune"]
 
 
 def run_prune(
@@ -88,7 +80,9 @@ def run_prune(
         _check_calibration(recipe, request, session)
     rule = _rule(session, request, allocation)
     targets = {layer.name: rule.target(layer.name) for layer in session.model.layers}
-    protocol = Protocol(session, one_shot=request.one_shot, progress=deadline.watching(told.progress))
+    protocol = Protocol(
+        session, one_shot=request.one_shot, progress=deadline.watching(told.progress), passed=told.progress
+    )
     made = _made(session, request, rule, targets, recipe)
     if allocation is not None:
         used = {name: made[name] for name in ("formula", "update", "fit")}
@@ -225,7 +219,6 @@ def _prune_blocks(
             told_layer = writer.write_layer(layer, pruned.get(layer.name), moved)
             layers.append(told_layer | ({"starved": True} if layer.name in starved else {}))
         moves += writer.write_moves(moved, blocks[index].layers)
-        told.progress("blocks", index + 1, len(blocks))
         before, spent = (now := deadline.now()), now - before
         over = deadline.left < spent  # the next one would not end in time
         if (partial.due or over) and index + 1 < len(blocks):

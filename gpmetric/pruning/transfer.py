@@ -12,7 +12,8 @@ from typing import Any
 
 from gpmetric.catalogue import CATALOGUE, EVIDENCE, PREFIX
 from gpmetric.errors import GpmetricError
-from gpmetric.pruning.bench import BenchListener, bench_work, first_failure, run_bench
+from gpmetric.pruning.bench import bench_work, first_failure, run_bench
+from gpmetric.pruning.listeners import BenchListener
 from gpmetric.pruning.requests import BESIDE, CatalogueRequest
 from gpmetric.session.session import Session
 from gpmetric.session.work import Work

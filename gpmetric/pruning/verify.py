@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,11 +13,11 @@ from torch import Tensor
 
 from gpmetric.blockwise.couplings import in_order
 from gpmetric.data import STDIN
-from gpmetric.errors import DataError, GpmetricError, InputError
+from gpmetric.errors import DataError, GpmetricError, InputError, TimeOverError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.files import read_object
-from gpmetric.loading import check_path, load_model, pick_device
-from gpmetric.models import Model
+from gpmetric.loading import check_path, load_model, open_model, pick_device, prepare_model
+from gpmetric.models import Model, Told
 from gpmetric.options import as_function
 from gpmetric.pruning.checkpoint import FOREIGN_KEYS, is_finite, stored_layers, tensors
 from gpmetric.pruning.manifest import LayerRecord, Manifest, read_manifest
@@ -27,8 +28,8 @@ from gpmetric.pruning.taken_over import lacking_code
 from gpmetric.pruning.verify_experts import are_there, by_tensor, expert_differences, pieces_of
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
+from gpmetric.session.listeners import Listener, Progress
 from gpmetric.session.plan import Plan, make_plan
-from gpmetric.session.session import Listener, Progress
 from gpmetric.session.splits import open_text, read_windows
 from gpmetric.session.work import Work
 from gpmetric.stored_experts import gathered
@@ -94,15 +95,20 @@ def verify_files(
     zeros: dict[str, int] = {}
     found: float | None = None
     try:
-        problems += _file_problems(path, manifest, digests)
-        problems += _tensor_problems(path, manifest, zeros)
+        problems += _file_problems(path, manifest, digests, partial(progress, "files"))
+        problems += _tensor_problems(path, manifest, zeros, partial(progress, "tensors"))
         if dense is not None:
-            problems += _differences(path, manifest, dense)
+            problems += _differences(path, manifest, dense, partial(progress, "tensors beside the dense ones"))
         chosen = {"include": manifest.include, "exclude": manifest.exclude}
-        model = load_model(str(path), device=request.device, dtype=manifest.dtype, resident=False, **chosen)
+        progress("opening the model", 0, 1)
+        model = open_model(str(path), device=request.device, dtype=manifest.dtype, **chosen)
+        progress("opening the model", 1, 1)
+        model = prepare_model(model, resident=False, progress=progress)
         problems += _slim_problems(model, manifest, tensors(path))
         problems += _list_problems(model, manifest)
         windows = _windows(model, manifest) if windows is None else windows
+    except TimeOverError:
+        raise
     except (GpmetricError, OSError, ValueError, KeyError, TypeError) as error:
         problems.append(f"the checkpoint cannot be read: {error}")
         windows = None
@@ -195,9 +201,17 @@ def _unchecked(manifest: Manifest, against: str | None, found: float | None) -> 
         yield f"kept weights of pruned layers: --update {manifest.update} changed them"
 
 
-def _file_problems(folder: Path, manifest: Manifest, digests: bool) -> Iterator[str]:
+def _in_turn(items: Mapping[str, Any], told: Told) -> Iterator[tuple[str, Any]]:
+    """The items of a mapping, each told of before it is taken up."""
+    for done, item in enumerate(items.items()):
+        told(done, len(items))
+        yield item
+    told(len(items), len(items))
+
+
+def _file_problems(folder: Path, manifest: Manifest, digests: bool, told: Told) -> Iterator[str]:
     present = set(files_of(folder))
-    for name, digest in manifest.files.items():
+    for name, digest in _in_turn(manifest.files, told):
         if name not in present:
             yield f"{name} is missing"
         elif (folder / name).is_symlink() or (digests and file_digest(folder / name) != digest):
@@ -212,7 +226,7 @@ def _file_problems(folder: Path, manifest: Manifest, digests: bool) -> Iterator[
             yield f"{place} is a folder that was not written with the others"
 
 
-def _tensor_problems(folder: Path, manifest: Manifest, zeros: dict[str, int]) -> Iterator[str]:
+def _tensor_problems(folder: Path, manifest: Manifest, zeros: dict[str, int], told: Told) -> Iterator[str]:
     """Tensors that are missing or not finite, and layers that are not what they should be; counts their zeros."""
     config = read_object(folder / "config.json")
     yield from (f"config.json has a {key}" for key in FOREIGN_KEYS if key in config)
@@ -220,7 +234,7 @@ def _tensor_problems(folder: Path, manifest: Manifest, zeros: dict[str, int]) ->
     places = tensors(folder)
     yield from (f"tensor {name} is missing" for name in manifest.tensors if name not in places)
     yield from (f"tensor {name} is not in the manifest" for name in places if name not in manifest.tensors)
-    for name, file in places.items():
+    for name, file in _in_turn(places, told):
         if not all(is_finite(piece) for piece in file.pieces(name)):
             yield f"tensor {name} holds NaN or infinity"
     for layer in manifest.layers:
@@ -299,13 +313,13 @@ def _too_full(gone: Tensor, target: Target) -> int:
     return found
 
 
-def _differences(folder: Path, manifest: Manifest, dense: Path) -> Iterator[str]:
+def _differences(folder: Path, manifest: Manifest, dense: Path, told: Told) -> Iterator[str]:
     """Tensors that pruning should have left alone, dtype included."""
     layers = {layer.tensor: layer for layer in manifest.layers if not layer.pieces}
     written, there = tensors(folder), tensors(dense)
     whole = [one for one in manifest.layers if are_there(one.pieces, one.shape, written)]
     experts = by_tensor({one.name: (one.pieces, _only_masked(manifest, one)) for one in whole})
-    for name, file in written.items():
+    for name, file in _in_turn(written, told):
         if name not in there:
             yield f"tensor {name} is not in {str(dense)!r}"
             continue
