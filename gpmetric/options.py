@@ -258,7 +258,7 @@ def read_by(request: Request) -> str:
 
 def command_line(command: str, request: Request) -> str:
     """What asks a shell for the same request; options that are at their defaults are left out."""
-    words = ["gpmetric", command]
+    words = ["gpmetric", *command.split()]
     for field in described(type(request)):
         value, option = getattr(request, field.name), field.option
         if value == field.default:

@@ -192,7 +192,7 @@ def test_json_alone_on_standard_output(
 def test_evaluate(run: Run, tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
     outcome = run("evaluate", tiny_llama, "--text", tiny_text, "--windows", "3", "--json", tmp_path / "x.json")
     result = json.loads((tmp_path / "x.json").read_text())
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, outcome.err) == (0, f"next: gpmetric layers {tiny_llama}\n")
     assert outcome.out.startswith(f"{tiny_text}: perplexity {result['ppl'][str(tiny_text)]:.4f}\n")
     assert (result["windows"], result["tokens"], result["sequence_length"]) == (3, 3 * 64, 64)
 
@@ -269,9 +269,9 @@ def test_the_verdict_is_shown(verdict: dict[str, Any]) -> None:
     assert "perplexity on test, a, b, dense (a 12.000, b 23.000)" in text
     assert "winner: layer:abs(W)*G\nbest without gradients: abs(W)*sqrt(X)\n" in text
     [row] = [line for line in text.splitlines() if "0.4321" in line]
-    assert row.split("│")[1].strip() == "best without gradients"
+    assert row.split("│")[2].strip() == "best without gradients"
     [row] = [line for line in text.splitlines() if "0.4123" in line]
-    assert row.split("│")[1].strip() == "layer:wanda"
+    assert row.split("│")[2].strip() == "layer:wanda"
     assert "no confidence interval: 1 of 3 draws fitted into the time" in text
 
 
@@ -301,7 +301,7 @@ def test_generations_are_shown() -> None:
         text = console.file.getvalue()  # type: ignore[attr-defined]
         assert "dense: search (a 12.000, b 23.000)" in text
         assert "a 0.5" in text
-        rows = {line for line in text.splitlines() if line.startswith("│ 0.3750")}
+        rows = {line for line in text.splitlines() if line.startswith("│ ") and " 0.3750 " in line}
         assert len(rows) == min(len(front), 12)
         assert sum("\x1b[1mabs(W)*X" in row for row in rows) == 1
         assert sum("\x1b[1m" in row for row in rows) == 1

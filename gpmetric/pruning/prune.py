@@ -212,6 +212,7 @@ def _prune_blocks(
     walk = protocol.walk([rule], [one.tokens for one in session.evaluated], writer.dtypes)
     if record.block:
         walk.restore(record.block, partial.state())
+    told.progress("blocks", record.block, len(blocks))
     before = deadline.now()
     for index, (pruned,) in walk:
         (moved,), starved = walk.moves(), session.starved | session.starved_pruned
@@ -219,6 +220,7 @@ def _prune_blocks(
             told_layer = writer.write_layer(layer, pruned.get(layer.name), moved)
             layers.append(told_layer | ({"starved": True} if layer.name in starved else {}))
         moves += writer.write_moves(moved, blocks[index].layers)
+        told.progress("blocks", index + 1, len(blocks))
         before, spent = (now := deadline.now()), now - before
         over = deadline.left < spent  # the next one would not end in time
         if (partial.due or over) and index + 1 < len(blocks):

@@ -15,6 +15,7 @@ from rich.table import Column
 
 from gpmetric.plain import plain
 from gpmetric.terminal.figures import duration
+from gpmetric.terminal.figures import size as told_size
 from gpmetric.terminal.text import Text
 
 __all__ = ["QUIET", "Bars", "opening"]
@@ -88,8 +89,7 @@ class Bars:
 
     def stores(self, what: str, folder: Path, size: int) -> None:
         if size > _LARGE:
-            told = f"{what}: {size / 1e9:.2g} GB go to {folder}"
-            self._console.print(Text(told), soft_wrap=True)
+            self._console.print(Text(f"{what}: {told_size(size)} go to {folder}"), soft_wrap=True)
 
     def _forget(self) -> None:
         """Takes away what is unfinished of the steps before."""

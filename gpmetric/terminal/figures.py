@@ -17,6 +17,7 @@ __all__ = [
     "or_dash",
     "recipe_name",
     "shortened",
+    "size",
 ]
 
 
@@ -49,12 +50,17 @@ def figure(ppl: float | Mapping[str, float] | None) -> str:
     return f"{ppl:.3f}" if isinstance(ppl, float) else f"({figures_of(ppl)})"
 
 
+def size(count: float) -> str:
+    """Bytes in the unit that reads best."""
+    return f"{count / 1e9:.2g} GB" if count >= 1e9 else f"{math.ceil(count / 1e6)} MB"
+
+
 def needs_of(plan: Mapping[str, Any]) -> str:
     """What a command takes: memory, disk and time, and how the model is held."""
-    disk = f", {plan['disk_bytes'] / 1e9:.2g} GB of disk" if plan["disk_bytes"] else ""
+    disk = f", {size(plan['disk_bytes'])} of disk" if plan["disk_bytes"] else ""
     held = "" if plan["resident"] else "; weights are read block by block"
     held += "; weights at all levels are in files" if plan["aside"] else ""
-    return f"needs about {plan['memory_bytes'] / 1e9:.2g} GB of memory{disk}, about {duration(plan['seconds'])}{held}"
+    return f"needs about {size(plan['memory_bytes'])} of memory{disk}, about {duration(plan['seconds'])}{held}"
 
 
 def experts_of(experts: Mapping[str, Any]) -> str:
