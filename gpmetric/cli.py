@@ -192,8 +192,8 @@ for _name, _command in COMMANDS.items():
     _group, _, _own = _name.rpartition(" ")
     _add(_groups[_group] if _group else app, _own, _command)
     if _command.work is not None:
-        _runs = {"run": partial(plan_command, work=_command.work), "next": partial(after_plan, name=_name)}
-        _add(_planned, _name, replace(_command, **_runs, **_PLANNED))
+        _run_plan, _after = partial(plan_command, work=_command.work), partial(after_plan, name=_name)
+        _add(_planned, _name, replace(_command, run=_run_plan, next=_after, **_PLANNED))
 for _name, _group_app in ({"plan": _planned} | _groups).items():
     app.add_typer(_group_app, name=_name)
 

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -372,7 +373,8 @@ class Walk:
         goals = Hidden(inputs.calls, self.protocol.session.shelf)
         for number, states in enumerate(read):
             goals[number] = inputs.calls.call(index, number, states)
-        fitted = fit_block(index, layers, [pruned[layer.name] for layer in layers], inputs, goals)
+        weights, told = [pruned[layer.name] for layer in layers], partial(self.protocol.passed, "rounds in a block")
+        fitted = fit_block(index, layers, weights, inputs, goals, told)
         goals.close()
         return pruned | {layer.name: one for layer, one in zip(layers, fitted, strict=True)}
 
