@@ -238,7 +238,8 @@ def test_killed_for_real(tiny_llama: Path, tiny_text: Path, place: Path, whole: 
     assert list(place.glob(".out.*"))
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert re.fullmatch(
-        r"going on (at block \d of 3|behind the last of 3 blocks); --restart begins anew\ndense: .*\n", run.stderr
+        r"going on (at block \d of 3|behind the last of 3 blocks); --restart begins anew\ndense: .*\n(next: .*\n){2}",
+        run.stderr,
     )
     assert contents(place / "out") == whole
     assert [path.name for path in place.iterdir()] == ["out"]

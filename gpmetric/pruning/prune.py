@@ -183,7 +183,9 @@ def _verified(files: Path, session: Session, text: Windows, progress: Progress) 
         GpmetricError: it does not verify.
     """
     request = VerifyRequest(folder=str(files), against=str(session.model.folder), device=session.inputs.device)
-    found = verify_files(request, text.tokens, progress=progress, digests=False)  # they were taken from the same files
+    found = verify_files(  # digests were taken from the same files
+        request, text.tokens, progress=progress, reading=session.told.progress, digests=False
+    )
     if not found["ok"]:
         raise GpmetricError(f"the written checkpoint does not verify: {found['problems'][0]}")
     reached: float = found["perplexity"]

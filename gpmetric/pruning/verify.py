@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpmetric.blockwise.couplings import in_order
 from gpmetric.data import STDIN
-from gpmetric.errors import DataError, GpmetricError, InputError, TimeOverError
+from gpmetric.errors import DataError, GpmetricError, InputError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.files import read_object
 from gpmetric.loading import check_path, load_model, open_model, pick_device, prepare_model
@@ -28,7 +28,7 @@ from gpmetric.pruning.taken_over import lacking_code
 from gpmetric.pruning.verify_experts import are_there, by_tensor, expert_differences, pieces_of
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
-from gpmetric.session.listeners import Listener, Progress
+from gpmetric.session.listeners import Listener, Progress, silent
 from gpmetric.session.plan import Plan, make_plan
 from gpmetric.session.splits import open_text, read_windows
 from gpmetric.session.work import Work
@@ -65,7 +65,7 @@ def run_verify(
     """
     told = listener or Listener()
     watched = Deadline.starting(request.minutes, started).watching(told.progress)
-    return verify_files(request, needs=told.needs, progress=watched)
+    return verify_files(request, needs=told.needs, progress=watched, reading=told.progress)
 
 
 def verify_files(
@@ -74,6 +74,7 @@ def verify_files(
     *,
     needs: Callable[[Plan], None] = lambda plan: None,
     progress: Progress,
+    reading: Progress = silent,
     digests: bool = True,
 ) -> dict[str, Any]:
     """What `run_verify` does and returns.
@@ -83,6 +84,7 @@ def verify_files(
         windows: [n, length], to measure it on; by default those of the manifest, where their text is at hand.
         needs: told of what running the model takes.
         progress: told of the perplexity on its way.
+        reading: told of files, tensors and the model that are read.
         digests: whether the files' sha256 are compared, too.
     """
     path, against = Path(request.folder), request.against
@@ -95,20 +97,18 @@ def verify_files(
     zeros: dict[str, int] = {}
     found: float | None = None
     try:
-        problems += _file_problems(path, manifest, digests, partial(progress, "files"))
-        problems += _tensor_problems(path, manifest, zeros, partial(progress, "tensors"))
+        problems += _file_problems(path, manifest, digests, partial(reading, "files"))
+        problems += _tensor_problems(path, manifest, zeros, partial(reading, "tensors"))
         if dense is not None:
-            problems += _differences(path, manifest, dense, partial(progress, "tensors beside the dense ones"))
+            problems += _differences(path, manifest, dense, partial(reading, "tensors beside the dense ones"))
         chosen = {"include": manifest.include, "exclude": manifest.exclude}
-        progress("opening the model", 0, 1)
+        reading("opening the model", 0, 1)
         model = open_model(str(path), device=request.device, dtype=manifest.dtype, **chosen)
-        progress("opening the model", 1, 1)
-        model = prepare_model(model, resident=False, progress=progress)
+        reading("opening the model", 1, 1)
+        model = prepare_model(model, resident=False, progress=reading)
         problems += _slim_problems(model, manifest, tensors(path))
         problems += _list_problems(model, manifest)
         windows = _windows(model, manifest) if windows is None else windows
-    except TimeOverError:
-        raise
     except (GpmetricError, OSError, ValueError, KeyError, TypeError) as error:
         problems.append(f"the checkpoint cannot be read: {error}")
         windows = None

@@ -82,7 +82,7 @@ class DiscoverReport(Report, DiscoverListener):
         self._bar.refresh()
 
     def _table(self, title: str, front: Sequence[Individual], count: int) -> RenderableType:
-        """So many of the front, the best first and the best without gradients among them, then baselines."""
+        """So many of the front, the best first and the best without gradients among them, then a third of baselines."""
         table = numbered(title + "; excess log-loss on the search text", "formula")
         for heading in ("mean", *(front[0].excess if front else ()), "nodes"):
             table.add_column(Text(heading), justify="right")
@@ -95,7 +95,7 @@ class DiscoverReport(Report, DiscoverListener):
             place = f"{mark}{front.index(one) + 1}"
             table.add_row(place, Text(shortened(one.text), style), *_figures(one))
         table.add_section()
-        for name, one in self._rivals.items():
+        for name, one in list(self._rivals.items())[: max(1, count // 3)]:
             table.add_row("", Text(f"{name}: {shortened(one.text)}"), *_figures(one))
         return Group(fitted(table, self._console.width), Text(_LEGEND))
 
