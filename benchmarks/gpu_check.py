@@ -40,8 +40,8 @@ from gpmetric.loading import DEMO_MODEL
 from gpmetric.metrics import resolve_metric
 from gpmetric.provenance import versions
 from gpmetric.pruning.updaters import prune_weights
+from gpmetric.session.listeners import Listener
 from gpmetric.session.plan import Plan
-from gpmetric.session.session import Listener
 from gpmetric.targets import parse_target
 from gpmetric.tensor_file import write_tensors
 
@@ -275,11 +275,10 @@ def _command(place: Place, run: Callable[..., dict[str, Any]], **options: Any) -
 
 def _listening(run: Callable[..., Any], told: _Told) -> Any:
     """A listener of the command's kind that passes on what it takes."""
-    from gpmetric.allocation.allocate import AllocateListener
+    from gpmetric.allocation.listener import AllocateListener
     from gpmetric.evolution.listener import DiscoverListener
-    from gpmetric.pruning.bench import BenchListener
-    from gpmetric.pruning.prune import PruneListener
-    from gpmetric.session.evaluate import EvaluateListener
+    from gpmetric.pruning.listeners import BenchListener, PruneListener
+    from gpmetric.session.listeners import EvaluateListener
     from gpmetric.structured.listener import SlimListener
 
     kinds: dict[str, type[Listener]] = {

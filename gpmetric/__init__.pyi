@@ -6,16 +6,15 @@ from typing import Literal
 
 from torch import Tensor
 
-from gpmetric.allocation.allocate import AllocateListener
+from gpmetric.allocation.listener import AllocateListener
 from gpmetric.errors import GpmetricError
 from gpmetric.evolution.listener import DiscoverListener
 from gpmetric.evolution.status import StatusListener
 from gpmetric.loading import load, load_model
 from gpmetric.metrics import BASELINES, Metric
 from gpmetric.plugins import load_plugin
-from gpmetric.pruning.bench import BenchListener
+from gpmetric.pruning.listeners import BenchListener, PruneListener
 from gpmetric.pruning.mask import select_mask
-from gpmetric.pruning.prune import PruneListener
 from gpmetric.results import (
     AllocateResult,
     AnalyseResult,
@@ -33,11 +32,10 @@ from gpmetric.results import (
     VerifyResult,
     load_result,
 )
-from gpmetric.session.evaluate import EvaluateListener
-from gpmetric.session.session import Listener
+from gpmetric.session.listeners import EvaluateListener, Listener
 from gpmetric.structured.listener import SlimListener
 from gpmetric.targets import parse_target
-from gpmetric.tuning.steps import TuneListener
+from gpmetric.tuning.listener import TuneListener
 
 __all__ = [
     "BASELINES",
@@ -384,6 +382,8 @@ def layers(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     include: str | None = None,
     exclude: str | None = None,
+    listener: Listener | None = None,
+    progress: bool | None = None,
 ) -> LayersResult:
     """Every parameter of a model, each once."""
 

@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import MISSING, replace
 from functools import partial
 from io import TextIOWrapper
@@ -27,14 +27,16 @@ from gpmetric.errors import GpmetricError, InputError
 from gpmetric.files import STDOUT, write_json
 from gpmetric.interrupts import check_stop, watch_signals
 from gpmetric.lazy import lazy
-from gpmetric.options import FORCE_FILES, Described, check_request, described, make_request
+from gpmetric.options import FORCE_FILES, Described, check_request, described, make_request, read_by
 from gpmetric.plain import log_plainly, one_line, plain
 from gpmetric.provenance import gpmetric_version
 from gpmetric.results import marked
+from gpmetric.terminal.bars import opening
 
 __all__ = ["app", "main", "resume_command"]
 
 plan_command = lazy("gpmetric.session.session:plan_command")
+after_plan = lazy("gpmetric.terminal.next_steps:after_plan")
 is_out_of_memory = lazy("gpmetric.session.memory:is_out_of_memory")
 out_of_memory = lazy("gpmetric.session.memory:out_of_memory")
 app = typer.Typer(
@@ -99,7 +101,7 @@ def _add(place: typer.Typer, name: str, command: Command) -> None:
 
     def call(context: typer.Context, json: Path | None, config: Path | None, **options: Any) -> None:
         force = own or options.pop("force")
-        _run(command, _given(context, placed, options), json, config, force=force)
+        _run(command, _called(context), _given(context, placed, options), json, config, force=force)
 
     shared: list[tuple[str, Any, Any, Any]] = [
         ("json", Path | None, _JSON, None),
@@ -113,6 +115,12 @@ def _add(place: typer.Typer, name: str, command: Command) -> None:
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     place.command(name, cls=_styled(command, fields), help=command.help, no_args_is_help=False)(call)
+
+
+def _called(context: Any) -> str:
+    """The command's words, with those of its group."""
+    above = context.parent
+    return " ".join([_called(above) if above.parent else "", str(context.info_name)]).strip() if above else ""
 
 
 def _styled(command: Command, fields: Sequence[Described]) -> type[GroupedCommand]:
@@ -194,10 +202,13 @@ def _beginning(typed: str, choices: Iterable[str], listed: bool) -> list[str]:
     return [f"{before}{comma}{name}" for name in choices if name.startswith(last)]
 
 
-def _run(command: Command, options: Mapping[str, Any], json: Path | None, config: Path | None, *, force: bool) -> None:
-    """Checks, runs, writes the result, shows it.
+def _run(
+    command: Command, name: str, options: Mapping[str, Any], json: Path | None, config: Path | None, *, force: bool
+) -> None:
+    """Checks, runs, writes the result, shows it and the command that may come next.
 
     Args:
+        name: of the command.
         force: whether files that gpmetric did not write are replaced, of a request that does not say it itself.
 
     Raises:
@@ -208,10 +219,19 @@ def _run(command: Command, options: Mapping[str, Any], json: Path | None, config
     check_request(request, json, config=config, force=force)
     keywords = {"started": started} if command.timed else {}
     tables = Console(stderr=json == STDOUT)  # standard output is the JSON's own then
-    told = tables if command.live else Console(stderr=True)
+    errors = Console(stderr=True)
+    told = tables if command.live else errors
     try:
-        with command.listener(told) if command.listener else nullcontext() as listener:
-            document = command.run(request, *([listener] if command.listener else []), **keywords)
+        with ExitStack() as stack:
+            loading = stack.enter_context(
+                opening(errors, f"gpmetric {gpmetric_version()}: {name} {read_by(request)}".rstrip())
+            )
+            listeners = []
+            if command.listener is not None:
+                listener = command.listener(told)  # which may take seconds, where torch is imported
+                loading.stop()
+                listeners.append(stack.enter_context(listener))
+            document = command.run(request, *listeners, **keywords)
             check_stop()
     except KeyboardInterrupt:
         ledger = getattr(request, "ledger", None) if hasattr(request, "resume") else None
@@ -221,6 +241,8 @@ def _run(command: Command, options: Mapping[str, Any], json: Path | None, config
     write_json(json, marked(document))
     command.write(document, request)
     command.show(tables, document, request)
+    for line in command.next(document, request) if json != STDOUT else ():
+        errors.print(f"next: {plain(line)}", markup=False, highlight=False, soft_wrap=True)
     if failure := command.failure(document):
         raise GpmetricError(failure)
 
@@ -238,7 +260,8 @@ for _name, _command in COMMANDS.items():
     _group, _, _own = _name.rpartition(" ")
     _add(_groups[_group] if _group else app, _own, _command)
     if _command.work is not None:
-        _add(_planned, _name, replace(_command, run=partial(plan_command, work=_command.work), **_PLANNED))
+        _run_plan, _after = partial(plan_command, work=_command.work), partial(after_plan, name=_name)
+        _add(_planned, _name, replace(_command, run=_run_plan, next=_after, **_PLANNED))
 for _name, _group_app in ({"plan": _planned} | _groups).items():
     app.add_typer(_group_app, name=_name)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ class Command:
         failure: why a document is of work that failed, None where it is not.
         timed: whether `run` wants to know when the command began, as `started`.
         write: called with the document and the request once --json is written, for what can be made of it again.
+        next: called with the document and the request; the command lines that may come next.
         live: whether the listener prints what belongs to the tables.
         work: what it does with a session, for `gpmetric plan`; None for a command that runs no model.
         examples: command lines for the help.
@@ -62,6 +63,7 @@ class Command:
     failure: Callable[[Mapping[str, Any]], str | None] = lambda document: document.get("error")
     timed: bool = False
     write: Callable[..., None] = lambda document, request: None
+    next: Callable[..., Sequence[str]] = lambda document, request: ()
     live: bool = False
     work: Callable[..., Any] | None = None
     examples: tuple[str, ...] = ()
@@ -77,6 +79,7 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         lazy("gpmetric.terminal.live:DiscoverReport"),
         timed=True,
         work=lazy("gpmetric.evolution.workplace:campaign_work"),
+        next=lazy("gpmetric.terminal.next_steps:after_discover"),
         examples=(
             "gpmetric discover --target 0.5 --minutes 5 --ledger short.sqlite",
             "gpmetric discover DIR --text corpus.txt --target 0.5 --target 2:4 --minutes 30 --ledger campaign.sqlite",
@@ -90,11 +93,12 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         "fails costs the others nothing: the result holds the reason, and the exit status is 1.",
         BenchRequest,
         lazy("gpmetric.pruning.bench:run_bench"),
-        lazy("gpmetric.terminal.tables:print_bench"),
-        lazy("gpmetric.terminal.live:BenchReport"),
+        lazy("gpmetric.terminal.bench:print_bench"),
+        lazy("gpmetric.terminal.reports:BenchReport"),
         lazy("gpmetric.pruning.bench:first_failure"),
         work=lazy("gpmetric.pruning.bench:bench_work"),
         timed=True,
+        next=lazy("gpmetric.terminal.next_steps:after_bench"),
         examples=(
             "gpmetric bench --metric wanda --metric sparsegpt --target 0.5 --target 2:4",
             "gpmetric bench DIR --calibration c.txt --text t.txt --metric wanda --metric campaign.sqlite",
@@ -106,6 +110,7 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         ExportRequest,
         lazy("gpmetric.evolution.export:run_export"),
         lazy("gpmetric.terminal.export:print_export"),
+        next=lazy("gpmetric.terminal.next_steps:after_export"),
         examples=(
             "gpmetric export campaign.sqlite --format python -o metric.py",
             'gpmetric export "abs(W)*sqrt(X)" --format latex',
@@ -116,10 +121,11 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         "Shows the formulas that were found, how they transfer, or measures them on other models.",
         CatalogueRequest,
         lazy("gpmetric.pruning.transfer:run_catalogue"),
-        lazy("gpmetric.terminal.tables:print_catalogue"),
-        lazy("gpmetric.terminal.live:BenchReport"),
+        lazy("gpmetric.terminal.bench:print_catalogue"),
+        lazy("gpmetric.terminal.reports:BenchReport"),
         timed=True,
         work=lazy("gpmetric.pruning.transfer:catalogue_work"),
+        next=lazy("gpmetric.terminal.next_steps:after_catalogue"),
         examples=(
             "gpmetric catalogue",
             "gpmetric catalogue fisher_dense",
@@ -131,8 +137,9 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         ReproduceRequest,
         lazy("gpmetric.pruning.reproduce:run_reproduce"),
         lazy("gpmetric.terminal.reproduce:print_reproduce"),
-        lazy("gpmetric.terminal.live:BenchReport"),
+        lazy("gpmetric.terminal.reports:BenchReport"),
         timed=True,
+        next=lazy("gpmetric.terminal.next_steps:after_reproduce"),
         examples=(
             "gpmetric reproduce --list",
             "gpmetric reproduce llama-7b",
@@ -143,10 +150,11 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         AllocateRequest,
         lazy("gpmetric.allocation.allocate:run_allocation"),
         lazy("gpmetric.terminal.tables:print_allocation"),
-        lazy("gpmetric.terminal.live:AllocateReport"),
+        lazy("gpmetric.terminal.reports:AllocateReport"),
         work=lazy("gpmetric.allocation.prepare:allocate_work"),
         timed=True,
         write=lazy("gpmetric.allocation.allocate:write_pages"),
+        next=lazy("gpmetric.terminal.next_steps:after_allocate"),
         examples=(
             "gpmetric allocate DIR --calibration c.txt --sparsity 0.7 -o allocation.json --plot front.png",
             "gpmetric allocate DIR --calibration c.txt --update admm --fit dense --sparsity 0.6 -o allocation.json",
@@ -158,9 +166,10 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         TuneRequest,
         lazy("gpmetric.tuning.tune:run_tune"),
         lazy("gpmetric.terminal.tables:print_tune"),
-        lazy("gpmetric.terminal.live:TuneReport"),
+        lazy("gpmetric.terminal.reports:TuneReport"),
         work=lazy("gpmetric.tuning.tune:tune_work"),
         timed=True,
+        next=lazy("gpmetric.terminal.next_steps:after_tune"),
         examples=(
             "gpmetric tune DIR --calibration c.txt --sparsity 0.6 --minutes 60 -o tuned",
             "gpmetric tune DIR --calibration c.txt --sparsity 2:4 --no-evolve -o tuned",
@@ -172,9 +181,10 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         PruneRequest,
         lazy("gpmetric.pruning.prune:run_prune"),
         lazy("gpmetric.terminal.tables:print_prune"),
-        lazy("gpmetric.terminal.live:PruneReport"),
+        lazy("gpmetric.terminal.reports:PruneReport"),
         work=lazy("gpmetric.pruning.prune:prune_work"),
         timed=True,
+        next=lazy("gpmetric.terminal.next_steps:after_prune"),
         examples=(
             "gpmetric prune DIR --calibration c.txt --metric wanda --target 0.5 -o pruned",
             "gpmetric prune DIR --calibration c.txt --metric campaign.sqlite --target 2:4 --permute -o pruned",
@@ -186,9 +196,10 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         SlimRequest,
         lazy("gpmetric.structured.slim:run_slim"),
         lazy("gpmetric.terminal.tables:print_slim"),
-        lazy("gpmetric.terminal.live:SlimReport"),
+        lazy("gpmetric.terminal.reports:SlimReport"),
         work=lazy("gpmetric.structured.open_units:slim_work"),
         timed=True,
+        next=lazy("gpmetric.terminal.next_steps:after_slim"),
         examples=(
             "gpmetric slim DIR --calibration c.txt --sparsity 0.3 -o smaller",
             "gpmetric slim DIR --granularity expert --sparsity 0.25 --start reap --steps 0 -o fewer",
@@ -199,9 +210,10 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         VerifyRequest,
         lazy("gpmetric.pruning.verify:run_verify"),
         lazy("gpmetric.terminal.tables:print_verify"),
-        lazy("gpmetric.terminal.live:PlainReport"),
+        lazy("gpmetric.terminal.reports:PlainReport"),
         timed=True,
         failure=lazy("gpmetric.pruning.verify:first_problem"),
+        next=lazy("gpmetric.terminal.next_steps:after_verify"),
         examples=(
             "gpmetric verify pruned",
             "gpmetric verify pruned --against DIR",
@@ -212,10 +224,11 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         EvaluateRequest,
         lazy("gpmetric.session.evaluate:run_evaluate"),
         lazy("gpmetric.terminal.tables:print_evaluation"),
-        lazy("gpmetric.terminal.live:EvaluateReport"),
+        lazy("gpmetric.terminal.reports:EvaluateReport"),
         timed=True,
         live=True,
         work=lazy("gpmetric.session.evaluate:evaluate_work"),
+        next=lazy("gpmetric.terminal.next_steps:after_evaluate"),
         examples=(
             "gpmetric evaluate DIR --text t.txt",
             "gpmetric evaluate pruned --text t.txt --windows 64",
@@ -227,7 +240,7 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         CalibrateRequest,
         lazy("gpmetric.session.calibrate:run_calibrate"),
         lazy("gpmetric.terminal.calibrate:print_calibrate"),
-        lazy("gpmetric.terminal.live:PlainReport"),
+        lazy("gpmetric.terminal.reports:PlainReport"),
         timed=True,
         work=lazy("gpmetric.session.calibrate:calibrate_work"),
         examples=(
@@ -240,7 +253,8 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         PackRequest,
         lazy("gpmetric.packing.pack:run_pack"),
         lazy("gpmetric.terminal.packing:print_pack"),
-        lazy("gpmetric.terminal.live:PlainReport"),
+        lazy("gpmetric.terminal.reports:PlainReport"),
+        next=lazy("gpmetric.terminal.next_steps:after_pack"),
         examples=("gpmetric pack pruned -o pruned.pack",),
     ),
     "unpack": Command(
@@ -248,7 +262,8 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         UnpackRequest,
         lazy("gpmetric.packing.unpack:run_unpack"),
         lazy("gpmetric.terminal.packing:print_unpack"),
-        lazy("gpmetric.terminal.live:PlainReport"),
+        lazy("gpmetric.terminal.reports:PlainReport"),
+        next=lazy("gpmetric.terminal.next_steps:after_unpack"),
         examples=("gpmetric unpack pruned.pack -o again",),
     ),
     "layers": Command(
@@ -256,6 +271,8 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         LayersRequest,
         lazy("gpmetric.session.layers:run_layers"),
         lazy("gpmetric.terminal.layers:print_layers"),
+        lazy("gpmetric.terminal.reports:PlainReport"),
+        next=lazy("gpmetric.terminal.next_steps:after_layers"),
         examples=(
             "gpmetric layers DIR",
             'gpmetric layers DIR --exclude "lm_head|layers.0"',
@@ -267,6 +284,7 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         lazy("gpmetric.evolution.status:run_status"),
         lazy("gpmetric.terminal.status:print_status"),
         lazy("gpmetric.terminal.status:StatusReport"),
+        next=lazy("gpmetric.terminal.next_steps:after_status"),
         examples=(
             "gpmetric status campaign.sqlite",
             "gpmetric status campaign.sqlite --watch 10",
@@ -284,6 +302,7 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         AnalyseRequest,
         lazy("gpmetric.analysis.analyse:run_analysis"),
         lazy("gpmetric.terminal.tables:print_analysis"),
+        next=lazy("gpmetric.terminal.next_steps:after_analyse"),
         examples=("gpmetric analyse campaign.sqlite -o campaign.png",),
     ),
     "report": Command(
@@ -302,6 +321,7 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         lazy("gpmetric.evolution.ledger_check:run_check"),
         lazy("gpmetric.terminal.ledger:print_check"),
         failure=lazy("gpmetric.evolution.ledger_check:first_problem"),
+        next=lazy("gpmetric.terminal.next_steps:after_ledger_check"),
         examples=("gpmetric ledger check campaign.sqlite",),
     ),
     "ledger repair": Command(
@@ -309,6 +329,7 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         LedgerRepairRequest,
         lazy("gpmetric.evolution.ledger_repair:run_repair"),
         lazy("gpmetric.terminal.ledger:print_repair"),
+        next=lazy("gpmetric.terminal.next_steps:after_ledger_repair"),
         examples=("gpmetric ledger repair campaign.sqlite -o sound.sqlite",),
     ),
     "ledger export": Command(
@@ -316,6 +337,7 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         LedgerExportRequest,
         lazy("gpmetric.evolution.ledger_export:run_ledger_export"),
         lazy("gpmetric.terminal.ledger:print_ledger_export"),
+        next=lazy("gpmetric.terminal.next_steps:after_ledger_export"),
         examples=("gpmetric ledger export campaign.sqlite -o candidates.csv",),
     ),
     "ledger merge": Command(
@@ -323,6 +345,7 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         LedgerMergeRequest,
         lazy("gpmetric.evolution.ledger_merge:run_merge"),
         lazy("gpmetric.terminal.ledger:print_merge"),
+        next=lazy("gpmetric.terminal.next_steps:after_ledger_merge"),
         examples=("gpmetric ledger merge one.sqlite two.sqlite -o both.sqlite",),
     ),
     "ledger free": Command(
@@ -330,6 +353,7 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         LedgerRequest,
         lazy("gpmetric.evolution.ledger_check:run_free"),
         lazy("gpmetric.terminal.ledger:print_free"),
+        next=lazy("gpmetric.terminal.next_steps:after_ledger_free"),
         examples=("gpmetric ledger free campaign.sqlite",),
     ),
 }

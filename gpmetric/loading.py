@@ -7,9 +7,10 @@ import logging
 import re
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,7 @@ from gpmetric.stored_experts import map_experts, stored_shapes
 from gpmetric.tensor_file import weight_files
 
 __all__ = [
-    "DEMO_MODEL",
-    "check_path",
-    "load",
-    "load_model",
-    "open_model",
-    "pick_device",
-    "prepare_model",
+    "DEMO_MODEL", "check_path", "load", "load_model", "open_model", "pick_device", "prepare_model",
     "quiet_transformers",
 ]  # fmt: skip
 
@@ -82,8 +77,10 @@ def load_model(
     return prepare_model(model, resident=resident)
 
 
-def prepare_model(model: Model, *, resident: bool) -> Model:
-    """An opened model on its device, if it is to stay there, that gives figures with a meaning.
+def prepare_model(
+    model: Model, *, resident: bool, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> Model:
+    """An opened model on its device, if it is to stay there, that gives figures with a meaning; told of what it reads.
 
     Layers that choose experts, or that are not called as others are, stay dense from here on: running it shows them.
 
@@ -91,9 +88,12 @@ def prepare_model(model: Model, *, resident: bool) -> Model:
         ModelError: see `load_model`.
     """
     if resident and model.placement is not None:
-        model.placement.settle()
-    check_weights(model)
-    return leave_dense(model, check_blocks(model))
+        model.placement.settle(partial(progress, "reading weights"))
+    check_weights(model, partial(progress, "checking weights"))
+    progress("trying the model", 0, 1)
+    dense = check_blocks(model)
+    progress("trying the model", 1, 1)
+    return leave_dense(model, dense)
 
 
 def open_model(

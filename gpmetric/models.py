@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +24,7 @@ from gpmetric.errors import ModelError
 from gpmetric.placement import BATCH_TOKENS, FRONT, HEAD, Part, Placement
 from gpmetric.stored_experts import Piece
 
-__all__ = ["Block", "Layer", "Model", "check_weights", "find_parts"]
+__all__ = ["Block", "Layer", "Model", "Told", "check_weights", "find_parts"]
 
 _CHECKED = 2**22  # entries of a weight that are looked at together
 _PIECE = 2**24  # entries of a parameter that are hashed at once
@@ -63,6 +63,13 @@ class Block:
     layers: tuple[Layer, ...]
 
 
+Told = Callable[[int, int], None]  # done, in all
+
+
+def _silent(done: int, total: int) -> None:
+    """Tells nobody."""
+
+
 @dataclass(frozen=True)
 class Model:
     """A loaded causal language model in evaluation mode."""
@@ -75,6 +82,7 @@ class Model:
     placement: Placement | None = None  # None: all parameters are where they compute
     dense: Mapping[str, str] = field(default_factory=dict)  # by name, why a linear layer of a block is not pruned
     experts: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)  # by layer, where slices are in the files
+    hashing: Told = field(default=_silent, repr=False, compare=False)  # told of parameters while the digest is taken
 
     @property
     def resident(self) -> bool:
@@ -140,13 +148,16 @@ class Model:
 
     def _computed_digest(self, config: str) -> str:
         digest = hashlib.sha256(config.encode())
-        for name, parameter in self.module.named_parameters():
+        parameters = list(self.module.named_parameters())
+        for done, (name, parameter) in enumerate(parameters):
+            self.hashing(done, len(parameters))
             digest.update(f"{self._kind(name, parameter)}\n".encode())
             flat = parameter.detach().contiguous().view(-1)  # [entries]
             for piece in flat.split(_PIECE):  # of a device, so that no copy of all of it is made
                 digest.update(memoryview(piece.cpu().to(self._dtype_of(parameter)).view(torch.uint8).numpy()))
             if self.placement is not None:
                 self.placement.let_go(parameter.data)
+        self.hashing(len(parameters), len(parameters))
         return digest.hexdigest()
 
     def _dtype_of(self, parameter: Tensor) -> torch.dtype:
@@ -203,8 +214,8 @@ def find_parts(module: Any, blocks: Sequence[Block]) -> dict[Part, list[nn.Param
     return parts
 
 
-def check_weights(model: Model) -> None:
-    """Refuses a model that would give figures without a meaning.
+def check_weights(model: Model, told: Told = _silent) -> None:
+    """Refuses a model that would give figures without a meaning; told of the parameters that were looked at.
 
     Raises:
         ModelError: another model's tokenizer, or weights that are not in memory or not finite.
@@ -215,10 +226,13 @@ def check_weights(model: Model) -> None:
             f"tokenizer and model of {model.name!r} do not match: the tokenizer has {model.tokenizer.vocab_size} "
             f"entries, the model's embedding {model.vocabulary}"
         )
-    for name, parameter in model.module.named_parameters():
+    parameters = list(model.module.named_parameters())
+    for done, (name, parameter) in enumerate(parameters):
+        told(done, len(parameters))
         if parameter.is_meta:
             raise ModelError(f"weight {name} of {model.name!r} is not in memory")
         if not all(part.isfinite().all() for part in parameter.detach().flatten().split(_CHECKED)):
             raise ModelError(f"weight {name} of {model.name!r} holds NaN or infinity")
         if model.placement is not None:
             model.placement.let_go(parameter.data)
+    told(len(parameters), len(parameters))

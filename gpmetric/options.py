@@ -39,6 +39,7 @@ __all__ = [
     "command_line",
     "described",
     "make_request",
+    "read_by",
     "settings_of",
 ]
 
@@ -275,9 +276,16 @@ def settings_of(request: Request) -> dict[str, Any]:
     return {name: getattr(request, name) for name in shown}
 
 
+def read_by(request: Request) -> str:
+    """What a request names, in words: its models, or its argument; nothing where it names none."""
+    field = next((one for one in described(type(request)) if one.name == "model" or one.option.argument), None)
+    value = None if field is None else getattr(request, field.name)
+    return ", ".join(map(str, value if isinstance(value, tuple) else () if value is None else (value,)))
+
+
 def command_line(command: str, request: Request) -> str:
     """What asks a shell for the same request; options that are at their defaults are left out."""
-    words = ["gpmetric", command]
+    words = ["gpmetric", *command.split()]
     for field in described(type(request)):
         value, option = getattr(request, field.name), field.option
         if value == field.default:

@@ -10,7 +10,7 @@ import mmap
 import sys
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,16 +61,18 @@ class Placement:
         self._last = -1  # block that was brought
         self._ahead: tuple[Part, Future[list[Tensor]]] | None = None
 
-    def settle(self) -> None:
-        """Brings everything to the device, where it stays."""
+    def settle(self, told: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Brings everything to the device, where it stays; told of the parts that have come, and of all."""
         settled: dict[nn.Parameter, Tensor] = {}
-        for home in self._homes.values():
+        for done, home in enumerate(self._homes.values()):
+            told(done, len(self._homes))
             for parameter, stored in home.items():
                 if parameter not in settled:
                     parameter.data = settled[parameter] = self._placed(stored)
                     if settled[parameter] is not stored:  # a copy
                         self.let_go(stored)
                 home[parameter] = settled[parameter]
+        told(len(self._homes), len(self._homes))
         self.resident = True
 
     @contextmanager

@@ -32,7 +32,8 @@ from gpmetric.loading import load_model
 from gpmetric.metrics import resolve_metric
 from gpmetric.models import Model
 from gpmetric.pruning.allocation import Allocation, layer_target, read_allocation
-from gpmetric.pruning.prune import PruneListener, prune, run_prune
+from gpmetric.pruning.listeners import PruneListener
+from gpmetric.pruning.prune import prune, run_prune
 from gpmetric.pruning.requests import PruneRequest
 from gpmetric.pruning.updaters import prune_weights
 from gpmetric.session import plan

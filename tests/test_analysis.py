@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import sqlite3
 import sys
 from collections.abc import Callable, Sequence
@@ -381,7 +382,7 @@ def test_the_command(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -
     ledger = write_ledger(tmp_path / "[red]$x$.sqlite", known_truth)
     before = ledger.read_bytes()
     code, out, err = run(ledger, "-o", tmp_path / "page.png", "--json", tmp_path / "x.json")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"next: gpmetric status {shlex.quote(str(ledger))}\n")
     document = json.loads((tmp_path / "x.json").read_text())
     assert all(sentence in out for sentence in document["principles"])
     assert "associations, not causes" in out

@@ -77,7 +77,7 @@ Asked = Callable[[Sequence[str]], Request]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """`gpmetric ARGUMENTS` in this process."""
+    """`gpmetric ARGUMENTS` in this process, without the command that may come next; see `test_terminal.py`."""
     before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.setenv("COLUMNS", "250")  # tables unfolded
 
@@ -86,7 +86,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         with pytest.raises(SystemExit) as caught:
             cli.main()
         assert isinstance(caught.value.code, int)
-        return Outcome(caught.value.code, *capsys.readouterr())
+        out, err = capsys.readouterr()
+        told = [line for line in err.splitlines(keepends=True) if not line.startswith("next: gpmetric ")]
+        return Outcome(caught.value.code, out, "".join(told))
 
     yield call
     for number, handler in before.items():
@@ -98,7 +100,9 @@ def asked(run: Run, monkeypatch: pytest.MonkeyPatch) -> Asked:
     """The request that a command line makes, checked as before its work, which is not done."""
     made: list[Request] = []
 
-    def note(command: Command, options: dict[str, Any], json: Path | None, config: Path | None, *, force: bool) -> None:
+    def note(
+        command: Command, name: str, options: dict[str, Any], json: Path | None, config: Path | None, *, force: bool
+    ) -> None:
         made.append(make_request(command.request, options).completed())
         check_request(made[-1], json, config=config, force=force)
 
@@ -406,9 +410,9 @@ def test_the_verdict_is_shown(verdict: dict[str, Any]) -> None:
     assert "perplexity on test, a, b, dense (a 12.000, b 23.000)" in text
     assert "winner: layer:abs(W)*G\nbest without gradients: abs(W)*sqrt(X)\n" in text
     [row] = [line for line in text.splitlines() if "0.4321" in line]
-    assert row.split("│")[1].strip() == "best without gradients"
+    assert row.split("│")[2].strip() == "best without gradients"
     [row] = [line for line in text.splitlines() if "0.4123" in line]
-    assert row.split("│")[1].strip() == "layer:wanda"
+    assert row.split("│")[2].strip() == "layer:wanda"
     assert "no confidence interval: 1 of 3 draws fitted into the time" in text
 
 
@@ -438,7 +442,7 @@ def test_generations_are_shown() -> None:
         text = console.file.getvalue()  # type: ignore[attr-defined]
         assert "dense: search (a 12.000, b 23.000)" in text
         assert "a 0.5" in text
-        rows = {line for line in text.splitlines() if line.startswith("│ 0.3750")}
+        rows = {line for line in text.splitlines() if line.startswith("│ ") and " 0.3750 " in line}
         assert len(rows) == min(len(front), 12)
         assert sum("\x1b[1mabs(W)*X" in row for row in rows) == 1
         assert sum("\x1b[1m" in row for row in rows) == 1

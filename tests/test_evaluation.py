@@ -18,7 +18,8 @@ from gpmetric.evaluation.perplexity import DenseLoss, Teacher, batches, mean_los
 from gpmetric.files import write_json
 from gpmetric.loading import load_model
 from gpmetric.models import Model
-from gpmetric.session.evaluate import EvaluateListener, evaluate
+from gpmetric.session.evaluate import evaluate
+from gpmetric.session.listeners import EvaluateListener
 from tests.pruning_helpers import restored, windows_of
 
 

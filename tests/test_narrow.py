@@ -11,9 +11,9 @@ from rich.table import Table
 
 from gpmetric.pruning.requests import BenchRequest
 from gpmetric.session.requests import LayersRequest
+from gpmetric.terminal.bench import print_bench
 from gpmetric.terminal.layers import print_layers
 from gpmetric.terminal.narrow import fitted
-from gpmetric.terminal.tables import print_bench
 from gpmetric.terminal.text import Text
 
 TEXTS = ("/a/folder/of/texts/wikitext2-valid.txt", "/a/folder/of/texts/ptb-valid.txt", "/a/folder/of/texts/c4.jsonl")

@@ -23,9 +23,10 @@ from gpmetric.loading import load_model
 from gpmetric.pruning import unfinished
 from gpmetric.pruning.bench import bench
 from gpmetric.pruning.checkpoint import CheckpointWriter
+from gpmetric.pruning.listeners import PruneListener
 from gpmetric.pruning.output_folder import MANIFEST, file_digest
 from gpmetric.pruning.permutation import best_order, kept_score
-from gpmetric.pruning.prune import PruneListener, prune
+from gpmetric.pruning.prune import prune
 from gpmetric.pruning.verify import verify
 from gpmetric.targets import parse_target
 from tests.mixtures import save_mixture

@@ -24,8 +24,8 @@ from gpmetric.pruning.checkpoint import tensors
 from gpmetric.pruning.recipe import read_recipe
 from gpmetric.pruning.requests import BenchRequest
 from gpmetric.tensor_file import TensorFile
-from gpmetric.terminal.live import EvaluateReport
-from gpmetric.terminal.tables import print_bench
+from gpmetric.terminal.bench import print_bench
+from gpmetric.terminal.reports import EvaluateReport
 from tests.executor_helpers import make_teller
 
 EVIL = "a\x1b]0;owned\x07\x1b[31m\nb\r\u202e\x9b2J[bold]"

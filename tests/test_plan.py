@@ -36,9 +36,10 @@ from gpmetric.pruning.verify import run_verify, verify
 from gpmetric.session import memory, plan
 from gpmetric.session import session as session_module
 from gpmetric.session.deadline import Deadline
+from gpmetric.session.listeners import Listener
 from gpmetric.session.memory import LEVERS, retried
 from gpmetric.session.plan import Plan, make_plan
-from gpmetric.session.session import Listener, Session, open_session
+from gpmetric.session.session import Session, open_session
 from gpmetric.session.work import Work
 from gpmetric.targets import parse_target
 
@@ -299,8 +300,8 @@ import json, sys
 from pathlib import Path
 from gpmetric.commands import COMMANDS
 from gpmetric.options import make_request
-from gpmetric.pruning.bench import BenchListener
-from gpmetric.pruning.prune import PruneListener
+from gpmetric.pruning.listeners import BenchListener
+from gpmetric.pruning.listeners import PruneListener
 
 command, options = json.loads(sys.argv[1])
 

@@ -12,8 +12,9 @@ import pytest
 
 import gpmetric
 from gpmetric.errors import InputError
-from gpmetric.evolution.discover import DiscoverListener, run_campaign
+from gpmetric.evolution.discover import run_campaign
 from gpmetric.evolution.ledger import Ledger
+from gpmetric.evolution.listener import DiscoverListener
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.workplace import Evaluators
 from gpmetric.pruning.requests import BenchRequest

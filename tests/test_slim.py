@@ -502,9 +502,9 @@ def test_weights_are_resident_whatever_memory_there_is(
     asked: list[bool] = []
     prepare = session.prepare_model
 
-    def spy(model: Model, *, resident: bool) -> Model:
+    def spy(model: Model, *, resident: bool, **told: Any) -> Model:
         asked.append(resident)
-        return prepare(model, resident=resident)
+        return prepare(model, resident=resident, **told)
 
     monkeypatch.setattr(session, "prepare_model", spy)
     request = SlimRequest(model=str(tiny_llama), calibration=str(tiny_text), output=tmp_path / "small", sparsity=0.4)

@@ -27,7 +27,8 @@ from torch import Tensor
 
 import gpmetric
 from gpmetric import Metric, Result
-from gpmetric.pruning.bench import BenchListener, BenchRow
+from gpmetric.pruning.bench import BenchRow
+from gpmetric.pruning.listeners import BenchListener
 from gpmetric.results import BenchResult, DiscoverResult
 
 

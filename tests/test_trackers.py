@@ -17,12 +17,14 @@ from typing import Any
 
 import pytest
 
-from gpmetric.allocation.allocate import allocate
+from gpmetric.allocation.allocate import allocate, run_allocation
+from gpmetric.allocation.request import AllocateRequest
 from gpmetric.errors import InputError
 from gpmetric.evolution.discover import run_campaign
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.options import check_request
-from gpmetric.structured.slim import slim
+from gpmetric.structured.request import SlimRequest
+from gpmetric.structured.slim import run_slim, slim
 from gpmetric.tracking import recorder
 from gpmetric.tracking.recorder import Trackers
 from gpmetric.tracking.table import TRACKERS, check_trackers, folders_of
@@ -321,3 +323,19 @@ def test_allocate_and_slim_are_tracked(fake: Any, tiny_llama: Path, tiny_text: P
     assert logs[-1][2]["loss"] == pytest.approx(smaller["progress"][-1]["loss"])
     assert logs[-1][2]["share_of_search"] == 1
     assert last[2]["result/perplexity"] == smaller["perplexity"]
+
+
+def test_no_tracker_begins_before_the_inputs_are_accepted(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sparsity out of reach of the levels, and an output that is not ours: neither leaves a run behind."""
+    begun: list[Any] = []
+    monkeypatch.setattr(recorder, "_Recorder", lambda *named: begun.append(named))
+    texts: dict[str, Any] = {"model": str(tiny_llama), "calibration": str(tiny_text), "track": ("trackio",)}
+    with pytest.raises(InputError, match="out of reach"):
+        run_allocation(AllocateRequest(sparsity=0.9, samples=2, sequence_length=16, **texts))
+    (folder := tmp_path / "there").mkdir()
+    (folder / "a file").touch()
+    with pytest.raises(InputError, match="there"):
+        run_slim(SlimRequest(sparsity=0.3, output=folder, **texts))
+    assert begun == []

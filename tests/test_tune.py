@@ -38,9 +38,9 @@ from gpmetric.session.splits import open_text, read_windows
 from gpmetric.tuning import choice
 from gpmetric.tuning.allocations import climb
 from gpmetric.tuning.halving import halve
+from gpmetric.tuning.listener import TuneListener
 from gpmetric.tuning.parts import methods, rivals, with_rounds, without
 from gpmetric.tuning.request import TuneRequest
-from gpmetric.tuning.steps import TuneListener
 from gpmetric.tuning.trials import Trial, Trials, key_of
 from tests.pruning_helpers import session_of, windows_of
 

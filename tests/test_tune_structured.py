@@ -24,9 +24,9 @@ from gpmetric.structured.request import FORMATS, UNIT_KINDS, UNIT_RULES, UnitKin
 from gpmetric.structured.scores import UnitSession
 from gpmetric.structured.search_log import State
 from gpmetric.structured.slim import prepare
+from gpmetric.tuning.listener import TuneListener
 from gpmetric.tuning.recipe_name import recipe_name
 from gpmetric.tuning.request import TuneRequest
-from gpmetric.tuning.steps import TuneListener
 from gpmetric.tuning.trial_log import Measurement
 from gpmetric.tuning.unit_recipes import (
     UnitRecipe,

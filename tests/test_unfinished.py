@@ -27,9 +27,10 @@ from gpmetric.loading import load_model
 from gpmetric.options import make_request
 from gpmetric.pruning import prune as module
 from gpmetric.pruning import unfinished as folders
+from gpmetric.pruning.listeners import PruneListener
 from gpmetric.pruning.output_folder import MANIFEST
 from gpmetric.pruning.protocol import Walk
-from gpmetric.pruning.prune import PruneListener, prune
+from gpmetric.pruning.prune import prune
 from gpmetric.pruning.recipe import Recipe, write_recipe
 from gpmetric.pruning.requests import PruneRequest
 from gpmetric.pruning.unfinished import Record, unfinished
@@ -237,7 +238,8 @@ def test_killed_for_real(tiny_llama: Path, tiny_text: Path, place: Path, whole: 
     assert list(place.glob(".out.*"))
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert re.fullmatch(
-        r"going on (at block \d of 3|behind the last of 3 blocks); --restart begins anew\ndense: .*\n", run.stderr
+        r"going on (at block \d of 3|behind the last of 3 blocks); --restart begins anew\ndense: .*\n(next: .*\n){2}",
+        run.stderr,
     )
     assert contents(place / "out") == whole
     assert [path.name for path in place.iterdir()] == ["out"]

@@ -19,7 +19,7 @@ from gpmetric import cli
 from gpmetric.pruning.bench import BenchRow
 from gpmetric.pruning.requests import BenchRequest
 from gpmetric.pruning.win_loss import win_loss
-from gpmetric.terminal.tables import print_bench
+from gpmetric.terminal.bench import print_bench
 
 FORMULA = "abs(W)*[X]"  # no formula, but markup to rich
 Excess = Mapping[str, tuple[float, ...]]  # by metric, one for each target
@@ -112,10 +112,11 @@ def test_the_table() -> None:
     excess = {FORMULA: (0.1, 0.4), "magnitude": (math.inf, 0.9), "wanda": (0.2, 0.4)}
     out = printed(document("x/a", excess), document("x/b", excess), {"model": "x/c", "error": "[red]gone"})
     table = out[out.index("mean excess log-loss") :]
-    rows = {line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]] for line in table.splitlines()
-            if line.startswith("│")}  # fmt: skip
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if line.startswith("│")]
+    assert [row[0] for row in cells] == ["1", "2", "3"]
+    rows = {row[1]: row[2:] for row in cells}
     assert rows == {
-        FORMULA: ["none", "0.2500", "0.2500", "2", "0", "2", "0.750"],
+        FORMULA: ["none", "0.2500 *", "0.2500 *", "2", "0", "2", "0.750"],
         "magnitude": ["none", "inf", "inf", "0", "4", "0", ""],
         "wanda": ["none", "0.3000", "0.3000", "", "", "", ""],
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,6 +16,7 @@ from gpmetric.allocation.evaluation_log import EvaluationLog, Measured
 from gpmetric.allocation.exact_budget import uniform_budget
 from gpmetric.allocation.in_use import by_rule, settled, uniform_in_use, uses_of
 from gpmetric.allocation.levels import Levels
+from gpmetric.allocation.listener import AllocateListener
 from gpmetric.allocation.nsga2 import REFERENCE, hypervolume
 from gpmetric.allocation.objective_workers import SharedObjective
 from gpmetric.allocation.pareto_pick import Point, Scorer, held_out_front, knee, pick
@@ -33,18 +34,10 @@ from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.listeners import all_of
 from gpmetric.session.memory import retried
-from gpmetric.session.session import Listener
 from gpmetric.session.workers import meet
 from gpmetric.tracking.recorder import Trackers
 
-__all__ = ["AllocateListener", "TrackedAllocation", "allocate", "run_allocation", "write_pages"]
-
-
-class AllocateListener(Listener):
-    """What an allocation tells while it runs; every method may be overridden."""
-
-    def generation(self, number: int, population: Sequence[Measured], batches: int, spent: float) -> None:
-        """A generation is finished: its population, measured on so many batches, and the share of the budget spent."""
+__all__ = ["TrackedAllocation", "allocate", "run_allocation", "write_pages"]
 
 
 class TrackedAllocation(AllocateListener):
@@ -79,9 +72,8 @@ def run_allocation(
     meet(request, (listener or AllocateListener()).progress)
     deadline = Deadline.starting(request.minutes, started)
     with Trackers(request.track, (request.ledger or request.output or Path("allocate")).stem) as trackers:
-        trackers.start(settings_of(request))
         told = all_of(AllocateListener, [listener or AllocateListener(), TrackedAllocation(trackers)])
-        result = _searched(request, told, deadline)
+        result = _searched(request, told, deadline, lambda: trackers.start(settings_of(request)))
         if result["allocation"] is not None:
             write_json(request.output, result["allocation"])
         picked = result["picked"] or {}
@@ -100,7 +92,10 @@ def write_pages(result: Mapping[str, Any], request: AllocateRequest) -> None:
 allocate = as_function("allocate", AllocateRequest, run_allocation, "model", result=AllocateResult, write=write_pages)
 
 
-def _searched(request: AllocateRequest, told: AllocateListener, deadline: Deadline) -> dict[str, Any]:
+def _searched(
+    request: AllocateRequest, told: AllocateListener, deadline: Deadline, accepted: Callable[[], None]
+) -> dict[str, Any]:
+    """The document; `accepted` is called once nothing of the request can be refused any more."""
     profiles = [read_allocation(path, "--init") for path in request.init]
     times = [deadline.now()]
     calibrated = calibrate(request, deadline.watching(told.progress), told)
@@ -112,6 +107,7 @@ def _searched(request: AllocateRequest, told: AllocateListener, deadline: Deadli
     plan = TimePlan(deadline, times[1] - times[0], deadline.now() - times[1], survivors)
     told.dense({windows["validation"].text.name: perplexity(scorer.dense)})
     if request.by_rule:
+        accepted()
         return _warned(_described(request, calibrated, scorer) | _by_rule(calibrated, scorer), calibrated)
     uniform = _first_in_use(calibrated, scorer, plan)
     candidates = partial(CandidateObjective, calibrated.pruned, windows["search"].tokens, request.objective)
@@ -121,15 +117,27 @@ def _searched(request: AllocateRequest, told: AllocateListener, deadline: Deadli
 
     def on_generation(number: int, population: Sequence[Measured], batches: int, spent: float) -> None:
         generations.append((hypervolume(population, batches), sum(local.windows[:batches])))
+        problem.searched(spent)
         told.generation(number, population, batches, spent)
 
     with (
         SharedObjective(calibrated, local, deadline) if request.shared_out else nullcontext(local) as objective,
-        EvaluationLog(table, objective, request.ledger, identity, focus=request.sparsity, resume=request.resume) as log,
+        EvaluationLog(
+            table,
+            objective,
+            request.ledger,
+            identity,
+            focus=request.sparsity,
+            resume=request.resume,
+            progress=told.progress,
+        ) as log,
     ):
         searching = replace(request, minutes=log.planned(request.minutes, plan.search_minutes()))
         problem = Problem(table, calibrated.blocks, calibrated.evidence, log, told.progress, request.solves)
+        accepted()
+        problem.searched(0)
         found = list(dict.fromkeys(search(searching, problem, profiles, on_generation)))
+        problem.searched(1)
         cost, steps = _cost(log), dict(local.seconds)
         result = _result(calibrated, problem, scorer, found, plan, uniform)
         after = {name: value - cost[name] for name, value in _cost(log).items()}
@@ -269,6 +277,7 @@ def _baselines(request: AllocateRequest, problem: Problem, scorer: Scorer, plan:
 def _told(problem: Problem, what: str, points: Iterable[Point], count: int) -> list[Point]:
     """The points, each told of when it is there."""
     found = []
+    problem.progress(f"{what} on validation", 0, count)
     for done, point in enumerate(points, start=1):
         found.append(point)
         problem.progress(f"{what} on validation", done, count)

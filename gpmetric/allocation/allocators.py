@@ -19,7 +19,7 @@ from gpmetric.allocation.variation import repair
 from gpmetric.errors import PluginError
 from gpmetric.plugins import names_of
 from gpmetric.pruning.allocation import Allocation
-from gpmetric.session.session import Progress
+from gpmetric.session.listeners import Progress
 
 __all__ = [
     "Ground", "OnGeneration", "Problem", "arithmetic", "diagonal", "dlp", "one_threshold", "owl", "search",
@@ -102,6 +102,10 @@ class Problem(Ground):
     progress: Progress
     solves: bool = False  # whether kept weights of candidates are updated
 
+    def searched(self, spent: float) -> None:
+        """Tells of the share of the search's budget that is spent."""
+        self.progress("search, % of the budget", int(100 * min(1.0, spent)), 100)
+
     def cost_of_probes(self) -> tuple[int, int]:
         """Evaluations and tokens that `costs` takes."""
         evaluations = len(_PROBES) * len(self.table.genes)
@@ -127,6 +131,7 @@ class Problem(Ground):
             for removed, size in zip(self.table.removed, self.table.sizes, strict=True)
         ]
         pairs = [(gene, level) for gene, probed in enumerate(by_gene) for level in probed]
+        self.progress("genes alone", 0, len(self.table.genes))
         measured = self.log.measure_all([(*dense[:gene], level, *dense[gene + 1 :]) for gene, level in pairs], batches)
         found = []
         for gene, (removed, probed) in enumerate(zip(self.table.removed, by_gene, strict=True)):

@@ -11,7 +11,8 @@ from gpmetric.allocation.evidence import Evidence, block_scores, saliency_counts
 from gpmetric.allocation.exact_budget import exact_allocation
 from gpmetric.allocation.levels import Numbers, level_table
 from gpmetric.pruning.allocation import Allocation
-from gpmetric.session.session import Progress, Session
+from gpmetric.session.listeners import Progress
+from gpmetric.session.session import Session
 
 __all__ = ["Directions", "directions_of"]
 

@@ -18,6 +18,7 @@ from gpmetric.allocation.candidate_objective import Objective, Slopes
 from gpmetric.allocation.levels import Levels, LevelTable
 from gpmetric.allocation.search_budget import Budget, Clock
 from gpmetric.journal import Journal
+from gpmetric.session.listeners import Progress, silent
 
 __all__ = ["BARREN", "RADIUS", "EvaluationLog", "Measured"]
 
@@ -55,6 +56,7 @@ class EvaluationLog(Journal):
         objective: measures what is not in the file.
         path, resume: as of `Journal`.
         settings: JSON values, all that determines the search but its budget and focus.
+        progress: told of candidates that are measured.
         focus: sparsity that the search pays attention to; where the file has one already, that one.
     """
 
@@ -67,8 +69,9 @@ class EvaluationLog(Journal):
         *,
         focus: float | None = None,
         resume: bool = False,
+        progress: Progress = silent,
     ) -> None:
-        self.table = table
+        self.table, self._progress = table, progress
         self.candidates: dict[Levels, Measured] = {}
         self.tokens = 0
         self._objective = objective
@@ -111,7 +114,10 @@ class EvaluationLog(Journal):
         What the objective measures together is written down one by one, in the order of the candidates.
         """
         new = [(levels, self._measured_on(levels), batches) for levels in dict.fromkeys(candidates)]
-        figures = self._objective.measure_all([one for one in new if one[1] < batches and one not in self._values])
+        missing, done = [one for one in new if one[1] < batches and one not in self._values], 0
+        figures = self._objective.measure_all(missing)
+        if missing:
+            self._progress("candidates", 0, len(missing))
         for levels in candidates:
             one = self.candidates.setdefault(levels, Measured(levels, self.table.sparsity(levels)))
             first = len(one.values)
@@ -119,7 +125,8 @@ class EvaluationLog(Journal):
                 self.tokens += sum(self._objective.tokens[first:batches])
                 known = self._values.get((levels, first, batches))
                 if known is None:
-                    known = next(figures)
+                    known, done = next(figures), done + 1
+                    self._progress("candidates", done, len(missing))
                     told = [value if math.isfinite(value) else None for value in known]
                     self.write({"levels": levels, "first": first, "values": told})
                 one.values += known

@@ -35,7 +35,7 @@ def search_sparsity(
     removed = problem.budget(request.sparsity)
     barren = 0
     while (spent := log.spent(request.budget)) < 1 and barren < BARREN:
-        problem.progress("search, % of the budget", int(100 * spent), 100)
+        problem.searched(spent)
         before = log.evaluations
         drawn = [repair(table, switch(table, parent.levels, rng, _JUMPS), removed, rng) for _ in range(_OFFSPRING)]
         rest = list(dict.fromkeys(levels for levels in drawn if levels != parent.levels))

@@ -149,6 +149,7 @@ def _measured_in_use(
     rules = [Rule(metric, plan, request.update, request.fit) for plan in plans.values()]
     tokens, together = [session.windows["validation"].tokens], session.plan.together
     losses: list[float] = []
+    calibrated.progress("in use, on validation", 0, len(rules))
     try:
         while len(losses) < len(rules):
             count = together if plan is None else min(together, plan.affordable_uses)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class Scorer:
         self._calibrated, model = calibrated, calibrated.session.model
         self._tokens = calibrated.session.windows["validation"].tokens
         calibrated.pruned.dense()
-        self.dense = mean_loss(model, self._tokens)
+        self.dense = mean_loss(model, self._tokens, told=partial(calibrated.progress, "perplexity"))
         if not np.isfinite(self.dense):
             raise GpmetricError(f"the dense model's loss on validation is not finite in {model.dtype} (--dtype)")
         self.total = sum(parameter.numel() for parameter in model.module.parameters())

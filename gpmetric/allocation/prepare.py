@@ -31,8 +31,9 @@ from gpmetric.pruning.allocation import Allocation
 from gpmetric.pruning.mask import select_mask
 from gpmetric.pruning.protocol import Protocol
 from gpmetric.pruning.updaters import needed_statistics, prune_weights, updater_of
+from gpmetric.session.listeners import Listener, Progress
 from gpmetric.session.reopening import Reopening
-from gpmetric.session.session import Listener, Progress, Session, open_session
+from gpmetric.session.session import Session, open_session
 from gpmetric.session.work import Work
 from gpmetric.session.workers import shared
 

@@ -115,7 +115,11 @@ def as_stored(layer: str, name: str, value: Tensor, dtype: torch.dtype | None) -
 
 
 def cached_statistics(
-    folder: Path, key: str, sample: Sample, blocks: Callable[[], Iterable[Mapping[str, LayerStatistics]]]
+    folder: Path,
+    key: str,
+    sample: Sample,
+    blocks: Callable[[], Iterable[Mapping[str, LayerStatistics]]],
+    checking: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """The file of the statistics under `key`, computed and written when it is not there or damaged, which is told.
 
@@ -124,6 +128,7 @@ def cached_statistics(
         key: see `cache_key`.
         sample: what the file holds.
         blocks: computes them, some layers at a time in any order; each is written as soon as it is there.
+        checking: told of tensors of a file that is there, (compared with its digest, in all).
 
     Raises:
         GpmetricError: the folder cannot be written, or what is computed is not finite.
@@ -131,7 +136,7 @@ def cached_statistics(
     path = folder / f"{key}.safetensors"
     _remove_abandoned(folder)
     try:
-        _check(path, sample)
+        _check(path, sample, checking)
         return path
     except FileNotFoundError:
         pass
@@ -176,7 +181,7 @@ def _fill(
         write_header(partial, sample.kinds, _metadata(sample, _digest(sample, sums)))
 
 
-def _check(path: Path, sample: Sample) -> None:
+def _check(path: Path, sample: Sample, told: Callable[[int, int], None]) -> None:
     """Compares a file with what it is to hold and with its digest; reads all of it.
 
     Raises:
@@ -186,7 +191,11 @@ def _check(path: Path, sample: Sample) -> None:
     file = TensorFile(path)
     if {name: (place.dtype, place.shape) for name, place in file.places.items()} != sample.kinds:
         raise ValueError("it holds other tensors than it should")
-    sums = {name: tensor_sum(_finite(name, file.pieces(name))) for name in file.places}
+    sums = {}
+    for done, name in enumerate(file.places):
+        told(done, len(file.places))
+        sums[name] = tensor_sum(_finite(name, file.pieces(name)))
+    told(len(file.places), len(file.places))
     if file.metadata != _metadata(sample, _digest(sample, sums)):
         raise ValueError("its digest is another")
 

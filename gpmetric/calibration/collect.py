@@ -45,6 +45,7 @@ __all__ = [
     "token_batches",
 ]
 
+_Progress = Callable[[int, int], None]
 Accumulators = Mapping[str, FromInputs | FromGradients | FromTokens | FromRegion]
 
 
@@ -119,12 +120,14 @@ def collect_blocks(
     return _block_by_block(model, tokens, rows, progress, room)
 
 
-def count_tokens(model: Model, tokens: Tensor, room: int | None = None) -> dict[str, int]:
+def count_tokens(
+    model: Model, tokens: Tensor, room: int | None = None, progress: _Progress = lambda done, total: None
+) -> dict[str, int]:
     """How many of the tokens [sequences, length] each layer of a mixture's experts reads, by its name."""
     rows = {name: row for name, row in ACCUMULATORS.items() if name == "X"}
     layers = {layer.name for layer in model.layers if expert_family(layer.name)}
     found: dict[str, int] = {}
-    for block in _from_inputs(model, tokens, rows, lambda *_: None, room):
+    for block in _from_inputs(model, tokens, rows, progress, room):
         found |= {name: one.tokens or 0 for name, one in block.items() if name in layers}
     return found
 
@@ -166,11 +169,11 @@ def _joined(statistics: LayerStatistics, others: Mapping[str, Tensor]) -> LayerS
     return statistics.joined(others)
 
 
-_Progress = Callable[[int, int], None]
 _Blocks = Iterator[dict[str, LayerStatistics]]
 
 
 def _from_inputs(model: Model, tokens: Tensor, rows: Accumulators, progress: _Progress, room: int | None) -> _Blocks:
+    progress(0, len(model.blocks))
     shelf = Shelf(room, None if room is None else torch.device("cpu"))
     hidden = Hidden(record_calls(model, token_batches(tokens, model.batch_tokens), shelf), shelf)
     if any(isinstance(row, FromRegion) for row in rows.values()):
@@ -207,7 +210,8 @@ def _with_regional(
                 shelf.put(name, block.pop(name).values)
 
         def told(done: int, _: int) -> None:
-            progress(first + done, steps)
+            if done:  # one bar for both walks
+                progress(first + done, steps)
 
         rest = _at_once(model, tokens, others, told) if at_once else _block_by_block(model, tokens, others, told, room)
         for block in rest:
@@ -221,6 +225,7 @@ def _with_regional(
 
 def _at_once(model: Model, tokens: Tensor, rows: Accumulators, progress: _Progress) -> _Blocks:
     """A forward and a backward pass for every window, through all blocks."""
+    progress(0, len(tokens))
     with _Watch(model.layers, rows) as watch:
         for done, window in enumerate(tokens, start=1):
             _pass_window(model, window)
@@ -248,6 +253,7 @@ def _block_by_block(model: Model, tokens: Tensor, rows: Accumulators, progress: 
     from_inputs = {name: row for name, row in rows.items() if isinstance(row, FromInputs)}
     others = {name: row for name, row in rows.items() if name not in from_inputs}
     steps = 2 * len(model.blocks)
+    progress(0, steps)
     watches: dict[int, _Watch] = {}
     read: dict[str, tuple[int | None, tuple[str, ...]]] = {}
 

@@ -86,6 +86,15 @@ class Campaign:
             self._fronted = rows[-1].id or 0
         return by_merit(self._best)
 
+    def started(self) -> list[tuple[str, Individual]]:
+        """The metrics that the first generation began with, by their formulas, as far as they were evaluated."""
+        rows = [
+            (row.formula, self.ledger.evaluation(row.evaluation))
+            for row in self.ledger.candidates(0)[: len(self.config.start)]
+            if row.evaluation is not None
+        ]
+        return [(name, self._individual(row)) for name, row in rows if row is not None and row.status == "done"]
+
     @property
     def last_generation(self) -> int | None:
         """The number of the last finished one."""
@@ -165,12 +174,7 @@ class Campaign:
     def _raise_bars(self) -> None:
         """Takes the lowest of a rival's figures at each target, once the first generation is recorded."""
         names = {rival.name for rival in self.config.rivals}
-        rows = (
-            self.ledger.evaluation(row.evaluation)
-            for row in self.ledger.candidates(0)[: len(self.config.start)]
-            if row.evaluation is not None and row.formula in names
-        )
-        found = [self._individual(row) for row in rows if row is not None and row.status == "done"]
+        found = [one for name, one in self.started() if name in names]
         searched = [one.searched for one in found if self.config.objective_bar]
         self._bars = best_of(searched), best_of(one.excess for one in found)
         self._best, self._fronted = [], 0  # whose merit was told without bars

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from gpmetric.errors import GpmetricError, LedgerError
+from gpmetric.evolution.baselines import baselines_among
 from gpmetric.evolution.campaign import Campaign
 from gpmetric.evolution.document import alone, circumstances, describe_individual, time_split
 from gpmetric.evolution.fork import population_of
@@ -240,7 +241,7 @@ def find(
     labels = tuple(target.label for target in held_out.targets)
     config = make_config(request, sessions, labels, ledger.history.get("fork", {}).get("formulas", ()))
     told.step("search")
-    campaign = _search(config, ledger, held_out.executor, told, asked)
+    campaign = _search(config, request.update, ledger, held_out.executor, told, asked)
     budget.end_search()
     stopped = campaign.last_generation if campaign.ended else None
     if stopped is not None:
@@ -284,11 +285,21 @@ def _too_short(request: DiscoverRequest) -> GpmetricError:
 
 
 def _search(
-    config: SearchConfig, ledger: Ledger, executor: Executor, told: DiscoverListener, asked: Callable[[], bool]
+    config: SearchConfig,
+    update: str,
+    ledger: Ledger,
+    executor: Executor,
+    told: DiscoverListener,
+    asked: Callable[[], bool],
 ) -> Campaign:
     """The generation loop, run to its end."""
+    named = False
 
     def tell(number: int, campaign: Campaign) -> None:
+        nonlocal named
+        if not named:
+            named = True
+            told.rivals(baselines_among((one for _, one in campaign.started()), update))
         told.generation(number, campaign.front(), ledger.counts())
 
     campaign = Campaign(config, ledger, executor, tell, asked, told.progress)

@@ -44,6 +44,7 @@ from gpmetric.pruning.mask import compile_ahead
 from gpmetric.pruning.protocol import Protocol, Rule
 from gpmetric.pruning.sparsegpt import compile_solver
 from gpmetric.pruning.updaters import UPDATERS, prune_weights, resolve_target
+from gpmetric.session.listeners import Progress, silent
 from gpmetric.session.memory import retried
 from gpmetric.session.session import Session
 from gpmetric.targets import Target, parse_target
@@ -64,17 +65,24 @@ class Evaluator:
         targets: in the user's spelling.
         update, fit: what happens to kept weights.
         objective: what candidates are compared by.
+        progress: told of the steps of a task that takes long.
     """
 
     def __init__(
-        self, session: Session, targets: Sequence[str], update: str, objective: str = "kl", fit: str = "own"
+        self,
+        session: Session,
+        targets: Sequence[str],
+        update: str,
+        objective: str = "kl",
+        fit: str = "own",
+        progress: Progress = silent,
     ) -> None:
         assert session.dense is not None
         self._session = session
         self._model = session.model
         self._statistics = session.dense
         self._targets = [parse_target(target) for target in targets]
-        self._update, self._fit = update, fit
+        self._update, self._fit, self._progress = update, fit, progress
         self._objectives = tuple(dict.fromkeys((*_COMPARED, objective)))
         self._dense_losses: dict[tuple[str, int], float] = {}  # by split and part
         others = self._objectives[len(_COMPARED) :]
@@ -243,7 +251,9 @@ class Evaluator:
 
     def _dense_loss(self, split: str, part: int) -> float:
         if (split, part) not in self._dense_losses:
-            self._dense_losses[split, part] = mean_loss(self._model, self._windows(split, part).tokens)
+            self._dense_losses[split, part] = mean_loss(
+                self._model, self._windows(split, part).tokens, told=partial(self._progress, "perplexity")
+            )
         return self._dense_losses[split, part]
 
     def _in_use(self, tasks: Sequence[UseTask]) -> list[Figures | GpmetricError]:
@@ -291,7 +301,9 @@ class Evaluator:
             self._protocols.clear()
             session = self._session.calibrated_on(self._windows(calibration, part))
             session.dense = self._statistics if calibration == "calibration" else None
-            self._protocols[calibration, part] = Protocol(session, one_shot=False)
+            self._protocols[calibration, part] = Protocol(
+                session, one_shot=False, progress=self._progress, passed=self._progress
+            )
         return self._protocols[calibration, part]
 
 

@@ -18,7 +18,8 @@ from gpmetric.evolution.search_config import make_config
 from gpmetric.evolution.selection import Individual
 from gpmetric.evolution.workplace import collect_statistics, make_executor
 from gpmetric.executors import TaskClock
-from gpmetric.session.session import Progress, Session
+from gpmetric.session.listeners import Progress
+from gpmetric.session.session import Session
 from gpmetric.session.workers import torch_threads
 
 __all__ = ["evolve"]

@@ -22,12 +22,13 @@ from gpmetric.evolution.tasks import DenseTask, SequentialLoss, SequentialTask
 from gpmetric.executors import Executor, Outcome, OutOfTime
 from gpmetric.metrics import BASELINES, Metric, resolve_metric
 from gpmetric.pruning.updaters import UPDATERS
-from gpmetric.session.session import Progress, silent
+from gpmetric.session.listeners import Progress, silent
 
 __all__ = ["HeldOut", "HeldOutFigures", "choose_finalists", "choose_winner", "interval"]
 
 
 Measured = dict[Metric, "HeldOutFigures"]
+_TIMING = "how long a baseline takes"
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,10 @@ class HeldOut:
 
     def dense(self, split: str) -> dict[str, float]:
         """Perplexity of the dense model on a split, by model; a GpmetricError where it is not finite."""
+        what = f"dense model on the {split} text"
+        self.progress(what, 0, 1)
         (outcome,) = self.executor.map_ordered([DenseTask(split, 1 if split == "search" else self.part)])
+        self.progress(what, 1, 1)
         losses: dict[str, float] = {} if outcome.error is not None else outcome.value
         if not losses or not all(math.isfinite(loss) for loss in losses.values()):
             raise GpmetricError(f"the dense model's loss on the {split} text is {outcome.error or 'not finite'}")
@@ -114,6 +118,8 @@ class HeldOut:
         tasks = [self._task(metric, at, split, calibration) for metric, at in missing]
         names = list(dict.fromkeys(metric.name for metric, _ in missing))
         what = f"{names[0] if len(names) == 1 else f'{len(names)} metrics'} on the {split} text"
+        if missing:
+            self.progress(what, 0, len(missing))
         with suppress(OutOfTime):
             outcomes = zip(missing, self.executor.map_ordered(tasks), strict=True)
             for done, ((metric, at), outcome) in enumerate(outcomes):
@@ -132,8 +138,10 @@ class HeldOut:
         """Seconds that a metric takes on validation at the first target, known or not; infinite if time is out."""
         at, started = self.targets[0], self.executor.clock.now()
         with suppress(OutOfTime):
+            self.progress(_TIMING, 0, 1)
             (outcome,) = self.executor.map_ordered([self._task(metric, at, "validation", "calibration")])
             self.ledger.hold_out(self._row(metric, at, "validation", "calibration", outcome))
+            self.progress(_TIMING, 1, 1)
             return self.executor.clock.now() - started
         return math.inf
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gpmetric.evolution.selection import Individual
-from gpmetric.evolution.time_budget import CampaignPlan
-from gpmetric.session.session import Listener
+from gpmetric.session.listeners import Listener
+
+if TYPE_CHECKING:
+    from gpmetric.evolution.selection import Individual
+    from gpmetric.evolution.time_budget import CampaignPlan
 
 __all__ = ["STEPS", "DiscoverListener"]
 
@@ -30,6 +32,9 @@ class DiscoverListener(Listener):
 
     def serving(self, address: str) -> None:
         """The campaign's page is at this address while the campaign runs."""
+
+    def rivals(self, found: Mapping[str, Individual]) -> None:
+        """Baselines among the first formulas by name, as the search has measured them; before the first generation."""
 
     def generation(self, number: int, front: Sequence[Individual], counts: Mapping[str, int]) -> None:
         """A generation is finished: the front, the best first, and what `Ledger.counts` gives."""

@@ -112,6 +112,7 @@ class SuccessiveHalving:
             yield from self._asked(missing, draws, probing)
 
         lost, done = list[int](), 0
+        self.progress(f"generation {self.generation}, {PROBE.name}", 0, self.config.population)
         for outcome in self.executor.map_ordered(batches()):
             batch = probing.popleft()
             if outcome.error is not None and len(batch) > 1:
@@ -150,6 +151,8 @@ class SuccessiveHalving:
     def _measure(self, metrics: Sequence[Metric], positions: Sequence[int], rung: Rung) -> None:
         """Stores what is missing on a rung, of one metric a task."""
         missing = [position for position in positions if (position, rung.name) not in self._known]
+        if missing:
+            self.progress(f"generation {self.generation}, {rung.name}", 0, len(missing))
         outcomes = self.executor.map_ordered(rung.task([metrics[position]]) for position in missing)
         for done, (position, outcome) in enumerate(zip(missing, outcomes, strict=True), start=1):
             self._store(rung.name, [position], outcome)

@@ -16,6 +16,7 @@ from statistics import fmean, median
 from typing import Any
 
 from gpmetric.errors import LedgerError
+from gpmetric.evolution.baselines import baselines_among
 from gpmetric.evolution.beside import read_note, stop_file
 from gpmetric.evolution.driver_lock import lives
 from gpmetric.evolution.fitness import best_of, mean_excess
@@ -203,28 +204,10 @@ def ranked(
     metrics = {index: resolve_metric(row.formula) for index, row in done.items()}
     plain = {index: Individual(metrics[index], row.figures[objective], row.losses) for index, row in done.items()}
     first = [plain[row.evaluation] for row in candidates if row.generation == 0 and row.evaluation in plain]
-    named = _baselines_among(first, settings.get("update", "none"))
+    named = baselines_among(first, settings.get("update", "none"))
     bar = best_of(one.excess for one in named.values())
     front = by_merit(pareto([Individual(one.metric, one.searched, one.excess, {}, bar) for one in plain.values()]))
     return front, named
-
-
-def _baselines_among(first: Iterable[Individual], update: str) -> dict[str, Individual]:
-    """Baselines by name; constants of theirs that depend on the calibration's size may be any.
-
-    Where one group is set for all formulas, theirs is that one.
-    """
-    shapes: dict[tuple[str, ...], Individual] = {}
-    for one in first:
-        shapes.setdefault(one.shape, one)
-        shapes.setdefault(("", *one.shape[1:]), one)
-    found: dict[str, Individual] = {}
-    for name in BASELINES:
-        if masks_only(name) or BASELINES[name].update == update:
-            wanted = Individual(resolve_metric(name), {"": 0.0}, {"": 0.0}).shape
-            match = shapes.get(wanted) or shapes.get(("", *wanted[1:]))
-            found |= {name: match} if match else {}
-    return found
 
 
 def _describe(one: Individual) -> dict[str, Any]:

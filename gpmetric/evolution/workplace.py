@@ -25,8 +25,9 @@ from gpmetric.operands import GRAM, is_regional, needs_gradients
 from gpmetric.pruning.block_fit import PASSES
 from gpmetric.pruning.protocol import check_targets
 from gpmetric.pruning.updaters import UPDATERS
+from gpmetric.session.listeners import Listener, Progress, silent
 from gpmetric.session.reopening import Reopening
-from gpmetric.session.session import Listener, Progress, Session, plan_session
+from gpmetric.session.session import Session, plan_session
 from gpmetric.session.splits import open_sources
 from gpmetric.session.work import Work
 from gpmetric.session.workers import cores, devices, is_small, share, torch_threads, wanted
@@ -54,13 +55,13 @@ class Workplace:
     session: Reopening
     statistics: Path  # a file of the statistics cache
 
-    def open(self, model: Model | None = None) -> Evaluator:
+    def open(self, model: Model | None = None, progress: Progress = silent) -> Evaluator:
         """The evaluator of this place; `model` where this process has it already."""
         session = self.session.open(model)
         request = session.inputs
         assert isinstance(request, DiscoverRequest)
         session.dense = load_statistics(self.statistics, str(session.model.device), kept=session.plan.kept)
-        return Evaluator(session, request.target, request.update, request.objective, request.fit)
+        return Evaluator(session, request.target, request.update, request.objective, request.fit, progress)
 
 
 class Evaluators:
@@ -105,14 +106,21 @@ class Evaluators:
 
 
 def open_workplaces(
-    places: Mapping[str, Workplace], held: int, threads: int, models: Mapping[str, Model] = {}
+    places: Mapping[str, Workplace],
+    held: int,
+    threads: int,
+    models: Mapping[str, Model] = {},
+    progress: Progress = silent,
 ) -> Callable[[Any], Any]:
-    """What a process does tasks with, with so many torch threads from now on; arguments as of `Evaluators`."""
+    """What a process does tasks with, with so many torch threads from now on; arguments as of `Evaluators`.
+
+    `progress` is told of the steps of a task, where there is one place.
+    """
     torch.set_num_threads(threads)
     if len(places) > 1:
         return Evaluators(places, held, models)
     ((name, place),) = places.items()
-    return place.open(models.get(name))
+    return place.open(models.get(name), progress)
 
 
 def open_sessions(request: DiscoverRequest, told: Listener | None = None) -> dict[str, Session]:
@@ -126,10 +134,9 @@ def open_sessions(request: DiscoverRequest, told: Listener | None = None) -> dic
     sources = open_sources(request)
     sessions: dict[str, Session] = {}
     for name in request.models:
-        session = plan_session(request, name, sources, work=campaign_work)
+        session = plan_session(request, name, sources, work=campaign_work, listener=told)
         check_targets(session.model, [parse_target(text) for text in request.target])
         sessions[session.model.name] = session
-        (told or Listener()).needs(session.plan)
     short = {name: Path(name).name for name in sessions}
     if len(set(short.values())) < len(sessions):
         return sessions
@@ -206,8 +213,9 @@ def make_executor(
 ) -> Executor:
     """Where candidates are evaluated.
 
-    Candidates that walk together do so in this process.
+    Candidates that walk together do so in this process; what is done here is told to who listens to the session.
     """
+    progress = next(iter(sessions.values())).told.progress
     places = {}
     for number, (name, session) in enumerate(sessions.items()):
         draws = _resampled(session.tokens, request.calibration_draws, request.seed)
@@ -216,11 +224,12 @@ def make_executor(
     models = {name: session.model for name, session in sessions.items()}
     if len(sessions) == 1 and (size := next(iter(sessions.values())).plan.together) > 1 and request.ray is None:
         torch.set_num_threads(1 if all(map(is_small, models.values())) else cores())
-        evaluator = next(iter(places.values())).open(next(iter(models.values())))
+        evaluator = next(iter(places.values())).open(next(iter(models.values())), progress)
         return Together(evaluator.together, alike, size)
     workers = min(session.plan.workers for session in sessions.values())
     held = min(session.plan.held_models for session in sessions.values())
-    here = partial(open_workplaces, places, held, models={} if released(request, sessions) else models)
+    present = {} if released(request, sessions) else models
+    here = partial(open_workplaces, places, held, models=present, progress=progress)
     executor = staffed(request, list(models.values()), workers, open_workplaces, (places, held), here, held)
     return MultiModel(executor, models) if len(models) > 1 else executor
 

@@ -23,7 +23,7 @@ from gpmetric.options import as_function
 from gpmetric.packing.pieces import decode, encode, is_masked
 from gpmetric.packing.requests import PackRequest
 from gpmetric.packing.spans import Span, lengths, spans_of
-from gpmetric.session.session import Listener
+from gpmetric.session.listeners import Listener
 
 __all__ = ["FRAME", "INDEX", "VERSION", "pack", "run_pack"]
 
@@ -59,6 +59,7 @@ def run_pack(request: PackRequest, listener: Listener | None = None) -> dict[str
     try:
         with zipfile.ZipFile(partial, "x") as archive:
             index, done = [], 0
+            told.progress("megabytes", 0, total // 10**6)
             for number, (name, path) in enumerate(files):
                 spans, digest = spans_of(path), hashlib.sha256()
                 with archive.open(str(number), "w", force_zip64=True) as member:

@@ -7,6 +7,7 @@ import json
 import shutil
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +18,7 @@ from gpmetric.packing.pieces import PIECE, decode
 from gpmetric.packing.requests import UnpackRequest
 from gpmetric.packing.spans import Span, lengths
 from gpmetric.pruning.output_folder import check_folder, replacing
-from gpmetric.session.session import Listener
+from gpmetric.session.listeners import Listener
 
 __all__ = ["run_unpack", "unpack"]
 
@@ -46,14 +47,15 @@ def run_unpack(request: UnpackRequest, listener: Listener | None = None) -> dict
             if total > free:
                 raise InputError(f"{str(folder)!r} takes {total:,} bytes, and {free:,} are free there")
             done = 0
+            told.progress("megabytes", 0, total // 10**6)
             with replacing(folder, False) as partial:
                 for number, one in enumerate(files):
                     place = partial / one["name"]
                     place.parent.mkdir(parents=True, exist_ok=True)
                     with archive.open(str(number)) as member, place.open("xb") as file:
-                        _restore(member, file, one)
-                    done += one["bytes"]
-                    told.progress("megabytes", done // 10**6, total // 10**6)
+                        for restored in _restored(member, file, one):
+                            done += restored
+                            told.progress("megabytes", done // 10**6, total // 10**6)
     except (
         zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, KeyError, EOFError, NotImplementedError, RuntimeError,
     ) as error:  # fmt: skip
@@ -63,8 +65,8 @@ def run_unpack(request: UnpackRequest, listener: Listener | None = None) -> dict
     return {"archive": str(request.archive), "output": str(folder), "files": len(files), "bytes": total}
 
 
-def _restore(member: IO[bytes], file: IO[bytes], one: dict[str, Any]) -> None:
-    """Writes a file of its pieces."""
+def _restored(member: IO[bytes], file: IO[bytes], one: dict[str, Any]) -> Iterator[int]:
+    """Writes a file of its pieces; the bytes of each."""
     digest = hashlib.sha256()
     for span in (Span(*span) for span in one["spans"]):
         for length in lengths(span):
@@ -74,6 +76,7 @@ def _restore(member: IO[bytes], file: IO[bytes], one: dict[str, Any]) -> None:
             content = decode(_exactly(member, count), length, span.size, span.rotated)
             digest.update(content)
             file.write(content)
+            yield length
     if member.read(1) or digest.hexdigest() != one["sha256"]:
         raise GpmetricError(f"{one['name']!r} is damaged in the archive: it is not what was packed")
 

@@ -17,6 +17,7 @@ from gpmetric.metrics import Metric
 from gpmetric.options import as_function
 from gpmetric.pruning.bench_log import BenchLog, BenchRow
 from gpmetric.pruning.bench_workers import bench_executor, shared_rows
+from gpmetric.pruning.listeners import BenchListener
 from gpmetric.pruning.protocol import Measured, Protocol, Rule, check_targets
 from gpmetric.pruning.requests import BenchRequest
 from gpmetric.pruning.updaters import needed_statistics
@@ -26,14 +27,13 @@ from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
 from gpmetric.session.memory import retried
-from gpmetric.session.session import Listener, Session, open_session
+from gpmetric.session.session import Session, open_session
 from gpmetric.session.splits import Sources, open_sources
 from gpmetric.session.work import Work
 from gpmetric.session.workers import meet, shared, torch_threads
 from gpmetric.targets import Target, parse_target
 
 __all__ = [
-    "BenchListener",
     "BenchRow",
     "bench",
     "bench_failures",
@@ -46,16 +46,6 @@ __all__ = [
 
 
 _UNKNOWN = 4.0  # times the others, what the first row of another updater is thought to take; see evolution.tasks
-
-
-class BenchListener(Listener):
-    """What a bench tells while it runs; every method may be overridden."""
-
-    def model(self, name: str) -> None:
-        """The next of several models is begun; not called for one alone."""
-
-    def row(self, row: BenchRow) -> None:
-        """One metric at one target is measured."""
 
 
 def bench_rows(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gpmetric.blockwise.hidden import Hidden
-from gpmetric.models import Layer
+from gpmetric.models import Layer, Told
 
 __all__ = ["PASSES", "fit_block"]
 
@@ -26,7 +26,12 @@ _DECAYS, _TINY = (0.9, 0.99), 1e-8
 
 @torch.no_grad()
 def fit_block(
-    index: int, layers: Sequence[Layer], pruned: Sequence[Tensor], inputs: Hidden, goals: Hidden
+    index: int,
+    layers: Sequence[Layer],
+    pruned: Sequence[Tensor],
+    inputs: Hidden,
+    goals: Hidden,
+    told: Told = lambda done, total: None,
 ) -> list[Tensor]:
     """The pruned weights [out, in] of a block's layers after some rounds, in the layers' dtype; their zeros are zeros.
 
@@ -43,6 +48,7 @@ def fit_block(
         pruned: their weights.
         inputs: what the block reads, by batch.
         goals: what it is to give, by batch.
+        told: of the rounds that are done, and of all.
 
     Source: Yang et al. 2025 (Wanda++), regional optimization: five rounds of RMSprop. There, the mask is chosen anew
     before every round, which sees 32 windows of 128.
@@ -52,12 +58,14 @@ def fit_block(
     if not 0 < start < math.inf:  # nothing to learn from
         return best
     descent = _Descent(pruned, _ROUNDS * sum(map(len, inputs.calls.batches)))
-    for _ in range(_ROUNDS):
+    for done in range(_ROUNDS):
+        told(done, _ROUNDS)
         _run_round(index, layers, descent, inputs, goals, start)
         error = _error(index, layers, descent.weights, inputs, goals)
         if error < least:
             least = error
             best = [one.to(own.dtype, copy=True) for one, own in zip(descent.weights, pruned, strict=True)]
+    told(_ROUNDS, _ROUNDS)
     return best
 
 

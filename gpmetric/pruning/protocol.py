@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from gpmetric.pruning.dense_fit import dense_goal
 from gpmetric.pruning.protocol_work import protocol_work, shared_statistics
 from gpmetric.pruning.rule import Rule, prune_layer, told_where
 from gpmetric.pruning.updaters import needed_statistics, updater_of
-from gpmetric.session.session import Progress, Session
+from gpmetric.session.listeners import Progress, silent
+from gpmetric.session.session import Session
 from gpmetric.session.work import Work
 from gpmetric.targets import Target
 
@@ -62,16 +64,11 @@ class Protocol:
         session: its model is dense, and stays so.
         one_shot: dense statistics everywhere, instead of block after pruned block.
         progress: told of the calibration.
-        passed: told of the blocks that a walk is through with.
+        passed: told of the layers that a walk has pruned, by all rules together.
     """
 
     def __init__(
-        self,
-        session: Session,
-        *,
-        one_shot: bool,
-        progress: Progress = lambda *told: None,
-        passed: Progress = lambda *told: None,
+        self, session: Session, *, one_shot: bool, progress: Progress = silent, passed: Progress = silent
     ) -> None:
         self.session = session
         self.one_shot = one_shot
@@ -161,6 +158,7 @@ class Walk:
     tokens: Sequence[Tensor]
     stored: Mapping[str, torch.dtype]
     _next: int = field(default=0, init=False)
+    _done: int = field(default=0, init=False)  # layers, of all rules
 
     def __post_init__(self) -> None:
         session = self.protocol.session
@@ -182,9 +180,16 @@ class Walk:
         self._dense_inputs: DenseInputs | None = None  # of the block that is passed
 
     def __iter__(self) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
+        self._tell(self._next)
         for index in range(self._next, len(self._model.blocks)):
             yield index, self._step(index)  # nothing of it is kept here
-            self.protocol.passed("pruning", index + 1, len(self._model.blocks))
+            self._tell(index + 1)
+
+    def _tell(self, blocks: int | None = None) -> None:
+        """Tells of one layer more, or of so many blocks."""
+        sizes = [len(self.rules) * len(block.layers) for block in self._model.blocks]
+        self._done = self._done + 1 if blocks is None else sum(sizes[:blocks])
+        self.protocol.passed("pruning", self._done, sum(sizes))
 
     @torch.no_grad()
     def _step(self, index: int) -> list[dict[str, Tensor]]:
@@ -347,6 +352,7 @@ class Walk:
         """The pruned weight [out, in] of a layer."""
         coupling = couplings.get(layer.name)
         pruned, channels = prune_layer(layer, weight, branch.rule, statistics, coupling)
+        self._tell()
         if coupling is not None and channels is not None:
             branch.moves += coupling.moves(channels)
             branch.permuted += 1
@@ -367,7 +373,8 @@ class Walk:
         goals = Hidden(inputs.calls, self.protocol.session.shelf)
         for number, states in enumerate(read):
             goals[number] = inputs.calls.call(index, number, states)
-        fitted = fit_block(index, layers, [pruned[layer.name] for layer in layers], inputs, goals)
+        weights, told = [pruned[layer.name] for layer in layers], partial(self.protocol.passed, "rounds in a block")
+        fitted = fit_block(index, layers, weights, inputs, goals, told)
         goals.close()
         return pruned | {layer.name: one for layer, one in zip(layers, fitted, strict=True)}
 

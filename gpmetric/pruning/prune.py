@@ -16,6 +16,7 @@ from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.options import as_function
 from gpmetric.pruning.allocation import Allocation, check_allocation, mean_sparsity, read_allocation
 from gpmetric.pruning.checkpoint import CheckpointWriter, stored_layers, write_masks
+from gpmetric.pruning.listeners import PruneListener
 from gpmetric.pruning.output_folder import MANIFEST, check_folder, file_digest
 from gpmetric.pruning.protocol import Protocol, Rule, check_targets
 from gpmetric.pruning.recipe import Recipe, read_recipe
@@ -27,25 +28,16 @@ from gpmetric.results import PruneResult
 from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
+from gpmetric.session.listeners import Progress
 from gpmetric.session.memory import retried
-from gpmetric.session.session import Listener, Progress, Session, open_session
+from gpmetric.session.session import Session, open_session
 from gpmetric.session.work import Work
 from gpmetric.targets import Target, parse_target
 from gpmetric.tensor_file import weight_bytes
 
 RECIPE = "recipe.toml"  # in the checkpoint that was made by one
 
-__all__ = ["RECIPE", "PruneListener", "prune", "prune_work", "run_prune"]
-
-
-class PruneListener(Listener):
-    """What pruning tells while it runs; every method may be overridden."""
-
-    def resumed(self, block: int, blocks: int) -> None:
-        """A command that was killed is gone on with at a block, counted from 0."""
-
-    def other_use(self, made_for: Mapping[str, str], used: Mapping[str, str]) -> None:
-        """The allocation was made for another formula, update or fit than it is used with."""
+__all__ = ["RECIPE", "prune", "prune_work", "run_prune"]
 
 
 def run_prune(
@@ -89,7 +81,9 @@ def run_prune(
         _check_calibration(recipe, request, session)
     rule = _rule(session, request, allocation)
     targets = {layer.name: rule.target(layer.name) for layer in session.model.layers}
-    protocol = Protocol(session, one_shot=request.one_shot, progress=deadline.watching(told.progress))
+    protocol = Protocol(
+        session, one_shot=request.one_shot, progress=deadline.watching(told.progress), passed=told.progress
+    )
     made = _made(session, request, rule, targets, recipe)
     if allocation is not None:
         used = {name: made[name] for name in ("formula", "update", "fit")}
@@ -190,7 +184,9 @@ def _verified(files: Path, session: Session, text: Windows, progress: Progress) 
         GpmetricError: it does not verify.
     """
     request = VerifyRequest(folder=str(files), against=str(session.model.folder), device=session.inputs.device)
-    found = verify_files(request, text.tokens, progress=progress, digests=False)  # they were taken from the same files
+    found = verify_files(  # digests were taken from the same files
+        request, text.tokens, progress=progress, reading=session.told.progress, digests=False
+    )
     if not found["ok"]:
         raise GpmetricError(f"the written checkpoint does not verify: {found['problems'][0]}")
     reached: float = found["perplexity"]
@@ -219,6 +215,7 @@ def _prune_blocks(
     walk = protocol.walk([rule], [one.tokens for one in session.evaluated], writer.dtypes)
     if record.block:
         walk.restore(record.block, partial.state())
+    told.progress("blocks", record.block, len(blocks))
     before = deadline.now()
     for index, (pruned,) in walk:
         (moved,), starved = walk.moves(), session.starved | session.starved_pruned

@@ -11,7 +11,8 @@ from huggingface_hub import try_to_load_from_cache
 
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.options import as_function
-from gpmetric.pruning.bench import BenchListener, run_bench
+from gpmetric.pruning.bench import run_bench
+from gpmetric.pruning.listeners import BenchListener
 from gpmetric.pruning.published import PUBLISHED, Study
 from gpmetric.pruning.requests import BenchRequest, ReproduceRequest
 from gpmetric.results import ReproduceResult

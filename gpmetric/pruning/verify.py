@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,8 +16,8 @@ from gpmetric.data import STDIN
 from gpmetric.errors import DataError, GpmetricError, InputError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.files import read_object
-from gpmetric.loading import check_path, load_model, pick_device
-from gpmetric.models import Model
+from gpmetric.loading import check_path, load_model, open_model, pick_device, prepare_model
+from gpmetric.models import Model, Told
 from gpmetric.options import as_function
 from gpmetric.pruning.checkpoint import FOREIGN_KEYS, is_finite, stored_layers, tensors
 from gpmetric.pruning.manifest import LayerRecord, Manifest, read_manifest
@@ -28,8 +29,8 @@ from gpmetric.pruning.verify_experts import are_there, by_tensor, expert_differe
 from gpmetric.results import VerifyResult
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
+from gpmetric.session.listeners import Listener, Progress, silent
 from gpmetric.session.plan import Plan, make_plan
-from gpmetric.session.session import Listener, Progress
 from gpmetric.session.splits import open_text, read_windows
 from gpmetric.session.work import Work
 from gpmetric.stored_experts import gathered
@@ -65,7 +66,7 @@ def run_verify(
     """
     told = listener or Listener()
     watched = Deadline.starting(request.minutes, started).watching(told.progress)
-    return verify_files(request, needs=told.needs, progress=watched)
+    return verify_files(request, needs=told.needs, progress=watched, reading=told.progress)
 
 
 def verify_files(
@@ -74,6 +75,7 @@ def verify_files(
     *,
     needs: Callable[[Plan], None] = lambda plan: None,
     progress: Progress,
+    reading: Progress = silent,
     digests: bool = True,
 ) -> dict[str, Any]:
     """What `run_verify` does and returns.
@@ -83,6 +85,7 @@ def verify_files(
         windows: [n, length], to measure it on; by default those of the manifest, where their text is at hand.
         needs: told of what running the model takes.
         progress: told of the perplexity on its way.
+        reading: told of files, tensors and the model that are read.
         digests: whether the files' sha256 are compared, too.
     """
     path, against = Path(request.folder), request.against
@@ -95,12 +98,15 @@ def verify_files(
     zeros: dict[str, int] = {}
     found: float | None = None
     try:
-        problems += _file_problems(path, manifest, digests)
-        problems += _tensor_problems(path, manifest, zeros)
+        problems += _file_problems(path, manifest, digests, partial(reading, "files"))
+        problems += _tensor_problems(path, manifest, zeros, partial(reading, "tensors"))
         if dense is not None:
-            problems += _differences(path, manifest, dense)
+            problems += _differences(path, manifest, dense, partial(reading, "tensors beside the dense ones"))
         chosen = {"include": manifest.include, "exclude": manifest.exclude}
-        model = load_model(str(path), device=request.device, dtype=manifest.dtype, resident=False, **chosen)
+        reading("opening the model", 0, 1)
+        model = open_model(str(path), device=request.device, dtype=manifest.dtype, **chosen)
+        reading("opening the model", 1, 1)
+        model = prepare_model(model, resident=False, progress=reading)
         problems += _slim_problems(model, manifest, tensors(path))
         problems += _list_problems(model, manifest)
         windows = _windows(model, manifest) if windows is None else windows
@@ -196,9 +202,17 @@ def _unchecked(manifest: Manifest, against: str | None, found: float | None) -> 
         yield f"kept weights of pruned layers: --update {manifest.update} changed them"
 
 
-def _file_problems(folder: Path, manifest: Manifest, digests: bool) -> Iterator[str]:
+def _in_turn(items: Mapping[str, Any], told: Told) -> Iterator[tuple[str, Any]]:
+    """The items of a mapping, each told of before it is taken up."""
+    for done, item in enumerate(items.items()):
+        told(done, len(items))
+        yield item
+    told(len(items), len(items))
+
+
+def _file_problems(folder: Path, manifest: Manifest, digests: bool, told: Told) -> Iterator[str]:
     present = set(files_of(folder))
-    for name, digest in manifest.files.items():
+    for name, digest in _in_turn(manifest.files, told):
         if name not in present:
             yield f"{name} is missing"
         elif (folder / name).is_symlink() or (digests and file_digest(folder / name) != digest):
@@ -213,7 +227,7 @@ def _file_problems(folder: Path, manifest: Manifest, digests: bool) -> Iterator[
             yield f"{place} is a folder that was not written with the others"
 
 
-def _tensor_problems(folder: Path, manifest: Manifest, zeros: dict[str, int]) -> Iterator[str]:
+def _tensor_problems(folder: Path, manifest: Manifest, zeros: dict[str, int], told: Told) -> Iterator[str]:
     """Tensors that are missing or not finite, and layers that are not what they should be; counts their zeros."""
     config = read_object(folder / "config.json")
     yield from (f"config.json has a {key}" for key in FOREIGN_KEYS if key in config)
@@ -221,7 +235,7 @@ def _tensor_problems(folder: Path, manifest: Manifest, zeros: dict[str, int]) ->
     places = tensors(folder)
     yield from (f"tensor {name} is missing" for name in manifest.tensors if name not in places)
     yield from (f"tensor {name} is not in the manifest" for name in places if name not in manifest.tensors)
-    for name, file in places.items():
+    for name, file in _in_turn(places, told):
         if not all(is_finite(piece) for piece in file.pieces(name)):
             yield f"tensor {name} holds NaN or infinity"
     for layer in manifest.layers:
@@ -300,13 +314,13 @@ def _too_full(gone: Tensor, target: Target) -> int:
     return found
 
 
-def _differences(folder: Path, manifest: Manifest, dense: Path) -> Iterator[str]:
+def _differences(folder: Path, manifest: Manifest, dense: Path, told: Told) -> Iterator[str]:
     """Tensors that pruning should have left alone, dtype included."""
     layers = {layer.tensor: layer for layer in manifest.layers if not layer.pieces}
     written, there = tensors(folder), tensors(dense)
     whole = [one for one in manifest.layers if are_there(one.pieces, one.shape, written)]
     experts = by_tensor({one.name: (one.pieces, _only_masked(manifest, one)) for one in whole})
-    for name, file in written.items():
+    for name, file in _in_turn(written, told):
         if name not in there:
             yield f"tensor {name} is not in {str(dense)!r}"
             continue

@@ -15,9 +15,10 @@ from gpmetric.operands import needs_gradients, shape_of
 from gpmetric.options import as_function
 from gpmetric.results import StatisticsResult
 from gpmetric.session.deadline import Deadline
+from gpmetric.session.listeners import Listener, Progress
 from gpmetric.session.memory import retried
 from gpmetric.session.requests import CalibrateRequest, StatisticsRequest
-from gpmetric.session.session import Listener, Progress, Session, check_disk, open_session
+from gpmetric.session.session import Session, check_disk, open_session
 from gpmetric.session.work import Work
 from gpmetric.tensor_file import create_file
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gpmetric.errors import TimeOverError
 from gpmetric.interrupts import check_stop
-from gpmetric.session.session import Progress
+from gpmetric.session.listeners import Progress
 
 __all__ = ["Deadline"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,22 +15,13 @@ from gpmetric.models import Model
 from gpmetric.options import as_function
 from gpmetric.results import EvaluateResult
 from gpmetric.session.deadline import Deadline
+from gpmetric.session.listeners import EvaluateListener, Listener, Progress
 from gpmetric.session.memory import retried
 from gpmetric.session.requests import EvaluateRequest
-from gpmetric.session.session import Listener, Progress, Session, open_session
+from gpmetric.session.session import Session, open_session
 from gpmetric.session.work import Work
 
-__all__ = ["EvaluateListener", "evaluate", "evaluate_work", "run_evaluate", "text_loss"]
-
-
-class EvaluateListener(Listener):
-    """What an evaluation tells while it runs; every method may be overridden."""
-
-    def text(self, name: str, ppl: float) -> None:
-        """One text is measured."""
-
-    def tasks(self, figures: Mapping[str, Mapping[str, float]]) -> None:
-        """Tasks are measured: by task, figures by name."""
+__all__ = ["evaluate", "evaluate_work", "run_evaluate", "text_loss"]
 
 
 def evaluate_work(session: Session) -> Work:

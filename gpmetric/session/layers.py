@@ -5,19 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from gpmetric.blocks import why_dense
-from gpmetric.loading import load_model
+from gpmetric.loading import prepare_model
 from gpmetric.options import as_function
 from gpmetric.results import LayersResult
+from gpmetric.session.listeners import Listener
 from gpmetric.session.requests import LayersRequest
+from gpmetric.session.session import opened_model
 
 __all__ = ["layers", "run_layers"]
 
 
-def run_layers(request: LayersRequest) -> dict[str, Any]:
+def run_layers(request: LayersRequest, listener: Listener | None = None) -> dict[str, Any]:
     """Every parameter of a model, each once.
 
     Args:
         request: which model, and which of its layers are wanted.
+        listener: told of opening the model.
 
     Returns:
         The JSON document of `gpmetric layers`: `layers`, every parameter with its `name` (a layer's without `.weight`),
@@ -27,15 +30,8 @@ def run_layers(request: LayersRequest) -> dict[str, Any]:
     Raises:
         InputError: the model cannot be used.
     """
-    (name,) = request.models
-    model = load_model(
-        name,
-        resident=False,
-        device=request.device,
-        dtype=request.dtype,
-        include=request.include,
-        exclude=request.exclude,
-    )
+    told = listener or Listener()
+    model = prepare_model(opened_model(request, None, told.progress), resident=False, progress=told.progress)
     shapes = {key: list(one.shape) for key, one in model.module.named_parameters()}
     parameters = sum(one.numel() for one in model.module.parameters())
     weights = sum(layer.weight.numel() for layer in model.layers)

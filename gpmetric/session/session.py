@@ -38,33 +38,16 @@ from gpmetric.models import Model
 from gpmetric.plugins import in_use
 from gpmetric.provenance import versions
 from gpmetric.session.inputs import Inputs
+from gpmetric.session.listeners import Listener, Progress, silent
 from gpmetric.session.memory import free_disk
 from gpmetric.session.plan import Plan, make_plan
 from gpmetric.session.splits import Sources, open_sources, read_splits
 from gpmetric.session.work import Work
 
-__all__ = ["Listener", "Progress", "Session", "check_disk", "open_session", "plan_command", "plan_session", "silent"]
+__all__ = ["Session", "check_disk", "open_session", "opened_model", "plan_command", "plan_session"]
 
 _LOG = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]  # what, done, in all
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Tells nobody."""
-
-
-class Listener:
-    """What every command tells while it runs; each adds its own, and every method may be overridden."""
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        """A step has come so far."""
-
-    def needs(self, plan: Plan) -> None:
-        """What the command is going to take of memory, disk and time."""
-
-    def dense(self, ppl: Mapping[str, float]) -> None:
-        """Perplexity of the dense model by text or split, before anything is pruned."""
+_OPENING = "opening the model"
 
 
 @dataclass
@@ -78,6 +61,7 @@ class Session:
         evaluated: windows of the texts that perplexity is measured on.
         dense: statistics of the dense model that are at hand.
         plan: where weights and statistics are.
+        told: of opening the model, and of what is written on the way.
         starved: layers of experts that read too little, so that a statistic of theirs is their siblings'.
         starved_pruned: such layers in models that were pruned, whose routers choose others.
     """
@@ -88,12 +72,13 @@ class Session:
     evaluated: list[Windows] = field(default_factory=list)
     dense: Statistics | None = None
     plan: Plan = field(default_factory=Plan)
+    told: Listener = field(default_factory=Listener)
     starved: set[str] = field(default_factory=set)
     starved_pruned: set[str] = field(default_factory=set)
 
     def start(self) -> None:
         """Brings the model to where the plan wants it, and checks that it gives figures with a meaning."""
-        self.model = prepare_model(self.model, resident=self.plan.resident)
+        self.model = prepare_model(self.model, resident=self.plan.resident, progress=self.told.progress)
         if self.model.placement is not None:
             self.model.placement.room = self.plan.room
 
@@ -146,10 +131,16 @@ class Session:
         folder = folder or cache_folder()
         names = frozenset({"X", *names})
         dtype = self.inputs.kept_dtype
-        check_disk("--cache", folder, estimate_bytes(self.model.layers, names, dtype))
+        size = estimate_bytes(self.model.layers, names, dtype)
+        check_disk("--cache", folder, size)
         key = cache_key(self.model, self.tokens, names, dtype)
         sample = Sample.of(self.model, self.tokens, names, dtype)
-        path = cached_statistics(folder, key, sample, lambda: self.blocks(names, progress))
+
+        def blocks() -> Iterator[dict[str, LayerStatistics]]:
+            self.told.stores("statistics", folder, size)
+            return self.blocks(names, progress)
+
+        path = cached_statistics(folder, key, sample, blocks, partial(self.told.progress, "checking statistics"))
         self.dense = load_statistics(path, str(self.model.device), kept=self.plan.kept)
         self._note_starved(names)
         return path
@@ -157,7 +148,8 @@ class Session:
     @cached_property
     def expert_tokens(self) -> dict[str, int]:
         """By layer of a mixture's experts, how many calibration tokens the dense model has it read."""
-        return count_tokens(self.model, self.tokens, self.plan.room)
+        progress = partial(self.told.progress, "counting experts' tokens")
+        return count_tokens(self.model, self.tokens, self.plan.room, progress)
 
     def experts(self, *, pruned: bool = True) -> dict[str, Any]:
         """What a result says of a mixture's experts: tokens by layer, and who lived on siblings; of others nothing.
@@ -249,13 +241,12 @@ def open_session(
         sources: its texts, where they are open already.
         work: what is going to be done, which decides where weights and statistics are; everything is on the device
             where it is not told.
-        listener: told of the plan.
+        listener: told of opening, and of the plan.
 
     Raises:
         InputError: for anything that cannot be used, or that takes more memory than there is.
     """
-    session = plan_session(inputs, name, sources, work=work)
-    (listener or Listener()).needs(session.plan)
+    session = plan_session(inputs, name, sources, work=work, listener=listener)
     session.start()
     return session
 
@@ -266,18 +257,29 @@ def plan_session(
     sources: Sources | None = None,
     *,
     work: Callable[[Session], Work] | None = None,
+    listener: Listener | None = None,
 ) -> Session:
     """The same session before the model's weights are read, with its plan; `start` makes it ready."""
+    told = listener or Listener()
     sources = sources or open_sources(inputs)
-    chosen = inputs.models[0] if name is None else name
-    model = open_model(chosen, device=inputs.device, dtype=inputs.dtype, include=inputs.include, exclude=inputs.exclude)
-    session = Session(inputs, model, *read_splits(model, inputs, sources))
+    model = opened_model(inputs, name, told.progress)
+    session = Session(inputs, model, *read_splits(model, inputs, sources, told.progress), told=told)
     if session.left_out:
         _LOG.warning("%s: windows are without %s", model.name, ", ".join(session.left_out))
     if work is not None:
         plan = make_plan(model, work(session), inputs.memory_limit)
         session.plan = replace(plan, seconds=min(plan.seconds, 60 * (inputs.minutes or math.inf)))
+        told.needs(session.plan)
     return session
+
+
+def opened_model(inputs: Inputs, name: str | None, progress: Progress) -> Model:
+    """A model of a request, the first by default, opened as it asks for; its weights are not read."""
+    chosen = inputs.models[0] if name is None else name
+    progress(_OPENING, 0, 1)
+    model = open_model(chosen, device=inputs.device, dtype=inputs.dtype, include=inputs.include, exclude=inputs.exclude)
+    progress(_OPENING, 1, 1)
+    return replace(model, hashing=partial(progress, "hashing weights"))
 
 
 def plan_command(request: Inputs, *, work: Callable[[Session], Work]) -> dict[str, Any]:

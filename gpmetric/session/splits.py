@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os.path
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from gpmetric.data import (
@@ -109,8 +110,13 @@ def read_windows(
     )
 
 
-def read_splits(model: Model, inputs: Inputs, sources: Sources) -> tuple[dict[str, Windows], list[Windows]]:
-    """Windows by split, and those of each text that perplexity is measured on.
+def read_splits(
+    model: Model,
+    inputs: Inputs,
+    sources: Sources,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> tuple[dict[str, Windows], list[Windows]]:
+    """Windows by split, and those of each text that perplexity is measured on; told of the texts that are read.
 
     Raises:
         InputError: a sequence length that the model does not take.
@@ -119,10 +125,17 @@ def read_splits(model: Model, inputs: Inputs, sources: Sources) -> tuple[dict[st
     """
     texts, length = inputs.texts, check_length(model, inputs.sequence_length)
 
+    texts_read, in_all = itertools.count(), len(sources.splits) + len(sources.evaluated)
+
+    def tell() -> None:
+        progress("reading texts", next(texts_read), in_all)
+
     def read(text: Text, count: int | None) -> Windows:
+        tell()
         return read_windows(model, text, length, count, inputs.shuffle_seed, bos=inputs.bos)
 
     def sampled(text: Text) -> Windows:
+        tell()
         bos = leading_bos(model.tokenizer, inputs.bos)
         return draw_windows(
             text, model.tokenizer, length, inputs.samples, vocabulary=model.vocabulary, seed=inputs.seed, bos=bos
@@ -135,4 +148,6 @@ def read_splits(model: Model, inputs: Inputs, sources: Sources) -> tuple[dict[st
     }  # fmt: skip
     if texts.disjoint:
         check_disjoint(splits)
-    return splits, [read(text, inputs.windows) for text in sources.evaluated]
+    evaluated = [read(text, inputs.windows) for text in sources.evaluated]
+    tell()
+    return splits, evaluated

@@ -61,8 +61,10 @@ def removal_costs(units: UnitSession) -> Tensor:
         for index, one in enumerate(sublayers):
             hooks.enter_context(one.output.register_forward_pre_hook(partial(watch, index)))
         for number in range(len(calls.batches)):
+            units.session.told.progress("what units are worth", number, len(calls.batches))
             for _ in run_backward(calls, [number], partial(_loss, generator), shelf=shelf):
                 pass
+    units.session.told.progress("what units are worth", len(calls.batches), len(calls.batches))
     return torch.cat(sums).cpu() / (2 * units.session.tokens.numel())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gpmetric.session.session import Listener
+from gpmetric.session.listeners import Listener
 from gpmetric.tracking.recorder import Trackers
 
 __all__ = ["SlimListener", "TrackedSlim"]

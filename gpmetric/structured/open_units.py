@@ -9,8 +9,9 @@ import torch
 from gpmetric.evaluation.references import reference_bytes
 from gpmetric.executors import Executor, Serial
 from gpmetric.operands import needs_gradients
+from gpmetric.session.listeners import Listener
 from gpmetric.session.reopening import Reopening
-from gpmetric.session.session import Listener, Session, open_session
+from gpmetric.session.session import Session, open_session
 from gpmetric.session.work import Work
 from gpmetric.session.workers import is_small, make_executor, shared
 from gpmetric.structured.draw_objective import REFERENCE_BYTES, DrawObjective

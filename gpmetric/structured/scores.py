@@ -103,8 +103,11 @@ class UnitSession:
     @torch.no_grad()
     def run(self) -> None:
         """Runs the model over the calibration text, for who watches."""
-        for batch in token_batches(self.session.tokens):
+        progress, batches = self.session.told.progress, token_batches(self.session.tokens)
+        for done, batch in enumerate(batches):
+            progress("features of units", done, len(batches))
             self.model.module.base_model(input_ids=batch.to(self.model.device), use_cache=False)
+        progress("features of units", len(batches), len(batches))
 
     def by_unit(self, features: Sequence[Tensor]) -> Tensor:
         """Scores of features, [features] by output layer, as means over those of each unit, [units]."""

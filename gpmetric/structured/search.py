@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gpmetric.errors import GpmetricError
 from gpmetric.executors import Executor, OutOfTime, Serial
+from gpmetric.session.listeners import Progress, silent
 from gpmetric.structured.draw_objective import DrawObjective
 from gpmetric.structured.draws import Draw, Measurer
 from gpmetric.structured.policy import Policy, draw, entropy
@@ -26,6 +27,7 @@ from gpmetric.structured.shrink import Shrinker
 __all__ = ["OnReport", "PolicySearch", "Schedule", "Search"]
 
 _LOG = logging.getLogger(__name__)
+_SEARCH = "search, % of its length"
 _REPORT = 25  # steps between two reports
 _STATE = 4  # reports between two that a search can go on from,
 _SECONDS = 30.0  # or so long
@@ -51,9 +53,10 @@ class Schedule:
         return self.minutes is not None and seconds > 60 * self.minutes
 
     def over(self, state: State) -> float:
-        """How much of the search is over."""
+        """How much of the search is over; all of it, where its last step ended late."""
         used = ((state.step, self.steps), (state.seconds / 60, self.minutes))
-        return max((amount / limit if limit else 1.0 for amount, limit in used if limit is not None), default=0.0)
+        shares = (amount / limit if limit else 1.0 for amount, limit in used if limit is not None)
+        return min(1.0, max(shares, default=0.0))
 
 
 class Search(ABC):
@@ -103,8 +106,8 @@ class Search(ABC):
     def _told(self) -> dict[str, Any]:
         """What a report tells of the state."""
 
-    def run(self, on_report: OnReport = lambda *told: None) -> State:
-        """Searches to the end; told of each report.
+    def run(self, on_report: OnReport = lambda *told: None, progress: Progress = silent) -> State:
+        """Searches to the end; told of each report, and of how far it has come.
 
         Raises:
             GpmetricError: no drawn model has a finite loss.
@@ -113,6 +116,7 @@ class Search(ABC):
         start = time.monotonic() - self.state.seconds
         try:
             while (done := self.schedule.over(self.state)) < 1:
+                progress(_SEARCH, int(100 * done), 100)
                 try:
                     self._step(done, start)
                 except OutOfTime:  # of a worker that did not answer
@@ -124,6 +128,7 @@ class Search(ABC):
                     due = self.state.step % (_REPORT * _STATE) == 0
                     due = due or self.state.seconds - self._saved.seconds >= _SECONDS
                     on_report(self._report(saves=due or over >= 1), over)
+            progress(_SEARCH, 100, 100)
         except KeyboardInterrupt:
             if self._saved.step < self.state.step:
                 self._report(saves=True)

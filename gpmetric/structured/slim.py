@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,7 @@ SHARES = (0.125, 0.25, 0.5, 1.0)  # and nothing of it
 _JUDGED = 64  # steps' windows that they are judged on
 _COMPARED = 16  # steps' windows that starts are compared on
 _MINUTES = 6.0  # of a search without a budget
+_SCORES, _WRITING = "scores of units", "writing, and reading in a fresh process"  # as progress calls them
 _CAUTION = 1.3  # times what was measured before, on a machine that is busy
 
 
@@ -151,13 +153,14 @@ def run_slim(
     meet(request, (listener or SlimListener()).progress)
     deadline = Deadline.starting(request.minutes, started)
     with torch_threads(), Trackers(request.track, request.output.name) as trackers:  # workers' models take their own
-        trackers.start(settings_of(request))
-        result = _run(request, all_of(SlimListener, [listener or SlimListener(), TrackedSlim(trackers)]), deadline)
+        told = all_of(SlimListener, [listener or SlimListener(), TrackedSlim(trackers)])
+        result = _run(request, told, deadline, lambda: trackers.start(settings_of(request)))
         trackers.finish({name: result[name] for name in ("parameters_before", "initial", "found", "perplexity")})
     return result
 
 
-def _run(request: SlimRequest, told: SlimListener, deadline: Deadline) -> dict[str, Any]:
+def _run(request: SlimRequest, told: SlimListener, deadline: Deadline, accepted: Callable[[], None]) -> dict[str, Any]:
+    """The document; `accepted` is called once nothing of the request can be refused any more."""
     output = request.output
     assert output is not None
     ledger = request.ledger and request.ledger.absolute().parent
@@ -173,6 +176,7 @@ def _run(request: SlimRequest, told: SlimListener, deadline: Deadline) -> dict[s
         # another search's ledger, or one in use, is refused before anything is computed
         with SearchLog(path, identity, resume=request.resume) as log:
             begun = prepare(request, units)
+            accepted()
             measuring = deadline.now()
             dense = text_loss(model, validation.tokens, told.progress)
             window = (deadline.now() - measuring) / len(validation.tokens)
@@ -191,8 +195,10 @@ def _run(request: SlimRequest, told: SlimListener, deadline: Deadline) -> dict[s
         units.__dict__.pop("features", None)
         made = describe_slim(request, units) | {"dense": perplexity(dense)}
         made |= {"sparsity": units.groups.removed(best.kept) / units.groups.parameters}
-        with replacing(output, request.force) as partial:
-            manifest = write_slimmed(model, shrinker, best, request.form, partial, validation, made)
+        told.progress(_WRITING, 0, 1)
+        with replacing(output, request.force) as folder:
+            manifest = write_slimmed(model, shrinker, best, request.form, folder, validation, made)
+        told.progress(_WRITING, 1, 1)
     figures = {"initial": perplexity(initial), "found": perplexity(found), "written": manifest["perplexity"]}
     warnings = unreached(units) if request.experts else few_tokens(units.session)
     warnings += above_start(bool(cost["share"]) or request.steps == 0, **figures)
@@ -228,7 +234,11 @@ def prepare(request: SlimRequest, units: UnitSession) -> SearchStart:
     """
     begun = begin(request, units)
     names = started_from(request)
-    starts = [make_start(name, units, begun.space, begun.pools, request.estimator) for name in names]
+    starts = []
+    for done, name in enumerate(names):
+        units.session.told.progress(_SCORES, done, len(names))
+        starts.append(make_start(name, units, begun.space, begun.pools, request.estimator))
+    units.session.told.progress(_SCORES, len(names), len(names))
     return _compared(request, begun, starts)
 
 
@@ -266,14 +276,22 @@ def _compared(request: SlimRequest, begun: SearchStart, starts: Sequence[Start])
     units = begun.units
     windows = units.session.windows["search"].tokens
     objective = DrawObjective(units.model, windows, request.objective, request.batch, request.seed)
-    if request.mended == "least-squares":  # in the middle, to compare starts by
+    solves = request.mended == "least-squares"
+    if solves:  # in the middle, to compare starts by
         begun = replace(begun, repairer=begun.repairer.damped(DAMPINGS[-2]))
-    best = best_start(starts, lambda one: begun.judged(begun.chosen(one), objective, _COMPARED)[0])
+    compared, in_all = itertools.count(), len(starts) * (len(starts) > 1) + len(DAMPINGS) * solves
+
+    def measure(one: SearchStart, probabilities: Tensor) -> float:
+        units.session.told.progress("starts", next(compared), in_all)
+        return one.judged(one.chosen(probabilities), objective, _COMPARED)[0]
+
+    best = best_start(starts, partial(measure, begun))
     begun = replace(begun, start=best.probabilities, worth=best.worth, name=best.name, compared=best.compared)
-    if request.mended != "least-squares":
-        return begun
-    damped = [replace(begun, repairer=begun.repairer.damped(damping)) for damping in DAMPINGS]
-    return min(damped, key=lambda one: one.judged(one.chosen(one.start), objective, _COMPARED)[0])
+    if solves:
+        damped = [replace(begun, repairer=begun.repairer.damped(damping)) for damping in DAMPINGS]
+        begun = min(damped, key=lambda one: measure(one, one.start))
+    units.session.told.progress("starts", in_all, in_all)
+    return begun
 
 
 def search(
@@ -312,9 +330,9 @@ def explore(
         parts = (begun.shrinker, begun.repairer, objective, schedule, log, executor)
         if rate is None:
             exchange = partial(ExchangeSearch, begun.units.groups, begun.space, begun.pools, begun.worth, begun.atoms)
-            return exchange(*parts).run(told.report), objective
+            return exchange(*parts).run(told.report, told.progress), objective
         policy = Policy(begun.space, begun.pools, begun.start, request.estimator)
-        return PolicySearch(policy, *parts).run(told.report), objective
+        return PolicySearch(policy, *parts).run(told.report, told.progress), objective
 
 
 def _search_minutes(

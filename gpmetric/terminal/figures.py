@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["duration", "experts_of", "figure", "figures_of", "needs_of", "number"]
+__all__ = ["duration", "experts_of", "figure", "figures_of", "needs_of", "number", "or_dash", "shortened", "size"]
+
+
+_CONSTANT = re.compile(r"(?<![\w.])\d+(\.\d+)?(e[+-]?\d+)?(?![\w.:])")
+
+
+def shortened(formula: str) -> str:
+    """A formula with its constants to two significant digits."""
+    return _CONSTANT.sub(lambda found: f"{float(found[0]):.2g}" if found[1] or found[2] else found[0], formula)
 
 
 def number(value: float | None) -> float:
     """JSON holds null where a figure was not finite."""
     return math.inf if value is None else value
+
+
+def or_dash(value: float | None, digits: int) -> str:
+    """A figure, or a dash where there is none or it is not finite."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def figures_of(ppl: Mapping[str, Any]) -> str:
@@ -25,12 +39,17 @@ def figure(ppl: float | Mapping[str, float] | None) -> str:
     return f"{ppl:.3f}" if isinstance(ppl, float) else f"({figures_of(ppl)})"
 
 
+def size(count: float) -> str:
+    """Bytes in the unit that reads best."""
+    return f"{count / 1e9:.2g} GB" if count >= 1e9 else f"{math.ceil(count / 1e6)} MB"
+
+
 def needs_of(plan: Mapping[str, Any]) -> str:
     """What a command takes: memory, disk and time, and how the model is held."""
-    disk = f", {plan['disk_bytes'] / 1e9:.2g} GB of disk" if plan["disk_bytes"] else ""
+    disk = f", {size(plan['disk_bytes'])} of disk" if plan["disk_bytes"] else ""
     held = "" if plan["resident"] else "; weights are read block by block"
     held += "; weights at all levels are in files" if plan["aside"] else ""
-    return f"needs about {plan['memory_bytes'] / 1e9:.2g} GB of memory{disk}, about {duration(plan['seconds'])}{held}"
+    return f"needs about {size(plan['memory_bytes'])} of memory{disk}, about {duration(plan['seconds'])}{held}"
 
 
 def experts_of(experts: Mapping[str, Any]) -> str:

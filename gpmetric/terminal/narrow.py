@@ -9,10 +9,24 @@ from rich.table import Column, Table
 
 from gpmetric.terminal.text import Text
 
-__all__ = ["fitted"]
+__all__ = ["fitted", "numbered"]
 
 _WORD = 8  # characters of a column of words at least, unless all of its words are shorter
 _BETWEEN = 3  # characters that a column takes beside its content, and one more at the end of a row
+
+
+def numbered(title: object, *words: str) -> Table:
+    """The table that all results have: rows are numbered, then come columns of words; figures are to be added.
+
+    Args:
+        title: above it.
+        words: headings of the columns of words.
+    """
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("#", justify="right")
+    for heading in words:
+        table.add_column(heading)
+    return table
 
 
 def fitted(table: Table, width: int) -> RenderableType:

@@ -14,11 +14,11 @@ __all__ = ["print_pack", "print_unpack"]
 
 
 def print_pack(console: Console, result: Mapping[str, Any], request: Request) -> None:
-    """Sizes, and the command that goes back."""
+    """Sizes."""
     before, after, share = result["bytes_before"], result["bytes_after"], result["prunable_share"]
     told = "" if share is None else f"; tensors that hold zeros {share:.3f} of theirs"
     sizes = f"{before / 1e6:,.1f} MB are {after / 1e6:,.1f} MB, {after / max(1, before):.3f} of their size{told}"
-    console.print(Text(f"{sizes}; gpmetric unpack {result['output']} -o DIR restores every bit"), soft_wrap=True)
+    console.print(Text(sizes), soft_wrap=True)
 
 
 def print_unpack(console: Console, result: Mapping[str, Any], request: Request) -> None:

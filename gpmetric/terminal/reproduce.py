@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from gpmetric.options import Request
-from gpmetric.terminal.narrow import fitted
+from gpmetric.terminal.narrow import fitted, numbered
 from gpmetric.terminal.text import Text
 
 __all__ = ["print_reproduce"]
@@ -23,13 +22,13 @@ def print_reproduce(console: Console, result: Mapping[str, Any], request: Reques
         if "error" in study:
             console.print(Text(f"failed: {study['error']}"), soft_wrap=True)
             continue
-        table = Table("metric", "target", box=None, pad_edge=False)
+        table = numbered("", "metric", "target")
         for column in ("published", "within", "ours", ""):
             table.add_column(column, justify="right")
-        for row in study["rows"]:
+        for place, row in enumerate(study["rows"], start=1):
             ours = row.get("ours")
             shown = "" if ours is None else f"{ours:.3f}"
             verdict = "" if ours is None else "agrees" if row["within"] else "differs"
             figures = (f"{row['published']:.2f}", f"+-{row['tolerance']:.2f}", shown, verdict)
-            table.add_row(Text(row["metric"]), Text(row["target"] or ""), *figures)
+            table.add_row(str(place), Text(row["metric"]), Text(row["target"] or ""), *figures)
         console.print(fitted(table, console.width))

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from gpmetric.evolution.status import StatusListener
 from gpmetric.evolution.status_request import StatusRequest
-from gpmetric.terminal.figures import duration
-from gpmetric.terminal.narrow import fitted
+from gpmetric.terminal.figures import duration, shortened
+from gpmetric.terminal.narrow import fitted, numbered
 from gpmetric.terminal.text import Text
 
 __all__ = ["StatusReport", "print_status"]
@@ -125,19 +125,19 @@ def _generation(generation: Mapping[str, Any] | None) -> str:
 
 
 def _table(document: Mapping[str, Any]) -> Table:
-    """The best of the front, and the best baseline in bold."""
+    """The best of the front, and the best baseline by its name."""
     rows = document["front"]
-    table = Table(title="excess log-loss on the search text", title_justify="left")
+    table = numbered("excess log-loss on the search text", "formula")
     for heading in ("mean", *rows[0]["excess"]):
         table.add_column(Text(heading), justify="right")
-    table.add_column("formula (bold: the best baseline)")
     best = document["baselines"][:1]
     marked = [(row, row["formula"], "") for row in rows] + [
         (row, f"{row['name']}: {row['formula']}", "bold") for row in best
     ]
-    for row, name, style in sorted(marked, key=lambda one: one[0]["mean_excess"]):
+    ranked = sorted(marked, key=lambda one: one[0]["mean_excess"])
+    for place, (row, name, style) in enumerate(ranked, start=1):
         figures = (f"{value:.4f}" for value in (row["mean_excess"], *row["excess"].values()))
-        table.add_row(*figures, Text(name, style))
+        table.add_row(str(place), Text(shortened(name), style), *figures)
     return table
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,18 @@ from rich.console import Console
 from rich.table import Table
 
 from gpmetric.evolution.request import DiscoverRequest
+from gpmetric.metrics import BASELINES, masks_only
 from gpmetric.options import Request, command_line
-from gpmetric.terminal.figures import experts_of, figure, needs_of, number
-from gpmetric.terminal.narrow import fitted
+from gpmetric.pruning.updaters import UPDATERS
+from gpmetric.terminal.figures import figure, needs_of, number, or_dash, shortened
+from gpmetric.terminal.narrow import fitted, numbered
 from gpmetric.terminal.text import Text
+from gpmetric.terminal.warnings import print_warnings
 from gpmetric.tuning.recipe_name import recipe_name
 
 __all__ = [
     "print_allocation",
     "print_analysis",
-    "print_bench",
-    "print_catalogue",
     "print_discover",
     "print_evaluation",
     "print_plan",
@@ -38,7 +38,7 @@ _FREE = "best without gradients"
 
 def print_discover(console: Console, result: Mapping[str, Any], request: DiscoverRequest) -> None:
     """The winner beside every baseline on the test text, and what the search did to find it."""
-    _print_tested(console, result)
+    _print_tested(console, result, request.update)
     _print_verdict(console, result, request)
     if (free := _other_without_gradients(result)) is not None:
         console.print(Text(f"{_FREE}: {free['formula']}"), soft_wrap=True)
@@ -65,14 +65,6 @@ def print_discover(console: Console, result: Mapping[str, Any], request: Discove
     )
 
 
-def _print_warnings(console: Console, result: Mapping[str, Any]) -> None:
-    """What must be known of a result, a line each; of a mixture, also what its experts read."""
-    if "tokens" in result.get("experts", ()):
-        console.print(Text(experts_of(result["experts"])), soft_wrap=True)
-    for line in result.get("warnings", ()):  # a ledger of an older version has none
-        console.print(Text(f"warning: {line}"), soft_wrap=True)
-
-
 def _print_verdict(console: Console, result: Mapping[str, Any], request: DiscoverRequest) -> None:
     """The winner and why, or that nothing better was found and how to go on; then what the time did not allow."""
     because = result.get("because", "")  # a ledger of an older version does not say
@@ -84,7 +76,7 @@ def _print_verdict(console: Console, result: Mapping[str, Any], request: Discove
         lines.append(f"go on with: {command_line('discover', further)}")
     for line in (*lines, *(f"cut: {one}" for one in result.get("cut", ()))):
         console.print(Text(line), soft_wrap=True)
-    _print_warnings(console, result)
+    print_warnings(console, result)
 
 
 def _other_without_gradients(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -93,12 +85,11 @@ def _other_without_gradients(result: Mapping[str, Any]) -> Mapping[str, Any] | N
     return None if free is None or free["formula"] == result["winner"]["formula"] else free
 
 
-def _print_tested(console: Console, result: Mapping[str, Any]) -> None:
-    """Perplexity by target and mean excess log-loss, the best first."""
+def _print_tested(console: Console, result: Mapping[str, Any], update: str) -> None:
+    """Perplexity by target and mean excess log-loss, the best first; what updates kept weights is marked."""
     model, dense = result["model"], result["dense"]["test"]
     name = model if isinstance(model, str) else ", ".join(model)
-    table = Table(title=Text(f"perplexity on test, {name}, dense {figure(dense)}"), title_justify="left")
-    table.add_column("metric")
+    table = numbered(f"perplexity on test, {name}, dense {figure(dense)}", "metric")
     for heading in (*result["targets"], "mean excess"):
         table.add_column(Text(heading), justify="right")
     rows = {**({"winner": result["winner"]} if result.get("better", True) else {}), **result["baselines"]}
@@ -106,16 +97,17 @@ def _print_tested(console: Console, result: Mapping[str, Any]) -> None:
         rows[_FREE] = free
     if (regrouped := result["regrouped"]) is not None:
         rows[regrouped["formula"]] = regrouped
-    for name, row in sorted(rows.items(), key=lambda item: number(item[1]["mean_excess"])):
-        figures = [_or_dash(row["ppl"][target], 3) for target in result["targets"]]
+    ranked, evolved = sorted(rows.items(), key=lambda item: number(item[1]["mean_excess"])), {"winner", _FREE}
+    updating = [name for name in rows if UPDATERS[update].changes if name in evolved]
+    updating += [name for name in rows if name in BASELINES and not masks_only(name)]
+    for place, (name, row) in enumerate(ranked, start=1):
+        figures = [or_dash(row["ppl"][target], 3) for target in result["targets"]]
         style = "bold" if name in ("winner", result["winner"]["formula"]) else ""
-        table.add_row(Text(name), *figures, _or_dash(row["mean_excess"], 4), style=style)
+        words = Text(shortened(name) + " +u" * (name in updating))
+        table.add_row(str(place), words, *figures, or_dash(row["mean_excess"], 4), style=style)
     console.print(fitted(table, console.width))
-
-
-def _or_dash(figure: float | None, digits: int) -> str:
-    """A figure, or a dash where there is none or it is not finite."""
-    return "-" if figure is None else f"{figure:.{digits}f}"
+    if updating:
+        console.print(Text("+u: kept weights are updated"), soft_wrap=True)
 
 
 def _print_rungs(console: Console, result: Mapping[str, Any]) -> None:
@@ -133,98 +125,23 @@ def _print_rungs(console: Console, result: Mapping[str, Any]) -> None:
     console.print(fitted(table, console.width))
 
 
-def print_bench(console: Console, result: Mapping[str, Any], request: Request) -> None:
-    """A table for each model that `gpmetric bench` measured, and for several models one of wins and losses."""
-    for document in result.get("models", [result]):
-        if "results" in document:
-            _print_model(console, document)
-        if "error" in document:
-            console.print(Text(f"{document['model']} failed: {document['error']}"), soft_wrap=True)
-    if result.get("transfer"):
-        _print_win_loss(console, result["transfer"])
-
-
-def _print_model(console: Console, result: Mapping[str, Any]) -> None:
-    """A row per metric and target, a column per text, the best of a target in bold."""
-    texts = list(result["dense"])
-    table = Table(title=Text(f"perplexity, {result['model']}, {result['protocol']}"), title_justify="left")
-    for heading in ("target", "metric", "update"):
-        table.add_column(heading)
-    for heading in (*texts, "sparsity", "seconds"):
-        table.add_column(Text(heading), justify="right")
-    table.add_row("dense", "", "", *(f"{value:.3f}" for value in result["dense"].values()), "", "")
-    for row in result["results"]:
-        rivals = [other for other in result["results"] if other["target"] == row["target"] and not other["error"]]
-        best = {text: min((other["ppl"][text] for other in rivals), default=math.nan) for text in texts}
-        figures = [Text(f"{row['ppl'][text]:.3f}", "bold" if row["ppl"][text] == best[text] else "") for text in texts]
-        table.add_row(
-            *(Text(row[key]) for key in ("target", "metric", "update")),
-            *figures,
-            f"{row['sparsity']:.4f}",
-            f"{row['seconds']:.1f}",
-        )
-    console.print(fitted(table, console.width))
-    _print_warnings(console, result)
-
-
-def _print_win_loss(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A row per metric, its mean excess on each model with the best in bold; then how it stands against Wanda."""
-    models = {name: Path(name).name for name in rows[0]["mean_excess"]}
-    if len(set(models.values())) < len(models):
-        models = {name: name for name in models}
-    duels = {row["metric"]: one for row in rows for one in row["against"] if one["metric"] == "wanda"}
-    title = "mean excess log-loss by model" + "; targets and texts won against wanda" * bool(duels)
-    table = Table(title=title, title_justify="left")
-    for heading in ("metric", "update"):
-        table.add_column(heading)
-    for heading in models.values():
-        table.add_column(Text(heading), justify="right")
-    for heading in ("won", "lost", "tied", "ratio") if duels else ():
-        table.add_column(heading, justify="right")
-    best = {name: min(row["mean_excess"][name] for row in rows) for name in models}
-    for row in rows:
-        means = [(row["mean_excess"][name], best[name]) for name in models]
-        figures = [Text(f"{mean:.4f}", "bold" if mean == lowest else "") for mean, lowest in means]
-        table.add_row(Text(row["metric"]), Text(row["update"]), *figures, *_standing(duels.get(row["metric"])))
-    console.print(fitted(table, console.width))
-    for metric, duel in duels.items():
-        if duel["lost_at"]:
-            console.print(Text(f"{metric} loses to wanda on {_where(duel['lost_at'], models)}"), soft_wrap=True)
-
-
-def _standing(duel: Mapping[str, Any] | None) -> list[str]:
-    """Won, lost, tied and the mean ratio, where there is one; nothing for Wanda itself."""
-    if duel is None:
-        return []
-    ratio = "" if duel["mean_ratio"] is None else f"{duel['mean_ratio']:.3f}"
-    return [*(str(duel[key]) for key in ("wins", "losses", "ties")), ratio]
-
-
-def _where(places: Sequence[Mapping[str, Any]], models: Mapping[str, str]) -> str:
-    """Targets by model, each once whatever the number of texts: `llama 0.5, 2:4; gpt2 2:4`."""
-    targets: dict[str, dict[str, None]] = {}
-    for place in places:
-        targets.setdefault(models[place["model"]], {})[place["target"]] = None
-    return "; ".join(f"{model} {', '.join(found)}" for model, found in targets.items())
-
-
 def print_allocation(console: Console, result: Mapping[str, Any], request: Request) -> None:
     """The picked allocation beside every named rule at the sparsity next to it, and what the front spans."""
     if result["error"] is not None:
         return
     picked = result["picked"]
-    table = Table(title=Text(f"{result['metric']} on {Path(result['model']).name}, validation"), title_justify="left")
-    for heading in ("allocation", "sparsity", "of all parameters", "perplexity", "excess"):
-        table.add_column(heading, justify="left" if heading == "allocation" else "right")
+    table = numbered(f"{result['metric']} on {Path(result['model']).name}, validation", "allocation")
+    for heading in ("sparsity", "of all parameters", "perplexity", "excess"):
+        table.add_column(heading, justify="right")
     rows = {f"picked ({result['allocator']})": picked} | {
         name: min(points, key=lambda point: abs(point["sparsity"] - picked["sparsity"]))
         for name, points in result["baselines"].items()
     }
-    for name, point in rows.items():
+    for place, (name, point) in enumerate(rows.items(), start=1):
         figures = (f"{point['sparsity']:.4f}", f"{point['sparsity_total']:.4f}", f"{point['perplexity']:.3f}")
-        table.add_row(name, *figures, f"{point['excess']:.4f}", style="bold" if point is picked else "")
+        table.add_row(str(place), name, *figures, f"{point['excess']:.4f}", style="bold" if point is picked else "")
     console.print(fitted(table, console.width))
-    _print_warnings(console, result)
+    print_warnings(console, result)
     if "in_use" in picked:
         told = ", ".join(f"{name} {number(point['excess']):.4f}" for name, point in picked["in_use"].items())
         used = f"--update {result['update']} --fit {result['fit']}"
@@ -239,18 +156,17 @@ def print_allocation(console: Console, result: Mapping[str, Any], request: Reque
 
 def print_analysis(console: Console, result: Mapping[str, Any], request: Request) -> None:
     """The strongest parts of formulas by their effect, significant ones in bold, and the principles in words."""
-    title = f"parts of {result['formulas']} formulas by effect on fitness, 1 for always better; bold: q < 0.05"
-    table = Table(title=title, title_justify="left")
-    table.add_column("part")
+    title = f"parts of {result['formulas']} formulas by effect on fitness, 1 for always better; *: q < 0.05"
+    table = numbered(title, "part")
     for heading in ("with", "without", "effect", "q", *(f"at {target}" for target in result["targets"])):
         table.add_column(Text(heading), justify="right")
     told = [row for row in result["parts"] if row["same_as"] is None and row["effect"] is not None]
-    for row in told[:_PARTS_SHOWN]:
+    for place, row in enumerate(told[:_PARTS_SHOWN], start=1):
         effects = [row["effect"], *(test["effect"] for test in row["targets"].values())]
         overall, *each = ("" if effect is None else f"{effect:+.2f}" for effect in effects)
-        style = "bold" if row["q"] < 0.05 else ""
+        mark, style = ("*", "bold") if row["q"] < 0.05 else ("", "")
         counts = (str(row["with"]), str(row["without"]))
-        table.add_row(Text(row["name"]), *counts, overall, f"{row['q']:.2g}", *each, style=style)
+        table.add_row(f"{mark}{place}", Text(row["name"]), *counts, overall, f"{row['q']:.2g}", *each, style=style)
     console.print(fitted(table, console.width))
     if result["masks"] is None:
         console.print(Text("this ledger holds no mask sketches: nothing is said about masks"))
@@ -281,62 +197,28 @@ def print_slim(console: Console, result: Mapping[str, Any], request: Request) ->
         told = ", ".join(f"{name} {number(figure):.4f}" for name, figure in result["starts"].items())
         told = f"begun from {result['begun']}, the best start on the search text ({result['objective']}: {told})"
         console.print(Text(told), soft_wrap=True)
-    _print_warnings(console, result)
+    print_warnings(console, result)
     asked = f"{result['asked']:g} of the experts" if experts else f"{result['asked']:g}"
     share = f"{result['sparsity']:.4f} of the parameters inside the blocks removed ({asked} asked for)"
     console.print(Text(f"{result['output']}: {before:,} -> {after:,} parameters, {share}; verified"), soft_wrap=True)
 
 
-def print_catalogue(console: Console, result: Mapping[str, Any], request: Request) -> None:
-    """What every formula costs in units of SparseGPT on each model; of one alone, target by target."""
-    alone = len(result["entries"]) == 1
-    metrics = dict.fromkeys(name for model in result["models"] for name in model["metrics"])
-    rows = [(name, target) for name in metrics for target in ("mean", *(_targets_of(result, name) if alone else ()))]
-    table = Table(title="excess log-loss in units of sparsegpt's", title_justify="left")
-    table.add_column("formula")
-    for model in result["models"]:
-        table.add_column(Text(model["model"]), justify="right")
-    for name, target in rows:
-        told = [_ratio(model["metrics"], name, target) for model in result["models"]]
-        table.add_row(Text(name if target == "mean" else f"  at {target}"), *told)
-    if result["models"]:
-        console.print(fitted(table, console.width))
-    for name, entry in result["entries"].items():
-        use = f"{entry['update']}, fit {entry['fit']}" if entry["update"] != "none" else "masks only"
-        console.print(Text(f"{name}: {entry['formula']} ({use}); {entry['found']}"), soft_wrap=True)
-
-
-def _targets_of(result: Mapping[str, Any], name: str) -> list[str]:
-    found = (target for model in result["models"] for target in model["metrics"].get(name, {"excess": ()})["excess"])
-    return list(dict.fromkeys(found))
-
-
-def _ratio(metrics: Mapping[str, Any], name: str, target: str) -> str:
-    """A metric's mean excess, or that at a target, over SparseGPT's."""
-    if name not in metrics:
-        return "-"
-    if target == "mean":
-        return _or_dash(metrics[name]["ratio"], 3)
-    mine, base = (metrics[one]["excess"].get(target) for one in (name, "sparsegpt"))
-    return "-" if mine is None or not base else f"{mine / base:.3f}"
-
-
 def print_tune(console: Console, result: Mapping[str, Any], request: Request) -> None:
     """The recipe, what it is without each of its parts, and its rivals; then what was written."""
     texts = [f"on {Path(one['text']).name}" for one in result["texts"]]
-    title = f"excess log-loss, {Path(result['model']).name} at {result['target']}"
-    table = Table(title=Text(title), title_justify="left")
-    for heading in ("recipe", "on validation", *texts):
-        table.add_column(Text(heading), justify="left" if heading == "recipe" else "right")
-    for row in result["table"]:
+    title = f"excess log-loss, {Path(result['model']).name} at {result['target']}; *: the recipe"
+    table = numbered(title, "recipe")
+    for heading in ("on validation", *texts):
+        table.add_column(Text(heading), justify="right")
+    for place, row in enumerate(result["table"], start=1):
         excess = [row["excess"], *row.get("text_excess", [None] * len(texts))]
-        style = "bold" if row["what"] == "recipe" else ""
+        mark, style = ("*", "bold") if row["what"] == "recipe" else ("", "")
         name = recipe_name(row["recipe"]) if row["what"] == "recipe" else row["what"]
-        table.add_row(Text(name), *(_or_dash(one, 4) for one in excess), style=style)
+        table.add_row(f"{mark}{place}", Text(shortened(name)), *(or_dash(one, 4) for one in excess), style=style)
     console.print(fitted(table, console.width))
     for line in result["cut"]:
         console.print(Text(f"cut: {line}"), soft_wrap=True)
-    _print_warnings(console, result)
+    print_warnings(console, result)
     pruned = result["pruned"]
     figures = f"perplexity {pruned['perplexity']:.4f}, dense {pruned['dense']:.4f}, on {pruned['text']['text']}"
     if "widths" in pruned:
@@ -362,7 +244,7 @@ def print_prune(console: Console, result: Mapping[str, Any], request: Request) -
     if result["text"]["sha256"] == result["calibration"]["sha256"]:
         figures += ", the text of the calibration (--text)"
     console.print(Text(f"{result['output']}: {sparsity}; {figures}; verified"), soft_wrap=True)
-    _print_warnings(console, result)
+    print_warnings(console, result)
 
 
 def print_verify(console: Console, result: Mapping[str, Any], request: Request) -> None:

@@ -29,7 +29,7 @@ _PARTING = 3.0  # seconds that all trackers together may keep the command from l
 
 
 class Trackers(AbstractContextManager["Trackers"]):
-    """The trackers of a command; those not finished when the context ends are told that there is no result.
+    """The trackers of a command, which begin with `start`; those not finished at the end learn of no result.
 
     Args:
         texts: as of `--track`, checked.
@@ -37,16 +37,21 @@ class Trackers(AbstractContextManager["Trackers"]):
     """
 
     def __init__(self, texts: Sequence[str], name: str) -> None:
+        self._texts, self._name = texts, name
         self._all: list[_Recorder] = []
-        for text in texts:
-            try:
-                self._all.append(_Recorder(text, name))
-            except OSError as error:  # no process, or no memory
-                raise GpmetricError(f"--track {text} cannot be started: {error}") from error
         self._is_finished = False
 
     def start(self, settings: Mapping[str, Any]) -> None:
-        """Begins the runs; of other settings than texts, numbers and truth values, their text is kept."""
+        """Begins the runs; of other settings than texts, numbers and truth values, their text is kept.
+
+        Raises:
+            GpmetricError: one cannot be started.
+        """
+        for text in self._texts:
+            try:
+                self._all.append(_Recorder(text, self._name))
+            except OSError as error:  # no process, or no memory
+                raise GpmetricError(f"--track {text} cannot be started: {error}") from error
         plain = {key: value for key, value in settings.items() if value not in (None, ())}
         self._send("start", {key: _setting(value) for key, value in plain.items()})
 

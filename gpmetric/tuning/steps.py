@@ -11,32 +11,14 @@ from typing import Any, Generic
 from torch import Tensor
 
 from gpmetric.errors import GpmetricError, OutOfMemoryError, TimeOverError
-from gpmetric.evolution.selection import Individual
-from gpmetric.pruning.prune import PruneListener
 from gpmetric.session.caveats import few_tokens
 from gpmetric.session.deadline import Deadline
-from gpmetric.structured.listener import SlimListener
 from gpmetric.tuning.halving import halve
+from gpmetric.tuning.listener import TuneListener
 from gpmetric.tuning.request import TuneRequest
 from gpmetric.tuning.trial_log import Asked, Measurement, TrialLog
 
-__all__ = ["Steps", "TuneListener"]
-
-
-class TuneListener(PruneListener, SlimListener):
-    """What tuning tells while it runs; every method may be overridden."""
-
-    def step(self, name: str) -> None:
-        """The next step is begun."""
-
-    def trial(self, trial: Measurement[Any], excess: float) -> None:
-        """A recipe is measured; excess log-loss in nats per token."""
-
-    def generation(self, number: int, front: Sequence[Individual], evaluations: int) -> None:
-        """A generation of formulas is finished."""
-
-    def cut(self, what: str) -> None:
-        """Something is left out for want of time."""
+__all__ = ["Steps"]
 
 
 @dataclass

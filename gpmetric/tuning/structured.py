@@ -18,8 +18,9 @@ from gpmetric.structured.open_units import STEPS, slim_work
 from gpmetric.structured.scores import UnitSession
 from gpmetric.structured.shrink import Shrinker
 from gpmetric.structured.slim_checkpoint import describe_slim, write_slimmed
+from gpmetric.tuning.listener import TuneListener
 from gpmetric.tuning.request import TuneRequest
-from gpmetric.tuning.steps import Steps, TuneListener
+from gpmetric.tuning.steps import Steps
 from gpmetric.tuning.trial_log import Measurement
 from gpmetric.tuning.unit_recipes import (
     UnitRecipe,

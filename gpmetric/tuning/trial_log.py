@@ -18,7 +18,8 @@ from gpmetric.files import finite
 from gpmetric.journal import Journal
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.evaluate import text_loss
-from gpmetric.session.session import Progress, Session
+from gpmetric.session.listeners import Progress
+from gpmetric.session.session import Session
 
 __all__ = ["SHARES", "Asked", "Measurement", "Recorded", "TrialLog"]
 

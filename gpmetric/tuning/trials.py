@@ -19,8 +19,9 @@ from gpmetric.pruning.protocol import Measured, Protocol, Rule
 from gpmetric.pruning.recipe import Recipe, recipe_of
 from gpmetric.pruning.updaters import UPDATERS, fit_of, needed_statistics, resolve_target
 from gpmetric.session.evaluate import text_loss
+from gpmetric.session.listeners import Progress
 from gpmetric.session.memory import retried
-from gpmetric.session.session import Progress, Session
+from gpmetric.session.session import Session
 from gpmetric.targets import parse_target
 from gpmetric.tuning.trial_log import Measurement, TrialLog
 

@@ -26,9 +26,9 @@ from gpmetric.session.work import Work
 from gpmetric.targets import parse_target
 from gpmetric.tensor_file import weight_bytes
 from gpmetric.tuning.choice import Choice, search_work
+from gpmetric.tuning.listener import TuneListener
 from gpmetric.tuning.parts import SOLVER, first_recipe, methods
 from gpmetric.tuning.request import TuneRequest
-from gpmetric.tuning.steps import TuneListener
 from gpmetric.tuning.structured import run_structured, structured_work
 from gpmetric.tuning.trial_log import SHARES
 from gpmetric.tuning.trials import Trials
