@@ -29,7 +29,7 @@ LAYERS = [
     {"expression", "data", "models", "demo", "provenance", "journal", "targets"},
     {"digests", "outputs", "stored_names", "stored_experts"},
     {"experts"},
-    {"files", "tensor_file"},
+    {"files", "tensor_file", "pictures"},
     {"operands", "errors", "pareto", "lazy", "interrupts", "kernels", "slim_models", "placement", "catalogue"},
     {"plain"},
 ]
