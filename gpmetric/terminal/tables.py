@@ -239,17 +239,18 @@ def print_allocation(console: Console, result: Mapping[str, Any], request: Reque
 
 def print_analysis(console: Console, result: Mapping[str, Any], request: Request) -> None:
     """The strongest parts of formulas by their effect, significant ones in bold, and the principles in words."""
-    title = f"parts of {result['formulas']} formulas by effect on fitness, 1 for always better; bold: q < 0.05"
+    told = f"parts of {result['formulas']} formulas of {result['lineages']} lineages by effect on fitness"
+    title = f"{told}, 1 for always better; bold: q < 0.05, pale: rests on fewer than 6 lineages"
     table = Table(title=title, title_justify="left")
     table.add_column("part")
-    for heading in ("with", "without", "effect", "q", *(f"at {target}" for target in result["targets"])):
+    for heading in ("with", "without", "lineages", "effect", "q", *(f"at {target}" for target in result["targets"])):
         table.add_column(Text(heading), justify="right")
-    told = [row for row in result["parts"] if row["same_as"] is None and row["effect"] is not None]
-    for row in told[:_PARTS_SHOWN]:
+    shown = [row for row in result["parts"] if row["same_as"] is None and row["effect"] is not None]
+    for row in shown[:_PARTS_SHOWN]:
         effects = [row["effect"], *(test["effect"] for test in row["targets"].values())]
         overall, *each = ("" if effect is None else f"{effect:+.2f}" for effect in effects)
-        style = "bold" if row["q"] < 0.05 else ""
-        counts = (str(row["with"]), str(row["without"]))
+        style = "dim" if row["rests_on_few"] else "bold" if row["q"] < 0.05 else ""
+        counts = (str(row[name]) for name in ("with", "without", "lineages_with"))
         table.add_row(Text(row["name"]), *counts, overall, f"{row['q']:.2g}", *each, style=style)
     console.print(fitted(table, console.width))
     if result["masks"] is None:
