@@ -1,12 +1,18 @@
-"""The wheel holds what a checkout holds, with the kernels under gpmetric.kernels and never on the top level."""
+"""The wheel holds what a checkout holds, with the kernels under gpmetric.kernels and never on the top level.
+
+It is built from the tree and through an sdist, and installed in an environment of its own, on the dependencies that the
+tests run with: the newest. `make oldest` has those of constraints-oldest.txt, which are gigabytes.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import pkgutil
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -107,6 +113,25 @@ print(importlib.metadata.version("gpmetric"))
     assert lines[1] == str(target / "gpmetric" / "kernels")
     assert lines[2].split() == KERNELS
     assert lines[3] == wheel.name.split("-")[1]
+
+
+@pytest.mark.slow
+def test_installed_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> None:
+    """Nothing of the checkout is in reach: the command measures the demo model and writes an export from the wheel."""
+    run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], cwd=tmp_path)
+    python = tmp_path / "env" / "bin" / "python"
+    run([*PIP, "--python", str(python), "install", "--no-index", "--no-deps", str(wheel)], cwd=tmp_path)
+    [own] = (tmp_path / "env").glob("lib/python*/site-packages")
+    (own / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # behind its own, no .pth of theirs
+    clean = {"PYTHONPATH": "", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = str(python.with_name("gpmetric"))
+    assert run([command, "--version"], cwd=tmp_path, **clean).split()[-1] == wheel.name.split("-")[1]
+    evaluated = run([command, "evaluate", "--windows", "1", "--json", "-"], cwd=tmp_path, **clean)
+    assert json.loads(evaluated)["model"] == "demo"
+    run([command, "export", "abs(W)*sqrt(X)", "--format", "triton", "-o", "kernel.py"], cwd=tmp_path, **clean)
+    where = run([str(python), "-c", "import gpmetric; print(gpmetric.__file__)"], cwd=tmp_path, **clean)
+    assert where.strip() == str(own / "gpmetric" / "__init__.py")
+    assert "def prune(" in (tmp_path / "kernel.py").read_text()
 
 
 def test_checkout_finds_the_kernels() -> None:
