@@ -40,6 +40,15 @@ def test_the_version_stands_in_one_place_and_the_others_agree() -> None:
     ]
 
 
+def test_a_release_begins_with_what_a_user_must_change() -> None:
+    """It names the bounds as they are."""
+    release = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## [")[1]
+    first = release.split("\n### ")[1]
+    assert first.startswith("What you must change\n")
+    for name, bound in re.findall(r"`([a-z-]+)>=([0-9.]+)`", first):
+        assert str(BOUNDS[name].specifier) == f">={bound}"
+
+
 def test_the_oldest_versions_are_the_lower_bounds() -> None:
     oldest = read_pins("constraints-oldest.txt")
     assert list(oldest) == list(BOUNDS)

@@ -225,7 +225,7 @@ def _baselines(book: Ledger) -> list[dict[str, Any]]:
         if one.canonical is not None and one.evaluation is not None:
             metric = resolve_metric(one.canonical)
             given.setdefault((metric.granularity, merged(metric.expression)), one.evaluation)
-    found = []
+    found: list[dict[str, Any]] = []
     for name in filter(masks_only, BASELINES):
         metric = resolve_metric(name, _SAMPLES, _LENGTH)
         form = merged(canonical(metric.expression))
