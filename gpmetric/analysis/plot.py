@@ -47,10 +47,10 @@ def draw_page(document: _Document, path: Path) -> None:
     check_picture("--output", path)
     figure = Figure(figsize=(15, 9.5), layout="constrained")  # not pyplot's: no global state
     panels = _panels(document)
-    upper = math.ceil(len(panels) / 2)
-    places = [(0, upper, column) for column in range(upper)]
-    places += [(1, len(panels) - upper, column) for column in range(len(panels) - upper)]
-    grid = figure.add_gridspec(2, math.lcm(upper, len(panels) - upper))
+    upper = math.ceil(len(panels) / 2) if len(panels) > 2 else len(panels)
+    counts = [count for count in (upper, len(panels) - upper) if count]
+    places = [(row, count, column) for row, count in enumerate(counts) for column in range(count)]
+    grid = figure.add_gridspec(len(counts), math.lcm(*counts))
     for panel, (row, count, column) in zip(panels, places, strict=True):
         width = grid.ncols // count
         axes = figure.add_subplot(grid[row, column * width : (column + 1) * width])
@@ -109,7 +109,7 @@ def _bars(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     colours = [_FAINT if row["rests_on_few"] else _GOOD if row["effect"] > 0 else _BAD for row in rows]
     for bar, row in zip(axes.barh(range(len(rows)), effects, color=colours), rows, strict=True):
         bar.set_alpha(1.0 if row["rests_on_few"] or row["q"] < _SIGNIFICANT else 0.4)
-    axes.set_yticks(range(len(rows)), [_fitted(row["name"], _LABEL) for row in rows], parse_math=False)
+    axes.set_yticks(range(len(rows)), [_formula(row["name"], _LABEL) for row in rows], parse_math=False)
     axes.axvline(0, color="black", linewidth=0.8)
     limit = 1.4 * max(0.1, *map(abs, effects))
     axes.set_xlim(-limit, limit)
@@ -182,7 +182,7 @@ def _progress(axes: Axes, document: _Document) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     formula = min(points, key=lambda point: point["mean_excess"])["formula"]
     axes.text(
-        0, 1.012, _fitted(formula, _FORMULA), transform=axes.transAxes, fontsize=8, va="bottom", color=_GOOD,
+        0, 1.012, _formula(formula, _FORMULA), transform=axes.transAxes, fontsize=8, va="bottom", color=_GOOD,
         family="monospace", parse_math=False,
     )  # fmt: skip
     levels = {_fitted(row["name"], _NAME): row["mean_excess"] for row in document["baselines"]}
@@ -195,7 +195,7 @@ def _progress(axes: Axes, document: _Document) -> None:
         axes.annotate(
             told, (1, min(level, high)), (1.03, place), xycoords=axes.get_yaxis_transform(),
             textcoords=axes.get_yaxis_transform(), fontsize=7.5, va="center", parse_math=False,
-            arrowprops={"arrowstyle": "-", "color": _FAINT, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0},
+            arrowprops={"arrowstyle": "-", "color": _FAINT, "linewidth": 0.7, "shrinkA": 0, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
@@ -248,6 +248,11 @@ def _scatter(axes: Axes, values: Sequence[float], excess: Sequence[float], colou
 def _correlation(test: Mapping[str, Any]) -> str:
     known = test["effect"] is not None
     return f"Spearman {test['effect']:+.2f}, q = {test['q']:.2g}" if known else "no correlation"
+
+
+def _formula(text: str, length: int) -> str:
+    """Its beginning, which tells more than the parentheses at its end."""
+    return printable(text if len(text) <= length else f"{text[: length - 1]}…")
 
 
 def _fitted(text: str, length: int) -> str:
