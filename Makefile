@@ -1,4 +1,4 @@
-# make test | quick | demo | benchmark | lint | stubs | clean. All happens in .venv, made on first use by $(PYTHON), 3.11+.
+# make test | quick | oldest | demo | benchmark | lint | stubs | clean. All happens in .venv, made by $(PYTHON), 3.11+.
 # On Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes: torch's CPU build.
 
 PYTHON ?= python3
@@ -11,7 +11,10 @@ BASELINES := magnitude magnitude_row wanda ria gblm_l1 gblm_l2 pruner_zero spars
 # Not 0.7: a model this small is destroyed there (perplexity 13 becomes 144 to 434), and ranks by chance.
 TARGETS := 0.5 0.6 2:4
 
-.PHONY: test quick demo benchmark lint stubs clean
+# What tells whether a version of a dependency is too old: parsing, masks, the command line, files, pictures.
+OLDEST := expression canonical mask cli bench ledger analysis models checkpoint
+
+.PHONY: test quick oldest demo benchmark lint stubs clean
 
 # Two processes of one thread each; one that has nothing left takes over half of what the other still has to do.
 test: .venv/installed
@@ -20,6 +23,11 @@ test: .venv/installed
 # What is worth waiting for between two edits: all but lanes of kernels, searches killed everywhere, wheels and types.
 quick: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# The same on the oldest dependencies that pyproject.toml allows, in an environment of its own: 6 GB, or 2 with the CPU
+# build of torch. Libraries warn of other things than the newest ones do.
+oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -W default -m "not slow" $(OLDEST:%=tests/test_%.py)
 
 # A second `make demo` resumes the ledger of the first one. The formula holds * and ( ), hence the quoted variable.
 demo: .venv/installed
@@ -52,4 +60,10 @@ clean:
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	test -x .venv-oldest/bin/pip || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
+		-e . pytest hypothesis
 	touch $@

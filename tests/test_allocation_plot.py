@@ -16,8 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from gpmetric.allocation import plot
-from gpmetric.allocation.plot import draw_front, write_csv
+from gpmetric.allocation import front_panels, plot
+from gpmetric.allocation.front_points import against, undominated
+from gpmetric.allocation.front_table import write_csv
+from gpmetric.allocation.plot import draw_front
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.files import check_picture
 
@@ -92,6 +94,15 @@ DOCUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
         model="/home/a_b/" + "long$" * 60 + "模型\n",
         metric="x_$" * 100,
     ),
+    "nothing at all": lambda: make_document(front=[], picked=None, baselines={}, hypervolume=[], rounds=[]),
+    "no uniform": lambda: make_document(baselines={"owl": [make_point(0.5, 0.3, LLAMA)]}),
+    "hostile allocations": lambda: make_document(
+        allocator=r"$\frac{1}{$",
+        baselines={
+            r"$\alpha^{" + "x" * 80: [make_point(0.5, 30.0, LLAMA), make_point(0.6, 50.0, LLAMA)],
+            "uniform": [make_point(0.5, 0.3, LLAMA), make_point(0.6, 0.5, LLAMA)],
+        },
+    ),
     "80 blocks": lambda: make_document(
         [f"transformer.h.{block}" for block in range(80)],
         front=[make_point(0.0, 0.0, []), make_point(0.3, -0.1, []), make_point(0.7, 0.5, [])],
@@ -102,15 +113,24 @@ DOCUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.fixture
-def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], list[Axes]]:
-    """The axes of a page that is drawn but not written."""
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], dict[str, Axes]]:
+    """The panels by the first words of their titles, of a page that is drawn but not written."""
 
-    def draw(document: dict[str, Any]) -> list[Axes]:
+    def draw(document: dict[str, Any]) -> dict[str, Axes]:
         pages: list[Figure] = []
         with monkeypatch.context() as patch:
             patch.setattr(Figure, "savefig", lambda figure, file, **_: pages.append(figure))
             draw_front(document, tmp_path / "page.png")
-        return pages[0].axes
+        names = {
+            "held-out loss": "loss", "excess against": "against", "progress": "progress",
+            "picked allocation: sparsity": "heat", "picked allocation: profile": "profile",
+        }  # fmt: skip
+        titled = {axes.get_title("left"): axes for axes in pages[0].axes}
+        found = {
+            name: axes for title, axes in titled.items() for words, name in names.items() if title.startswith(words)
+        }
+        assert len(found) == len(titled) - ("" in titled)  # which are perplexities and the colours
+        return found
 
     return draw
 
@@ -135,7 +155,7 @@ def test_pdf(tmp_path: Path) -> None:
     assert (tmp_path / "page.PDF").read_bytes().startswith(b"%PDF")
 
 
-def test_matplotlib_is_left_as_it_was(drawn: Callable[..., list[Axes]]) -> None:
+def test_matplotlib_is_left_as_it_was(drawn: Callable[..., dict[str, Axes]]) -> None:
     import matplotlib
 
     before = dict(matplotlib.rcParams)
@@ -143,8 +163,8 @@ def test_matplotlib_is_left_as_it_was(drawn: Callable[..., list[Axes]]) -> None:
     assert dict(matplotlib.rcParams) == before
 
 
-def test_the_picked_point_is_marked_with_its_numbers(drawn: Callable[..., list[Axes]]) -> None:
-    front = drawn(make_document())[0]
+def test_the_picked_point_is_marked_with_its_numbers(drawn: Callable[..., dict[str, Axes]]) -> None:
+    front = drawn(make_document())["loss"]
     (star,) = [line for line in front.lines if line.get_label() == "picked"]
     assert star.get_xydata().tolist() == [[0.5, 0.25]]
     assert texts(front) == "picked: sparsity 0.500 (0.250 of all parameters)\n" + (
@@ -152,18 +172,97 @@ def test_the_picked_point_is_marked_with_its_numbers(drawn: Callable[..., list[A
     )
 
 
-def test_baselines_are_told_apart_without_colour(drawn: Callable[..., list[Axes]]) -> None:
-    lines = drawn(make_document())[0].lines
-    assert len({line.get_marker() for line in lines}) == len(lines) == 6
-    assert len({line.get_color() for line in lines}) == 6
+def test_allocations_are_told_apart_without_colour(drawn: Callable[..., dict[str, Axes]]) -> None:
+    lines = [line for line in drawn(make_document())["against"].lines if line.get_label() != "uniform"]
+    assert [line.get_label() for line in lines] == ["owl", "arithmetic", "sensitivity", "nsga2", "picked"]
+    assert len({line.get_marker() for line in lines}) == len(lines)
+    assert len({line.get_color() for line in lines}) == len(lines)
 
 
-def test_a_point_without_loss_is_left_out(drawn: Callable[..., list[Axes]]) -> None:
+def test_a_point_without_loss_is_left_out(drawn: Callable[..., dict[str, Axes]]) -> None:
     document = make_document()
     document["front"][1]["excess"] = None
-    (front,) = [line for line in drawn(document)[0].lines if "front" in str(line.get_label())]
+    (front,) = [line for line in drawn(document)["loss"].lines if "front" in str(line.get_label())]
     assert front.get_xdata().tolist() == [0.1, 0.3, 0.4, 0.5, 0.6, 0.7]
     assert front.get_label() == "nsga2 front (6 points)"
+
+
+def test_what_is_dominated_on_the_held_out_text_is_off_the_line(drawn: Callable[..., dict[str, Axes]]) -> None:
+    """0.3 loses more than 0.4 does, on another text than it was chosen by."""
+    document = make_document()
+    document["front"][2]["excess"] = 0.2
+    panels = drawn(document)
+    lines = {str(line.get_label()): line.get_xdata().tolist() for line in panels["loss"].lines}
+    assert lines["nsga2 front (6 points)"] == [0.1, 0.2, 0.4, 0.5, 0.6, 0.7]
+    assert lines["of its search, dominated here (1)"] == [0.3]
+    (front,) = [line for line in panels["against"].lines if line.get_label() == "nsga2"]
+    assert 0.3 not in front.get_xdata().tolist()
+
+
+def test_undominated_by_hand() -> None:
+    pairs = [(0.4, 0.3), (0.5, 0.2), (0.5, 0.4), (0.6, 0.4), (0.7, 0.4)]
+    assert undominated(pairs) == [(0.5, 0.2), (0.7, 0.4)]
+
+
+def test_differences_to_uniform_by_hand() -> None:
+    """Uniform doubles from 0.4 to 0.6, so that it is sqrt(2) times as much halfway; 0.61 is within a tenth beyond."""
+    curve = [(0.4, 0.1), (0.6, 0.2)]
+    found = against([(0.3, 0.1), (0.4, 0.05), (0.5, 0.1), (0.6, 0.3), (0.61, 0.2), (0.7, 0.1)], curve)
+    assert [sparsity for sparsity, _ in found] == [0.4, 0.5, 0.6, 0.61]
+    expected = [-0.5, 1 / math.sqrt(2) - 1, 0.5, 2**-0.05 - 1]
+    np.testing.assert_allclose([difference for _, difference in found], expected)
+    assert against([(0.4, 0.05), (0.5, 0.1)], curve[:1]) == [(0.4, -0.5)]
+    assert against([(0.4, 0.05)], []) == against([(0.4, 0.05)], [(0.4, 0.0), (0.6, -0.1)]) == []
+
+
+def test_only_uniform_stands_beside_the_front_where_the_others_have_their_panel(
+    drawn: Callable[..., dict[str, Axes]],
+) -> None:
+    panels = drawn(make_document())
+    assert [line.get_label() for line in panels["loss"].lines] == ["uniform", "nsga2 front (7 points)", "picked"]
+    lines = {str(line.get_label()): line for line in panels["against"].lines}
+    np.testing.assert_allclose(lines["owl"].get_ydata(), 0.0, atol=1e-12)  # the same figures as uniform's
+    np.testing.assert_allclose(lines["picked"].get_xydata(), [[0.5, 0.25 / 0.3 - 1]])
+    panels = drawn(DOCUMENTS["no uniform"]())
+    assert "against" not in panels
+    assert "owl" in [line.get_label() for line in panels["loss"].lines]
+
+
+def test_twice_as_bad_as_uniform_squeezes_nothing(drawn: Callable[..., dict[str, Axes]]) -> None:
+    assert drawn(DOCUMENTS["hostile allocations"]())["against"].get_ylim()[1] < 2
+
+
+@pytest.mark.parametrize(
+    ("name", "panels"),
+    [
+        ("plain", ["loss", "against", "progress", "heat", "profile"]),
+        ("no search, no genes", ["loss"]),
+        ("nothing measured", ["heat", "profile"]),
+        ("nothing at all", []),
+    ],
+)
+def test_what_there_is_nothing_of_is_not_drawn(
+    name: str, panels: list[str], drawn: Callable[..., dict[str, Axes]]
+) -> None:
+    assert list(drawn(DOCUMENTS[name]())) == panels
+
+
+def test_the_title_is_in_plain_words(drawn: Callable[..., dict[str, Axes]]) -> None:
+    title = drawn(make_document())["heat"].figure._suptitle.get_text()
+    assert title == "demo pruned by wanda: how much of each part is removed, searched by nsga2"
+    title = drawn(make_document(allocator="owl", hypervolume=[]))["heat"].figure._suptitle.get_text()
+    assert title.endswith("set by owl")
+
+
+def test_blocks_and_generations_are_whole_numbers(drawn: Callable[..., dict[str, Axes]]) -> None:
+    for hypervolume in ([0.3], [0.3, 0.35], [0.3] * 80):
+        panels = drawn(make_document(hypervolume=hypervolume))
+        low, high = panels["progress"].get_xlim()
+        ticks = [float(tick) for tick in panels["progress"].get_xticks() if low <= tick <= high]
+        assert ticks
+        assert all(map(float.is_integer, ticks))
+    assert panels["heat"].get_xlabel() == panels["profile"].get_xlabel() == "block"
+    assert [label.get_text() for label in panels["heat"].get_xticklabels()] == ["0", "1", "2", "3", "4"]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +279,7 @@ def test_a_point_without_loss_is_left_out(drawn: Callable[..., list[Axes]]) -> N
 def test_the_axis_is_logarithmic_over_twentyfold(excess: list[float], scale: str) -> None:
     left = Figure().subplots()
     left.plot(range(len(excess)), excess)
-    plot._scale_excess(left, excess, perplexity=math.exp(DENSE))
+    front_panels._scale_excess(left, excess, perplexity=math.exp(DENSE))
     assert left.get_yscale() == scale
     _, right = left.figure.axes
     ticks, labels = right.get_yticks(), [label.get_text().replace(",", "") for label in right.get_yticklabels()]
@@ -192,10 +291,10 @@ def test_the_axis_is_logarithmic_over_twentyfold(excess: list[float], scale: str
     np.testing.assert_allclose([float(label) for label in labels], np.exp(DENSE + ticks), rtol=6e-3)  # three figures
 
 
-def test_heat_map_by_hand(drawn: Callable[..., list[Axes]]) -> None:
+def test_heat_map_by_hand(drawn: Callable[..., dict[str, Axes]]) -> None:
     genes = {"m.h.10.attn.q": 0.1, "m.h.2.attn.q": 0.2, "m.h.2.mlp.0.up": 0.3, "m.h.10.mlp.0.up": None, "head": 0.4}
     axes = drawn(make_document(picked={"sparsity": 0.25, "genes": genes}))
-    heat, profile = axes[1], axes[3]
+    heat, profile = axes["heat"], axes["profile"]
     assert [label.get_text() for label in heat.get_yticklabels()] == ["attn.q", "mlp.0.up", "head"]
     assert [label.get_text() for label in heat.get_xticklabels()] == ["2", "10", "–"]
     expected = [[0.2, 0.1, math.nan], [0.3, math.nan, math.nan], [math.nan, math.nan, 0.4]]
@@ -221,14 +320,14 @@ def test_rows(genes: list[str], rows: list[str]) -> None:
     assert plot._grid(dict.fromkeys(genes, 0.5)).rows == rows
 
 
-def test_a_large_heat_map_stays_readable(drawn: Callable[..., list[Axes]]) -> None:
-    heat = drawn(make_document([f"h.{block}.{kind}" for block in range(80) for kind in KINDS]))[1]
+def test_a_large_heat_map_stays_readable(drawn: Callable[..., dict[str, Axes]]) -> None:
+    heat = drawn(make_document([f"h.{block}.{kind}" for block in range(80) for kind in KINDS]))["heat"]
     assert texts(heat) == ""
     assert [label.get_text() for label in heat.get_xticklabels()] == [str(block) for block in range(0, 80, 5)]
 
 
-def test_hypervolume_and_rounds(drawn: Callable[..., list[Axes]]) -> None:
-    progress = drawn(make_document())[2]
+def test_hypervolume_and_rounds(drawn: Callable[..., dict[str, Axes]]) -> None:
+    progress = drawn(make_document())["progress"]
     assert progress.lines[0].get_ydata().tolist() == [0.3, 0.35, 0.5, 0.45]
     assert [line.get_xdata()[0] for line in progress.lines[1:]] == [0, 2]
     assert texts(progress) == "8 windows\n16"
@@ -238,7 +337,7 @@ def test_hypervolume_and_rounds(drawn: Callable[..., list[Axes]]) -> None:
     ("value", "text"), [(0.12345, "0.123"), (59.149, "59.1"), (999.9, "1,000"), (12345.6, "12,346"), (3e7, "3e+07")]
 )
 def test_numbers_are_plain(value: float, text: str) -> None:
-    assert plot._plain(value) == text
+    assert front_panels._plain(value) == text
 
 
 @pytest.mark.parametrize(("count", "most", "last"), [(0, 5, None), (5, 5, 4), (6, 5, 4), (80, 20, 75), (1000, 20, 950)])
@@ -317,7 +416,7 @@ def test_a_table_is_whole_or_unchanged(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_long_title_stays_on_the_page(drawn: Callable[..., list[Axes]]) -> None:
-    figure = drawn(make_document(model="Meta-Model_$W" * 30, metric="sqrt(W)*X" * 30))[0].figure
+def test_a_long_title_stays_on_the_page(drawn: Callable[..., dict[str, Axes]]) -> None:
+    figure = drawn(make_document(model="Meta-Model_$W" * 30, metric="sqrt(W)*X" * 30))["loss"].figure
     box = figure._suptitle.get_window_extent(FigureCanvasAgg(figure).get_renderer())
     assert 0 < box.x0 < box.x1 < figure.bbox.width

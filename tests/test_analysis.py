@@ -14,10 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from scipy import stats
 
 import gpmetric
+from gpmetric.analysis import plot
 from gpmetric.analysis.analyse import analyse
-from gpmetric.analysis.features import find_features, find_groups, powers
+from gpmetric.analysis.features import find_features, find_groups, merged, powers, sub_expressions
+from gpmetric.analysis.lineages import find_lineages
 from gpmetric.analysis.masks import distances, read_sketches
 from gpmetric.analysis.plot import draw_page
 from gpmetric.analysis.principles import state_principles
@@ -77,7 +83,7 @@ def parts(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def test_features_by_hand() -> None:
-    """Equal up to algebra and positive factors is equal; a number changes nothing but in a sum; 4 formulas are few."""
+    """Equal up to algebra and constants is equal; a number changes nothing but in a sum; 4 formulas are few."""
     texts = ["W*W+X", "X+sqr(W)", "sqr(W)*3+X", "2+sqr(W)", "sqr(W)/7*X", "exp(W)", "exp(W)*G", "exp(W)*H", "exp(W)*D"]
     found = {feature.name: feature for feature in find_features([parse(text) for text in texts])}
     members = {name: "".join("01"[int(member)] for member in feature.members) for name, feature in found.items()}
@@ -87,6 +93,23 @@ def test_features_by_hand() -> None:
         "sqr(W)": "111110000",
     }  # fmt: skip
     assert {feature.kind for feature in found.values()} == {"operand", "primitive", "sub-expression"}
+
+
+def test_constants_are_merged_by_hand() -> None:
+    """Their size is not told, nor does it order terms or factors; their sign is, and a square is no power."""
+    same = [("abs(W)*X**0.3", "abs(W)*X**0.41"), ("X**0.3*G**0.7*abs(W)", "X**0.8*G**0.1*abs(W)"),
+            ("2*X+3*G+abs(W)", "3*X+2*G+abs(W)"), ("max(X,0.5)*W", "max(0.25,X)*W")]  # fmt: skip
+    for first, second in same:
+        assert merged(canonical(parse(first))) == merged(canonical(parse(second)))
+    names = {
+        text: merged(canonical(parse(text))) for text in ("abs(W)*X**0.3", "abs(W)*X**-0.3", "sqr(W)", "exp(W*7.7)")
+    }
+    assert names == {
+        "abs(W)*X**0.3": "abs(W)*X**c", "abs(W)*X**-0.3": "abs(W)/X**c", "sqr(W)": "sqr(W)", "exp(W*7.7)": "exp(W*c)"
+    }  # fmt: skip
+    assert sub_expressions(parse("25*abs(W)*X**0.3")) == {"abs(W)", "X**c", "abs(W)*X**c"}
+    found = {feature.name: feature for feature in find_features([parse(f"abs(W)*X**0.{n}") for n in range(1, 10)])}
+    assert found["X**c"].members.sum() == 8  # X**0.5 is sqrt(X)
 
 
 def test_a_part_recurs_from_two_per_cent_on() -> None:
@@ -127,6 +150,93 @@ def test_powers(text: str, expected: set[float]) -> None:
     assert powers(parse(text), "X") == expected
 
 
+# Lineages
+
+
+def of_generation(number: int, *formulas: str) -> list[Evaluation]:
+    return [Evaluation(formula, formula, number, "done") for formula in formulas]
+
+
+def lineages_of(rows: list[Evaluation], populations: dict[int, list[str]], **options: Any) -> list[int]:
+    consists = [frozenset(parse(row.formula).tokens) | sub_expressions(parse(row.formula)) for row in rows]
+    return find_lineages(rows, consists, populations, **options).tolist()
+
+
+def test_a_formula_is_of_the_line_of_whom_it_is_most_like() -> None:
+    """Of those that were bred from: X*abs(W) had died out when its like came up, which is then another's child."""
+    rows = of_generation(0, "abs(W)*X", "sqr(W)*G", "exp(W)") + of_generation(1, "sqr(W)*G*H", "exp(W)*D")
+    rows += of_generation(2, "abs(W)*X*H", "exp(W)*D*H")
+    populations = {0: ["sqr(W)*G", "exp(W)"], 1: ["sqr(W)*G*H", "exp(W)*D"]}
+    assert lineages_of(rows, populations) == [0, 1, 2, 1, 2, 1, 2]
+
+
+def test_without_a_stored_population_every_earlier_formula_of_the_campaign_may_be_the_parent() -> None:
+    rows = of_generation(0, "abs(W)*X", "exp(W)") + of_generation(1, "abs(W)*X*H")
+    assert lineages_of(rows, {}) == [0, 1, 0]
+    rows += of_generation(2, "abs(W)*X*G") + of_generation(3, "abs(W)*X*D")  # another campaign, merged into this one
+    assert lineages_of(rows, {}, starts=(0, 2)) == [0, 1, 0, 3, 3]
+    rows = of_generation(4, "abs(W)*X", "abs(W)*X*G")  # what the first generations held is lost
+    assert lineages_of(rows, {}) == [0, 1]
+
+
+def test_p_of_lineages_against_all_signs() -> None:
+    """Four lineages of 1 to 4 formulas, each with one vote: the ways to give their means a sign, by brute force."""
+    rng = np.random.default_rng(2)
+    kin = np.repeat([7, 3, 0, 5], [1, 2, 3, 4])
+    first, second = rng.random(10), rng.random(10)
+    votes = np.array([1 / (4 * np.count_nonzero(kin == one)) for one in kin])
+
+    def below(values: np.ndarray) -> np.ndarray:
+        return np.array([votes[values < one].sum() + votes[values == one].sum() / 2 - 0.5 for one in values])
+
+    products = votes * below(first) * below(second)
+    means = [products[kin == one].sum() for one in np.unique(kin)]
+    test = correlate(first, second, kin, 0)
+    direction = np.sign(test["effect"])
+    sums = [direction * np.dot(signs, means) for signs in product((1, -1), repeat=4)]
+    exact = np.mean([one >= direction * sum(means) - 1e-12 for one in sums])
+    assert test["p"] == pytest.approx(min(1.0, 2 * exact))
+    assert correlate(first, second, np.arange(10) + 90, 5) == correlate(first, second, np.arange(10), 0)
+
+
+def test_many_lineages_are_drawn_with_a_seed() -> None:
+    """20 lineages all say the same: no drawn way but the observed one is as far."""
+    members = np.arange(40) % 2 == 0
+    excess = np.where(members, 0.0, 1.0) + np.repeat(np.arange(20), 2) / 100
+    test = compare(excess, members, np.repeat(np.arange(20), 2), 3)
+    assert test["p"] == pytest.approx(2 / 10_000)
+
+
+def test_five_lineages_reach_no_significance_and_six_do() -> None:
+    for count, p in ((5, 2 / 2**5), (6, 2 / 2**6)):
+        kin = np.repeat(np.arange(count), 10)
+        members = np.arange(len(kin)) % 2 == 0
+        assert compare(np.where(members, 0.0, 1.0), members, kin, 0) == {"effect": 1.0, "p": pytest.approx(p)}
+
+
+def test_what_descends_together_by_chance_is_no_finding() -> None:
+    """Part and excess are each inherited and have nothing to do with each other, half of the formulas of one line."""
+    rng = np.random.default_rng(1)
+    kin = np.repeat(np.arange(16), [39, 4, 3, 2] + [1] * 12)
+    found = {"lineages": 0, "formulas": 0}
+    for _ in range(200):
+        members, excess = (rng.random(16) < 0.4)[kin], rng.normal(size=16)[kin] + 0.3 * rng.normal(size=len(kin))
+        if members.any() and not members.all():
+            found["lineages"] += (compare(excess, members, kin, 0)["p"] or 1) < 0.05
+            found["formulas"] += stats.mannwhitneyu(excess[members], excess[~members]).pvalue < 0.05
+    assert found["formulas"] > 80
+    assert found["lineages"] <= 20, "10 are expected; more than 20 in 1000 times one"
+
+
+def test_what_helps_within_lineages_is_found() -> None:
+    rng = np.random.default_rng(0)
+    kin, members = np.repeat(np.arange(20), 8), rng.random(160) < 0.4
+    excess = rng.normal(size=20)[kin] + 0.5 * rng.normal(size=160) - members
+    test = compare(excess, members, kin, 0)
+    assert (test["effect"] or 0) > 0.3
+    assert (test["p"] or 1) < 0.001
+
+
 # Statistics
 
 
@@ -140,14 +250,14 @@ def test_effect_is_the_share_of_pairs_won() -> None:
     excess = rng.integers(0, 12, 40).astype(float)
     members = rng.random(40) < 0.3
     duels = [np.sign(theirs - ours) for ours in excess[members] for theirs in excess[~members]]
-    assert compare(excess, members)["effect"] == pytest.approx(np.mean(duels))
+    assert compare(excess, members, np.arange(40), 0)["effect"] == pytest.approx(np.mean(duels))
 
 
 def test_nothing_to_compare() -> None:
     none = {"effect": None, "p": None}
-    assert compare(np.arange(12.0), np.ones(12, bool)) == none
-    assert compare(np.ones(12), np.arange(12) < 5) == none
-    assert correlate(np.ones(12), np.arange(12.0)) == none
+    assert compare(np.arange(12.0), np.ones(12, bool), np.arange(12), 0) == none
+    assert compare(np.ones(12), np.arange(12) < 5, np.arange(12), 0) == none
+    assert correlate(np.ones(12), np.arange(12.0), np.arange(12), 0) == none
     assert mantel(np.zeros((5, 5)), np.ones((5, 5)), 0) == none
 
 
@@ -167,9 +277,9 @@ def test_mantel_against_all_permutations() -> None:
     first, second = (np.abs(values[:, None] - values) for values in (rng.random(5), rng.random(5)))
     above = np.triu_indices(5, 1)
     test = mantel(first, second, seed=1)
-    assert test["effect"] == pytest.approx(correlate(first[above], second[above])["effect"])
+    assert test["effect"] == pytest.approx(stats.spearmanr(first[above], second[above]).statistic)
     orders = [list(order) for order in permutations(range(5))]
-    all_effects = [correlate(first[above], second[np.ix_(order, order)][above])["effect"] for order in orders]
+    all_effects = [stats.spearmanr(first[above], second[np.ix_(order, order)][above]).statistic for order in orders]
     exact = np.mean([abs(effect) >= abs(test["effect"]) - 1e-9 for effect in all_effects])
     assert test["p"] == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 999))
     assert mantel(first, second, seed=1) == test
@@ -219,7 +329,7 @@ def test_what_helps_at_one_target_and_hurts_at_another(tmp_path: Path) -> None:
     [sentence] = [text for text in document["principles"] if text.startswith("Formulas with G ")]
     assert sentence.startswith("Formulas with G do better at 0.5 (effect +0.")
     assert " but worse at 2:4 (effect -0." in sentence
-    assert sentence.endswith(", 32 against 32 formulas.")
+    assert sentence.endswith(", 32 against 32 formulas of 32 and 32 lineages.")
 
 
 def test_principles_of_the_known_truth(truth: dict[str, Any]) -> None:
@@ -231,10 +341,11 @@ def test_principles_of_the_known_truth(truth: dict[str, Any]) -> None:
     }
     [about_x] = [text for text in truth["principles"] if text.startswith("Formulas with X ")]
     share = 100 * (1 - medians[True] / medians[False])
-    assert f"lose {share:.1f} % less than those without (32 against 32 formulas, effect +" in about_x
+    counts = "(32 against 32 formulas of 32 and 32 lineages, effect"
+    assert f"lose {share:.1f} % less than those without {counts} +" in about_x
     assert "q = 0.0" in about_x
     [about_exp] = [text for text in truth["principles"] if text.startswith("Formulas with exp ")]
-    assert " more than those without (32 against 32 formulas, effect -" in about_exp
+    assert " more than those without (32 against 32 formulas of 32 and 32 lineages, effect -" in about_exp
     assert "What does well at 0.5 also does well at 2:4 (effect +" in "\n".join(truth["principles"])
     assert not any("exp(D)" in text for text in truth["principles"]), "it tells the same as exp"
     strengths = [abs(float(text.split("effect ")[1].split(",")[0])) for text in truth["principles"]]
@@ -285,7 +396,7 @@ def test_sizes_targets_and_points(tmp_path: Path) -> None:
     assert all(point["front"] for point in document["points"])
     assert document["points"][2] | {"excess": 0} == {
         "evaluation": 3, "paid": 3, "formula": "abs(abs(abs(W)))", "nodes": 4, "excess": 0, "mean_excess": 46.0,
-        "front": True,
+        "front": True, "founder": 3,
     }  # fmt: skip
     assert "What does well at 0.5 does badly at 2:4" in "\n".join(document["principles"])
 
@@ -336,13 +447,16 @@ def test_the_group_is_a_part(tmp_path: Path) -> None:
 
 def test_principles_need_significance() -> None:
     row = {"name": "X", "with": 9, "without": 9, "effect": 0.5, "q": 0.05, "same_as": None, "targets": {}}
+    row |= {"lineages_with": 9, "lineages_without": 8, "rests_on_few": False}
     silent: dict[str, Any] = {"effect": 0.9, "q": None}
     document = {"parts": [row], "powers": {}, "nodes": silent, "target_pairs": [], "masks": None, "formulas": 18}
     assert state_principles(document) == []
     row |= {"q": 0.0499, "median_excess_with": 3.0, "median_excess_without": 1.0}
     assert state_principles(document) == [
-        "Formulas with X rank better than those without (9 against 9 formulas, effect +0.50, q = 0.050)."
+        "Formulas with X rank better than those without "
+        "(9 against 9 formulas of 9 and 8 lineages, effect +0.50, q = 0.050)."
     ]
+    assert state_principles({**document, "parts": [row | {"rests_on_few": True}]}) == []
     row |= {"effect": -0.5}
     assert "lose 3.0 times as much as those without" in state_principles(document)[0]
     row |= {
@@ -355,6 +469,117 @@ def test_principles_need_significance() -> None:
     assert state_principles(document)[0].endswith("q = 0.050), most at 0.5, but the other way round at 2:4.")
     row |= {"median_excess_without": -0.5}
     assert "lose 3.5000 nats more than those without" in state_principles(document)[0]
+
+
+# The page
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], dict[str, Axes]]:
+    """The panels by title, of a page that is drawn but not written."""
+
+    def draw(document: dict[str, Any]) -> dict[str, Axes]:
+        pages: list[Figure] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(Figure, "savefig", lambda figure, file, **_: pages.append(figure))
+            draw_page(document, tmp_path / "page.png")
+        return {axes.get_title("left").split(" (")[0].strip(): axes for axes in pages[0].axes}
+
+    return draw
+
+
+SYMBOLS, PARTS = "operands", "strongest recurring sub-expressions"
+TWO, SIZES = "every formula at 0.5 and at 2:4", "size and excess, Pareto front marked"
+PROGRESS = "best so far, and published metrics"
+
+
+def test_panels_without_data_leave_their_room(truth: dict[str, Any], drawn: Callable[..., dict[str, Axes]]) -> None:
+    panels = drawn(truth)
+    assert list(panels) == [SYMBOLS, PARTS, TWO, SIZES, PROGRESS], "no sketches of masks"
+    grids = [axes.get_subplotspec() for axes in panels.values()]
+    assert grids[0].get_gridspec().nrows == 2
+    for row in (0, 1):
+        assert sum(len(one.colspan) for one in grids if row in one.rowspan) == grids[0].get_gridspec().ncols
+    pairs = [{"first": a, "second": b, "effect": 0.5, "q": 0.1} for a, b in (("0.5", "2:4"), ("0.5", "1:4"))]
+    panels = drawn(truth | {"targets": ["0.5", "2:4", "1:4"], "target_pairs": pairs, "parts": []})
+    assert [title for title in panels if title] == ["rank correlation between targets", SIZES, PROGRESS]
+    panels = drawn(truth | {"targets": ["0.5"], "target_pairs": [], "parts": []})
+    assert list(panels) == [SIZES, PROGRESS]
+    assert panels[SIZES].get_subplotspec().get_gridspec().nrows == 1
+
+
+def test_effects_of_few_lineages_are_grey_and_what_may_be_chance_is_pale(
+    truth: dict[str, Any], drawn: Callable[..., dict[str, Axes]]
+) -> None:
+    def part(name: str, effect: float, q: float, lineages: int) -> dict[str, Any]:
+        counts = {"with": 9, "without": 20, "lineages_with": lineages, "lineages_without": 30}
+        return {"kind": "primitive", "name": name, "effect": effect, "q": q, "rests_on_few": lineages < 6} | counts
+
+    rows = [part("abs", 0.5, 0.01, 8), part("neg", -0.4, 0.01, 8), part("exp", 0.3, 0.2, 8), part("log", 0.9, 0.01, 3)]
+    axes = drawn(truth | {"parts": rows})[SYMBOLS]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["neg", "exp", "abs", "log"]
+    looks = [(to_hex(bar.get_facecolor()), bar.get_alpha()) for bar in axes.patches]
+    assert looks == [(plot._BAD, 1.0), (plot._GOOD, 0.4), (plot._GOOD, 1.0), (plot._FAINT, 1.0)]
+    assert [text.get_text() for text in axes.texts] == ["9 / 8", "9 / 8", "9 / 8", "9 / 3"]
+
+
+def test_bad_formulas_at_the_beginning_do_not_squeeze_progress(
+    truth: dict[str, Any], drawn: Callable[..., dict[str, Axes]]
+) -> None:
+    """The best falls from 90 to 1.0; wanda's 1.2 and ria's 1.1 are on the axis, magnitude's 40 is told at its edge."""
+    points = [
+        point | {"mean_excess": excess}
+        for point, excess in zip(truth["points"], [90.0, 50.0, 1.3, 1.2, *[1.0] * 60], strict=True)
+    ]
+    levels = {"ria": 1.1, "wanda": 1.2, "magnitude": 40.0}
+    baselines = [{"name": name, "mean_excess": level} for name, level in levels.items()]
+    axes = drawn(truth | {"points": points, "baselines": baselines})[PROGRESS]
+    low, high = axes.get_ylim()
+    assert 0.9 < low < 1.0
+    assert 1.2 < high < 1.5
+    assert axes.lines[0].get_ydata()[0] == 90.0
+    assert [line.get_ydata()[0] for line in axes.lines[1:]] == [1.1, 1.2]
+    labels = {text.get_text(): text.xyann[1] for text in axes.texts[1:]}
+    assert list(labels) == ["ria", "wanda", "▲ magnitude 40"]
+    assert max(labels.values()) <= high
+
+
+def test_labels_of_equal_baselines_do_not_overlap() -> None:
+    levels = {f"b{number}": 1.0 + number / 1e6 for number in range(9)}
+    heights = [place for _, _, place in plot._placed(levels, 0.0, 1.0)]
+    assert np.diff(heights) == pytest.approx(plot._APART)
+    assert heights[-1] == pytest.approx(1.0)
+
+
+def test_every_published_metric_is_on_the_scale_of_the_search(tmp_path: Path) -> None:
+    """GBLM is known by its form, whatever its constant; what was not measured on this text is not there."""
+    formulas = [
+        "layer:abs(W)",
+        "abs(W)",
+        "abs(W)*X",
+        "abs(W)*X+25*abs(W)*sqrt(H)",
+        "sqr(W)*mms(sqrt(H))",
+        *FORMULAS[20:40],
+    ]
+    losses = iter([{"0.5": 1.0, "2:4": 3.0 + number} for number in range(len(formulas))])
+    document = analyse(write_ledger(tmp_path / "x.sqlite", lambda formula, rng: next(losses), formulas))
+    assert [(row["name"], row["mean_excess"]) for row in document["baselines"]] == [
+        ("magnitude", 2.0), ("magnitude_row", 2.5), ("wanda", 3.0), ("gblm_l2", 3.5), ("pruner_zero", 4.0),
+    ]  # fmt: skip
+    assert document["baselines"][3]["formula"] == "abs(W)*X+25*abs(W)*sqrt(H)"
+    assert document["unit"] == "nats per token"
+
+
+def test_hostile_names_and_long_formulas_are_drawn_as_they_stand(truth: dict[str, Any], tmp_path: Path) -> None:
+    nasty = "$\\frac{模型\n" * 20
+    document = json.loads(json.dumps(truth).replace("2:4", "NASTY"))
+    document = json.loads(json.dumps(document).replace("NASTY", json.dumps(nasty)[1:-1]))
+    document["ledger"] = f"/tmp/{nasty}.sqlite"
+    document["points"][5] |= {"formula": "abs(" * 90 + "W" + ")" * 90, "mean_excess": 0.0}
+    document["baselines"] = [{"name": nasty, "mean_excess": 0.7}]
+    document["parts"][3]["name"] = "sqrt(" * 50 + "W" + ")" * 50
+    for targets in (document["targets"], [*document["targets"], nasty[1:]]):
+        draw_page(document | {"targets": targets}, tmp_path / "page.png")
 
 
 # The command

@@ -31,7 +31,7 @@ LAYERS = [
     {"expression", "data", "models", "demo", "provenance", "journal", "targets"},
     {"digests", "outputs", "stored_names", "stored_experts"},
     {"experts", "operands"},
-    {"files", "tensor_file", "notebook", "plugins"},
+    {"files", "tensor_file", "notebook", "pictures", "plugins"},
     {"errors", "pareto", "lazy", "interrupts", "kernels", "slim_models", "placement", "discovered", "modules"},
     {"plain"},
 ]

@@ -1,12 +1,18 @@
-"""The wheel holds what a checkout holds, with the kernels under gpmetric.kernels and never on the top level."""
+"""The wheel holds what a checkout holds, with the kernels under gpmetric.kernels and never on the top level.
+
+It is built from the tree and through an sdist, and installed in an environment of its own, on the dependencies that the
+tests run with: the newest. `make oldest` has those of constraints-oldest.txt, which are gigabytes.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import pkgutil
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -90,10 +96,15 @@ def test_wheel_metadata(contents: dict[str, bytes]) -> None:
 
 
 @pytest.mark.slow
-def test_installed_wheel_imports_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
-    target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    run([*PIP, "install", "--no-index", "--no-deps", "--target", str(target), str(wheel)], cwd=elsewhere)
+@pytest.mark.parametrize("wheel", ["through an sdist"], indirect=True)  # it holds what the other does, and takes longer
+def test_installed_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> None:
+    """Nothing of the checkout is in reach: the command measures the demo model and writes an export from the wheel."""
+    run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], cwd=tmp_path)
+    python = tmp_path / "env" / "bin" / "python"
+    run([*PIP, "--python", str(python), "install", "--no-index", "--no-deps", "--no-compile", str(wheel)], cwd=tmp_path)
+    [own] = (tmp_path / "env").glob("lib/python*/site-packages")
+    (own / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # behind its own, no .pth of theirs
+    clean = {"PYTHONPATH": "", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     code = """
 import importlib.metadata, pkgutil
 import gpmetric, gpmetric.kernels
@@ -102,11 +113,20 @@ print(*gpmetric.kernels.__path__)
 print(*sorted(module.name for module in pkgutil.iter_modules(gpmetric.kernels.__path__)))
 print(importlib.metadata.version("gpmetric"))
 """
-    lines = run([sys.executable, "-c", code], cwd=elsewhere, PYTHONPATH=str(target)).splitlines()
-    assert lines[0] == str(target / "gpmetric" / "__init__.py")
-    assert lines[1] == str(target / "gpmetric" / "kernels")
-    assert lines[2].split() == KERNELS
-    assert lines[3] == wheel.name.split("-")[1]
+    lines = run([str(python), "-c", code], cwd=tmp_path, **clean).splitlines()
+    version = wheel.name.split("-")[1]
+    assert lines == [
+        str(own / "gpmetric" / "__init__.py"),
+        str(own / "gpmetric" / "kernels"),
+        " ".join(KERNELS),
+        version,
+    ]
+    command = str(python.with_name("gpmetric"))
+    assert run([command, "--version"], cwd=tmp_path, **clean).split()[-1] == version
+    run([command, "export", "abs(W)*sqrt(X)", "--format", "triton", "-o", "kernel.py"], cwd=tmp_path, **clean)
+    assert "def prune(" in (tmp_path / "kernel.py").read_text()
+    evaluated = run([command, "evaluate", "--windows", "1", "--json", "-"], cwd=tmp_path, **clean)
+    assert json.loads(evaluated)["model"] == "demo"
 
 
 def test_checkout_finds_the_kernels() -> None:

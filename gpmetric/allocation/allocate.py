@@ -14,13 +14,13 @@ from gpmetric.allocation.allocators import Ground, Problem, diagonal, search
 from gpmetric.allocation.candidate_objective import CandidateObjective
 from gpmetric.allocation.evaluation_log import EvaluationLog, Measured
 from gpmetric.allocation.exact_budget import uniform_budget
+from gpmetric.allocation.front_table import write_csv
 from gpmetric.allocation.in_use import by_rule, settled, uniform_in_use, uses_of
 from gpmetric.allocation.levels import Levels
 from gpmetric.allocation.listener import AllocateListener
 from gpmetric.allocation.nsga2 import REFERENCE, hypervolume
 from gpmetric.allocation.objective_workers import SharedObjective
 from gpmetric.allocation.pareto_pick import Point, Scorer, held_out_front, knee, pick
-from gpmetric.allocation.plot import draw_front, write_csv
 from gpmetric.allocation.prepare import CalibratedModel, calibrate
 from gpmetric.allocation.request import ALLOCATORS, AllocateRequest
 from gpmetric.allocation.time_plan import FIRST_IN_USE, TimePlan
@@ -86,6 +86,8 @@ def write_pages(result: Mapping[str, Any], request: AllocateRequest) -> None:
     if request.csv is not None:
         write_csv(result, request.csv)
     if request.plot is not None:
+        from gpmetric.allocation.plot import draw_front  # matplotlib takes half a second to import
+
         draw_front(result, request.plot)
 
 

@@ -1,12 +1,11 @@
-"""The front of an allocation search on one page, as PNG or PDF, and as a CSV table."""
+"""The front of an allocation search and the allocation picked of it on one page, as PNG or PDF."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -17,49 +16,31 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from gpmetric.files import check_picture, finite, write_picture, write_text
-from gpmetric.results.picture import Picture, printable
+from gpmetric.allocation.front_panels import (
+    FRONT,
+    MUTED,
+    draw_against_uniform,
+    draw_loss,
+    head,
+    is_compared,
+    is_measured,
+)
+from gpmetric.allocation.front_points import genes_of
+from gpmetric.files import check_picture, finite, write_picture
+from gpmetric.pictures import printable, shortened
+from gpmetric.results.picture import Picture
 
-__all__ = ["draw_front", "front_figure", "write_csv"]
+__all__ = ["draw_front", "front_figure"]
 
-_FIGURES = (
-    "sparsity", "sparsity_total", "removed", "kept_prunable", "kept_total", "loss", "perplexity", "excess",
-)  # fmt: skip
-
-_FRONT, _PICKED, _MUTED = "#0072b2", "#d55e00", "#8c8c8c"  # Okabe and Ito's blue and vermilion
-# the rest of their colours; a marker for each, so that the lines are told apart in print too
-_BASELINES = (("#000000", "s"), ("#e69f00", "^"), ("#009e73", "D"), ("#cc79a7", "v"), ("#56b4e9", "P"))
 _SHADES = "YlGnBu"
 _DPI = 150  # of a PNG
-
-_LOGARITHMIC = 20  # largest excess over smallest, from which the axis is logarithmic
-_DEPTH = 1e-3  # of the largest excess: what is below is noise, and stands on a linear stretch at the foot of the axis
 _CELLS, _CELL_ROWS, _CELL_COLUMNS = 210, 30, 30  # the largest heat map with numbers in its cells
 _ROW_TICKS, _BLOCK_TICKS, _ROUND_LABELS = 32, 20, 8
 _NAME, _ROW = 60, 28  # characters of a model or a metric, and of a row of the heat map
 _TITLE = 100  # characters as wide as the page
 
-Point = Mapping[str, Any]
-
-
-def write_csv(document: Mapping[str, Any], path: Path) -> None:
-    """Writes a row per point of the front and of each baseline, picked, dense; what is not finite is left empty.
-
-    Args:
-        document: of `gpmetric allocate`.
-        path: of the table: method, the figures of the point, and the sparsity of each gene under its name.
-
-    Raises:
-        GpmetricError: the file cannot be written.
-    """
-    methods = [(document["allocator"], document["front"]), *_baselines(document)]
-    methods += [("picked", [document["picked"]] if document.get("picked") else []), ("dense", [_dense(document)])]
-    rows = [(method, point, _genes(point)) for method, points in methods for point in points]
-    genes = list(dict.fromkeys(gene for _, _, found in rows for gene in found))
-    table = io.StringIO()
-    lines = [[method, *map(point.get, _FIGURES), *map(found.get, genes)] for method, point, found in rows]
-    csv.writer(table, lineterminator="\n").writerows([["method", *_FIGURES, *genes], *finite(lines)])
-    write_text(path, table.getvalue())
+_Document = Mapping[str, Any]
+_Panel = Callable[[Axes], None]
 
 
 def draw_front(document: Mapping[str, Any], path: Path) -> None:
@@ -77,153 +58,71 @@ def draw_front(document: Mapping[str, Any], path: Path) -> None:
     write_picture(path, front_figure(document), _DPI)
 
 
-def front_figure(document: Mapping[str, Any]) -> Figure:
+def front_figure(document: _Document) -> Figure:
     """The page of an allocation search.
 
     Args:
         document: of `gpmetric allocate`.
     """
     document = finite(document)
-    figure = Picture(figsize=(16, 9), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))  # not pyplot's
-    places = figure.subplots(2, 2, height_ratios=[2.3, 1], width_ratios=[1, 1.15])
-    for axes in places.flat:
-        axes.tick_params(labelsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-    grid = _grid(_genes(document.get("picked") or {}))
-    _front(places[0, 0], document)
-    _heat_map(places[0, 1], grid)
-    _hypervolume(places[1, 0], document)
-    _profile(places[1, 1], grid, document)
+    figure = Picture(figsize=(16, 10), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))  # not pyplot's
+    columns = [column for column in (_left(document), _right(document)) if column]
+    outer = figure.add_gridspec(1, max(1, len(columns)), width_ratios=[1, 1.15][: len(columns)] or [1])
+    for place, column in enumerate(columns):
+        inner = outer[place].subgridspec(len(column), 1, height_ratios=[height for height, _ in column])
+        for row, (_, draw) in enumerate(column):
+            axes = figure.add_subplot(inner[row])
+            axes.tick_params(labelsize=9)
+            axes.spines[["top", "right"]].set_visible(False)
+            draw(axes)
     title = _title(document)
     size = 14 * min(1.0, _TITLE / len(title))
     figure.suptitle(title, fontsize=size, fontweight="bold", parse_math=False)
     return figure
 
 
-def _title(document: Mapping[str, Any]) -> str:
-    """Model and settings; a character that the font lacks becomes a question mark."""
-    name, metric = (_shortened(str(document[one]), _NAME) for one in ("model", "metric"))
-    how = f"{document['allocator']} on {document['objective']}"
-    return printable(f"{name}: {metric} by {document['granularity']}, sparsity allocated by {how}")
+def _left(document: _Document) -> list[tuple[float, _Panel]]:
+    """Heights and panels of the search that there is something to draw in."""
+    values = [value for value in document.get("hypervolume") or [] if value is not None]
+    return [
+        *([(1.5, partial(draw_loss, document=document))] if is_measured(document) else []),
+        *([(1.5, partial(draw_against_uniform, document=document))] if is_compared(document) else []),
+        *([(0.8, partial(_hypervolume, document=document))] if values else []),
+    ]
 
 
-def _front(axes: Axes, document: Mapping[str, Any]) -> None:
-    """Held-out excess against sparsity: the front a thick line, baselines thin ones, the picked point a star."""
-    validation = document.get("validation") or {}
-    windows = f" ({validation['windows']} windows)" if "windows" in validation else ""
-    share = f"{document['prunable']:,} of {document['total']:,} parameters"
-    _head(axes, "held-out loss against sparsity", f"sparsity of the prunable weights ({share})")
-    axes.set_ylabel(f"excess over dense on held-out text{windows}, nats/token", fontsize=9)
-    front, drawn, star = _measured(document["front"]), [], _measured([document.get("picked") or {}])
-    for number, (name, points) in enumerate(_baselines(document)):
-        if values := _measured(points):
-            colour, marker = _BASELINES[number % len(_BASELINES)]
-            drawn += values
-            axes.plot(
-                *zip(*values, strict=True), label=name, color=colour, marker=marker, markersize=5, linewidth=1,
-                linestyle="--", alpha=0.85,
-            )  # fmt: skip
-    if not front and not drawn and not star:
-        return _nothing(axes, "no loss is finite")
-    if front:
-        label = f"{document['allocator']} front ({len(front)} point{'s' * (len(front) > 1)})"
-        size = 5 if len(front) <= 60 else 3
-        axes.plot(*zip(*front, strict=True), label=label, color=_FRONT, marker="o", markersize=size, linewidth=2.2)
-    if star:
-        axes.plot(
-            *star[0], label="picked", color=_PICKED, marker="*", markersize=20, markeredgecolor="white", linestyle="",
-            zorder=5,
-        )  # fmt: skip
-    _scale_excess(axes, [excess for _, excess in [*front, *drawn, *star]], document["dense"].get("perplexity"))
-    axes.grid(color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    _front_legend(axes, bool(front) + bool(star))
-    if star:  # its figures in the lower right corner, which is below the front and so empty
-        axes.annotate(
-            _numbers(document["picked"], document["dense"]), star[0], (0.985, 0.025), textcoords="axes fraction",
-            fontsize=9.5, ha="right", va="bottom", multialignment="left", zorder=6,
-            bbox={"boxstyle": "round,pad=0.5", "fc": "white", "ec": _PICKED},
-            arrowprops={"arrowstyle": "-", "color": _PICKED, "shrinkB": 8},
-        )  # fmt: skip
+def _right(document: _Document) -> list[tuple[float, _Panel]]:
+    """The same of the picked allocation."""
+    grid = _grid(genes_of(document.get("picked") or {}))
+    known = np.isfinite(grid.values)
+    in_blocks = known[:, [block is not None for block in grid.blocks]]
+    return [
+        *([(2.3, partial(_heat_map, grid=grid))] if known.any() else []),
+        *([(1.0, partial(_profile, grid=grid, document=document))] if in_blocks.any() else []),
+    ]
 
 
-def _front_legend(axes: Axes, found: int) -> None:
-    """The front and the picked point, which were drawn last, before the baselines."""
-    handles, labels = axes.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda place: place < len(labels) - found)
-    legend = axes.legend([handles[i] for i in order], [labels[i] for i in order], loc="upper left", fontsize=9)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-
-
-def _numbers(picked: Point, dense: Mapping[str, Any]) -> str:
-    lines = [f"picked: sparsity {picked['sparsity']:.3f}"]
-    if picked.get("sparsity_total") is not None:
-        lines[0] += f" ({picked['sparsity_total']:.3f} of all parameters)"
-    lines.append(f"excess {_plain(picked['excess'])} nats/token")
-    if picked.get("perplexity") is not None and dense.get("perplexity") is not None:
-        lines.append(f"perplexity {_plain(picked['perplexity'])} (dense {_plain(dense['perplexity'])})")
-    return "\n".join(lines)
-
-
-def _scale_excess(axes: Axes, excess: Sequence[float], perplexity: float | None) -> None:
-    """Chooses between a linear and a logarithmic axis and writes the perplexity beside each tick, on the right."""
-    top = max(map(abs, excess))
-    least = min((value for value in excess if value > 0), default=top)
-    scale: dict[str, Any] = {"value": "linear"}
-    if top > _LOGARITHMIC * least:
-        foot = max(least, _DEPTH * top)
-        scale = {"value": "symlog", "linthresh": foot, "linscale": 0.5} if min(excess) < foot else {"value": "log"}
-        axes.set_yscale(**scale)
-        ticks = _log_ticks(foot, 2 * top)
-    else:
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))  # 0 is the dense model
-        ticks = [float(tick) + 0.0 for tick in axes.get_yticks()]  # -0 is 0
-    low, high = axes.get_ylim()
-    ticks = [tick for tick in ticks if low <= tick <= high]
-    sides = [(axes, ticks)]
-    if perplexity is not None:
-        right = axes.twinx()  # matplotlib 3.11 places the ticks of a secondary axis wrongly on a symlog scale
-        right.set_yscale(**scale)
-        right.set_ylim(low, high)
-        right.set_ylabel("perplexity", fontsize=9)
-        right.spines[["top", "left"]].set_visible(False)
-        sides.append((right, [perplexity * math.exp(min(tick, 600.0)) for tick in ticks]))
-    for side, values in sides:
-        side.set_yticks(ticks, _told_apart(values))
-        side.minorticks_off()
-        side.tick_params(labelsize=9)
-
-
-def _log_ticks(least: float, largest: float) -> list[float]:
-    """0 and, on both sides of it, 1, 2 and 5 times the powers of ten."""
-    powers = range(math.floor(math.log10(least)), math.ceil(math.log10(largest)) + 1)
-    ticks = [tick for power in powers for digit in (1, 2, 5) if (tick := digit * 10.0**power) >= least]
-    return [-tick for tick in reversed(ticks)] + [0.0, *ticks]
-
-
-def _told_apart(values: Sequence[float]) -> list[str]:
-    """The numbers with as few figures as tell them apart, at least three."""
-    texts = ([_plain(value, figures) for value in values] for figures in range(3, 17))
-    return next((text for text in texts if len(set(text)) == len(set(values))), [f"{value}" for value in values])
+def _title(document: _Document) -> str:
+    """Model, metric and who allocated; a character that the font lacks becomes a question mark."""
+    name, metric = (shortened(str(document[one]), _NAME) for one in ("model", "metric"))
+    how = "searched" if document.get("hypervolume") else "set"
+    return printable(f"{name} pruned by {metric}: how much of each part is removed, {how} by {document['allocator']}")
 
 
 def _hypervolume(axes: Axes, document: Mapping[str, Any]) -> None:
-    _head(axes, "progress of the search", "generation (dotted: a round with more windows begins)")
+    head(axes, "progress of the search", "generation (dotted: a round with more windows begins)")
     values = [math.nan if value is None else value for value in document.get("hypervolume") or []]
-    if not any(map(math.isfinite, values)):
-        return _nothing(axes, "no generations")
     few = len(values) <= 40
-    axes.plot(range(len(values)), values, color=_FRONT, linewidth=2, marker="o" if few else "", markersize=3.5)
+    axes.plot(range(len(values)), values, color=FRONT, linewidth=2, marker="o" if few else "", markersize=3.5)
     axes.set_ylabel("hypervolume of the front", fontsize=9)
     axes.margins(y=0.16)  # room for the labels of the rounds
     if len(values) == 1:
         axes.set_xlim(-0.5, 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    rounds = document.get("rounds") or []
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    rounds = [begun for begun in document.get("rounds") or [] if begun["generation"] < len(values)]
     labelled = _ticks(len(rounds), _ROUND_LABELS)
     for place, begun in enumerate(rounds):
-        axes.axvline(begun["generation"], color=_MUTED, linewidth=0.9, linestyle=":")
+        axes.axvline(begun["generation"], color=MUTED, linewidth=0.9, linestyle=":")
         if place in labelled:
             unit = " windows" if place == 0 else ""
             axes.annotate(
@@ -265,17 +164,15 @@ def _parted(gene: str) -> tuple[list[str], int | None, list[str]]:
 
 
 def _heat_map(axes: Axes, grid: _Grid) -> None:
-    _head(axes, "picked allocation: sparsity by matrix and block")
+    head(axes, "picked allocation: sparsity by matrix and block", "block")
     known = grid.values[np.isfinite(grid.values)]
-    if not known.size:
-        return _nothing(axes, "no allocation")
     low, high = math.floor(known.min() * 10 + 1e-6) / 10, math.ceil(known.max() * 10 - 1e-6) / 10
     image = axes.imshow(
         grid.values, cmap=_SHADES, vmin=low, vmax=max(high, low + 0.1), aspect="auto", interpolation="nearest"
     )
     axes.patch.set(facecolor="#f4f4f4", hatch="////", edgecolor="#d9d9d9", linewidth=0)  # where there is no gene
     rows = _ticks(len(grid.rows), _ROW_TICKS)
-    axes.set_yticks(rows, [printable(_shortened(grid.rows[row], _ROW)) for row in rows], parse_math=False)
+    axes.set_yticks(rows, [printable(shortened(grid.rows[row], _ROW)) for row in rows], parse_math=False)
     _label_blocks(axes, grid)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -307,18 +204,16 @@ def _write_cells(axes: Axes, values: np.ndarray, image: Any) -> None:
 
 def _profile(axes: Axes, grid: _Grid, document: Mapping[str, Any]) -> None:
     """Mean of each block, every matrix counting once, and the range; block stands under block of the heat map."""
-    _head(axes, "picked allocation: profile over the blocks", "block")
+    head(axes, "picked allocation: profile over the blocks", "block")
     numbered = [place for place, block in enumerate(grid.blocks) if block is not None]
     columns = {place: column[np.isfinite(column)] for place in numbered for column in [grid.values[:, place]]}
     columns = {place: column for place, column in columns.items() if column.size}
-    if not columns:
-        return _nothing(axes, "no blocks")
     if len(grid.rows) > 1:
         low, high = [column.min() for column in columns.values()], [column.max() for column in columns.values()]
-        axes.fill_between(list(columns), low, high, color=_FRONT, alpha=0.13, linewidth=0, label="range in the block")
+        axes.fill_between(list(columns), low, high, color=FRONT, alpha=0.13, linewidth=0, label="range in the block")
     marker = "o" if len(columns) <= 40 else ""
     means = [column.mean() for column in columns.values()]
-    axes.plot(list(columns), means, color=_FRONT, linewidth=2, marker=marker, markersize=4.5, label="mean of the block")
+    axes.plot(list(columns), means, color=FRONT, linewidth=2, marker=marker, markersize=4.5, label="mean of the block")
     sparsity = (document.get("picked") or {}).get("sparsity")
     if sparsity is not None:
         axes.axhline(sparsity, color="black", linewidth=1.1, linestyle="--", label=f"uniform {sparsity:.3f}")
@@ -339,44 +234,3 @@ def _ticks(count: int, most: int) -> list[int]:
     """Places of at most so many ticks, in round steps."""
     steps = (digit * 10**power for power in range(count + 1) for digit in (1, 2, 5))
     return list(range(0, count, next(step for step in steps if count <= step * most)))
-
-
-def _measured(points: Iterable[Point]) -> list[tuple[float, float]]:
-    """(sparsity, excess) of the points that have both, rising in sparsity."""
-    pairs = [(point.get("sparsity"), point.get("excess")) for point in points]
-    return sorted((sparsity, excess) for sparsity, excess in pairs if sparsity is not None and excess is not None)
-
-
-def _baselines(document: Mapping[str, Any]) -> list[tuple[str, Sequence[Point]]]:
-    return [(name, points) for name, points in (document.get("baselines") or {}).items() if points]
-
-
-def _dense(document: Mapping[str, Any]) -> Point:
-    """The model as it came, as a point."""
-    kept = {"kept_prunable": document["prunable"], "kept_total": document["total"]}
-    return {"sparsity": 0.0, "sparsity_total": 0.0, "removed": 0, "excess": 0.0, **kept, **document["dense"]}
-
-
-def _genes(point: Point) -> Mapping[str, float | None]:
-    return point.get("genes") or {}
-
-
-def _head(axes: Axes, title: str, xlabel: str = "") -> None:
-    axes.set_title(title, fontsize=11, loc="left", fontweight="bold")
-    axes.set_xlabel(xlabel, fontsize=9)
-
-
-def _nothing(axes: Axes, reason: str) -> None:
-    axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", fontsize=10, color=_MUTED)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def _plain(value: float, figures: int = 3) -> str:
-    """So many significant figures, and no power of ten between a ten-thousandth and a million."""
-    return f"{value:,.0f}" if 10**figures - 0.5 <= abs(value) < 1e6 else f"{value:.{figures}g}"
-
-
-def _shortened(text: str, length: int) -> str:
-    """The text with its middle left out: the end of a name tells most, its beginning says whose it is."""
-    return text if len(text) <= length else f"{text[: length // 3]}…{text[length // 3 + 1 - length :]}"

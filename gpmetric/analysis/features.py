@@ -3,6 +3,8 @@ their scores compete in."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,14 +15,15 @@ from numpy.typing import NDArray
 
 from gpmetric.expression import PRIMITIVES, Expression
 from gpmetric.expression.canonical import canonical
-from gpmetric.expression.tree import Tokens, subtree_end
+from gpmetric.expression.tree import Token, Tokens, arguments_of, chain, fold, order, rooted, subtree_end
 from gpmetric.operands import OPERANDS
 from gpmetric.targets import plain_granularities
 
-__all__ = ["Feature", "find_features", "find_groups", "powers"]
+__all__ = ["Feature", "find_features", "find_groups", "merged", "powers", "sub_expressions"]
 
 _MIN_FORMULAS = 5  # that hold a sub-expression for it to count as recurring, and
 _MIN_SHARE = 0.02  # the least share of all formulas that do
+_ANY = 7  # stands for every constant until the text is there; a name with a 7 in it is another word
 _FIXED_POWERS = {"abs": 1.0, "neg": 1.0, "sqr": 2.0, "sqrt": 0.5, "inv": -1.0}
 
 
@@ -37,7 +40,8 @@ def find_features(expressions: Sequence[Expression]) -> list[Feature]:
     """Every operand and primitive that occurs, and every sub-expression of at least 2 nodes that recurs.
 
     A sub-expression is known by its canonical text without positive constant factors, which change no order:
-    `1100*abs(W)*G` is `abs(W)*G`. It recurs when at least max(5, 2 %) of the formulas hold it.
+    `1100*abs(W)*G` is `abs(W)*G`. Of other constants only the sign is told: `X**0.3` and `X**0.41` are `X**c`. It
+    recurs when at least max(5, 2 %) of the formulas hold it.
     """
     tokens = [set(expression.tokens) for expression in expressions]
     found = [Feature("operand", name, np.array([name in one for one in tokens])) for name in OPERANDS]
@@ -45,7 +49,7 @@ def find_features(expressions: Sequence[Expression]) -> list[Feature]:
     found = [feature for feature in found if feature.members.any()]
     holders: dict[str, list[int]] = {}
     for index, expression in enumerate(expressions):
-        for name in _parts(expression):
+        for name in sub_expressions(expression):
             holders.setdefault(name, []).append(index)
     needed = max(_MIN_FORMULAS, _MIN_SHARE * len(expressions))
     recurring = [(name, indices) for name, indices in sorted(holders.items()) if len(indices) >= needed]
@@ -63,16 +67,45 @@ def find_groups(groups: Sequence[str]) -> list[Feature]:
     return [Feature("group", f"group {name}", np.array([name == one for one in groups])) for name in told]
 
 
-def _parts(expression: Expression) -> set[str]:
-    """Canonical texts of the sub-expressions, those that are a lone name or number left out."""
+@lru_cache(maxsize=100_000)
+def sub_expressions(expression: Expression) -> frozenset[str]:
+    """Canonical texts of the sub-expressions, constants merged, those that are a lone name or number left out."""
     trees = {expression.tokens[expression.subtree(index)] for index in range(len(expression))}
-    forms = [_named(tree) for tree in trees if len(tree) > 1]
-    return {str(form) for form in forms if len(form) > 1}
+    return frozenset(name for tree in trees if len(tree) > 1 and (name := _named(tree)))
 
 
 @lru_cache(maxsize=100_000)
-def _named(tokens: Tokens) -> Expression:
-    return canonical(Expression(_without_factors(tokens)))
+def _named(tokens: Tokens) -> str:
+    """Empty where nothing but a name or number is left."""
+    form = canonical(Expression(_without_factors(tokens)))
+    return merged(form) if len(form) > 1 else ""
+
+
+def merged(expression: Expression) -> str:
+    """The text of a formula with `c` for every positive constant and `-c` for every negative one.
+
+    Terms and factors stand in an order that does not depend on the constants.
+    """
+
+    def node(token: Token, arguments: list[Tokens]) -> Tokens:
+        if isinstance(token, float):
+            return (math.copysign(_ANY, token),)
+        if token in ("add", "mul"):
+            pieces = [piece for one in arguments for piece in (_chained(token, one) if one[0] == token else [one])]
+            return chain(token, sorted(pieces, key=order))
+        commutes = token in PRIMITIVES and PRIMITIVES[token].commutative
+        return rooted(token, sorted(arguments, key=order) if commutes else arguments)
+
+    return re.sub(rf"\b{_ANY}\b", "c", str(Expression(fold(expression.tokens, node))))
+
+
+def _chained(name: str, tokens: Tokens) -> list[Tokens]:
+    """What `chain` put together."""
+    pieces: list[Tokens] = []
+    while tokens[0] == name:
+        tokens, last = arguments_of(tokens)
+        pieces.append(last)
+    return [tokens, *pieces]
 
 
 def _without_factors(tokens: Tokens) -> Tokens:

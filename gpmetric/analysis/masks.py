@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpmetric.analysis.lineages import Kin
 from gpmetric.analysis.statistics import Vector, correlate, mantel
 from gpmetric.errors import LedgerError
 
@@ -38,7 +39,11 @@ def distances(sketches: NDArray[np.uint8], one: NDArray[np.uint8]) -> Vector:
 
 
 def compare_masks(
-    sketches: NDArray[np.uint8], excess: Vector, references: Mapping[str, NDArray[np.uint8] | None], seed: int
+    sketches: NDArray[np.uint8],
+    excess: Vector,
+    references: Mapping[str, NDArray[np.uint8] | None],
+    kin: Kin,
+    seed: int,
 ) -> dict[str, Any]:
     """How distance between masks goes with excess.
 
@@ -46,7 +51,8 @@ def compare_masks(
         sketches: [formulas, bytes].
         excess: [formulas], mean over targets.
         references: name -> the sketch [bytes] of a published metric; None where the ledger has none.
-        seed: of the subsample compared pair by pair, and of its permutations.
+        kin: [formulas], their lineages, the units of the tests but that of pairs.
+        seed: of the subsample compared pair by pair, of its permutations, and of signs.
 
     Returns:
         `to_best`: rank correlation of the distance to the best formula's masks and excess, the best itself left out;
@@ -60,7 +66,7 @@ def compare_masks(
     for name, sketch in references.items():
         away = None if sketch is None else distances(sketches, sketch)
         rows[name] = None if away is None else {
-            "from_best": float(away[best]), "median": float(np.median(away)), **correlate(away, excess)
+            "from_best": float(away[best]), "median": float(np.median(away)), **correlate(away, excess, kin, seed)
         }  # fmt: skip
     rng = np.random.default_rng(seed)
     few = np.sort(rng.permutation(len(excess))[:_SUBSAMPLE])
@@ -69,7 +75,7 @@ def compare_masks(
     return {
         "formulas": len(excess),
         "bits": 8 * sketches.shape[1],
-        "to_best": {"distances": to_best.tolist(), **correlate(to_best[others], excess[others])},
+        "to_best": {"distances": to_best.tolist(), **correlate(to_best[others], excess[others], kin[others], seed)},
         "references": rows,
         "pairs": {"formulas": len(few), "median": float(np.median(apart[np.triu_indices(len(few), 1)]))}
         | mantel(apart, gaps, seed),

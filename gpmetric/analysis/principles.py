@@ -16,7 +16,8 @@ def state_principles(document: Mapping[str, Any]) -> list[str]:
 
     Args:
         document: of `analyse`, with every q set. A part that goes with nearly the same formulas as a stronger one is
-            not told again, and of all pairs of targets only the one that agrees least is.
+            not told again, nor is one that rests on few lineages, and of all pairs of targets only the one that agrees
+            least is.
     """
     findings = [*_parts(document), *_powers(document), *_nodes(document), *_targets(document), *_masks(document)]
     findings.sort(key=lambda finding: -abs(finding[0]))
@@ -38,9 +39,10 @@ def _figures(test: Mapping[str, Any]) -> str:
 
 def _parts(document: Mapping[str, Any]) -> Findings:
     for row in document["parts"]:
-        if row["same_as"] is not None:
+        if row["same_as"] is not None or row["rests_on_few"]:
             continue
-        counts = f"{row['with']} against {row['without']} formulas"
+        lineages = f"{row['lineages_with']} and {row['lineages_without']} lineages"
+        counts = f"{row['with']} against {row['without']} formulas of {lineages}"
         better, worse = _targets_by_sign(row)
         if _significant(row):
             sentence = f"Formulas with {row['name']} {_difference(row)} ({counts}, {_figures(row)})"

@@ -10,7 +10,8 @@ from typing import Any
 from matplotlib.ticker import MaxNLocator
 
 from gpmetric.errors import GpmetricError
-from gpmetric.results.picture import BLUE, GREY, ORANGE, Picture, axes_of, printable
+from gpmetric.pictures import printable
+from gpmetric.results.picture import BLUE, GREY, ORANGE, Picture, axes_of
 
 __all__ = ["draw_bench", "draw_blocks", "draw_front", "draw_recipes"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 
-__all__ = ["BLUE", "GREY", "ORANGE", "Picture", "axes_of", "printable"]
+from gpmetric.pictures import printable
+
+__all__ = ["BLUE", "GREY", "ORANGE", "Picture", "axes_of"]
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8c8c8c"  # Okabe and Ito's blue and vermilion
 
@@ -33,9 +33,3 @@ def axes_of(title: str, below: str, beside: str, size: tuple[float, float] = (9,
     axes.set_ylabel(beside, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     return picture, axes
-
-
-def printable(text: str) -> str:
-    """The text with a question mark for every character that cannot be seen, or that the font lacks."""
-    font = get_font(findfont(FontProperties(family=mpl.rcParams["font.family"])))
-    return "".join(sign if sign.isprintable() and font.get_char_index(ord(sign)) else "?" for sign in text)

@@ -156,16 +156,19 @@ def print_allocation(console: Console, result: Mapping[str, Any], request: Reque
 
 def print_analysis(console: Console, result: Mapping[str, Any], request: Request) -> None:
     """The strongest parts of formulas by their effect, significant ones in bold, and the principles in words."""
-    title = f"parts of {result['formulas']} formulas by effect on fitness, 1 for always better; *: q < 0.05"
+    told = f"parts of {result['formulas']} formulas of {result['lineages']} lineages by effect on fitness"
+    title = f"{told}, 1 for always better; *: q < 0.05, pale or in brackets: rests on fewer than 6 lineages"
     table = numbered(title, "part")
-    for heading in ("with", "without", "effect", "q", *(f"at {target}" for target in result["targets"])):
+    for heading in ("with", "without", "lineages", "effect", "q", *(f"at {target}" for target in result["targets"])):
         table.add_column(Text(heading), justify="right")
-    told = [row for row in result["parts"] if row["same_as"] is None and row["effect"] is not None]
-    for place, row in enumerate(told[:_PARTS_SHOWN], start=1):
+    shown = [row for row in result["parts"] if row["same_as"] is None and row["effect"] is not None]
+    for place, row in enumerate(shown[:_PARTS_SHOWN], start=1):
         effects = [row["effect"], *(test["effect"] for test in row["targets"].values())]
         overall, *each = ("" if effect is None else f"{effect:+.2f}" for effect in effects)
-        mark, style = ("*", "bold") if row["q"] < 0.05 else ("", "")
-        counts = (str(row["with"]), str(row["without"]))
+        few = row["rests_on_few"]
+        mark, style = ("", "dim") if few else ("*", "bold") if row["q"] < 0.05 else ("", "")
+        counts = (str(row[name]) for name in ("with", "without", "lineages_with"))
+        overall = f"({overall})" if few else overall
         table.add_row(f"{mark}{place}", Text(row["name"]), *counts, overall, f"{row['q']:.2g}", *each, style=style)
     console.print(fitted(table, console.width))
     if result["masks"] is None:
