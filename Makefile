@@ -1,4 +1,4 @@
-# make test | quick | demo | lint | clean. Everything happens in .venv, made on first use by $(PYTHON), 3.11 or later.
+# make test | quick | demo | docs | lint | clean. Everything happens in .venv, made on first use by $(PYTHON), 3.11 or later.
 # On Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes: torch's CPU build.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ BASELINES := magnitude magnitude_row wanda ria gblm_l1 gblm_l2 pruner_zero spars
 # Not 0.7: a model this small is destroyed there (perplexity 13 becomes 144 to 434), and ranks by chance.
 TARGETS := 0.5 0.6 2:4
 
-.PHONY: test quick demo lint clean
+.PHONY: test quick demo docs lint clean
 
 # Two processes of one thread each; one that has nothing left takes over half of what the other still has to do.
 test: .venv/installed
@@ -30,6 +30,10 @@ demo: .venv/installed
 	metric=$$($(BIN)/python -c 'import json; print(json.load(open("$(DEMO)/discover.json"))["winner"]["formula"])') && \
 	$(BIN)/gpmetric bench --metric "$$metric" $(BASELINES:%=--metric %) $(TARGETS:%=--target %) \
 		--samples 64 --windows 128 --json $(DEMO)/bench.json
+
+# The pages of docs/ as a site in build/site, which opens from disk.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: .venv/installed
 	$(BIN)/python -m ruff check

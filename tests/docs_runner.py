@@ -11,10 +11,10 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import run  # itself, which the fixture `here` replaces in its module
 from typing import Any
 
 import pytest
@@ -92,6 +92,7 @@ def run_page(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     """Runs a page's unmarked blocks one after the other; commands in this process, which imports torch once."""
     _furnish(folder)
     monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)  # where a page's `import` finds what a page wrote
     monkeypatch.setenv("PATH", os.pathsep.join([str(folder / ".bin"), os.environ["PATH"]]))
     before = signal.getsignal(signal.SIGTERM)
     variables: dict[str, Any] = {"__name__": "__main__"}
@@ -134,7 +135,7 @@ def _run_line(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
             cli.main()
         assert left.value.code == 0, f"{line}\n{capsys.readouterr().err}"
         return
-    done = subprocess.run(["bash", "-ec", line], cwd=folder, capture_output=True, text=True, check=False)
+    done = run(["bash", "-ec", line], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
 

@@ -18,7 +18,8 @@ MARKS = {
 }
 
 _FENCE = re.compile(
-    r"^```(?P<language>[a-z]+)(?: \{\.(?P<mark>[a-z-]+)\})?(?: title=\"(?P<title>[^\"\n]+)\")?[ ]*\n(?P<text>.*?)^```[ ]*$",
+    r"^```(?P<language>[a-z]+)(?: \{\.(?P<mark>[a-z-]+)\})?(?: title=\"(?P<title>[^\"\n]+)\")?[ ]*\n"
+    r"(?P<text>.*?)^```[ ]*$",
     flags=re.MULTILINE | re.DOTALL,
 )
 

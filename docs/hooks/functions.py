@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Collection
 from typing import Any
 
 import griffe
@@ -45,8 +47,19 @@ def _function(found: Any, written: griffe.Object) -> griffe.Function:
         returns=_shown(signature.return_annotation),
         parent=written.parent,
     )
-    made.docstring = griffe.Docstring(inspect.getdoc(found) or "", lineno=written.lineno, parent=made)
+    told = _of_parameters(inspect.getdoc(found) or "", signature.parameters)
+    made.docstring = griffe.Docstring(told, lineno=written.lineno, parent=made)
     return made
+
+
+def _of_parameters(docstring: str, parameters: Collection[str]) -> str:
+    """A docstring without arguments that the function does not have: those of what the command line calls."""
+
+    def kept(section: re.Match[str]) -> str:
+        entries = re.findall(r"\n    (\w+)(: [^\n]*(?:\n {5,}[^\n]*)*)", section[0])
+        return "\nArgs:" + "".join(f"\n    {name}{told}" for name, told in entries if name in parameters)
+
+    return re.sub(r"\nArgs:(?:\n {4}[^\n]*)+", kept, docstring)
 
 
 def _shown(annotation: Any) -> str:
