@@ -44,5 +44,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
     """The page with its formulas as MathML, which browsers show by themselves."""
-    html = _INLINE.sub(lambda found: convert(unescape(found[1])), html)
-    return _BLOCK.sub(lambda found: f"<div>{convert(unescape(found[1]), display='block')}</div>", html)
+    html = _INLINE.sub(lambda found: _mathml(found[1]), html)
+    return _BLOCK.sub(lambda found: f"<div>{_mathml(found[1], display='block')}</div>", html)
+
+
+def _mathml(escaped: str, display: str = "inline") -> str:
+    """TeX as MathML; bars are fences, since others stand apart like signs of operations."""
+    fenced = re.sub(r"(?<!\\left)(\\l[vV]ert)", r"\\left\1 ", unescape(escaped))
+    return convert(re.sub(r"(?<!\\right)(\\r[vV]ert)", r"\\right\1 ", fenced), display=display)

@@ -86,12 +86,22 @@ def _primitives() -> str:
 
 
 def _baselines() -> str:
+    return _table(
+        ["metric", "formula", "compared in", "update"],
+        [
+            (_code(name), _code(re.sub(r"\{(\w+)\}", r"c_\1", row.formula)), row.granularity, row.update or "any")
+            for name, row in BASELINES.items()
+        ],
+    )
+
+
+def _sources() -> str:
+    """Published metrics as mathematics, `c` for the number of a balance."""
     rows = []
     for name, row in BASELINES.items():
-        written = re.sub(r"\{(\w+)\}", r"c_\1", row.formula)
-        plain = to_latex(parse(re.sub(r"\{\w+\}\*", "1234.5*", row.formula))).replace("1234.5", "c")
-        rows.append((_code(name), _code(written), f"${plain}$", row.granularity, row.update or "any", row.source))
-    return _table(["metric", "formula", "mathematics", "compared in", "update", "source"], rows)
+        plain = to_latex(parse(re.sub(r"\{\w+\}", "1234.5", row.formula))).replace("1234.5", "c")
+        rows.append((_code(name), f"${plain}$", row.source))
+    return _table(["metric", "mathematics", "source"], rows)
 
 
 def _updaters() -> str:
@@ -215,8 +225,7 @@ def _option(parameter: Any, field: Any) -> tuple[str, str, str, str]:
     if named and not parameter.is_flag:
         kind = parameter.metavar or (_KINDS.get(field.kind, "TEXT") if field else "FILE")
     default = field.default if field else parameter.default
-    several = isinstance(default, tuple)
-    default = ",".join(map(str, default)) if several else default
+    default = ", ".join(map(str, default)) if isinstance(default, tuple) else default
     shown = "" if default is None or default is False or default == "" or named is False else _code(default)
     return ", ".join(map(_code, names)), _code(kind) if kind else "", shown, parameter.help or ""
 
@@ -245,6 +254,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "primitives": _primitives,
     "published": _published,
     "repairs": _meanings(REPAIRS),
+    "sources": _sources,
     "trackers": _trackers,
     "unit-kinds": _meanings(UNIT_KINDS),
     "unit-rules": _unit_rules,
