@@ -11,10 +11,10 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from subprocess import run  # itself, which the fixture `here` replaces in its module
 from typing import Any
 
 import pytest
@@ -135,7 +135,7 @@ def _run_line(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
             cli.main()
         assert left.value.code == 0, f"{line}\n{capsys.readouterr().err}"
         return
-    done = run(["bash", "-ec", line], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", "-ec", line], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
 

@@ -15,7 +15,9 @@ import pytest
 
 import gpmetric
 from docs.hooks.fences import MARKS, fences
+from gpmetric import cli
 from gpmetric.commands import COMMANDS
+from gpmetric.errors import InputError
 from tests.docs_runner import PAGES, ROOT, check_command, is_run, run_page, shown_commands
 from tests.mixtures import save_mixture
 
@@ -44,6 +46,24 @@ needs_mkdocs = pytest.mark.skipif(
 def test_every_command_line_parses(name: str) -> None:
     for words in shown_commands(_READ[name]):
         check_command(words)
+
+
+def test_lines_that_the_command_line_refuses_are_found() -> None:
+    page = """
+```sh {.needs-gpu}
+RAY_AUTH_MODE=token gpmetric bench --metric wanda \\
+    --target 0.5 | head && gpmetric ledger check A > B
+```
+
+    gpmetric evaluate DIR
+"""
+    assert list(shown_commands(page)) == [
+        ["bench", "--metric", "wanda", "--target", "0.5"], ["ledger", "check", "A"], ["evaluate", "DIR"],
+    ]  # fmt: skip
+    check_command(["prune", "--recipe", "no/recipe.toml", "-o", "pruned"])  # speaks of a file that is not there
+    for wrong in ("bench --metirc wanda", "bench --metric wnada", "plan prune --target 1.5 -o p", "prune", "benhc"):
+        with pytest.raises((cli._ClickException, InputError, AssertionError)):
+            check_command(wrong.split())
 
 
 @pytest.mark.parametrize("name", _READ)
@@ -120,6 +140,7 @@ def test_site_is_built_without_a_warning_and_without_a_network(tmp_path: Path) -
     assert "<math" in pages["mathematics.html"]
     assert "arithmatex" not in pages["mathematics.html"]
     assert "gpmetric.prune" in pages["api.html"]
+    assert MARKS["needs-hours"] in pages["discover.html"]
     styles = [file.read_text(encoding="utf-8") for file in (tmp_path / "site").rglob("*.css")]
     assert not [found[0] for text in (*pages.values(), *styles) if (found := _OUTSIDE.search(text))]
     left = [name for name, page in pages.items() if re.search(r"<!-- (table|list): |\$[A-Za-z\\{][^<$]*\$", page)]
