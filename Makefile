@@ -1,4 +1,4 @@
-# make test | quick | oldest | demo | benchmark | lint | stubs | clean. All happens in .venv, made by $(PYTHON), 3.11+.
+# make test | quick | oldest | demo | benchmark | docs | lint | stubs | clean. All in .venv, made by $(PYTHON), 3.11+.
 # On Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes: torch's CPU build.
 
 PYTHON ?= python3
@@ -14,7 +14,7 @@ TARGETS := 0.5 0.6 2:4
 # What tells whether a version of a dependency is too old: parsing, masks, the command line, files, pictures.
 OLDEST := expression canonical mask cli bench ledger analysis models checkpoint
 
-.PHONY: test quick oldest demo benchmark lint stubs clean
+.PHONY: test quick oldest demo benchmark docs lint stubs clean
 
 # Two processes of one thread each; one that has nothing left takes over half of what the other still has to do.
 test: .venv/installed
@@ -43,6 +43,10 @@ demo: .venv/installed
 # their texts are named by BENCHMARK="--models DIR --texts DIR".
 benchmark: .venv/installed
 	$(BIN)/python benchmarks/benchmark.py $(BENCHMARK)
+
+# The pages of docs/ as a site in build/site, which opens from disk.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: .venv/installed
 	$(BIN)/python -m ruff check

@@ -13,6 +13,7 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,7 +155,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
         reload.main(*command[3:])
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(slim_checkpoint.subprocess, "run", run_here)
+    # of that module alone: others start programs of their own
+    monkeypatch.setattr(slim_checkpoint, "subprocess", SimpleNamespace(**vars(subprocess) | {"run": run_here}))
 
 
 @pytest.fixture(scope="session")
