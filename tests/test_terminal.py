@@ -30,7 +30,7 @@ from gpmetric.evolution.listener import DiscoverListener
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.selection import Individual
 from gpmetric.evolution.status_request import StatusRequest
-from gpmetric.export.request import ExportRequest
+from gpmetric.formats.request import ExportRequest
 from gpmetric.metrics import resolve_metric
 from gpmetric.options import Request, check_request, make_request
 from gpmetric.packing.pack import run_pack

@@ -12,12 +12,12 @@ import typer
 
 import gpmetric
 from gpmetric.allocation.request import ALLOCATORS, GENES
-from gpmetric.catalogue import CATALOGUE
 from gpmetric.cli import app
 from gpmetric.commands import COMMANDS
+from gpmetric.discovered import CATALOGUE
 from gpmetric.evaluation.objectives import OBJECTIVES
-from gpmetric.export.latex import to_latex
 from gpmetric.expression import PRIMITIVES, parse
+from gpmetric.formats.latex import to_latex
 from gpmetric.metrics import BASELINES
 from gpmetric.operands import OPERANDS
 from gpmetric.options import described
