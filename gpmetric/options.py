@@ -23,7 +23,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 from gpmetric.errors import InputError, one_of
 from gpmetric.files import check_picture
 from gpmetric.lazy import lazy
-from gpmetric.notebook import progress_console
+from gpmetric.notebook import progress_console, shown
 from gpmetric.outputs import check_outputs, hub_folders
 from gpmetric.results import Result
 
@@ -369,13 +369,13 @@ def _shown(kind: type[Request], progress: bool | None) -> AbstractContextManager
     """The listener of the command line, where progress is to be shown and the command has one; else None."""
     console = progress_console(progress)
     listener = None if console is None else _listener_of(kind)
-    return nullcontext() if listener is None else listener(console)
+    return nullcontext() if console is None or listener is None else shown(listener, console)
 
 
 def _documented(kind: type[Request], told: str, tells: bool) -> str:
     """The docstring of a function that runs a request, with the options in place of the request among its arguments."""
-    shown = (field for field in described(kind) if not field.option.hidden)
-    options = "".join(f"\n    {field.name}: {field.help}" for field in shown)
+    offered = (field for field in described(kind) if not field.option.hidden)
+    options = "".join(f"\n    {field.name}: {field.help}" for field in offered)
     options += "\n    progress: whether it is shown: None in a notebook, True on standard error elsewhere." * tells
     return re.sub(r"(?<=\nArgs:)\n    request: [^\n]*(\n        [^\n]*)*", lambda _: options, told)
 

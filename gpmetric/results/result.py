@@ -45,7 +45,7 @@ class Result(dict[str, Any]):
         """
         try:
             return list(self._rows())
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
             raise GpmetricError(
                 f"this result of {self._called} has no table: {type(error).__name__} {error!s:.100}; another version "
                 "wrote it, or it is damaged"
