@@ -249,6 +249,12 @@ def test_what_has_no_picture_says_so() -> None:
         BenchResult(BENCH | {"results": failed}).plot()
 
 
+def test_half_a_character_goes_into_a_data_frame(tmp_path: Path) -> None:
+    """JSON can hold it, and pandas cannot; found by the fuzzer."""
+    (tmp_path / "x.json").write_text(json.dumps(Result(gpmetric="1", a="\udcff")))
+    assert list(load_result(tmp_path / "x.json").to_pandas()["value"]) == ["1", r"\udcff"]
+
+
 def test_without_pandas_the_way_to_install_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(GpmetricError, match="pip install pandas"):

@@ -61,7 +61,7 @@ class Result(dict[str, Any]):
             import pandas
         except ImportError as error:
             raise GpmetricError("to_pandas needs pandas: pip install pandas") from error
-        return pandas.DataFrame(self.table())
+        return pandas.DataFrame([{_text(name): _text(one) for name, one in row.items()} for row in self.table()])
 
     def plot(self) -> Figure:
         """A picture of the result, which is shown by a notebook and written by `.savefig(path)`.
@@ -134,6 +134,11 @@ class Result(dict[str, Any]):
 def marked(document: Mapping[str, Any]) -> dict[str, Any]:
     """The document as it is written: one that tells no versions begins with gpmetric's, by which it is known."""
     return dict(document) if "versions" in document else {"gpmetric": gpmetric_version()} | dict(document)
+
+
+def _text(value: Any) -> Any:
+    r"""A text as a data frame can hold it, with \ud800 for half a character; what is no text as it is."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _cell(value: Any) -> str:
