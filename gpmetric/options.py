@@ -377,6 +377,7 @@ def _documented(kind: type[Request], told: str, tells: bool) -> str:
     offered = (field for field in described(kind) if not field.option.hidden)
     options = "".join(f"\n    {field.name}: {field.help}" for field in offered)
     options += "\n    progress: whether it is shown: None in a notebook, True on standard error elsewhere." * tells
+    told = re.sub(r"\n    started: [^\n]*(\n        [^\n]*)*", "", told)  # which is now, as the function is called
     return re.sub(r"(?<=\nArgs:)\n    request: [^\n]*(\n        [^\n]*)*", lambda _: options, told)
 
 

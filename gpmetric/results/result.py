@@ -113,7 +113,7 @@ class Result(dict[str, Any]):
     def __repr__(self) -> str:
         """One line; what is inside is read by key, or by `table()`."""
         try:
-            size = f"{len(self.table())} rows"
+            size = "1 row" if (rows := len(self.table())) == 1 else f"{rows} rows"
         except GpmetricError:
             size = "no table"
         return f"<{type(self).__name__}{f' of {self._model}' if self._model else ''}, {size}>"
