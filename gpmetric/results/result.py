@@ -144,7 +144,7 @@ def _text(value: Any) -> Any:
 def _cell(value: Any) -> str:
     if isinstance(value, bool) or value is None or not isinstance(value, int | float):
         return f'<td style="text-align:left">{_escaped("" if value is None else value)}</td>'
-    return f"<td>{_escaped(f'{value:.5g}' if isinstance(value, float) else value)}</td>"
+    return f'<td style="text-align:right">{_escaped(f"{value:.5g}" if isinstance(value, float) else value)}</td>'
 
 
 def _escaped(value: Any) -> str:
