@@ -6,6 +6,7 @@ A reader makes valid inputs by the product itself, in a folder that it may write
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Callable
@@ -54,6 +55,7 @@ from gpmetric.pruning.recipe import Recipe, read_recipe, recipe_text
 from gpmetric.reporting.blocks import Page
 from gpmetric.reporting.page import render
 from gpmetric.reporting.source import page_of
+from gpmetric.results import load_result
 from gpmetric.structured.search_log import SearchLog, State
 from gpmetric.targets import parse_target
 from gpmetric.tensor_file import TensorFile
@@ -90,6 +92,7 @@ _COMMANDS = (
     "pack . -o c",
     "layers --include 'mlp.*'",
     "catalogue --target 0.5",
+    "calibrate m --operands X,G -o x.safetensors",
     "reproduce --list",
     "plan prune -o out --json x.json --config in.toml",
 )
@@ -279,6 +282,23 @@ def _report_of_ledger(folder: Path) -> Opened:
     return of_file(path, read, [path.read_bytes(), *(one.read_bytes() for one in golden)])
 
 
+def _result(folder: Path) -> Opened:
+    path, row = folder / "r.json", {"metric": "wanda", "target": "0.5", "update": "none", "formula": "abs(W)*X"}
+    row |= {"ppl": {"a": 20.0}, "sparsity": 0.5, "seconds": 1.0, "error": None}
+    bench = {"model": "m", "protocol": "sequential", "dense": {"a": 10.0}, "results": [row]}
+    tested = {"formula": "W*X", "nodes": 3, "excess": {"0.5": 0.2}, "mean_excess": 0.2, "ppl": {"0.5": 12.0}}
+    campaign = {"targets": ["0.5"], "best_gradient_free": None, "regrouped": None, "winner": tested, "front": [tested]}
+    several = {"models": [bench, {"model": "n", "error": "no"}], "transfer": []}
+    slimmed = {"model": "m", "begun": "wanda", "parameters_before": 9, "widths": [{"heads": 2, "channels": 4}]}
+
+    def read() -> None:
+        found = load_result(path)
+        repr(found), found._repr_html_(), found.to_pandas()
+
+    documents = [bench, several, campaign | {"baselines": {"wanda": tested}}, slimmed]
+    return of_file(path, read, [json.dumps({"gpmetric": "1"} | one).encode() for one in documents])
+
+
 def _allocation(folder: Path) -> Opened:
     path, seeds = folder / "a.json", sorted(GOLDEN.glob("allocation-*.json"))
     return of_file(path, lambda: read_allocation(path).document(), [one.read_bytes() for one in seeds])
@@ -367,6 +387,7 @@ READERS: dict[str, Reader] = {
     "recipe": Reader(_recipe, "toml", ("allocation", "pattern", "n:m", "=", '"', "metric", "bos"), 5),
     "allocation": Reader(_allocation, "json", ("pattern", "2:4", "NaN", "dense", '"', "{", "layer", "block")),
     "manifest": Reader(manifest, "json", ("files", "../", "slim", "null", "widths"), 5),
+    "result": Reader(_result, "json", ("gpmetric", "results", "winner", "models", "null", "NaN", "1e999", "<b>")),
     "ledger": Reader(_ledger, "sqlite", ("SQLite format 3", "CREATE TABLE", "json_valid", "[]", "{}"), 10),
     "ledger resumed": Reader(_resumed, "sqlite", ("SQLite format 3", "CHECK", "rng", "[]"), 30),
     "report of a result": Reader(_report, "json", ("excess", "NaN", "null", "1e999", "</script>", "formula", "{"), 20),

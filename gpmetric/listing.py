@@ -13,9 +13,10 @@ from gpmetric.evaluation.objectives import OBJECTIVES
 from gpmetric.expression import PRIMITIVES
 from gpmetric.extensible import Extensible
 from gpmetric.formats import FORMATS
+from gpmetric.functions import as_function
 from gpmetric.metrics import BASELINES
 from gpmetric.operands import OPERANDS
-from gpmetric.options import Common, Option, as_function
+from gpmetric.options import Common, Option
 from gpmetric.plugins import installed
 from gpmetric.pruning.published import PUBLISHED
 from gpmetric.pruning.updaters import FITS, UPDATERS

@@ -133,10 +133,10 @@ def open_model(
     return Model("demo" if name is None else str(name), module, tokenizer, blocks, folder, placement, dense, experts)
 
 
-def load(name: str | Path, *, device: str = "auto", dtype: str | None = None) -> Any:
+def load(name: str | Path | None = None, *, device: str = "auto", dtype: str | None = None) -> Any:
     """A causal language model as transformers has it, of a directory or Hub name; also what `gpmetric slim` writes.
 
-    No code that comes with a model is run: nothing has to be trusted.
+    Without a name it is the embedded demo model. No code that comes with a model is run: nothing has to be trusted.
 
     Args:
         device, dtype: as of `load_model`.
@@ -144,7 +144,7 @@ def load(name: str | Path, *, device: str = "auto", dtype: str | None = None) ->
     Raises:
         ModelError: as `load_model`.
     """
-    module = load_model(str(name), device=device, dtype=dtype).module
+    module = load_model(None if name is None else str(name), device=device, dtype=dtype).module
     module.config.use_cache = True
     join_experts(module)
     return module

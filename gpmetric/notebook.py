@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from gpmetric.plain import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["progress_console"]
+__all__ = ["progress_console", "shown"]
+
+_PAUSE = 0.2  # seconds between two looks of a bar
 
 
 def progress_console(progress: bool | None) -> Console | None:
@@ -22,6 +29,52 @@ def progress_console(progress: bool | None) -> Console | None:
     from rich.console import Console
 
     console = Console(stderr=True)
-    if console.is_jupyter:  # bars there are a widget; without its package there are lines
-        return Console(force_terminal=True if find_spec("ipywidgets") else None)
-    return console if progress else None
+    return console if progress or console.is_jupyter else None
+
+
+@contextmanager
+def shown(listener: Callable[[Console], Any], console: Console) -> Iterator[Any]:
+    """What a listener of the command line makes of a console, open; in a notebook it has a bar in the cell, too.
+
+    Rich's own bars are off there: they need another package, and lines that are printed beside them are lost.
+    """
+    with listener(console) as told:
+        if not console.is_jupyter or not hasattr(told, "progress"):
+            yield told
+            return
+        bar, lines = _Bar(), told.progress
+
+        def both(what: str, done: int, total: int) -> None:
+            bar.show(what, done, total)
+            lines(what, done, total)
+
+        told.progress = both
+        try:
+            yield told
+        finally:
+            bar.close()
+
+
+class _Bar:
+    """One bar in a cell's output, of the step that was told of last."""
+
+    def __init__(self) -> None:
+        from IPython.display import HTML, display
+
+        self._html = HTML
+        self._handle = display(HTML(""), display_id=True)
+        self._what, self._began, self._told = "", 0.0, 0.0
+
+    def show(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._began = what, now
+        elif now - self._told < _PAUSE:
+            return
+        self._told = now
+        left = f", {(now - self._began) * (total - done) / done:.0f} s left" if done else ""
+        bar = f'<progress value="{int(done)}" max="{int(total)}"></progress>'
+        self._handle.update(self._html(f"{bar} {escape(plain(what))}: {int(done)} of {int(total)}{left}"))
+
+    def close(self) -> None:
+        self._handle.update(self._html(""))

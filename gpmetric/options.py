@@ -6,13 +6,12 @@ these annotations come the command line, the keywords of the Python function, an
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -23,10 +22,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 from gpmetric.errors import InputError, one_of
 from gpmetric.files import check_picture
 from gpmetric.formula_files import named_formulas
-from gpmetric.lazy import lazy
-from gpmetric.notebook import progress_console
 from gpmetric.outputs import check_outputs, hub_folders
-from gpmetric.results import Result
 
 __all__ = [
     "FORCE_FILES",
@@ -34,7 +30,6 @@ __all__ = [
     "Described",
     "Option",
     "Request",
-    "as_function",
     "check_request",
     "command_line",
     "described",
@@ -350,76 +345,3 @@ def _single(field: Described, value: Any) -> Any:
     if field.name == "target":  # which results are keyed by
         value = str(value).strip()
     return kind(value) if kind in (str, Path) else value
-
-
-_listener_of = lazy("gpmetric.commands:listener_of")  # only once there is something to show
-
-
-def as_function(
-    name: str,
-    kind: type[Kind],
-    run: Callable[..., dict[str, Any]],
-    *positional: str,
-    result: Callable[[dict[str, Any]], Any] = Result,
-    write: Callable[[dict[str, Any], Kind], None] = lambda document, request: None,
-) -> Callable[..., Any]:
-    """A function of keywords, `bench("DIR", metric=["wanda"])`, that checks them and runs the request they make.
-
-    Args:
-        name: that it is known by.
-        kind: of the request.
-        run: called with the request, and with `listener` where one is given.
-        positional: fields that may be given without their names.
-        result: class of what is made of what `run` gives; `gpmetric/__init__.pyi` tells type checkers.
-        write: called with what `run` gives, and the request.
-    """
-
-    def call(*arguments: Any, listener: Any = None, progress: bool | None = None, **options: Any) -> Any:
-        if len(arguments) > len(positional):
-            raise TypeError(f"at most {len(positional)} arguments without a name, but got {len(arguments)}")
-        placed = dict(zip(positional, arguments, strict=False))
-        if twice := placed.keys() & options.keys():
-            raise TypeError(f"two values for the argument {min(twice)!r}")
-        request = make_request(kind, placed | options).completed()
-        check_request(request)
-        with nullcontext(listener) if listener is not None else _shown(kind, progress) as told:
-            document = run(request) if told is None else run(request, told)
-        write(document, request)
-        return result(document)
-
-    parameters = list(_parameters(kind, positional))
-    if tells := "listener" in inspect.signature(run).parameters:
-        parameters += [_keyword("listener", None), _keyword("progress", None, bool | None)]
-    parameters.sort(key=lambda one: one.kind)
-    call.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
-    call.__wrapped__, call.request = run, kind  # type: ignore[attr-defined]  # which the stub is made of
-    call.__name__ = call.__qualname__ = name
-    call.__module__, call.__doc__ = run.__module__, _documented(kind, inspect.getdoc(run) or "", tells)
-    return call
-
-
-def _shown(kind: type[Request], progress: bool | None) -> AbstractContextManager[Any]:
-    """The listener of the command line, where progress is to be shown and the command has one; else None."""
-    console = progress_console(progress)
-    listener = None if console is None else _listener_of(kind)
-    return nullcontext() if listener is None else listener(console)
-
-
-def _documented(kind: type[Request], told: str, tells: bool) -> str:
-    """The docstring of a function that runs a request, with the options in place of the request among its arguments."""
-    shown = (field for field in described(kind) if not field.option.hidden)
-    options = "".join(f"\n    {field.name}: {field.help}" for field in shown)
-    options += "\n    progress: whether it is shown: None in a notebook, True on standard error elsewhere." * tells
-    return re.sub(r"(?<=\nArgs:)\n    request: [^\n]*(\n        [^\n]*)*", lambda _: options, told)
-
-
-def _parameters(kind: type[Request], positional: Collection[str]) -> Iterator[inspect.Parameter]:
-    hints = get_type_hints(kind)
-    for field in described(kind):
-        default = inspect.Parameter.empty if field.default is MISSING else field.default
-        one = _keyword(field.name, default, hints[field.name])
-        yield one.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) if field.name in positional else one
-
-
-def _keyword(name: str, default: Any, annotation: Any = inspect.Parameter.empty) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

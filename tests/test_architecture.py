@@ -24,7 +24,7 @@ LAYERS = [
     {"pruning"},
     {"session"},
     {"executors"},
-    {"calibration", "evaluation", "formats", "tracking"},
+    {"calibration", "evaluation", "formats", "functions", "tracking"},
     {"extensible"},
     {"codegen", "loading", "metrics", "options"},
     {"blockwise", "blocks", "formula_files", "results"},

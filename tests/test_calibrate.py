@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from gpmetric.modules import load_module
 from gpmetric.operands import OPERANDS, shape_of
 from gpmetric.options import make_request
 from gpmetric.results import StatisticsResult, load_result
+from gpmetric.session.plan import Plan
 from gpmetric.session.requests import StatisticsRequest
 from gpmetric.session.session import Session, open_session
+from tests.mixtures import save_mixture
 
 ALL = [name for name in OPERANDS if name != "W"]
 SMALL: dict[str, Any] = {"samples": 2, "sequence_length": 32, "include": r"layers\.1\."}
@@ -158,3 +161,30 @@ def test_the_command_and_its_plan(tmp_path: Path) -> None:
     assert type(found) is StatisticsResult
     assert plan["disk_bytes"] == found["bytes"] <= path.stat().st_size
     assert plan["memory_bytes"] > found["bytes"]
+
+
+def test_block_by_block_gives_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where neither weights nor statistics have room together."""
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    gpmetric.calibrate(operands=ALL, output=whole, **SMALL)
+    plan = Plan(resident=False, kept=False, room=0, states=False, inputs=False)
+    monkeypatch.setattr("gpmetric.session.session.make_plan", lambda *_: plan)
+    gpmetric.calibrate(operands=ALL, output=parts, **SMALL)
+    expected, found = load_file(whole), load_file(parts)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_each_expert_is_a_layer(save_model: Callable[..., Path], tiny_text: Path, tmp_path: Path) -> None:
+    """One that read too little has its siblings' statistics, and is named."""
+    source, path = save_mixture(save_model, "mixtral"), tmp_path / "x.safetensors"
+    asked: dict[str, Any] = {"calibration": tiny_text, "samples": 1, "sequence_length": 4}
+    result = gpmetric.calibrate(source, operands="X,G", output=path, **asked)
+    names = {one["name"] for one in result["layers"]}
+    assert {f"{name}.{operand}" for name in names for operand in ("X", "G")} == load_file(path).keys()
+    assert result["experts"]["tokens"].keys() < names
+    assert set(result["experts"]["starved"]) < names
+    assert result["experts"]["starved"]
+    found = gpmetric.statistics(source, operands="X", **asked)
+    assert found.keys() == names

@@ -26,7 +26,8 @@ from gpmetric.allocation.request import AllocateRequest
 from gpmetric.commands import COMMANDS, Command
 from gpmetric.errors import InputError
 from gpmetric.evolution.request import DiscoverRequest
-from gpmetric.options import Option, Request, as_function, check_request, command_line, described, make_request
+from gpmetric.functions import as_function
+from gpmetric.options import Option, Request, check_request, command_line, described, make_request
 from gpmetric.pruning.requests import BenchRequest, PruneRequest, VerifyRequest
 from gpmetric.results import Result
 from gpmetric.session.requests import EvaluateRequest

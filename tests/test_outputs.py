@@ -205,6 +205,9 @@ def written(kind: str, path: Path) -> None:
         write_picture(path, Figure())
     elif kind == "masks":
         save_file({"a": torch.ones(2, 3, dtype=torch.bool)}, path)
+    elif kind == "statistics":
+        told = {"gpmetric": json.dumps({"operands": ["X"], "versions": {"gpmetric": "0.1"}}), "format": "pt"}
+        save_file({"a.X": torch.ones(3)}, path, told)
     elif kind == "archive":
         (path.parent / "packed").mkdir()
         (path.parent / "packed" / "config.json").write_text("{}")
@@ -233,6 +236,7 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
     "formula": lambda path: path.write_text("import torch\n\nW = torch.ones(2)\n"),
     "picture": lambda path: Figure().savefig(path),
     "masks": lambda path: save_file({"a": torch.ones(2, 3)}, path),
+    "statistics": lambda path: save_file({"a.X": torch.ones(3)}, path, {"gpmetric": "{}", "format": "pt"}),
 }
 
 

@@ -44,7 +44,7 @@ from gpmetric.session.work import Work
 from gpmetric.targets import parse_target
 
 WORKING = {name: row for name, row in COMMANDS.items() if row.work is not None}
-WRITING = dict.fromkeys(("prune", "slim", "tune"), ("-o", "out"))
+WRITING = dict.fromkeys(("calibrate", "prune", "slim", "tune"), ("-o", "out"))
 COMPUTED = ("memory_bytes", "host_bytes", "disk_bytes", "seconds")
 GB = 10**9
 

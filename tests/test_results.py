@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -247,6 +249,12 @@ def test_what_has_no_picture_says_so() -> None:
         BenchResult(BENCH | {"results": failed}).plot()
 
 
+def test_half_a_character_goes_into_a_data_frame(tmp_path: Path) -> None:
+    """JSON can hold it, and pandas cannot; found by the fuzzer."""
+    (tmp_path / "x.json").write_text(json.dumps(Result(gpmetric="1", a="\udcff")))
+    assert list(load_result(tmp_path / "x.json").to_pandas()["value"]) == ["1", r"\udcff"]
+
+
 def test_without_pandas_the_way_to_install_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(GpmetricError, match="pip install pandas"):
@@ -270,6 +278,28 @@ def test_where_progress_goes(notebook: None) -> None:
     assert console is not None
     assert console.is_jupyter
     assert progress_console(False) is None
+
+
+def test_a_notebook_has_a_bar_and_the_lines_of_the_command_line(
+    notebook: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a kernel's own functions, as far as they are used; a true one was looked at by hand."""
+    updates: list[str] = []
+    handle = SimpleNamespace(update=updates.append)
+    display = SimpleNamespace(HTML=str, display=lambda content, display_id: handle)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    printed: list[str] = []
+    monkeypatch.setattr("rich.jupyter.display", lambda segments, text: printed.append(text))
+    monkeypatch.setattr("gpmetric.notebook._PAUSE", 0)
+    asked: dict[str, Any] = {"metric": "wanda", "samples": 2, "sequence_length": 32, "windows": 1}
+    gpmetric.bench(**asked)
+    assert any("dense: demo:test" in text for text in printed)
+    assert any(re.fullmatch(r'<progress value="\d" max="\d"></progress> [^<]+: \d of \d.*', one) for one in updates)
+    assert updates[-1] == ""  # what is done has no bar
+    count = len(updates), len(printed)
+    gpmetric.bench(**asked, progress=False)
+    assert (len(updates), len(printed)) == count
 
 
 def test_outside_of_a_notebook_nothing_is_shown_unless_asked_for() -> None:

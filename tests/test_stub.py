@@ -96,6 +96,7 @@ def test_every_command_has_its_function() -> None:
         shown = [field.name for field in described(command.request)]
         given = set(inspect.signature(function).parameters) - {"listener", "progress"}
         assert given == set(shown)
+        assert "    started:" not in (function.__doc__ or "")  # what only the command line knows
     assert {"export", "catalogue", "layers"} <= set(gpmetric.__all__)
 
 

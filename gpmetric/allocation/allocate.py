@@ -27,7 +27,8 @@ from gpmetric.allocation.time_plan import FIRST_IN_USE, TimePlan
 from gpmetric.errors import GpmetricError, InputError, TimeOverError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.files import write_json
-from gpmetric.options import as_function, settings_of
+from gpmetric.functions import as_function
+from gpmetric.options import settings_of
 from gpmetric.pruning.allocation import read_allocation
 from gpmetric.results import AllocateResult
 from gpmetric.session.caveats import few_tokens

@@ -21,9 +21,9 @@ from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.records import Evaluation
 from gpmetric.expression import Expression, parse
 from gpmetric.expression.canonical import canonical
+from gpmetric.functions import as_function
 from gpmetric.metrics import BASELINES, masks_only, resolve_metric, spelled
 from gpmetric.operands import OPERANDS
-from gpmetric.options import as_function
 from gpmetric.pareto import pareto_front
 from gpmetric.results import AnalyseResult
 from gpmetric.targets import plain_granularities

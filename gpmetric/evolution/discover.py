@@ -37,7 +37,8 @@ from gpmetric.evolution.verdict import confidence, decide, doubts, measure_test
 from gpmetric.evolution.workplace import collect_statistics, make_executor, open_sessions, released
 from gpmetric.executors import Executor, OutOfTime
 from gpmetric.files import finite
-from gpmetric.options import as_function, settings_of
+from gpmetric.functions import as_function
+from gpmetric.options import settings_of
 from gpmetric.plugins import in_use
 from gpmetric.results import DiscoverResult
 from gpmetric.session.caveats import few_tokens

@@ -6,8 +6,8 @@ from typing import Any
 
 from gpmetric.formats import export_expression
 from gpmetric.formats.request import ExportRequest
+from gpmetric.functions import as_function
 from gpmetric.metrics import resolve_metric
-from gpmetric.options import as_function
 from gpmetric.provenance import gpmetric_version
 
 __all__ = ["export", "run_export"]

@@ -17,7 +17,7 @@ from gpmetric.evolution.consistency import contradictions
 from gpmetric.evolution.ledger_requests import LedgerRequest
 from gpmetric.evolution.salvage import Found, read_tables
 from gpmetric.evolution.sqlite_schema import Refusal, opened
-from gpmetric.options import as_function
+from gpmetric.functions import as_function
 
 __all__ = [
     "check_ledger",

@@ -15,7 +15,7 @@ from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.ledger_requests import LedgerExportRequest
 from gpmetric.evolution.records import Candidate, Evaluation
 from gpmetric.files import STDOUT, write_text
-from gpmetric.options import as_function
+from gpmetric.functions import as_function
 
 __all__ = ["export_ledger", "run_ledger_export"]
 

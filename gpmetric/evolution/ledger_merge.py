@@ -12,7 +12,7 @@ from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.ledger_requests import LedgerMergeRequest
 from gpmetric.evolution.records import Candidate, Evaluation
 from gpmetric.evolution.settings import BUDGET_KEYS, differences
-from gpmetric.options import as_function
+from gpmetric.functions import as_function
 
 __all__ = ["merge_ledgers", "run_merge"]
 

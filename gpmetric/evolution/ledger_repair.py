@@ -17,7 +17,7 @@ from gpmetric.evolution.ledger_check import check_readable, rows_of
 from gpmetric.evolution.ledger_requests import LedgerRepairRequest
 from gpmetric.evolution.salvage import Found, read_pages, read_tables
 from gpmetric.evolution.sqlite_schema import Refusal, opened
-from gpmetric.options import as_function
+from gpmetric.functions import as_function
 
 __all__ = ["repair_ledger", "run_repair"]
 

@@ -25,8 +25,9 @@ from gpmetric.evolution.records import Candidate, Evaluation, Generation, HeldOu
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.selection import Individual, by_merit, pareto
 from gpmetric.evolution.status_request import StatusRequest
+from gpmetric.functions import as_function
 from gpmetric.metrics import BASELINES, masks_only, resolve_metric
-from gpmetric.options import as_function, make_request
+from gpmetric.options import make_request
 
 __all__ = ["StatusListener", "on_validation", "ranked", "run_status", "state_of", "status"]
 

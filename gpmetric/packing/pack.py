@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gpmetric.errors import GpmetricError, InputError
-from gpmetric.options import as_function
+from gpmetric.functions import as_function
 from gpmetric.packing.pieces import decode, encode, is_masked
 from gpmetric.packing.requests import PackRequest
 from gpmetric.packing.spans import Span, lengths, spans_of

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from gpmetric.errors import GpmetricError, InputError
-from gpmetric.options import as_function
+from gpmetric.functions import as_function
 from gpmetric.packing.pack import FRAME, INDEX, VERSION
 from gpmetric.packing.pieces import PIECE, decode
 from gpmetric.packing.requests import UnpackRequest

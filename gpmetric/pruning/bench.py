@@ -12,9 +12,9 @@ from typing import Any
 
 from gpmetric.errors import GpmetricError, OutOfMemoryError
 from gpmetric.evaluation.perplexity import perplexity
+from gpmetric.functions import as_function
 from gpmetric.loading import check_path
 from gpmetric.metrics import Metric
-from gpmetric.options import as_function
 from gpmetric.pruning.bench_log import BenchLog, BenchRow
 from gpmetric.pruning.bench_workers import bench_executor, shared_rows
 from gpmetric.pruning.listeners import BenchListener

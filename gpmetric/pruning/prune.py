@@ -13,7 +13,7 @@ from gpmetric.data import Windows
 from gpmetric.digests import weight_stamps
 from gpmetric.errors import GpmetricError, InputError, TimeOverError
 from gpmetric.evaluation.perplexity import perplexity
-from gpmetric.options import as_function
+from gpmetric.functions import as_function
 from gpmetric.pruning.allocation import Allocation, check_allocation, mean_sparsity, read_allocation
 from gpmetric.pruning.checkpoint import CheckpointWriter, stored_layers, write_masks
 from gpmetric.pruning.listeners import PruneListener

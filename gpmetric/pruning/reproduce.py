@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from gpmetric.errors import GpmetricError, InputError
-from gpmetric.options import as_function
+from gpmetric.functions import as_function
 from gpmetric.pruning.bench import run_bench
 from gpmetric.pruning.listeners import BenchListener
 from gpmetric.pruning.published import PUBLISHED, Study

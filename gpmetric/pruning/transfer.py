@@ -12,7 +12,7 @@ from typing import Any
 
 from gpmetric.discovered import CATALOGUE, EVIDENCE, PREFIX
 from gpmetric.errors import GpmetricError
-from gpmetric.options import as_function
+from gpmetric.functions import as_function
 from gpmetric.pruning.bench import bench_work, first_failure, run_bench
 from gpmetric.pruning.listeners import BenchListener
 from gpmetric.pruning.requests import BESIDE, CatalogueRequest

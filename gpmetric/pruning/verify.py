@@ -16,9 +16,9 @@ from gpmetric.data import STDIN
 from gpmetric.errors import DataError, GpmetricError, InputError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.files import read_object
+from gpmetric.functions import as_function
 from gpmetric.loading import check_path, load_model, open_model, pick_device, prepare_model
 from gpmetric.models import Model, Told
-from gpmetric.options import as_function
 from gpmetric.pruning.checkpoint import FOREIGN_KEYS, is_finite, stored_layers, tensors
 from gpmetric.pruning.manifest import LayerRecord, Manifest, read_manifest
 from gpmetric.pruning.mask import by_group

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpmetric.files import write_text
-from gpmetric.options import as_function
+from gpmetric.functions import as_function
 from gpmetric.reporting.page import render
 from gpmetric.reporting.request import ReportRequest
 from gpmetric.reporting.source import page_of

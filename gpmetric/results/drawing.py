@@ -95,10 +95,15 @@ def draw_front(title: str, document: Mapping[str, Any]) -> Picture:
         axes.axhline(mean, color=GREY, linewidth=0.8, linestyle="--", zorder=1)
     low, high = axes.get_ylim()
     place = -math.inf
-    for mean, name in drawn:  # names of lines that are close stand above each other
+    for mean, name in drawn:  # names of lines that are close stand above each other, so each tells its figure
         place = max(mean, place + _APART * (high - low))
         axes.annotate(
-            _short(name), (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8, parse_math=False
+            f"{_short(name)} {mean:.3f}",
+            (1.01, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8,
+            parse_math=False,
         )
     if measured or star:
         axes.legend(frameon=False)

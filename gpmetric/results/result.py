@@ -45,7 +45,7 @@ class Result(dict[str, Any]):
         """
         try:
             return list(self._rows())
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
             raise GpmetricError(
                 f"this result of {self._called} has no table: {type(error).__name__} {error!s:.100}; another version "
                 "wrote it, or it is damaged"
@@ -61,7 +61,7 @@ class Result(dict[str, Any]):
             import pandas
         except ImportError as error:
             raise GpmetricError("to_pandas needs pandas: pip install pandas") from error
-        return pandas.DataFrame(self.table())
+        return pandas.DataFrame([{_text(name): _text(one) for name, one in row.items()} for row in self.table()])
 
     def plot(self) -> Figure:
         """A picture of the result, which is shown by a notebook and written by `.savefig(path)`.
@@ -113,7 +113,7 @@ class Result(dict[str, Any]):
     def __repr__(self) -> str:
         """One line; what is inside is read by key, or by `table()`."""
         try:
-            size = f"{len(self.table())} rows"
+            size = "1 row" if (rows := len(self.table())) == 1 else f"{rows} rows"
         except GpmetricError:
             size = "no table"
         return f"<{type(self).__name__}{f' of {self._model}' if self._model else ''}, {size}>"
@@ -136,10 +136,15 @@ def marked(document: Mapping[str, Any]) -> dict[str, Any]:
     return dict(document) if "versions" in document else {"gpmetric": gpmetric_version()} | dict(document)
 
 
+def _text(value: Any) -> Any:
+    r"""A text as a data frame can hold it, with \ud800 for half a character; what is no text as it is."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, bool) or value is None or not isinstance(value, int | float):
         return f'<td style="text-align:left">{_escaped("" if value is None else value)}</td>'
-    return f"<td>{_escaped(f'{value:.5g}' if isinstance(value, float) else value)}</td>"
+    return f'<td style="text-align:right">{_escaped(f"{value:.5g}" if isinstance(value, float) else value)}</td>'
 
 
 def _escaped(value: Any) -> str:

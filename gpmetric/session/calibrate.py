@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gpmetric.calibration.cache import as_stored, estimate_bytes, stored_dtype
 from gpmetric.files import write_text
+from gpmetric.functions import as_function
 from gpmetric.operands import needs_gradients, shape_of
-from gpmetric.options import as_function
 from gpmetric.results import StatisticsResult
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.listeners import Listener, Progress

@@ -11,8 +11,8 @@ from torch import Tensor
 from gpmetric.data import Windows
 from gpmetric.evaluation.perplexity import batches, mean_loss, perplexity
 from gpmetric.evaluation.tasks import check_tasks, task_figures
+from gpmetric.functions import as_function
 from gpmetric.models import Model
-from gpmetric.options import as_function
 from gpmetric.results import EvaluateResult
 from gpmetric.session.deadline import Deadline
 from gpmetric.session.listeners import EvaluateListener, Listener, Progress

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from gpmetric.blocks import why_dense
+from gpmetric.functions import as_function
 from gpmetric.loading import prepare_model
-from gpmetric.options import as_function
 from gpmetric.results import LayersResult
 from gpmetric.session.listeners import Listener
 from gpmetric.session.requests import LayersRequest

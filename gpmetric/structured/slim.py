@@ -17,7 +17,8 @@ from torch import Tensor
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.executors import TaskClock
-from gpmetric.options import as_function, settings_of
+from gpmetric.functions import as_function
+from gpmetric.options import settings_of
 from gpmetric.pruning.output_folder import check_folder, check_room, replacing
 from gpmetric.results import SlimResult
 from gpmetric.session.caveats import above_start, few_tokens

@@ -15,9 +15,6 @@ __all__ = ["print_calibrate"]
 
 def print_calibrate(console: Console, result: Mapping[str, Any], request: Request) -> None:
     """What is in the file, and what its tensors are called."""
-    layers, names = result["layers"], ", ".join(result["operands"])
-    example = f"{layers[0]['name']}.{result['operands'][0]}"
-    told = (
-        f"{result['output']}: {names} of {len(layers)} layers, {result['bytes'] / 1e6:,.1f} MB; {example} for instance"
-    )
-    console.print(Text(told), soft_wrap=True)
+    layers, names = result["layers"], result["operands"]
+    told = f"{result['output']}: {', '.join(names)} of {len(layers)} layers, {result['bytes'] / 1e6:,.1f} MB"
+    console.print(Text(f"{told}; tensors are called {layers[0]['name']}.{names[0]}"), soft_wrap=True)

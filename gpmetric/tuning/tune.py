@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gpmetric.files import finite
-from gpmetric.options import as_function, command_line
+from gpmetric.functions import as_function
+from gpmetric.options import command_line
 from gpmetric.pruning.checkpoint import stored_layers
 from gpmetric.pruning.output_folder import check_folder, check_room
 from gpmetric.pruning.protocol import Protocol, check_targets
