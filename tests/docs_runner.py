@@ -72,9 +72,10 @@ def check_command(words: list[str]) -> None:
         assert set(rest) <= {"--help", "--version"}, f"gpmetric {' '.join(words)}"
         return
     context = command.make_context(" ".join(names), rest)  # raises what the command line prints
-    fields = {field.name for field in described(row.request)}
-    given = {name: value for name, value in context.params.items() if name in fields and cli._is_given(context, name)}
+    fields = described(row.request)
+    shown = {name: value for name, value in context.params.items() if name not in ("json", "config", "force")}
     try:
+        given = cli._given(context, cli._placed(fields), shown)
         make_request(row.request, given).completed().check()
     except InputError as error:
         if not _names_what_is_missing(str(error), row.request, given):

@@ -11,7 +11,9 @@ from gpmetric.evolution.ledger import Ledger
 from gpmetric.evolution.records import Candidate, Evaluation, HeldOutMeasurement, Measurement
 
 GOLDEN = Path(__file__).parent / "golden"
-RESULTS = {path.stem: path for path in sorted((GOLDEN / "report").glob("*.json"))}  # of the demo and small models
+RESULTS = {
+    path.stem: path for path in sorted((GOLDEN / "report").glob("*.json"))
+}  # of the demo and small models; shortened
 SETTINGS: dict[str, Any] = {"target": ["0.5", "2:4"], "update": "none", "objective": "kl", "evaluations": 10, "seed": 3}
 # ends a script, a style, an attribute; writes from right to left; moves a terminal's cursor; is no line of its own
 HOSTILE = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)> \u202egnp.exe \x1b[31m\u2028 {{7*7}}"

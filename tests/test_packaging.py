@@ -66,7 +66,9 @@ def contents(wheel: Path) -> dict[str, bytes]:
 def test_wheel_holds_every_module(contents: dict[str, bytes]) -> None:
     modules = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("gpmetric/**/*.py")}
     assert modules - {"gpmetric/kernels/__init__.py"} <= contents.keys()
-    assert {"gpmetric/py.typed", "gpmetric/__init__.pyi"} <= contents.keys()
+    templates = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("gpmetric/*/templates/*")}
+    assert len(templates) > 4
+    assert templates | {"gpmetric/py.typed", "gpmetric/__init__.pyi"} <= contents.keys()
 
 
 @pytest.mark.slow

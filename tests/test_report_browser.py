@@ -155,6 +155,7 @@ def test_points_are_selected_by_keyboard_and_by_mouse(show: Show) -> None:
     assert second != first
     current = page.evaluate("document.activeElement.getAttribute('aria-current')")
     assert current == "true"
+    page.locator("#said", has_text=f"{second} is shown below").wait_for(state="attached")
     page.locator(".live-figures svg .point").first.click()
     assert shown.count() == 1
     assert shown.locator("h3").inner_text() not in ("", second)

@@ -169,7 +169,6 @@ class Page:
         tiles: the first figures to look at: words, figure.
         warnings: what must be known, a line each.
         sections: those that there is something to show in.
-        running: whether it is of a campaign that goes on.
     """
 
     title: str
@@ -177,4 +176,3 @@ class Page:
     tiles: Sequence[tuple[str, str]]
     sections: Sequence[Section]
     warnings: Sequence[str] = ()
-    running: bool = False

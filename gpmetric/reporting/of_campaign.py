@@ -36,10 +36,8 @@ def campaign_page(campaign: Campaign) -> Page:
     ]
     name = campaign.ledger.name if campaign.ledger is not None else _model(campaign)
     warnings = [*campaign.result.get("warnings", ()), *(f"cut: {one}" for one in campaign.result.get("cut", ()))]
-    return Page(
-        f"Campaign {name}", _verdict(campaign, entries), list(_tiles(campaign, entries)), sections, warnings,
-        campaign.is_running,
-    )  # fmt: skip
+    tiles = list(_tiles(campaign, entries))
+    return Page(f"Campaign {name}", _verdict(campaign, entries), tiles, sections, warnings)
 
 
 def _verdict(campaign: Campaign, entries: Sequence[Entry]) -> str:

@@ -47,7 +47,7 @@
 
   const points = find(".point");
   const select = (id) => {
-    if (!points.some((one) => one.hash === `#${id}` || one.getAttribute("href") === `#${id}`)) return;
+    if (!points.some((one) => one.getAttribute("href") === `#${id}`)) return;
     for (const panel of find(".panel")) panel.classList.toggle("on", panel.id === id);
     for (const group of find(".live-figures svg")) {
       const own = find(".point", group);
@@ -60,20 +60,25 @@
     }
     if (session) session.setItem("gpmetric-point", id);
   };
+  const choose = (point) => {
+    const id = point.getAttribute("href").slice(1);
+    select(id);
+    say(`${document.getElementById(id).querySelector("h3").textContent} is shown below`);
+  };
   for (const point of points) {
     point.addEventListener("click", (event) => {
       event.preventDefault();
-      select(point.getAttribute("href").slice(1));
+      choose(point);
     });
     point.addEventListener("keydown", (event) => {
       const own = find(".point", point.closest("svg")), at = own.indexOf(point);
       const to = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: own.length - 1 }[event.key];
       if (event.key === " ") event.preventDefault();
-      if (event.key === " " || event.key === "Enter") select(point.getAttribute("href").slice(1));
+      if (event.key === " ") choose(point);
       if (to === undefined) return;
       event.preventDefault();
       const next = own[Math.min(own.length - 1, Math.max(0, to))];
-      select(next.getAttribute("href").slice(1));
+      choose(next);
       next.focus();
     });
   }
