@@ -62,8 +62,8 @@ def test_whoever_works_the_ledger_is_the_same(
     run = partial(tables, model=(str(tiny_llama), str(tiny_gpt2))) if several else tables
     expected = run("one.sqlite", workers=1)
     assert len(expected["evaluations"]) == 8
-    assert run("four.sqlite", workers=4) == expected
-    assert run("ray.sqlite", Losing(), ray=ray_cluster().address, workers=4) == expected
+    assert run("two.sqlite", workers=2) == expected  # each more takes seconds to import torch
+    assert run("ray.sqlite", Losing(), ray=ray_cluster().address, workers=3) == expected
 
 
 def test_one_worker_that_may_hold_one_model_changes_them(
@@ -146,7 +146,7 @@ def test_whoever_works_the_result_is_the_same(name: str, tiny_llama: Path, tiny_
         return told(COMMANDS[name](tmp_path / place, str(tiny_llama), str(tiny_text), **who))
 
     expected = run("one", workers=1)
-    assert run("three", workers=3) == expected
+    assert run("two", workers=2) == expected
     assert run("ray", ray=ray_cluster().address, workers=2) == expected
 
 
