@@ -22,7 +22,7 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-LONGEST = ("test_kernels.py", "test_readme.py")  # tests of a minute each
+LONGEST = ("test_kernels.py", "test_readme.py", "test_docs.py")  # tests of a minute each
 CONTEXT = 64  # positions of the tiny models
 SIZES = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 4, "num_attention_heads": 4}
 GROUPED = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64}
