@@ -243,6 +243,7 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         lazy("gpmetric.terminal.reports:PlainReport"),
         timed=True,
         work=lazy("gpmetric.session.calibrate:calibrate_work"),
+        next=lazy("gpmetric.terminal.next_steps:after_calibrate"),
         examples=(
             "gpmetric calibrate DIR --calibration c.txt --operands X,F -o statistics.safetensors",
             "gpmetric calibrate --operands X -o statistics.safetensors",
@@ -295,6 +296,7 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         ListRequest,
         lazy("gpmetric.listing:run_list"),
         lazy("gpmetric.terminal.listing:print_list"),
+        next=lazy("gpmetric.terminal.next_steps:after_list"),
         examples=("gpmetric list metrics", "gpmetric list operands", "gpmetric list updates --json updates.json"),
     ),
     "analyse": Command(
@@ -310,6 +312,7 @@ COMMANDS: dict[str, Command] = {  # the first word of two is a group
         ReportRequest,
         lazy("gpmetric.reporting.report:run_report"),
         lazy("gpmetric.terminal.report:print_report"),
+        next=lazy("gpmetric.terminal.next_steps:after_report"),
         examples=(
             "gpmetric report campaign.sqlite -o page.html",
             "gpmetric report bench.json",

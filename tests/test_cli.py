@@ -158,7 +158,7 @@ def test_help_is_complete(run: Run, name: str) -> None:
         assert parameter.name == "help" or (parameter.help or "").endswith("."), f"--{parameter.name} has no help"
 
 
-@pytest.mark.parametrize("name", COMMANDS.keys() & COMMAND_ROWS.keys())
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name in COMMAND_ROWS])
 def test_options_stand_in_groups_and_no_line_is_wider_than_the_terminal(
     run: Run, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.selection import Individual
 from gpmetric.evolution.status_request import StatusRequest
 from gpmetric.formats.request import ExportRequest
+from gpmetric.listing import ListRequest
 from gpmetric.metrics import resolve_metric
 from gpmetric.options import Request, check_request, make_request
 from gpmetric.packing.pack import run_pack
@@ -41,10 +43,11 @@ from gpmetric.pruning.listeners import BenchListener, PruneListener
 from gpmetric.pruning.prune import run_prune
 from gpmetric.pruning.requests import BenchRequest, CatalogueRequest, PruneRequest, ReproduceRequest, VerifyRequest
 from gpmetric.pruning.verify import run_verify
+from gpmetric.reporting.request import ReportRequest
 from gpmetric.session.evaluate import run_evaluate
 from gpmetric.session.layers import run_layers
 from gpmetric.session.listeners import EvaluateListener, Listener
-from gpmetric.session.requests import EvaluateRequest, LayersRequest
+from gpmetric.session.requests import CalibrateRequest, EvaluateRequest, LayersRequest
 from gpmetric.structured.listener import SlimListener
 from gpmetric.structured.request import SlimRequest
 from gpmetric.structured.search import Schedule
@@ -59,6 +62,7 @@ from gpmetric.tuning.listener import TuneListener
 from gpmetric.tuning.request import TuneRequest
 from gpmetric.tuning.tune import run_tune
 
+GOLDEN = Path(__file__).parent / "golden" / "ledger-v4-finished.sqlite"
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 FORMULA = "abs(W)*X**0.48371654*sqrt(G)"
 
@@ -329,6 +333,9 @@ def documents(folder: Path) -> dict[str, tuple[dict[str, Any], Request]]:
         "pack": ({}, PackRequest(folder=there, output=archive)),
         "unpack": ({}, UnpackRequest(archive=archive, output=there)),
         "layers": ({}, LayersRequest(model="m", include="mlp|attn")),
+        "calibrate": ({"operands": ["X", "F"]}, CalibrateRequest(output=Path("s.safetensors"), operands=("X", "F"))),
+        "report": ({}, ReportRequest(source=ledger, output=Path("p.html"))),
+        "list": ({}, ListRequest()),
         "status": ({"state": "running", "result": None}, StatusRequest(ledger=ledger)),
         "analyse": ({}, AnalyseRequest(ledger=ledger)),
         "ledger check": ({"ok": False}, found),
@@ -364,6 +371,7 @@ def test_each_command_ends_with_one_that_is_accepted(
     accepted: Callable[[str], tuple[str, Request]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copyfile(GOLDEN, tmp_path / "it's.sqlite")
     asked = documents(tmp_path)
     assert asked.keys() == COMMANDS.keys()
     named = {}
@@ -380,7 +388,7 @@ def test_each_command_ends_with_one_that_is_accepted(
         3,
     )
     assert isinstance(exported, ExportRequest)
-    assert exported.formula == str(tmp_path / "it's.sqlite")
+    assert exported.formula_files == (str(tmp_path / "it's.sqlite"),)
     [(_, benched)] = named["bench"]
     assert isinstance(benched, PruneRequest)
     assert (benched.metric, benched.update, benched.permute, benched.model) == (
@@ -395,6 +403,7 @@ def test_each_other_end_is_accepted_too(
     accepted: Callable[[str], tuple[str, Request]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copyfile(GOLDEN, tmp_path / "it's.sqlite")
     asked = documents(tmp_path)
     unnamed = replace(asked["allocate"][1], output=None)
     status, analysed = asked["status"][1], replace(asked["analyse"][1], output=Path("a.png"))

@@ -356,6 +356,10 @@ def test_the_whole_command(tiny_llama: Path, tiny_text: Path, tmp_path: Path) ->
     assert found["excess"] == table["recipe"]["excess"] <= min(table[name]["excess"] for name in ("wanda", "sparsegpt"))
     complete = [trial["excess"] for trial in found["trials"] if trial["share"] == 1]
     assert found["excess"] <= min(complete)
+    assert [one["validation_excess"] for one in found["recipes"]] == sorted(complete)
+    assert found["recipes"][0]["recipe"] == found["recipe"]
+    assert [one["what"] for one in found["ablation"]] == [name for name in table if name.startswith("without ")]
+    assert found["test_excess"] == table["recipe"]["text_excess"][0] if found["texts"] else found["test_excess"] is None
     assert read_recipe(tmp_path / "a" / "recipe.toml").document() == found["recipe"]
     repeated = gpmetric.prune(
         model, calibration=text, recipe=tmp_path / "a" / "recipe.toml", output=tmp_path / "c", windows=8, device="cpu"

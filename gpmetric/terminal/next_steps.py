@@ -21,12 +21,14 @@ from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.status_request import StatusRequest
 from gpmetric.files import STDOUT
 from gpmetric.formats.request import ExportRequest
+from gpmetric.listing import ListRequest
 from gpmetric.options import Request, command_line, described
 from gpmetric.packing.requests import PackRequest, UnpackRequest
 from gpmetric.pruning.output_folder import MANIFEST
 from gpmetric.pruning.requests import BenchRequest, CatalogueRequest, PruneRequest, ReproduceRequest, VerifyRequest
+from gpmetric.reporting.request import ReportRequest
 from gpmetric.session.inputs import Inputs
-from gpmetric.session.requests import EvaluateRequest, LayersRequest
+from gpmetric.session.requests import CalibrateRequest, EvaluateRequest, LayersRequest
 from gpmetric.structured.request import SlimRequest
 from gpmetric.tuning.request import TuneRequest
 
@@ -34,6 +36,7 @@ __all__ = [
     "after_allocate",
     "after_analyse",
     "after_bench",
+    "after_calibrate",
     "after_catalogue",
     "after_discover",
     "after_evaluate",
@@ -44,9 +47,11 @@ __all__ = [
     "after_ledger_free",
     "after_ledger_merge",
     "after_ledger_repair",
+    "after_list",
     "after_pack",
     "after_plan",
     "after_prune",
+    "after_report",
     "after_reproduce",
     "after_slim",
     "after_status",
@@ -191,10 +196,27 @@ def after_unpack(result: Document, request: UnpackRequest) -> list[str]:
 
 def after_export(result: Document, request: ExportRequest) -> list[str]:
     """Benchmarks the formula beside Wanda, on the demo model."""
-    if request.output == STDOUT:
-        return []
     formula = result["formula"] if result["group"] == "row" else f"{result['group']}:{result['formula']}"
     return [command_line("bench", BenchRequest(metric=("wanda", formula), samples=16, windows=16))]
+
+
+def after_calibrate(result: Document, request: CalibrateRequest) -> list[str]:
+    """Writes a function that reads what was collected."""
+    operands = [name for name in result["operands"] if name != "W"]
+    formula = "*".join(["abs(W)", *operands[:1]])
+    return [command_line("export", ExportRequest(formula=formula, output=_METRIC))]
+
+
+def after_report(result: Document, request: ReportRequest) -> list[str]:
+    """Exports the winner of a campaign, or looks again at the benchmark that a result is of."""
+    if request.source.suffix == ".sqlite":
+        return [command_line("export", ExportRequest(formula=str(request.source), output=_METRIC))]
+    return [command_line("list", ListRequest(kind="metrics"))]
+
+
+def after_list(result: Document, request: ListRequest) -> list[str]:
+    """Benchmarks two of the metrics, on the demo model."""
+    return [command_line("bench", BenchRequest(metric=("wanda", "sparsegpt"), samples=16, windows=16))]
 
 
 def after_status(result: Document, request: StatusRequest) -> list[str]:

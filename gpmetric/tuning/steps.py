@@ -45,6 +45,9 @@ class Steps(Generic[Asked]):
     def describe(self, best: Measurement[Asked]) -> dict[str, Any]:
         """The JSON document, but for what pruning adds."""
         session, trials = self.trials.session, self.trials
+        whole = sorted((one for one in trials.found if one.share == 1 and one.error is None), key=lambda one: one.loss)
+        table = [{"what": name} | trials.describe(trial) for name, trial in self.table.items()]
+        tested = next((row.get("text_excess") for row in table if row["what"] == "recipe"), None)
         dense = {"validation": math.exp(trials.dense())} | {
             one.text.name: math.exp(trials.dense_on(one.tokens)) for one in session.evaluated
         }
@@ -53,8 +56,11 @@ class Steps(Generic[Asked]):
             "target": self.request.target,
             "recipe": best.recipe.document(),
             "excess": trials.excess(best),
+            "test_excess": tested[0] if tested else None,
             "dense": dense,
-            "table": [{"what": name} | trials.describe(trial) for name, trial in self.table.items()],
+            "recipes": [{"recipe": one.recipe.document(), "validation_excess": trials.excess(one)} for one in whole],
+            "ablation": [row for row in table if row["what"].startswith("without ")],
+            "table": table,
             "trials": [trials.describe(trial) for trial in trials.found],
             "cut": self.cuts,
             "warnings": few_tokens(session) + self._contradictions(),

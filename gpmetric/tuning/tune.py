@@ -58,8 +58,9 @@ def run_tune(
         started: time.monotonic() at which `minutes` began; now by default.
 
     Returns:
-        `recipe`, as its file holds it, and its `excess` log-loss on validation, in nats per token; `table`, the same of
-        the recipe without each of its parts and of the rivals, on the text that is read once, too, if there is one;
+        `recipe`, as its file holds it, and its `excess` log-loss on validation, in nats per token, `test_excess` on the
+        first text that is read once; `table`, the same of the recipe without each of its parts (these alone are
+        `ablation`) and of the rivals; `recipes`, those measured on all of validation, the best first;
         `experts`, of a mixture, what `prune` says of them;
         `trials`, all that was measured, and what was `cut`; `pruned`, what `prune` or `slim` says of the checkpoint.
 
