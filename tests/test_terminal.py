@@ -54,6 +54,7 @@ from gpmetric.structured.search import Schedule
 from gpmetric.structured.search_log import State
 from gpmetric.structured.slim import run_slim
 from gpmetric.terminal import next_steps
+from gpmetric.terminal.bars import opening
 from gpmetric.terminal.figures import shortened
 from gpmetric.terminal.live import DiscoverReport
 from gpmetric.terminal.reports import PlainReport
@@ -441,3 +442,17 @@ def test_the_next_command_is_told_beside_the_result(
         told = capsys.readouterr()
         assert "next:" not in told.out
         assert told.err.count("next: gpmetric prune ") == count
+
+
+def test_standard_output_is_its_own_while_something_moves(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a command writes there, CSV for instance, is not taken to standard error, where bars are."""
+    target = Console(stderr=True, force_terminal=True, width=80)
+    with opening(target, "gpmetric: ledger export"):
+        print("a,b")
+    with PlainReport(target) as report:
+        report.progress("calibration", 0, 4)
+        print("1,2")
+    told = capsys.readouterr()
+    assert told.out == "a,b\n1,2\n"
+    assert "gpmetric: ledger export" in told.err
+    assert "calibration" in told.err

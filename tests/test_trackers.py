@@ -328,14 +328,14 @@ def test_allocate_and_slim_are_tracked(fake: Any, tiny_llama: Path, tiny_text: P
 def test_no_tracker_begins_before_the_inputs_are_accepted(
     tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sparsity out of reach of the levels, and an output that is not ours: neither leaves a run behind."""
+    """A model that is not there, and an output that is not ours: neither leaves a run behind."""
     begun: list[Any] = []
     monkeypatch.setattr(recorder, "_Recorder", lambda *named: begun.append(named))
-    texts: dict[str, Any] = {"model": str(tiny_llama), "calibration": str(tiny_text), "track": ("trackio",)}
-    with pytest.raises(InputError, match="out of reach"):
-        run_allocation(AllocateRequest(sparsity=0.9, samples=2, sequence_length=16, **texts))
+    texts: dict[str, Any] = {"calibration": str(tiny_text), "track": ("trackio",)}
+    with pytest.raises(InputError, match="does not exist"):
+        run_allocation(AllocateRequest(model=str(tmp_path / "none"), **texts))
     (folder := tmp_path / "there").mkdir()
     (folder / "a file").touch()
     with pytest.raises(InputError, match="there"):
-        run_slim(SlimRequest(sparsity=0.3, output=folder, **texts))
+        run_slim(SlimRequest(model=str(tiny_llama), sparsity=0.3, output=folder, **texts))
     assert begun == []

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
-from rich.status import Status
+from rich.spinner import Spinner
 from rich.table import Column
 
 from gpmetric.plain import plain
@@ -55,7 +56,7 @@ class Bars:
         self._bar = _Display(
             TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
             BarColumn(min(_WIDTH, console.width // 5)), MofNCompleteColumn(), TimeElapsedColumn(), _Left(),
-            console=console, transient=True, expand=True, disable=not self._moving,
+            console=console, transient=True, expand=True, redirect_stdout=not console.stderr, disable=not self._moving,
         )  # fmt: skip
         self._tasks: dict[str, Any] = {}
         self._began: dict[str, float] = {}
@@ -100,14 +101,15 @@ class Bars:
 
 
 @contextmanager
-def opening(console: Console, told: str) -> Iterator[Status]:
-    """Says at once what has begun, on a terminal; something moves until the context is left or the status is stopped.
+def opening(console: Console, told: str) -> Iterator[Live]:
+    """Says at once what has begun, on a terminal; something moves until the context is left or it is stopped.
 
     Args:
-        console: of standard error, which says nothing where it is no terminal.
+        console: of standard error, which says nothing where it is no terminal; standard output is left alone.
         told: the line.
     """
     if console.is_terminal:
         console.print(Text(told), soft_wrap=True)
-    with Status(Text("loading"), console=console) as status:
-        yield status
+    moving = Spinner("dots", Text(_LOADING))
+    with Live(moving, console=console, transient=True, redirect_stdout=False, refresh_per_second=10) as shown:
+        yield shown
