@@ -13,6 +13,7 @@ import typer
 import gpmetric
 from gpmetric.allocation.request import ALLOCATORS, GENES
 from gpmetric.cli import app
+from gpmetric.command_help import OPTION_GROUPS, group_of
 from gpmetric.commands import COMMANDS
 from gpmetric.discovered import CATALOGUE
 from gpmetric.evaluation.objectives import OBJECTIVES
@@ -194,36 +195,29 @@ def _commands() -> str:
 
 def _command(name: str, row: Any, command: Any) -> str:
     fields = {field.name: field for field in described(row.request)}
-    arguments, groups = [], {}
-    for parameter in command.params:
-        if getattr(parameter, "hidden", False) or parameter.name == "help":
-            continue
-        field = fields.get(parameter.name)
-        if parameter.param_type_name == "argument":
-            arguments.append(parameter)
-        group = getattr(field.option, "group", None) if field else None
-        groups.setdefault(group or getattr(parameter, "rich_help_panel", None) or "", []).append(
-            _option(parameter, field)
-        )
-    usage = " ".join(["gpmetric", name, *(_argument(one) for one in arguments), "[OPTIONS]"])
-    told = [f"## {name}", row.help, f"```text\n{usage}\n```"]
+    shown = [one for one in command.params if not getattr(one, "hidden", False) and one.name != "help"]
+    arguments = [one for one in shown if one.param_type_name == "argument"]
+    groups: dict[str, list[tuple[str, str, str, str]]] = {
+        group: [] for group in ("Arguments", "Options", *OPTION_GROUPS)
+    }
+    for one in shown:
+        group = "Arguments" if one in arguments else group_of(one.name)
+        groups[group].append(_option(one, fields.get(one.name)))
+    usage = " ".join(["gpmetric", name, *(str(one.metavar) for one in arguments), "[OPTIONS]"])
+    examples = "\n".join(row.examples)
+    told = [f"## {name}", row.help, f"```text\n{usage}\n\n{examples}\n```"]
     for group, options in groups.items():
-        told += [f"**{group}**"] if group else []
-        told.append(_table(["option", "value", "default", "meaning"], options))
+        if options:
+            told += [f"**{group}**", _table(["option", "value", "default", "meaning"], options)]
     return "\n\n".join(told)
-
-
-def _argument(parameter: Any) -> str:
-    shown = parameter.metavar or parameter.name.upper()
-    return str(shown) if parameter.required else f"[{shown}]"
 
 
 def _option(parameter: Any, field: Any) -> tuple[str, str, str, str]:
     named = parameter.param_type_name == "option"
-    names = [*parameter.opts, *parameter.secondary_opts] if named else [_argument(parameter)]
+    names = [*parameter.opts, *parameter.secondary_opts] if named else [parameter.metavar]
     kind = ""
     if named and not parameter.is_flag:
-        kind = parameter.metavar or (_KINDS.get(field.kind, "TEXT") if field else "FILE")
+        kind = (parameter.metavar or "").replace("|", ", ") or (_KINDS.get(field.kind, "TEXT") if field else "FILE")
     default = field.default if field else parameter.default
     default = ", ".join(map(str, default)) if isinstance(default, tuple) else default
     shown = "" if default is None or default is False or default == "" or named is False else _code(default)
