@@ -329,7 +329,7 @@ def test_a_large_model_has_all_cores(
         monkeypatch.setattr(module, "cores", lambda: 6)
     monkeypatch.setattr(workers_of, "_SMALL", 10**9 if small else 0)
     seen: list[int] = []
-    monkeypatch.setattr(workplace, "open_workplaces", lambda places, held, threads, models=None: seen.append(threads))
+    monkeypatch.setattr(workplace, "open_workplaces", lambda places, held, threads, **_: seen.append(threads))
     monkeypatch.setattr(workers_of, "LocalProcesses", lambda opened, arguments, *_, **__: opened(*arguments))
     stored = Session.stored_statistics
 
