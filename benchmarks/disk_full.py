@@ -72,6 +72,11 @@ RUNS: dict[str, Run] = {
     "pack": Run("pack pruned -o p.pack --json pack.json", before="prune"),
     "unpack": Run("unpack p.pack -o unpacked --json unpack.json", before="pack"),
     "layers": Run("layers --json layers.json"),
+    "calibrate": Run(
+        "calibrate --operands X --samples 2 --sequence-length 16 -o statistics.safetensors --json calibrate.json"
+    ),
+    "report": Run("report led.sqlite -o page.html --json report.json", before="discover"),
+    "list": Run("list --json list.json"),
     "status": Run("status led.sqlite --json status.json", before="discover"),
     "ledger check": Run("ledger check led.sqlite --json check.json", before="discover"),
     "ledger export": Run("ledger export led.sqlite -o led.csv --json exported.json", before="discover"),

@@ -84,7 +84,7 @@ def check_command(words: list[str]) -> None:
 
 def _names_what_is_missing(message: str, request: type[Request], given: dict[str, Any]) -> bool:
     """Whether a message is of a file or folder that a page only speaks of."""
-    named = (given.get(field.name) for field in described(request) if field.option.reads)
+    named = (given.get(field.name) for field in described(request) if field.option.reads or field.option.formula)
     values = [str(one) for value in named for one in (value if isinstance(value, tuple | list) else [value])]
     return any(value in message and not Path(value).exists() for value in values)
 

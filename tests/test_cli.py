@@ -435,7 +435,7 @@ def test_generations_are_shown() -> None:
     free = Individual(resolve_metric("abs(W)*X"), excess, excess)
     counts = {"drawn": 3, "unique_masks": 2, "paid": 1}
     for front in ([free, *greedy], [*greedy[:5], free], [*greedy, free]):
-        console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system="standard")
+        console = Console(file=io.StringIO(), width=200, height=40, force_terminal=True, color_system="standard")
         with DiscoverReport(console) as report:
             report.dense({"search": {"a": 12.0, "b": 23.0}})
             report.generation(0, front, counts)

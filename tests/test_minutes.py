@@ -39,7 +39,9 @@ def test_every_command_that_reads_texts_has_it_once() -> None:
         name: [field.help for field in described(row.request) if field.name == "minutes"]
         for name, row in COMMANDS.items()
     }
-    assert {tuple(told) for told in helps.values() if told} == {("Wall time of the whole command. Above 0.",)}
+    assert {tuple(told) for told in helps.values() if told} == {
+        ("Wall time of the whole command, in minutes. Above 0.",)
+    }
     of_ledgers = {name for name in COMMANDS if name.startswith("ledger ")}
     others = {"export", "analyse", "layers", "pack", "unpack", "status"}
     assert {name for name, told in helps.items() if not told} == others | of_ledgers

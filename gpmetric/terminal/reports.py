@@ -38,7 +38,7 @@ __all__ = [
 
 _SEARCHED = {"kl": "divergence"}  # what an objective is called, where that is not its name
 _SLIM_SECONDS = 10  # between two lines of a structured search
-_LONG, _LARGE = 5, 10**9  # seconds and bytes from which on a plan is told
+_LONG, _LARGE = 5, 2 * 10**9  # seconds and bytes from which on a plan is told
 
 
 class Report(Bars):
