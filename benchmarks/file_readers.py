@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 import gpmetric
 from gpmetric.errors import InputError
 from gpmetric.loading import DEMO_MODEL, check_path, open_model
-from gpmetric.outputs import OURS, check_outputs
+from gpmetric.outputs import MANIFEST, OURS, check_outputs
 from gpmetric.packing.pack import run_pack
 from gpmetric.packing.requests import PackRequest, UnpackRequest
 from gpmetric.packing.unpack import run_unpack
 from gpmetric.pruning.manifest import read_manifest
-from gpmetric.pruning.output_folder import MANIFEST, check_folder
+from gpmetric.pruning.output_folder import check_folder
 from gpmetric.pruning.taken_over import copy_code, front_matter
 from gpmetric.pruning.unfinished import Record, unfinished
 from gpmetric.session.splits import open_text

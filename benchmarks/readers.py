@@ -48,9 +48,9 @@ from gpmetric.expression.parse import parse
 from gpmetric.formula_files import is_ledger, read_formula
 from gpmetric.metrics import BASELINES, resolve_metric
 from gpmetric.options import check_request, described, make_request
+from gpmetric.outputs import MANIFEST
 from gpmetric.pruning.allocation import Allocation, read_allocation
 from gpmetric.pruning.bench_log import BenchLog, BenchRow
-from gpmetric.pruning.output_folder import MANIFEST
 from gpmetric.pruning.recipe import Recipe, read_recipe, recipe_text
 from gpmetric.reporting.blocks import Page
 from gpmetric.reporting.page import render

@@ -13,7 +13,9 @@ from typing import Any
 from gpmetric.errors import InputError
 from gpmetric.files import STDOUT, check_output
 
-__all__ = ["OURS", "check_outputs", "hub_folders"]
+__all__ = ["MANIFEST", "OURS", "check_outputs", "hub_folders"]
+
+MANIFEST = "gpmetric_manifest.json"  # in a checkpoint that gpmetric wrote: what it is, and a digest of each file
 
 _SIDECARS = ("-wal", "-shm", "-journal")  # of a SQLite file, without which it is not whole
 # a model of the Hugging Face Hub by its name, or a text of it

@@ -16,7 +16,7 @@ from gpmetric.calibration.accumulators import DAMPING, LayerStatistics
 from gpmetric.data import Windows
 from gpmetric.metrics import Metric
 from gpmetric.models import Model
-from gpmetric.pruning.output_folder import MANIFEST
+from gpmetric.outputs import MANIFEST
 from gpmetric.pruning.updaters import prune_weights
 from gpmetric.session.inputs import Inputs
 from gpmetric.session.session import Session

@@ -19,6 +19,7 @@ from gpmetric.errors import InputError
 from gpmetric.loading import load_model
 from gpmetric.metrics import resolve_metric
 from gpmetric.models import Model
+from gpmetric.outputs import MANIFEST
 from gpmetric.pruning.allocation import (
     Allocation,
     check_allocation,
@@ -28,7 +29,6 @@ from gpmetric.pruning.allocation import (
     read_allocation,
 )
 from gpmetric.pruning.mask import select_mask
-from gpmetric.pruning.output_folder import MANIFEST
 from gpmetric.pruning.protocol import Protocol, Rule
 from gpmetric.pruning.prune import prune
 from gpmetric.pruning.verify import verify

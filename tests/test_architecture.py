@@ -83,7 +83,7 @@ def assert_none(check: Callable[[Path, str], list[str]], modules: Sequence[Path]
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("module", ["gpmetric", "gpmetric.cli", "gpmetric.expression"])
+@pytest.mark.parametrize("module", ["gpmetric", "gpmetric.cli", "gpmetric.expression", "gpmetric.terminal.next_steps"])
 def test_import_is_light(module: str) -> None:
     """`gpmetric --help` and parsing a formula answer at once: the heavy libraries load when they are first needed."""
     heavy = ["torch", "transformers", "sympy"]

@@ -24,12 +24,12 @@ from gpmetric.evolution.workplace import campaign_work
 from gpmetric.loading import load_model
 from gpmetric.metrics import resolve_metric
 from gpmetric.models import Model
+from gpmetric.outputs import MANIFEST
 from gpmetric.pruning import block_fit
 from gpmetric.pruning.allocation import Allocation
 from gpmetric.pruning.bench import bench
 from gpmetric.pruning.block_fit import _Descent, fit_block
 from gpmetric.pruning.mask import select_mask
-from gpmetric.pruning.output_folder import MANIFEST
 from gpmetric.pruning.protocol import Protocol, Rule
 from gpmetric.pruning.prune import prune
 from gpmetric.pruning.requests import BenchRequest, PruneRequest

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpmetric.errors import GpmetricError, InputError
 from gpmetric.loading import load_model
+from gpmetric.outputs import MANIFEST
 from gpmetric.pruning import checkpoint
 from gpmetric.pruning import prune as module
 from gpmetric.pruning.bench import bench
-from gpmetric.pruning.output_folder import MANIFEST, check_folder, file_digest
+from gpmetric.pruning.output_folder import check_folder, file_digest
 from gpmetric.pruning.prune import prune
 from gpmetric.pruning.verify import verify
 from gpmetric.stored_names import stored_names

@@ -43,7 +43,7 @@ def test_every_command_that_reads_texts_has_it_once() -> None:
         ("Wall time of the whole command, in minutes. Above 0.",)
     }
     of_ledgers = {name for name in COMMANDS if name.startswith("ledger ")}
-    others = {"export", "analyse", "layers", "pack", "unpack", "status"}
+    others = {"export", "analyse", "layers", "pack", "unpack", "status", "list", "report"}
     assert {name for name, told in helps.items() if not told} == others | of_ledgers
 
 

@@ -20,11 +20,12 @@ from gpmetric.blockwise.couplings import Coupling, find_couplings
 from gpmetric.blockwise.replay import record_calls
 from gpmetric.errors import InputError
 from gpmetric.loading import load_model
+from gpmetric.outputs import MANIFEST
 from gpmetric.pruning import unfinished
 from gpmetric.pruning.bench import bench
 from gpmetric.pruning.checkpoint import CheckpointWriter
 from gpmetric.pruning.listeners import PruneListener
-from gpmetric.pruning.output_folder import MANIFEST, file_digest
+from gpmetric.pruning.output_folder import file_digest
 from gpmetric.pruning.permutation import best_order, kept_score
 from gpmetric.pruning.prune import prune
 from gpmetric.pruning.verify import verify

@@ -22,8 +22,8 @@ from gpmetric.calibration.collect import collect
 from gpmetric.errors import GpmetricError, ModelError
 from gpmetric.evolution.discover import discover
 from gpmetric.loading import load_model
+from gpmetric.outputs import MANIFEST
 from gpmetric.pruning.bench import bench
-from gpmetric.pruning.output_folder import MANIFEST
 from gpmetric.pruning.prune import prune
 from gpmetric.pruning.verify import verify
 from gpmetric.structured.slim import slim

@@ -25,10 +25,10 @@ from gpmetric import placement, tensor_file
 from gpmetric.errors import GpmetricError, InputError, MaskError
 from gpmetric.loading import load_model
 from gpmetric.options import make_request
+from gpmetric.outputs import MANIFEST
 from gpmetric.pruning import prune as module
 from gpmetric.pruning import unfinished as folders
 from gpmetric.pruning.listeners import PruneListener
-from gpmetric.pruning.output_folder import MANIFEST
 from gpmetric.pruning.protocol import Walk
 from gpmetric.pruning.prune import prune
 from gpmetric.pruning.recipe import Recipe, write_recipe

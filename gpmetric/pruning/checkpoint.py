@@ -25,8 +25,9 @@ from gpmetric.blockwise.couplings import Move, in_order
 from gpmetric.errors import GpmetricError, ModelError
 from gpmetric.files import read_object, write_text
 from gpmetric.models import Layer, Model
+from gpmetric.outputs import MANIFEST
 from gpmetric.pruning.manifest import write_manifest
-from gpmetric.pruning.output_folder import MANIFEST, check_room, files_of, unwritable
+from gpmetric.pruning.output_folder import check_room, files_of, unwritable
 from gpmetric.pruning.taken_over import copy_code, copy_licence, front_matter, measured, printable, titled
 from gpmetric.stored_experts import gathered, put_back, read_pieces
 from gpmetric.stored_names import stored_names

@@ -12,9 +12,10 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 
 from gpmetric.errors import InputError
 from gpmetric.files import finite, write_text
+from gpmetric.outputs import MANIFEST
 from gpmetric.plugins import in_use
 from gpmetric.pruning.allocation import GranularityName
-from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of
+from gpmetric.pruning.output_folder import file_digest, files_of
 from gpmetric.pruning.updaters import UPDATERS
 from gpmetric.pruning.verify_experts import Count, StoredPiece
 

@@ -14,13 +14,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from gpmetric.errors import GpmetricError, InputError
+from gpmetric.outputs import MANIFEST
 from gpmetric.session.memory import free_disk
 
 __all__ = [
-    "MANIFEST", "check_folder", "check_room", "exchange", "file_digest", "files_of", "replacing", "unwritable",
+    "check_folder", "check_room", "exchange", "file_digest", "files_of", "replacing", "unwritable",
 ]  # fmt: skip
-
-MANIFEST = "gpmetric_manifest.json"
 
 
 def check_folder(folder: Path, force: bool, needed: Sequence[Path] = ()) -> None:

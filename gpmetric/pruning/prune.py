@@ -14,10 +14,11 @@ from gpmetric.digests import weight_stamps
 from gpmetric.errors import GpmetricError, InputError, TimeOverError
 from gpmetric.evaluation.perplexity import perplexity
 from gpmetric.functions import as_function
+from gpmetric.outputs import MANIFEST
 from gpmetric.pruning.allocation import Allocation, check_allocation, mean_sparsity, read_allocation
 from gpmetric.pruning.checkpoint import CheckpointWriter, stored_layers, write_masks
 from gpmetric.pruning.listeners import PruneListener
-from gpmetric.pruning.output_folder import MANIFEST, check_folder, file_digest
+from gpmetric.pruning.output_folder import check_folder, file_digest
 from gpmetric.pruning.protocol import Protocol, Rule, check_targets
 from gpmetric.pruning.recipe import Recipe, read_recipe
 from gpmetric.pruning.requests import PruneRequest, VerifyRequest, check_permute

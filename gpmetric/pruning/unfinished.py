@@ -28,7 +28,8 @@ from torch import Tensor
 
 from gpmetric.errors import GpmetricError, InputError, OutOfMemoryError, TimeOverError
 from gpmetric.files import checksum, locked
-from gpmetric.pruning.output_folder import MANIFEST, check_folder, exchange, file_digest, unwritable
+from gpmetric.outputs import MANIFEST
+from gpmetric.pruning.output_folder import check_folder, exchange, file_digest, unwritable
 from gpmetric.tensor_file import TensorFile, tensor_sum, write_header, write_tensors
 
 __all__ = ["Record", "Unfinished", "is_begun", "unfinished"]

@@ -19,10 +19,11 @@ from gpmetric.files import read_object
 from gpmetric.functions import as_function
 from gpmetric.loading import check_path, load_model, open_model, pick_device, prepare_model
 from gpmetric.models import Model, Told
+from gpmetric.outputs import MANIFEST
 from gpmetric.pruning.checkpoint import FOREIGN_KEYS, is_finite, stored_layers, tensors
 from gpmetric.pruning.manifest import LayerRecord, Manifest, read_manifest
 from gpmetric.pruning.mask import by_group
-from gpmetric.pruning.output_folder import MANIFEST, file_digest, files_of
+from gpmetric.pruning.output_folder import file_digest, files_of
 from gpmetric.pruning.requests import VerifyRequest
 from gpmetric.pruning.taken_over import lacking_code
 from gpmetric.pruning.verify_experts import are_there, by_tensor, expert_differences, pieces_of

@@ -18,9 +18,10 @@ from gpmetric.errors import GpmetricError
 from gpmetric.evaluation.perplexity import mean_loss, perplexity
 from gpmetric.files import write_text
 from gpmetric.models import Model
+from gpmetric.outputs import MANIFEST
 from gpmetric.pruning.checkpoint import tensors
 from gpmetric.pruning.manifest import write_manifest
-from gpmetric.pruning.output_folder import MANIFEST, files_of
+from gpmetric.pruning.output_folder import files_of
 from gpmetric.pruning.taken_over import copy_licence, front_matter, measured, titled
 from gpmetric.structured.export import Slimmed, in_float32, write_model
 from gpmetric.structured.request import FORMATS, SlimRequest

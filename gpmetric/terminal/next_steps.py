@@ -23,8 +23,8 @@ from gpmetric.files import STDOUT
 from gpmetric.formats.request import ExportRequest
 from gpmetric.listing import ListRequest
 from gpmetric.options import Request, command_line, described
+from gpmetric.outputs import MANIFEST
 from gpmetric.packing.requests import PackRequest, UnpackRequest
-from gpmetric.pruning.output_folder import MANIFEST
 from gpmetric.pruning.requests import BenchRequest, CatalogueRequest, PruneRequest, ReproduceRequest, VerifyRequest
 from gpmetric.reporting.request import ReportRequest
 from gpmetric.session.inputs import Inputs
