@@ -316,6 +316,34 @@ def test_a_search_by_the_clock_is_told_the_same_times(pruned: PrunedModel, token
         assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize("minutes", [9, 14, 40, 90])
+def test_a_search_ends_about_when_its_minutes_are_over(
+    pruned: PrunedModel, tokens: Tensor, minutes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch takes a minute, a backward pass three: whatever there is time for, and at least two on all batches."""
+    now = [0.0]
+    monkeypatch.setattr(budget_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    class Slow(NotingObjective):
+        def measure_all(self, asked: Sequence[Asked]) -> Iterator[list[float]]:
+            for (_, first, last), found in zip(asked, super().measure_all(asked), strict=True):
+                now[0] += 60 * (last - first)
+                yield found
+
+        def slopes(self, levels: Levels, last: int) -> list[np.ndarray]:
+            now[0] += 180 * last
+            return super().slopes(levels, last)
+
+    with EvaluationLog(pruned.table, Slow(pruned, tokens), None, MINE) as log:
+        found = evolve(
+            log, uniform(pruned.table), FrontSettings(population=6), Budget(minutes=minutes), random.Random(1)
+        )
+    whole = [one for one in log.candidates.values() if len(one.values) == 4]
+    assert len(whole) >= 2
+    assert found == front(whole, 4)
+    assert now[0] / 60 <= max(11, 1.25 * minutes)  # five to begin with, and two on three more batches
+
+
 def test_shares_of_a_budget(
     pruned: PrunedModel, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,13 +20,13 @@ from gpmetric.allocation.search_budget import Budget, Clock
 from gpmetric.journal import Journal
 from gpmetric.session.listeners import Progress, silent
 
-__all__ = ["BARREN", "RADIUS", "EvaluationLog", "Measured"]
+__all__ = ["BACKWARD", "BARREN", "RADIUS", "EvaluationLog", "Measured"]
 
 RADIUS = 16  # levels around a candidate's that slopes are kept for: they are first order
 BARREN = 20  # generations without a new candidate that end a search: a few genes of a few levels have no more
 
 _FORMAT = 1
-_BACKWARD = 3  # tokens that a token of a backward pass counts for: forward, and about twice that back
+BACKWARD = 3  # tokens that a token of a backward pass counts for: forward, and about twice that back
 _FLOOR, _CEILING = 1e-6, 50.0  # of an objective whose logarithm is taken: nothing is pruned, the model is dead
 
 
@@ -136,7 +136,7 @@ class EvaluationLog(Journal):
         """`CandidateObjective.slopes` of a candidate on the first batches, NaN more than RADIUS levels away."""
         if (levels, batches) not in self._sloped:
             self._sloped.add((levels, batches))
-            self.tokens += _BACKWARD * self.tokens_of(batches)
+            self.tokens += BACKWARD * self.tokens_of(batches)
         found = self._slopes.get((levels, batches))
         if found is None:
             near = [

@@ -13,12 +13,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from deap import base, tools
 
 from gpmetric.allocation.allocators import OnGeneration, Problem, diagonal, uniform
-from gpmetric.allocation.evaluation_log import BARREN, RADIUS, EvaluationLog, Measured
+from gpmetric.allocation.evaluation_log import BACKWARD, BARREN, RADIUS, EvaluationLog, Measured
 from gpmetric.allocation.levels import Levels, LevelTable
 from gpmetric.allocation.profile_transfer import transferred
 from gpmetric.allocation.request import AllocateRequest
@@ -41,6 +42,7 @@ _RADII = (4, 8, RADIUS)  # levels that a child of slopes may be away: one child 
 _CROSSED, _SHIFTED = 0.7, 0.35  # of the other children: have two parents; change their sparsity, the others switch
 _SHIFT = 0.02  # standard deviation of a change of sparsity
 _ATTENTION, _DRAWN = 0.5, 6  # share of the parents taken near the focus: the nearest of so many
+_BEGUN = 0.5  # share of the minutes that the first candidates may take
 _NEIGHBOURS = 8  # in sparsity, among which the second parent is
 
 
@@ -123,20 +125,25 @@ def evolve(
 
     Args:
         first: candidates to begin with.
-        budget: when to end. The first candidates are measured whatever it is; a generation that would not fit is cut
-            down or not begun.
+        budget: when to end. A generation that would not fit is cut down or not begun. The first candidates are
+            measured whatever it is, but for minutes: of these, as many as they allow for, and two at least.
         on_generation: called with its number, the population, the batches that it is measured on, and the share of
             the budget that was spent when it began.
     """
-    population = list(log.measure_all(list(dict.fromkeys(first)), 1))
+    begun = list(dict.fromkeys(first))
+    population = list(log.measure_all(begun[: _affordable(log, budget, begun, 1, _BEGUN)], 1))
     generation = 0
     for end, part in _ROUNDS:
         batches = max(1, log.batches // part)
+        levels = [one.levels for one in population]
+        if _affordable(log, budget, levels, batches) < len(population):
+            break
         population = _survivors(log, population, batches, settings.population)
         barren, size, before = 0, 1.0, None  # generations in a row; of a whole generation
         while barren < BARREN:
             spent = log.spent(budget)
-            share = 0.0 if before is None else (spent - before) / size  # of the budget, what a whole one takes
+            # of the budget, what a whole one takes
+            share = _first_share(log, budget, settings, batches) if before is None else (spent - before) / size
             before = spent
             size = min(1.0, (end - spent) / share) if share > 0 else 1.0
             if spent >= end or size < (_LEAST if end == 1 else 1):
@@ -147,10 +154,41 @@ def evolve(
             population = _survivors(log, [*population, *children], batches, settings.population)
             on_generation(generation, population, batches, spent)
             generation += 1
-    list(log.measure_all([one.levels for one in population], log.batches))
+    last = [one.levels for one in sorted(population, key=lambda one: one.sparsity)]
+    count = _affordable(log, budget, last, log.batches)
+    evenly = {round(place * (len(last) - 1) / (count - 1)) for place in range(count)} if count > 1 else {0}
+    list(log.measure_all([last[place] for place in sorted(evenly)], log.batches))
     low, high = settings.lowest - _SHIFT, settings.highest + _SHIFT
     whole = [one for one in log.candidates.values() if len(one.values) == log.batches]
     return front((one for one in whole if low <= one.sparsity <= high), log.batches)
+
+
+def _affordable(
+    log: EvaluationLog, budget: Budget, candidates: Sequence[Levels], batches: int, share: float = 1.0
+) -> int:
+    """How many of these the minutes up to a share of the budget allow to be measured on so many batches, two at least.
+
+    By what a token has taken so far; where none was measured, the minutes say nothing yet.
+    """
+    least = min(2, len(candidates))
+    if budget.minutes is None or not log.tokens:
+        return len(candidates)
+    spent, tokens = log.spent(Budget(minutes=budget.minutes)), log.tokens  # before what is measured next
+    allowed = (share - spent) * tokens / max(spent, 1e-9)
+    known = (log.candidates.get(levels) for levels in candidates)
+    costs = [max(0, log.tokens_of(batches) - log.tokens_of(0 if one is None else len(one.values))) for one in known]
+    within = sum(total <= allowed for total in accumulate(costs))
+    return max(least, within)
+
+
+def _first_share(log: EvaluationLog, budget: Budget, settings: FrontSettings, batches: int) -> float:
+    """What a whole generation takes of the minutes, by what a token has taken so far; 0 where there are none."""
+    if budget.minutes is None or not log.tokens:
+        return 0.0
+    few, sloped = (log.tokens_of(max(1, batches // part)) for part in (_SCREEN, _SLOPED))
+    children = _GUIDED * len(_RADII) + settings.population
+    tokens = children * (few + log.tokens_of(batches)) / 2 + _GUIDED * BACKWARD * sloped
+    return tokens * log.spent(Budget(minutes=budget.minutes)) / log.tokens
 
 
 def front(candidates: Iterable[Measured], batches: int) -> list[Measured]:
