@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from gpmetric.evaluation.objectives import OBJECTIVES
 from gpmetric.evolution.discover import discover
 from gpmetric.evolution.export import run_export
 from gpmetric.evolution.ledger import Ledger
+from gpmetric.evolution.live_page import LivePage
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.expression import PRIMITIVES, parse
 from gpmetric.expression.evaluate import evaluate
@@ -493,7 +495,11 @@ def test_a_campaign_with_a_plugin(tiny_llama: Path, tiny_text: Path, tmp_path: P
         assert ledger.settings["plugin"] == result["plugins"]
         assert {row.formula: row.status for row in ledger.evaluations()}["abs(W)*A"] == "done"
     assert export(str(made["ledger"]), plugin, "latex", tmp_path / "a.tex")["operands"][0] == "W"
+    with LivePage(0, made["ledger"]) as live, urlopen(live.address) as page:
+        assert "abs(W)*A" in page.read().decode()
     forget()
+    with pytest.raises(LedgerError, match=r"a.sqlite is of --plugin mean_input"):
+        gpmetric.report(made["ledger"])
     again = made | {"resume": True, "evaluations": 12}
     with pytest.raises(InputError, match="unknown name 'A'"):
         discover(**again)
