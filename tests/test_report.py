@@ -227,11 +227,11 @@ def test_a_campaign_that_is_not_finished(tmp_path: Path) -> None:
 
 def test_a_campaign_in_which_nothing_better_was_found(tmp_path: Path) -> None:
     document = json.loads(RESULTS["discover"].read_text())
-    document |= {"better": False, "because": "nothing better than wanda was found in 30 evaluations; go on"}
+    document |= {"better": False, "because": "nothing better than Mine was found in 30 evaluations; go on"}
     document["winner"] = document["baselines"]["wanda"] | {"formula": "wanda", "group": "row", "nodes": 4}
     (tmp_path / "a.json").write_text(json.dumps(document))
     told, content = page(tmp_path / "a.json", tmp_path)
-    assert told["verdict"] == "Nothing better than wanda was found in 30 evaluations."
+    assert told["verdict"] == "Nothing better than Mine was found in 30 evaluations."
     assert "The best formula of the search" in content
 
 
