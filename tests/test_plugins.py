@@ -496,7 +496,9 @@ def test_a_campaign_with_a_plugin(tiny_llama: Path, tiny_text: Path, tmp_path: P
         assert {row.formula: row.status for row in ledger.evaluations()}["abs(W)*A"] == "done"
     assert export(str(made["ledger"]), plugin, "latex", tmp_path / "a.tex")["operands"][0] == "W"
     with LivePage(0, made["ledger"]) as live, urlopen(live.address) as page:
-        assert "abs(W)*A" in page.read().decode()
+        content = page.read().decode()
+    assert "abs(W)*A" in content
+    assert f"--plugin {plugin}" in content
     forget()
     with pytest.raises(LedgerError, match=r"a.sqlite is of --plugin mean_input"):
         gpmetric.report(made["ledger"])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from gpmetric.errors import GpmetricError, InputError
-from gpmetric.plugins import sources
+from gpmetric.plugins import places
 
 __all__ = ["HOST", "LivePage"]
 
@@ -50,10 +50,9 @@ class LivePage:
     def __enter__(self) -> Self:
         path = os.pathsep.join(filter(None, sys.path))
         place = self._socket.fileno()
-        plugins = [one.name if one.text is None else one.place for one in sources()]
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "gpmetric.reporting", str(place), str(self._ledger.absolute()), *plugins],
+                [sys.executable, "-P", "-m", "gpmetric.reporting", str(place), str(self._ledger.absolute()), *places()],
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=(place,), bufsize=0,
                 start_new_session=True,  # Ctrl-C is the command's
                 env=os.environ | {"PYTHONPATH": path},
