@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import MISSING, replace
 from functools import partial
 from io import TextIOWrapper
@@ -225,12 +225,13 @@ def _run(
     Raises:
         GpmetricError: the work failed; whatever there is of it has been written and shown.
     """
-    started = time.monotonic()
-    request = make_request(command.request, dict(options)).completed()
+    started, errors = time.monotonic(), Console(stderr=True)
+    plugins = options.get("plugin") or ()
+    with opening(errors, f"gpmetric {gpmetric_version()}: loading {', '.join(plugins)}") if plugins else nullcontext():
+        request = make_request(command.request, dict(options)).completed()  # plug-ins import torch, for seconds
     check_request(request, json, config=config, force=force)
     keywords = {"started": started} if command.timed else {}
     tables = Console(stderr=json == STDOUT)  # standard output is the JSON's own then
-    errors = Console(stderr=True)
     told = tables if command.live else errors
     try:
         with ExitStack() as stack:

@@ -213,6 +213,24 @@ def test_the_command_line_and_a_config_file(
     assert "--format must be one of python, triton, latex, sympy, json, but got 'numpy'" in capsys.readouterr().err
 
 
+def test_a_plugin_is_told_of_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It imports torch, for seconds, in which nothing else could be seen."""
+    told, opening = [], cli.opening
+
+    def noted(console: Any, line: str) -> Any:
+        told.append((line.partition(": ")[2], bool(sources())))
+        return opening(console, line)
+
+    monkeypatch.setattr(cli, "opening", noted)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(sys, "argv", ["gpmetric", "list", "exports", "--plugin", example("numpy_file")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    assert told[0] == (f"loading {example('numpy_file')}", False)
+    assert told[1][1]
+
+
 def test_the_python_function_says_what_was_added() -> None:
     found = gpmetric.load_plugin(example("mean_input"))
     assert found["rows"] == {"operand": ["A"], "accumulator": ["A"]}
