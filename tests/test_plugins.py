@@ -37,7 +37,7 @@ from gpmetric.formats.request import ExportRequest
 from gpmetric.loading import load_model
 from gpmetric.modules import load_module
 from gpmetric.operands import OPERANDS
-from gpmetric.options import check_request, described, make_request
+from gpmetric.options import check_request, command_line, described, make_request
 from gpmetric.plugins import Source, adopt, in_use, installed, load_plugin, loading, sources
 from gpmetric.plugins.tables import TABLES
 from gpmetric.pruning.bench import bench
@@ -238,6 +238,9 @@ def test_the_python_function_says_what_was_added() -> None:
     request = make_request(DiscoverRequest, {})
     assert request.operands == ("W", "X", "G", "H", "D", "F", "A")  # which a search begins with
     assert "A" not in make_request(DiscoverRequest, {"operands": "W,X"}).operands
+    assert command_line("discover", request) == "gpmetric discover"
+    without = make_request(DiscoverRequest, {"operands": "W,X,G,H,D,F"})
+    assert command_line("discover", without) == "gpmetric discover --operands W,X,G,H,D,F"
 
 
 # What is refused
