@@ -9,8 +9,8 @@ import inspect
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import MISSING, replace
 from functools import partial
 from io import TextIOWrapper
@@ -27,7 +27,7 @@ from gpmetric.errors import GpmetricError, InputError
 from gpmetric.files import STDOUT, write_json
 from gpmetric.interrupts import check_stop, watch_signals
 from gpmetric.lazy import lazy
-from gpmetric.options import FORCE_FILES, Described, check_request, described, make_request, read_by
+from gpmetric.options import FORCE_FILES, Described, Option, check_request, described, make_request, read_by
 from gpmetric.plain import log_plainly, one_line, plain
 from gpmetric.provenance import gpmetric_version
 from gpmetric.results import marked
@@ -162,7 +162,12 @@ def _given(context: typer.Context, placed: Described | None, options: Mapping[st
     """
     sources = {name: context.get_parameter_source(name) for name in options}
     given = {name: options[name] for name, source in sources.items() if source and source.name != "DEFAULT"}
-    return given if placed is None else given | _one_place(placed, given.pop(_PLACED, None), given.get(placed.name))
+    if placed is None:
+        return given
+    words, named = given.pop(_PLACED, None), given.get(placed.name)
+    if words and (source := sources[placed.name]) and source.name == "DEFAULT_MAP":  # what is typed wins
+        named = None
+    return given | _one_place(placed, words, named)
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
@@ -173,7 +178,8 @@ def _argument(field: Described) -> inspect.Parameter:
     """What stands behind the command without a name; words too many are told by `_one_place`."""
     several = "..." if field.several or get_origin(field.kind) is tuple else ""
     name = field.metavar.removesuffix("...") + several
-    place = typer.Argument(metavar=f"[{name}]" if field.default is not MISSING else name, help=field.help)
+    shown = f"[{name}]" if field.default is not MISSING else name
+    place = typer.Argument(metavar=shown, help=field.help, autocompletion=_completion(field.option))
     return _keyword(_PLACED, Annotated[list[str] | None, place], None)
 
 
@@ -188,12 +194,17 @@ def _parameter(field: Described, *, hidden: bool) -> inspect.Parameter:
         kind, default = list[str] | None, None  # so that the help shows no default: the sentence says it
     elif field.optional:
         kind = kind | None
-    choices = option.choices
     place = typer.Option(
         *field.spellings, metavar=field.metavar, help=field.help, hidden=option.hidden or hidden,
-        autocompletion=None if choices is None else lambda incomplete: _beginning(incomplete, choices, option.listed),
+        autocompletion=_completion(option),
     )  # fmt: skip
     return _keyword(field.name, Annotated[kind, place], default)
+
+
+def _completion(option: Option) -> Callable[[str], list[str]] | None:
+    """What the shell asks for the choices of an option, where it has them."""
+    choices = option.choices
+    return None if choices is None else lambda incomplete: _beginning(incomplete, choices, option.listed)
 
 
 def _beginning(typed: str, choices: Iterable[str], listed: bool) -> list[str]:
@@ -214,12 +225,13 @@ def _run(
     Raises:
         GpmetricError: the work failed; whatever there is of it has been written and shown.
     """
-    started = time.monotonic()
-    request = make_request(command.request, dict(options)).completed()
+    started, errors = time.monotonic(), Console(stderr=True)
+    plugins = options.get("plugin") or ()
+    with opening(errors, f"gpmetric {gpmetric_version()}: loading {', '.join(plugins)}") if plugins else nullcontext():
+        request = make_request(command.request, dict(options)).completed()  # plug-ins import torch, for seconds
     check_request(request, json, config=config, force=force)
     keywords = {"started": started} if command.timed else {}
     tables = Console(stderr=json == STDOUT)  # standard output is the JSON's own then
-    errors = Console(stderr=True)
     told = tables if command.live else errors
     try:
         with ExitStack() as stack:

@@ -24,7 +24,7 @@ OPTION_GROUPS: dict[str, tuple[str, ...]] = {
         "estimator", "draws", "batch", "rate",
     ),
     "Going on, and watching": (
-        "ledger", "resume", "fork", "reseed", "on_generation", "track", "live", "progress",
+        "ledger", "resume", "fork", "reseed", "on_generation", "track", "live",
     ),
     "Limits and machine": (
         "minutes", "memory", "device", "dtype", "statistics_dtype", "workers", "ray", "worker_gpus", "seed", "cache",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -66,6 +67,8 @@ def is_ledger(name: str) -> bool:
     if name.endswith(".sqlite"):
         return True
     try:
+        if not os.path.isfile(name):  # reading a pipe would wait
+            return False
         with open(name, "rb") as file:
             return file.read(16) == b"SQLite format 3\0"
     except (OSError, ValueError):  # a name that no file can have
@@ -83,7 +86,10 @@ def read_formula(name: str) -> Named:
     Raises:
         InputError: there is no such file, it names none, or its campaign is not finished.
     """
-    if is_ledger(name):
+    there = os.path.exists(name)
+    if there and not os.path.isfile(name):
+        raise InputError(f"metric {name!r} is no file; accepted is {_ACCEPTED}")
+    if there and is_ledger(name):
         return _from_result(name, _result(Path(name)))
     try:
         if name.endswith(".json"):

@@ -280,10 +280,10 @@ def read_by(request: Request) -> str:
 
 def command_line(command: str, request: Request) -> str:
     """What asks a shell for the same request; options that are at their defaults are left out."""
-    words = ["gpmetric", *command.split()]
+    words, filled = ["gpmetric", *command.split()], type(request).filled({})
     for field in described(type(request)):
         value, option = getattr(request, field.name), field.option
-        if value == field.default:
+        if value == filled.get(field.name, field.default):
             continue
         if isinstance(value, bool):
             words.append(field.spelled if value else option.names[0].split("/")[-1])

@@ -31,7 +31,7 @@ from gpmetric.evolution.ledger import Ledger, result_of
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.interrupts import check_stop
 from gpmetric.metrics import BASELINES, resolve_metric
-from gpmetric.options import Request, check_request, make_request
+from gpmetric.options import Request, check_request, described, make_request
 from gpmetric.pruning.recipe import Recipe, recipe_text
 
 CONSOLE_SCRIPT = Path(sys.executable).with_name("gpmetric")
@@ -186,6 +186,8 @@ def test_commands_stand_by_what_they_are_for(run: Run, monkeypatch: pytest.Monke
 def test_an_option_is_in_one_group() -> None:
     names = [name for group in OPTION_GROUPS.values() for name in group]
     assert len(names) == len(set(names))
+    known = {field.name for row in COMMAND_ROWS.values() for field in described(row.request)}
+    assert set(names) <= known | {"json", "config", "force"}
     assert group_of("samples") == "Windows"
     assert group_of("sparsity") == "Options"
 
@@ -261,6 +263,7 @@ def test_a_shell_completes_choices(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     for typed, word, found in (
         ("discover --update obs", 3, "obs-blockwise"),
         ("slim --granularity channel,h", 3, "channel,head"),
+        ("list pri", 2, "primitives"),
     ):
         monkeypatch.setenv("_GPMETRIC_COMPLETE", "complete_bash")
         monkeypatch.setenv("COMP_WORDS", f"gpmetric {typed}")
@@ -666,6 +669,14 @@ def test_config_may_hold_everything(run: Run, quick: list[str], tmp_path: Path, 
     path = toml(tmp_path, f"formula = 'ria'\noutput = '{tmp_path}/ria.py'\n")
     assert run("export", "--config", path) == Outcome(0, "", "")
     assert (tmp_path / "ria.py").is_file()
+
+
+def test_a_model_that_is_typed_wins_over_that_of_the_config(asked: Asked, tmp_path: Path) -> None:
+    """As an argument, too, of one as of several."""
+    for name, more in (("layers", ""), ("bench", "calibration = 'c.txt'\ntext = 't.txt'\n")):
+        path = str(toml(tmp_path, f"model = 'other'\n{more}"))
+        for typed in (["mine"], ["--model", "mine"]):
+            assert asked([name, *typed, "--config", path]).models == ("mine",)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

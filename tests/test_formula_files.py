@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from gpmetric.errors import InputError
 from gpmetric.evolution.ledger import result_of
 from gpmetric.expression.parse import parse
 from gpmetric.formats import export_expression
-from gpmetric.formula_files import Named, read_formula
+from gpmetric.formula_files import Named, is_ledger, read_formula
 from gpmetric.listing import KINDS, list_names
 from gpmetric.options import check_request, make_request
 from gpmetric.pruning.requests import BenchRequest, PruneRequest
@@ -65,7 +66,7 @@ def test_a_file_that_is_read_is_not_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("no.sqlite", None, "no.sqlite"),
+        ("no.sqlite", None, "cannot be read: No such file"),
         ("no.json", None, "cannot be read: No such file"),
         ("no.py", None, "cannot be read: No such file"),
         ("a.json", "[]", "holds no JSON object"),
@@ -88,6 +89,17 @@ def test_what_names_no_formula_is_refused(name: str, content: str | None, told: 
         (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=told):
         make_request(BenchRequest, {"metric": str(tmp_path / name)})
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    """A pipe would be waited for; one that is called like a formula is the formula."""
+    (tmp_path / "a.json").mkdir()
+    os.mkfifo(tmp_path / "a.py")
+    os.mkfifo(tmp_path / "W")
+    for name in ("a.json", "a.py"):
+        with pytest.raises(InputError, match=f"{name}' is no file; accepted is"):
+            make_request(BenchRequest, {"metric": str(tmp_path / name)})
+    assert not is_ledger(str(tmp_path / "W"))
 
 
 def test_a_formula_in_a_file_is_parsed_and_never_run(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from gpmetric.evaluation.objectives import OBJECTIVES
 from gpmetric.evolution.discover import discover
 from gpmetric.evolution.export import run_export
 from gpmetric.evolution.ledger import Ledger
+from gpmetric.evolution.live_page import LivePage
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.expression import PRIMITIVES, parse
 from gpmetric.expression.evaluate import evaluate
@@ -35,7 +37,7 @@ from gpmetric.formats.request import ExportRequest
 from gpmetric.loading import load_model
 from gpmetric.modules import load_module
 from gpmetric.operands import OPERANDS
-from gpmetric.options import check_request, described, make_request
+from gpmetric.options import check_request, command_line, described, make_request
 from gpmetric.plugins import Source, adopt, in_use, installed, load_plugin, loading, sources
 from gpmetric.plugins.tables import TABLES
 from gpmetric.pruning.bench import bench
@@ -211,6 +213,24 @@ def test_the_command_line_and_a_config_file(
     assert "--format must be one of python, triton, latex, sympy, json, but got 'numpy'" in capsys.readouterr().err
 
 
+def test_a_plugin_is_told_of_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It imports torch, for seconds, in which nothing else could be seen."""
+    told, opening = [], cli.opening
+
+    def noted(console: Any, line: str) -> Any:
+        told.append((line.partition(": ")[2], bool(sources())))
+        return opening(console, line)
+
+    monkeypatch.setattr(cli, "opening", noted)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(sys, "argv", ["gpmetric", "list", "exports", "--plugin", example("numpy_file")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    assert told[0] == (f"loading {example('numpy_file')}", False)
+    assert told[1][1]
+
+
 def test_the_python_function_says_what_was_added() -> None:
     found = gpmetric.load_plugin(example("mean_input"))
     assert found["rows"] == {"operand": ["A"], "accumulator": ["A"]}
@@ -218,6 +238,9 @@ def test_the_python_function_says_what_was_added() -> None:
     request = make_request(DiscoverRequest, {})
     assert request.operands == ("W", "X", "G", "H", "D", "F", "A")  # which a search begins with
     assert "A" not in make_request(DiscoverRequest, {"operands": "W,X"}).operands
+    assert command_line("discover", request) == "gpmetric discover"
+    without = make_request(DiscoverRequest, {"operands": "W,X,G,H,D,F"})
+    assert command_line("discover", without) == "gpmetric discover --operands W,X,G,H,D,F"
 
 
 # What is refused
@@ -493,7 +516,13 @@ def test_a_campaign_with_a_plugin(tiny_llama: Path, tiny_text: Path, tmp_path: P
         assert ledger.settings["plugin"] == result["plugins"]
         assert {row.formula: row.status for row in ledger.evaluations()}["abs(W)*A"] == "done"
     assert export(str(made["ledger"]), plugin, "latex", tmp_path / "a.tex")["operands"][0] == "W"
+    with LivePage(0, made["ledger"]) as live, urlopen(live.address) as page:
+        content = page.read().decode()
+    assert "abs(W)*A" in content
+    assert f"--plugin {plugin}" in content
     forget()
+    with pytest.raises(LedgerError, match=r"a.sqlite is of --plugin mean_input"):
+        gpmetric.report(made["ledger"])
     again = made | {"resume": True, "evaluations": 12}
     with pytest.raises(InputError, match="unknown name 'A'"):
         discover(**again)

@@ -227,11 +227,11 @@ def test_a_campaign_that_is_not_finished(tmp_path: Path) -> None:
 
 def test_a_campaign_in_which_nothing_better_was_found(tmp_path: Path) -> None:
     document = json.loads(RESULTS["discover"].read_text())
-    document |= {"better": False, "because": "nothing better than wanda was found in 30 evaluations; go on"}
+    document |= {"better": False, "because": "nothing better than Mine was found in 30 evaluations; go on"}
     document["winner"] = document["baselines"]["wanda"] | {"formula": "wanda", "group": "row", "nodes": 4}
     (tmp_path / "a.json").write_text(json.dumps(document))
     told, content = page(tmp_path / "a.json", tmp_path)
-    assert told["verdict"] == "Nothing better than wanda was found in 30 evaluations."
+    assert told["verdict"] == "Nothing better than Mine was found in 30 evaluations."
     assert "The best formula of the search" in content
 
 
@@ -264,6 +264,9 @@ def test_a_folder_is_no_input(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with pytest.raises(InputError, match="is a folder"):
         report(tmp_path / "a", output=tmp_path / "page.html")
+    for nameless in (".", "/"):
+        with pytest.raises(InputError, match="is a folder"):
+            report(nameless)
 
 
 def test_the_page_is_beside_its_source_unless_it_is_named() -> None:
@@ -366,6 +369,15 @@ def test_a_live_page_is_for_this_machine_by_its_own_name(server: LiveServer) -> 
     assert ask(server, "http://evil.example/")[0] == 403
     for method in ("POST", "PUT", "HEAD", "OPTIONS"):
         assert ask(server, method=method)[0] == 501
+
+
+def test_a_browser_that_leaves_is_not_told(server: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
+    for error, told in ((ConnectionResetError(), False), (BrokenPipeError(), False), (KeyError("a fault"), True)):
+        try:
+            raise error
+        except Exception:
+            server.handle_error(None, ("127.0.0.1", 1))
+        assert ("Traceback" in capsys.readouterr().err) == told
 
 
 def test_a_live_page_that_cannot_be_made_is_told_once(

@@ -209,6 +209,12 @@ def test_html_holds_what_others_wrote_as_text(kind: type[Result]) -> None:
     assert "\u202e" not in page.text
 
 
+def test_html_of_a_damaged_result_says_so() -> None:
+    page = Page(BenchResult({"results": [{"metric": HOSTILE}], "dense": {}})._repr_html_())
+    assert page.tags == {"p"}
+    assert "has no table" in page.text
+
+
 def test_html_is_bounded() -> None:
     rows = [{"part": number, "kind": "x" * 10_000} for number in range(1000)]
 

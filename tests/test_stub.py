@@ -92,7 +92,7 @@ def test_every_command_has_its_function() -> None:
     for name, command in COMMANDS.items():
         group, _, own = name.rpartition(" ")
         names = {own if not group else f"{own}_{group}", f"{own}_{group}s"}  # merge_ledgers takes several
-        names |= {"list_names"} if name == "list" else set()  # which `from gpmetric import *` must not take away
+        names = {"list_names"} if name == "list" else names  # Python has a `list` of its own
         (function,) = (getattr(gpmetric, one) for one in names & set(gpmetric.__all__))
         shown = [field.name for field in described(command.request)]
         given = set(inspect.signature(function).parameters) - {"listener", "progress"}

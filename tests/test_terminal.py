@@ -34,7 +34,7 @@ from gpmetric.evolution.status_request import StatusRequest
 from gpmetric.formats.request import ExportRequest
 from gpmetric.listing import ListRequest
 from gpmetric.metrics import resolve_metric
-from gpmetric.options import Request, check_request, make_request
+from gpmetric.options import Request, check_request, described, make_request
 from gpmetric.packing.pack import run_pack
 from gpmetric.packing.requests import PackRequest, UnpackRequest
 from gpmetric.packing.unpack import run_unpack
@@ -398,6 +398,15 @@ def test_each_command_ends_with_one_that_is_accepted(
         True,
         "a model's folder",
     )
+
+
+def test_what_comes_next_has_the_plugins_that_a_formula_may_need(tmp_path: Path) -> None:
+    for name, (document, request) in documents(tmp_path).items():
+        if name != "list" and any(field.name == "plugin" for field in described(type(request))):
+            for line in COMMANDS[name].next(document, replace(request, plugin=("mine.py",))):  # type: ignore[call-arg]
+                words = shlex.split(line)
+                taken = any(field.name == "plugin" for field in described(COMMANDS[words[1]].request))
+                assert ("--plugin" in words) == taken, line
 
 
 def test_each_other_end_is_accepted_too(

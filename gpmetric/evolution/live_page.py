@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from gpmetric.errors import GpmetricError, InputError
+from gpmetric.plugins import places
 
 __all__ = ["HOST", "LivePage"]
 
@@ -51,7 +52,7 @@ class LivePage:
         place = self._socket.fileno()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "gpmetric.reporting", str(place), str(self._ledger.absolute())],
+                [sys.executable, "-P", "-m", "gpmetric.reporting", str(place), str(self._ledger.absolute()), *places()],
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=(place,), bufsize=0,
                 start_new_session=True,  # Ctrl-C is the command's
                 env=os.environ | {"PYTHONPATH": path},

@@ -12,11 +12,13 @@ from gpmetric.plugins.loading import (
     in_use,
     load_plugin,
     names_of,
+    places,
     sources,
 )
 from gpmetric.plugins.sources import Source, installed
 from gpmetric.plugins.tables import open_table
 
 __all__ = [
-    "Source", "adopt", "digests_of", "in_use", "installed", "load_plugin", "names_of", "open_table", "sources",
+    "Source", "adopt", "digests_of", "in_use", "installed", "load_plugin", "names_of", "open_table", "places",
+    "sources",
 ]  # fmt: skip

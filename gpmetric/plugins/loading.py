@@ -13,7 +13,7 @@ from gpmetric.plugins.guard import guarded_row
 from gpmetric.plugins.sources import Source, find_source
 from gpmetric.plugins.tables import TABLES, Table
 
-__all__ = ["adopt", "digests_of", "in_use", "load_plugin", "names_of", "sources"]
+__all__ = ["adopt", "digests_of", "in_use", "load_plugin", "names_of", "places", "sources"]
 
 _NAME = r"[A-Za-z][A-Za-z0-9_-]{0,59}"
 
@@ -60,6 +60,11 @@ def adopt(others: Iterable[Source]) -> None:
 def sources() -> tuple[Source, ...]:
     """The plug-ins of this process."""
     return tuple(one.source for one in _LOADED.values())
+
+
+def places() -> tuple[str, ...]:
+    """What names each of them for `--plugin`: its file, or the name of one that is installed."""
+    return tuple(one.name if one.text is None else one.place for one in sources())
 
 
 def in_use(key: str) -> dict[str, dict[str, str]]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any, ClassVar
 
 from markupsafe import Markup
 
+from gpmetric.extensible import Extensible
+from gpmetric.options import command_line
+from gpmetric.plugins import places
 from gpmetric.reporting.formula import FormulaView
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "Section",
     "Table",
     "Winner",
+    "copied",
     "file_names",
     "told",
 ]
@@ -38,6 +42,11 @@ def told(value: Any, digits: int = 4) -> str:
     if isinstance(value, float):
         return f"{value:,.{digits}f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def copied(command: str, request: Extensible) -> str:
+    """What asks a shell for a request, with the plug-ins of this process, which its formula may need."""
+    return command_line(command, replace(request, plugin=places()))
 
 
 def file_names(paths: Sequence[str]) -> list[str]:

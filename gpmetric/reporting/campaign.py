@@ -109,9 +109,10 @@ def of_ledger(path: Path) -> Campaign:
     """A campaign as its ledger holds it now, in use or not.
 
     Raises:
-        LedgerError: it cannot be used.
+        LedgerError: it cannot be used, or is of plug-ins that are not there.
     """
     with Ledger.read(path) as book:
+        book.check_plugins()
         settings, history, owner = book.settings, book.history, book.owner()
         result, counts, generations = book.result(), book.counts(), len(book.generations())
         candidates, evaluations, held_out = book.candidates(), book.evaluations(), book.held_out()

@@ -9,9 +9,8 @@ from pathlib import Path
 from gpmetric.errors import InputError
 from gpmetric.files import checksum
 from gpmetric.formats.request import ExportRequest
-from gpmetric.options import command_line
 from gpmetric.pruning.requests import PruneRequest
-from gpmetric.reporting.blocks import Copies, Figure, Panel, Panels, Section, Table, Winner, told
+from gpmetric.reporting.blocks import Copies, Figure, Panel, Panels, Section, Table, Winner, copied, told
 from gpmetric.reporting.campaign import Campaign, Entry, best_formula
 from gpmetric.reporting.charts import Line, Point, points
 from gpmetric.reporting.formula import FormulaView, view_formula
@@ -46,9 +45,9 @@ def _copies(campaign: Campaign, entry: Entry, formula: FormulaView) -> Copies:
     output, stored = Path("metric.py"), entry.kind == "winner" and campaign.ledger is not None
     named = str(campaign.ledger) if stored else entry.name
     if entry.kind != "solver":
-        found["export"] = command_line("export", ExportRequest(formula=named, output=output))
+        found["export"] = copied("export", ExportRequest(formula=named, output=output))
     if (pruning := _pruning(campaign, entry)) is not None:
-        found["prune"] = command_line("prune", pruning)
+        found["prune"] = copied("prune", pruning)
     return Copies(found)
 
 

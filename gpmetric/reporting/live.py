@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import socket
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from gpmetric.errors import GpmetricError
 from gpmetric.evolution.live_page import HOST
@@ -91,6 +93,11 @@ class LiveServer(ThreadingHTTPServer):
         self.socket, self.server_address, self.served = listening, address, served
         self.server_name, self.server_port = HOST, address[1]
         self.hosts = {f"{name}:{address[1]}" for name in (HOST, "localhost")}
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that leaves before it has its answer is no error."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -8,9 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from gpmetric.options import command_line
 from gpmetric.pruning.requests import PruneRequest, VerifyRequest
-from gpmetric.reporting.blocks import Block, Candidates, Copies, Figure, Page, Section, Table, file_names, told
+from gpmetric.reporting.blocks import Block, Candidates, Copies, Figure, Page, Section, Table, copied, file_names, told
 from gpmetric.reporting.charts import Line, bars, lines
 from gpmetric.reporting.layers import layer_map
 from gpmetric.reporting.provenance import provenance
@@ -170,13 +169,13 @@ def _again(document: Mapping[str, Any], pruned: Mapping[str, Any]) -> Copies:
     output, own = Path(str(pruned.get("output", "tuned"))), str(document["model"]) == "demo"
     calibration = document.get("splits", {}).get("calibration", {}).get("text")
     model = None if own else str(document["model"])
-    found = {"verify": command_line("verify", VerifyRequest(folder=str(output), against=model))}
+    found = {"verify": copied("verify", VerifyRequest(folder=str(output), against=model))}
     if "start" not in document["recipe"]:
         again = PruneRequest(
             model=model, calibration=None if own or calibration is None else str(calibration),
             recipe=output / "recipe.toml", output=Path("again"),
         )  # fmt: skip
-        found["prune"] = command_line("prune", again)
+        found["prune"] = copied("prune", again)
     return Copies(found)
 
 

@@ -47,7 +47,8 @@ def _verdict(campaign: Campaign, entries: Sequence[Entry]) -> str:
         return _so_far(campaign, entries)
     winner, because = str(result["winner"]["formula"]), str(result.get("because", ""))
     if not result.get("better", True):
-        return f"{because.partition(';')[0].capitalize() or f'The winner is {winner}'}."
+        told_why = because.partition(";")[0] or f"the winner is {winner}"
+        return f"{told_why[0].upper()}{told_why[1:]}."
     mine, rival, theirs = _against(result)
     if not (math.isfinite(mine) and math.isfinite(theirs)):
         return f"{winner} is the winner: {because}."

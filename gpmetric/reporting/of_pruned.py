@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gpmetric.errors import InputError
-from gpmetric.options import command_line
 from gpmetric.pruning.requests import PruneRequest, VerifyRequest
-from gpmetric.reporting.blocks import Block, Copies, Figure, Page, Section, Table, told
+from gpmetric.reporting.blocks import Block, Copies, Figure, Page, Section, Table, copied, told
 from gpmetric.reporting.charts import Line, Point, bars, lines, points
 from gpmetric.reporting.layers import layer_map
 from gpmetric.reporting.provenance import provenance
@@ -45,7 +44,7 @@ def _sparsity(layers: Mapping[str, float]) -> Section:
 def _verify(document: Mapping[str, Any]) -> Copies:
     against = str(document["model"])
     found = VerifyRequest(folder=str(document["output"]), against=None if against == "demo" else against)
-    return Copies({"verify": command_line("verify", found)})
+    return Copies({"verify": copied("verify", found)})
 
 
 def slimmed_page(document: Mapping[str, Any]) -> Page:
@@ -146,7 +145,7 @@ def _prune(document: Mapping[str, Any], target: str | None) -> Copies:
         )  # fmt: skip
     except InputError:
         return Copies({})
-    return Copies({"prune": command_line("prune", request)})
+    return Copies({"prune": copied("prune", request)})
 
 
 def _picked(document: Mapping[str, Any]) -> Iterator[Section]:

@@ -29,8 +29,8 @@ def run_report(request: ReportRequest) -> dict[str, Any]:
         GpmetricError: the page cannot be written.
     """
     request = request.completed()
-    assert request.output is not None
     page = page_of(request.source)
+    assert request.output is not None
     content = render(page)
     write_text(request.output, content)
     return {

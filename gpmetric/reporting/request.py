@@ -31,4 +31,6 @@ class ReportRequest(Extensible, Common):
     force: Annotated[bool, FORCE_FILES] = False
 
     def completed(self) -> Self:
-        return self if self.output else replace(self, output=Path(f"{self.source.with_suffix('')}.html"))
+        if self.output or not self.source.name:  # "." and "/", which are refused as folders
+            return self
+        return replace(self, output=Path(f"{self.source.with_suffix('')}.html"))

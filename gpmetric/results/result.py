@@ -119,8 +119,11 @@ class Result(dict[str, Any]):
         return f"<{type(self).__name__}{f' of {self._model}' if self._model else ''}, {size}>"
 
     def _repr_html_(self) -> str:
-        """The table for a notebook; whatever names and messages hold is text there."""
-        rows = self.table()
+        """The table for a notebook, or why there is none; whatever names and messages hold is text there."""
+        try:
+            rows = self.table()
+        except GpmetricError as error:
+            return f"<p>{_escaped(error)}</p>"
         columns = list(dict.fromkeys(column for row in rows for column in row))
         head = "".join(f"<th>{_escaped(column)}</th>" for column in columns)
         body = "".join(f"<tr>{''.join(_cell(row.get(one)) for one in columns)}</tr>" for row in rows[:_SHOWN])

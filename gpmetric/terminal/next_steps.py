@@ -19,6 +19,7 @@ from gpmetric.evolution.ledger_requests import (
 )
 from gpmetric.evolution.request import DiscoverRequest
 from gpmetric.evolution.status_request import StatusRequest
+from gpmetric.extensible import Extensible
 from gpmetric.files import STDOUT
 from gpmetric.formats.request import ExportRequest
 from gpmetric.listing import ListRequest
@@ -78,6 +79,11 @@ def _packed(folder: Path) -> str:
     return command_line("pack", PackRequest(folder=folder, output=folder.with_name(f"{folder.name}.pack")))
 
 
+def _exported(formula: str, request: Extensible) -> str:
+    """Writes a formula, or the winner of a ledger, which may use what the request's plug-ins added."""
+    return command_line("export", ExportRequest(formula=formula, output=_METRIC, plugin=request.plugin))
+
+
 def _evaluated(folder: Path, request: Inputs, text: str | None) -> str:
     """Perplexity of what was written, on a text of the request; on the demo's where it names none."""
     size = {name: getattr(request, name) for name in ("sequence_length", "windows", "text_column", "device", "bos")}
@@ -93,7 +99,7 @@ def after_discover(result: Document, request: DiscoverRequest) -> list[str]:
     )  # fmt: skip
     lines = [command_line("prune", pruning)]
     if result.get("better", True):
-        lines.insert(0, command_line("export", ExportRequest(formula=str(request.ledger), output=_METRIC)))
+        lines.insert(0, _exported(str(request.ledger), request))
     return lines
 
 
@@ -197,20 +203,21 @@ def after_unpack(result: Document, request: UnpackRequest) -> list[str]:
 def after_export(result: Document, request: ExportRequest) -> list[str]:
     """Benchmarks the formula beside Wanda, on the demo model."""
     formula = result["formula"] if result["group"] == "row" else f"{result['group']}:{result['formula']}"
-    return [command_line("bench", BenchRequest(metric=("wanda", formula), samples=16, windows=16))]
+    bench = BenchRequest(metric=("wanda", formula), samples=16, windows=16, plugin=request.plugin)
+    return [command_line("bench", bench)]
 
 
 def after_calibrate(result: Document, request: CalibrateRequest) -> list[str]:
     """Writes a function that reads what was collected."""
     operands = [name for name in result["operands"] if name != "W"]
     formula = "*".join(["abs(W)", *operands[:1]])
-    return [command_line("export", ExportRequest(formula=formula, output=_METRIC))]
+    return [_exported(formula, request)]
 
 
 def after_report(result: Document, request: ReportRequest) -> list[str]:
     """Exports the winner of a campaign, or looks again at the benchmark that a result is of."""
     if request.source.suffix == ".sqlite":
-        return [command_line("export", ExportRequest(formula=str(request.source), output=_METRIC))]
+        return [_exported(str(request.source), request)]
     return [command_line("list", ListRequest(kind="metrics"))]
 
 
@@ -224,7 +231,7 @@ def after_status(result: Document, request: StatusRequest) -> list[str]:
     if result["state"] in ("running", "elsewhere"):
         return [command_line("status", replace(request, watch=_WATCHED))]
     if result["result"] is not None:
-        return [command_line("export", ExportRequest(formula=str(request.ledger), output=_METRIC))]
+        return [_exported(str(request.ledger), request)]
     return [command_line("ledger check", LedgerRequest(ledger=request.ledger))]
 
 
@@ -232,7 +239,7 @@ def after_analyse(result: Document, request: AnalyseRequest) -> list[str]:
     """Draws the page, or says where the campaign stands."""
     if request.output is None:
         return [command_line("analyse", replace(request, output=Path("analysis.png")))]
-    return [command_line("status", StatusRequest(ledger=request.ledger))]
+    return [command_line("status", StatusRequest(ledger=request.ledger, plugin=request.plugin))]
 
 
 def after_ledger_check(result: Document, request: LedgerRequest) -> list[str]:
