@@ -44,7 +44,7 @@ class Bench:
     quick: bool
 
     def gpmetric(self, name: str, *words: object) -> dict[str, Any]:
-        """The JSON document of a command, which is not run again where it was written before."""
+        """The JSON document of a command, which is not run again where `--resume` finds it."""
         result = self.out / f"{name}.json"
         command = ["gpmetric", *map(str, words)]
         print(f"  {shlex.join(command)}", flush=True)
@@ -213,9 +213,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="NAME", help=", ".join(EXPERIMENTS))
     parser.add_argument("--models", type=Path, help=f"folder with {', '.join(_MODELS)}")
     parser.add_argument("--texts", type=Path, help="folder with wikitext2-valid.txt and wikitext2-test.txt")
+    parser.add_argument("--resume", action="store_true", help="take what --out has, and measure the rest")
     parser.add_argument("--out", type=Path, default=Path("build/benchmark"), help="results of the commands, kept there")
     options = parser.parse_args(arguments)
     bench = Bench(options.out.resolve(), options.models, options.texts, options.quick)
+    if not options.resume and bench.out.exists() and any(bench.out.iterdir()):
+        parser.error(f"--out {str(options.out)!r} has results: go on with --resume, or name another")
     bench.out.mkdir(parents=True, exist_ok=True)
     there = options.models is not None and options.texts is not None and not options.quick
     names = options.only or [name for name, one in EXPERIMENTS.items() if there or not one.trained]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -22,6 +23,7 @@ _WRITTEN = re.compile(r'(?:"""Pruning (?:score|metric)|% gpmetric [^:\n]*): (.+)
 _ACCEPTED = (
     "a finished campaign's ledger or JSON result, or what gpmetric export wrote as json, python, triton or latex"
 )
+_LOG = logging.getLogger(__name__)
 _result = lazy("gpmetric.evolution.ledger:result_of")
 
 
@@ -55,6 +57,10 @@ def named_formulas(
             continue
         files += found
         if isinstance(value, tuple):
+            for one, named in found.items():
+                if named.use and "update" in accepted and "update" not in given:
+                    searched = " ".join(f"--{key} {text}" for key, text in named.use.items())
+                    _LOG.warning("%s: its formula was searched with %s, which is not given here", one, searched)
             options[name] = tuple(found[one].metric if one in found else one for one in value)
             continue
         options[name] = found[value].metric

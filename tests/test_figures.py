@@ -38,6 +38,8 @@ def test_pages_have_the_tables_of_results_csv(figures: Any) -> None:
     assert figures.write_pages() == {}
     marked = [page for page in figures.PAGES if "<!-- figures: " in page.read_text(encoding="utf-8")]
     assert marked
+    tables = [found[0] for page in marked for found in figures._PLACE.finditer(page.read_text(encoding="utf-8"))]
+    assert all(table.count("\n|") > 3 for table in tables), "a table without rows"
 
 
 def test_the_newest_figure_of_every_seed_counts(figures: Any, results: Path) -> None:

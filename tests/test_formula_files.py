@@ -39,7 +39,9 @@ def test_what_export_writes_is_read_again(format: str, suffix: str, group: str, 
     assert read_formula(str(path)) == Named(f"{'' if group == 'row' else f'{group}:'}{expression}", {})
 
 
-def test_a_campaign_names_its_winner_and_the_use_it_was_searched_in(tmp_path: Path) -> None:
+def test_a_campaign_names_its_winner_and_the_use_it_was_searched_in(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     ledger = tmp_path / "campaign.sqlite"
     shutil.copyfile(GOLDEN / "ledger-v4-finished.sqlite", ledger)
     winner = result_of(ledger)["winner"]["formula"]
@@ -53,6 +55,10 @@ def test_a_campaign_names_its_winner_and_the_use_it_was_searched_in(tmp_path: Pa
     assert (asked.update, asked.fit) == ("obs", "own")
     several = make_request(BenchRequest, {"metric": ["wanda", str(result)]})
     assert (several.metric, several.update) == (("wanda", winner), "none")
+    told = f"{result}: its formula was searched with --update admm --fit dense, which is not given here"
+    assert caplog.messages == [told]
+    make_request(BenchRequest, {"metric": ["wanda", str(result)], "update": "admm"})
+    assert caplog.messages == [told]
 
 
 def test_a_file_that_is_read_is_not_written(tmp_path: Path) -> None:

@@ -92,7 +92,8 @@ class LiveServer(ThreadingHTTPServer):
         self.socket.close()
         self.socket, self.server_address, self.served = listening, address, served
         self.server_name, self.server_port = HOST, address[1]
-        self.hosts = {f"{name}:{address[1]}" for name in (HOST, "localhost")}
+        names = (HOST, "localhost")  # whose port browsers leave out where it is 80
+        self.hosts = {f"{name}:{address[1]}" for name in names} | ({*names} if address[1] == 80 else set())
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that leaves before it has its answer is no error."""

@@ -12,6 +12,7 @@ from gpmetric.terminal.text import Text
 __all__ = ["fitted", "numbered"]
 
 _WORD = 8  # characters of a column of words at least, unless all of its words are shorter
+_HEADING = 10  # characters of a word of a heading that is not broken
 _BETWEEN = 3  # characters that a column takes beside its content, and one more at the end of a row
 
 
@@ -60,9 +61,10 @@ def _text(cell: RenderableType) -> text.Text:
 
 
 def _least(column: Column) -> int:
-    """Characters that a column cannot do without: whole numbers, or a part of a word."""
+    """Characters that a column cannot do without: whole numbers, a part of a word, and the words of its heading."""
     longest = max(map(_length, column.cells), default=0)
-    return max(1, longest if column.justify == "right" else min(longest, _WORD))
+    heading = max(map(cell_len, str(column.header).split()), default=0)
+    return max(1, longest if column.justify == "right" else min(longest, _WORD), min(heading, _HEADING))
 
 
 def _lines(table: Table) -> list[text.Text]:
