@@ -188,12 +188,16 @@ def measure(name: str, bench: Bench) -> bool:
             good &= within
             told = "new" if figure is None else f"{figure.text(3)}{'' if within else ': OUTSIDE'}"
             print(f"  {line}, {column}: {value:.4f} (table: {told})", flush=True)
-        case = "{} | {} | seed {}"
-        rows = [row(f"figures: {name}", case.format(line, column, seed), np.array([value]), unit="nats")
-                for line, column, value in found]  # fmt: skip
+        rows = [_row(name, f"{line} | {column} | seed {seed}", value) for line, column, value in found]
         append(rows, RESULTS)
         print(f"  {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
     return good
+
+
+def _row(name: str, case: str, value: float) -> dict[str, str]:
+    """A row of results.csv with four digits, as tables show them."""
+    told = f"{value:.4g}"
+    return row(f"figures: {name}", case, np.array([value]), unit="") | {"median": told, "p20": told, "p80": told}
 
 
 def pictures(bench: Bench) -> None:

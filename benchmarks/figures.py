@@ -65,17 +65,20 @@ def render(figures: Mapping[tuple[str, str], Figure], head: str, digits: int = 3
         figures: by row and column.
         head: of the first column.
         digits: behind the point.
-        bold: the column whose lowest median is bold.
+        bold: the column whose lowest median is bold, but for rows whose name says what else they do, in brackets.
     """
     lines, columns = (list(dict.fromkeys(key[place] for key in figures)) for place in (0, 1))
-    lowest = min((figures[line, bold].median for line in lines if (line, bold) in figures), default=None)
+    plain = [line for line in lines if not line.endswith(")")]
+    lowest = min((figures[line, bold].median for line in plain if (line, bold) in figures), default=None)
     rows = [[head, *columns], ["---"] * (1 + len(columns))]
     for line in lines:
         cells = []
         for column in columns:
             figure = figures.get((line, column))
             text = "-" if figure is None else figure.text(digits)
-            cells.append(f"**{text}**" if figure and column == bold and figure.median == lowest else text)
+            cells.append(
+                f"**{text}**" if figure and column == bold and line in plain and figure.median == lowest else text
+            )
         rows.append([line.replace("|", r"\|"), *cells])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
