@@ -75,6 +75,8 @@ def _lines(table: Table) -> list[text.Text]:
         for column, cell in zip(table.columns, cells, strict=True):
             if _length(cell):
                 line.append(f"{', ' if line else ''}{column.header} ")
-                line.append_text(_text(cell))
+                told = _text(cell).copy()
+                told.rstrip()  # room for a mark
+                line.append_text(told)
         lines.append(line)
     return lines
