@@ -128,8 +128,11 @@ def test_without_a_terminal_there_are_no_bars() -> None:
     ):
         with PlainReport(target) as report:
             report.progress("calibration", 0, 4)
+            began, first = report._began["calibration"]
+            report._began["calibration"] = began - 30, first
+            report.progress("calibration", 2, 4)
+            report.progress("calibration", 2, 4)  # told again, it goes on
             report._told -= 100
-            report._began["calibration"] -= 30
             report.progress("calibration", 3, 4)
         assert written(target) == "calibration: 3 of 4, about 10 s left\n"
 

@@ -59,7 +59,7 @@ class Bars:
             console=console, transient=True, expand=True, redirect_stdout=not console.stderr, disable=not self._moving,
         )  # fmt: skip
         self._tasks: dict[str, Any] = {}
-        self._began: dict[str, float] = {}
+        self._began: dict[str, tuple[float, int]] = {}  # when, and how much was done by then
         self._latest: dict[str, int] = {}
         self._told = time.monotonic()
 
@@ -77,15 +77,15 @@ class Bars:
         if what not in self._tasks:
             self._tasks[what] = self._bar.add_task(plain(what), total=total)
         now = time.monotonic()
-        if done <= self._latest.get(what, done):  # it begins, maybe again
-            self._began[what] = now
+        if done == 0 or done < self._latest.get(what, done + 1):  # it begins, maybe again
+            self._began[what] = now, done
             self._bar.reset(self._tasks[what])
         self._bar.update(self._tasks[what], completed=done, total=total, visible=done < total)
         self._latest[what] = done
-        began = self._began[what]
+        began, first = self._began[what]
         if not self._moving and now - self._told > QUIET and began < now:
             self._told = now
-            left = duration((now - began) * (total - done) / max(1, done))
+            left = duration((now - began) * (total - done) / max(1, done - first))
             self._console.print(Text(f"{what}: {done} of {total}, about {left} left"), soft_wrap=True)
 
     def stores(self, what: str, folder: Path, size: int) -> None:
