@@ -41,7 +41,7 @@ class Bench:
     out: Path
     models: Path | None
     texts: Path | None
-    quick: bool
+    seeds: int
 
     def gpmetric(self, name: str, *words: object) -> dict[str, Any]:
         """The JSON document of a command, which is not run again where `--resume` finds it."""
@@ -178,7 +178,7 @@ EXPERIMENTS = {
 def measure(name: str, bench: Bench) -> bool:
     """Runs an experiment and keeps its rows; whether every figure is as the table has it."""
     experiment, known, good = EXPERIMENTS[name], figures_of(name), True
-    for seed in range(1 if bench.quick else experiment.seeds):
+    for seed in range(min(bench.seeds, experiment.seeds)):
         began = time.monotonic()
         print(f"{name}, seed {seed}: {experiment.told}, about {experiment.minutes:g} minutes of two cores", flush=True)
         found = list(experiment.run(bench, seed))
@@ -214,13 +214,14 @@ def pictures(bench: Bench) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the embedded model and one seed")
+    parser.add_argument("--seeds", type=int, default=3, help="of each search, at most")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="NAME", help=", ".join(EXPERIMENTS))
     parser.add_argument("--models", type=Path, help=f"folder with {', '.join(_MODELS)}")
     parser.add_argument("--texts", type=Path, help="folder with wikitext2-valid.txt and wikitext2-test.txt")
     parser.add_argument("--resume", action="store_true", help="take what --out has, and measure the rest")
     parser.add_argument("--out", type=Path, default=Path("build/benchmark"), help="results of the commands, kept there")
     options = parser.parse_args(arguments)
-    bench = Bench(options.out.resolve(), options.models, options.texts, options.quick)
+    bench = Bench(options.out.resolve(), options.models, options.texts, 1 if options.quick else options.seeds)
     if not options.resume and bench.out.exists() and any(bench.out.iterdir()):
         parser.error(f"--out {str(options.out)!r} has results: go on with --resume, or name another")
     bench.out.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from gpmetric import cli
 from gpmetric.commands import COMMANDS
 from gpmetric.demo.text import demo_text
 from gpmetric.errors import InputError
+from gpmetric.formula_files import is_ledger
 from gpmetric.options import Request, described, make_request
 
 ROOT = Path(__file__).parents[1]
@@ -84,8 +85,11 @@ def check_command(words: list[str]) -> None:
 
 def _names_what_is_missing(message: str, request: type[Request], given: dict[str, Any]) -> bool:
     """Whether a message is of a file or folder that a page only speaks of."""
-    named = (given.get(field.name) for field in described(request) if field.option.reads or field.option.formula)
+    fields = described(request)
+    named = (given.get(field.name) for field in fields if field.option.reads)
     values = [str(one) for value in named for one in (value if isinstance(value, tuple | list) else [value])]
+    formulas = (given.get(field.name) or () for field in fields if field.option.formula)
+    values += [one for value in formulas for one in ([value] if isinstance(value, str) else value) if is_ledger(one)]
     return any(value in message and not Path(value).exists() for value in values)
 
 

@@ -87,7 +87,7 @@ def test_measured_figures_are_compared_and_kept(
     monkeypatch.setattr(benchmark, "RESULTS", results)
     monkeypatch.setattr(benchmark, "figures_of", lambda name: figures.figures_of(name, results))
     monkeypatch.setitem(benchmark.EXPERIMENTS, "discovered", benchmark.Experiment("told", found, 1))
-    assert not benchmark.measure("discovered", benchmark.Bench(tmp_path, None, None, quick=True))
+    assert not benchmark.measure("discovered", benchmark.Bench(tmp_path, None, None, seeds=1))
     told = capsys.readouterr().out
     assert "ours, 0.5: 0.3100 (table: 0.400 (0.300 to 0.450))" in told
     assert "wanda, 0.5: 0.6000 (table: 0.500: OUTSIDE)" in told
