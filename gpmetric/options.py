@@ -137,7 +137,7 @@ class Request:
         """Makes tuples of what is given as one for a field of several, `target="0.5"`: texts would be taken apart."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(field.default, tuple) and not isinstance(value, tuple) and field.name != "formula_files":
+            if isinstance(field.default, tuple) and not isinstance(value, tuple):
                 described_field = next(one for one in described(type(self)) if one.name == field.name)
                 object.__setattr__(self, field.name, _converted(described_field, value))
 
@@ -249,13 +249,14 @@ def _places(value: Any) -> Iterator[tuple[str, Path]]:
 def described(request: type[Request]) -> tuple[Described, ...]:
     """The options of a request, in order: the model, then its own fields, then those that it inherits.
 
-    Of a field that takes one text or several, an option is several, and an argument is one.
+    A field that is not annotated with an option is none. Of a field that takes one text or several, an option is
+    several, and an argument is one.
     """
     hints = get_type_hints(request, include_extras=True)
     own = {name for name in request.__annotations__ if name != "unused"}
     found = []
     for field in fields(request):
-        if field.name in request.unused or field.name == "formula_files":
+        if field.name in request.unused or get_origin(hints[field.name]) is not Annotated:
             continue
         plain, option = get_args(hints[field.name])[:2]
         parts = get_args(plain) if isinstance(plain, UnionType) else (plain,)
