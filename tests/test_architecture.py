@@ -60,6 +60,22 @@ def test_imports_point_down() -> None:
     assert_none(lambda path, source: upward_imports(source, module_name(path), path.name == "__init__.py"))
 
 
+# Functions of upper layers that lower ones stand for by name, since only calling them needs the upper layer: a metric
+# shows and exports itself, a file of one may be a ledger, a Python function shows progress as its command does.
+UPWARD_BY_NAME = {("metrics", "formats"), ("formula_files", "evolution"), ("functions", "commands")}
+
+
+def test_what_is_named_lazily_points_down_too() -> None:
+    found = set()
+    for path in MODULES:
+        own = unit_of(module_name(path))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and called_name(node) == "lazy" and isinstance(node.args[0], ast.Constant):
+                unit = unit_of(str(node.args[0].value).partition(":")[0])
+                found |= {(own, unit)} if unit != own and LEVEL[unit] <= LEVEL[own] else set()
+    assert found == UPWARD_BY_NAME
+
+
 def test_nothing_runs_text_or_unpickles() -> None:
     assert len(BENCHMARKS) > 20
     assert_none(lambda path, source: unsafe_uses(source), [*MODULES, *BENCHMARKS])
