@@ -21,8 +21,8 @@ from platformdirs import user_cache_path
 from gpmetric.errors import GpmetricError, InputError
 
 __all__ = [
-    "STDOUT", "cache_folder", "check_output", "check_picture", "checksum", "finite", "locked", "read_object",
-    "scratch_folder", "write_json", "write_picture", "write_text",
+    "STDOUT", "cache_folder", "check_output", "check_picture", "checksum", "finite", "locked", "number",
+    "read_object",    "scratch_folder", "write_json", "write_picture", "write_text",
 ]  # fmt: skip
 
 STDOUT = Path("-")  # what --json writes to standard output for
@@ -185,6 +185,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def number(value: float | None) -> float:
+    """A figure of such a document: what was not finite is null there, and counts as infinite."""
+    return math.inf if value is None else value
 
 
 def _followed(path: Path) -> Path:

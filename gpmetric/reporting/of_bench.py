@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from gpmetric.files import number
 from gpmetric.pruning.requests import PruneRequest, VerifyRequest
 from gpmetric.reporting.blocks import Block, Candidates, Copies, Figure, Page, Section, Table, copied, file_names, told
 from gpmetric.reporting.charts import Line, bars, lines
@@ -109,7 +110,7 @@ def _transfer(rows: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
     if not rows:
         return
     models = list(rows[0]["mean_excess"])
-    lowest = {name: min(_number(row["mean_excess"][name]) for row in rows) for name in models}
+    lowest = {name: min(number(row["mean_excess"][name]) for row in rows) for name in models}
     cells, wins = [], []
     for row in rows:
         duel = next((one for one in row["against"] if one["metric"] == "wanda"), None)
@@ -122,7 +123,7 @@ def _transfer(rows: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
         if ratio is not None:
             wins.append((str(row["metric"]), float(ratio), "winner" if ratio < 1 else "baseline", f"{ratio:.3f}"))
     strong = frozenset(
-        at for at, row in enumerate(rows) if all(_number(row["mean_excess"][name]) == lowest[name] for name in models)
+        at for at, row in enumerate(rows) if all(number(row["mean_excess"][name]) == lowest[name] for name in models)
     )
     columns = ("metric", "update", *file_names(list(map(str, models))), "won", "lost", "tied", "ratio")
     blocks: list[Block] = [
@@ -133,10 +134,6 @@ def _transfer(rows: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
         note = "Mean of excess over Wanda's on the same model, target and text; below 1 is better."
         blocks.insert(0, Figure(drawn, note))
     yield Section("transfer", "Over the models", blocks)
-
-
-def _number(value: float | None) -> float:
-    return math.inf if value is None else float(value)
 
 
 def tuned_page(document: Mapping[str, Any]) -> Page:
@@ -182,11 +179,11 @@ def _again(document: Mapping[str, Any], pruned: Mapping[str, Any]) -> Copies:
 def _parts(document: Mapping[str, Any]) -> Iterator[Section]:
     """The recipe without each of its parts, beside the rivals."""
     texts = [str(one["text"]) for one in document.get("texts", ())]
-    rows = sorted(document["table"], key=lambda row: _number(row["excess"]))
+    rows = sorted(document["table"], key=lambda row: number(row["excess"]))
     drawn = bars(
         "Excess of the recipe, and without its parts",
         [
-            (str(row["what"]), _number(row["excess"]), "winner" if row["what"] == "recipe" else "plain",
+            (str(row["what"]), number(row["excess"]), "winner" if row["what"] == "recipe" else "plain",
              told(row["excess"]))
             for row in rows
         ],

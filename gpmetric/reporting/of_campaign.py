@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gpmetric.evolution.fitness import mean_excess
+from gpmetric.files import number
 from gpmetric.reporting.blocks import Candidates, Figure, Page, Section, Table, told
 from gpmetric.reporting.campaign import Campaign, Entry, best_entry, best_formula, entries_of
 from gpmetric.reporting.campaign_front import front_section, winner_section
@@ -77,7 +78,7 @@ def _against(result: Mapping[str, Any]) -> tuple[float, str, float]:
     """The winner's mean excess on the test text, the baseline that it is compared with, and its own."""
     rival = str(result["confidence"]["rival"])
     row = result["baselines"].get(rival, {})
-    mine, theirs = (math.inf if one is None else one for one in (result["winner"]["mean_excess"], row["mean_excess"]))
+    mine, theirs = map(number, (result["winner"]["mean_excess"], row["mean_excess"]))
     return mine, rival, theirs
 
 
@@ -107,7 +108,7 @@ def _tested(campaign: Campaign, entries: Sequence[Entry]) -> Iterator[Section]:
     for extra in ("regrouped", "best_gradient_free"):
         if (row := result.get(extra)) is not None:
             rows.setdefault(row["formula"], row)
-    ordered = sorted(rows, key=lambda name: math.inf if (mean := rows[name]["mean_excess"]) is None else mean)
+    ordered = sorted(rows, key=lambda name: number(rows[name]["mean_excess"]))
     strong = frozenset(at for at, name in enumerate(ordered) if name == winner["formula"])
     masked = [rows[name].get("masks_only", True) for name in ordered]
     quiet = frozenset(at for at, masks in enumerate(masked) if not masks and campaign.update == "none")
@@ -115,7 +116,7 @@ def _tested(campaign: Campaign, entries: Sequence[Entry]) -> Iterator[Section]:
     drawn = bars(
         "Mean excess on the test text",
         [
-            (str(name), _finite(rows[name]["mean_excess"]), kind, told(rows[name]["mean_excess"]))
+            (str(name), number(rows[name]["mean_excess"]), kind, told(rows[name]["mean_excess"]))
             for name, kind in zip(ordered, kinds, strict=True)
         ],
     )
@@ -141,10 +142,6 @@ def _tested(campaign: Campaign, entries: Sequence[Entry]) -> Iterator[Section]:
         [Figure(drawn, f"Mean excess log-loss{campaign.unit}; less is better."), table],
         note,
     )
-
-
-def _finite(value: float | None) -> float:
-    return math.inf if value is None else value
 
 
 def _convergence(campaign: Campaign) -> Iterator[Section]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["duration", "experts_of", "figure", "figures_of", "needs_of", "number", "or_dash", "shortened", "size"]
+__all__ = ["duration", "experts_of", "figure", "figures_of", "needs_of", "or_dash", "shortened", "size"]
 
 
 _CONSTANT = re.compile(r"(?<![\w.])\d+(\.\d+)?(e[+-]?\d+)?(?![\w.:])")
@@ -16,11 +16,6 @@ _CONSTANT = re.compile(r"(?<![\w.])\d+(\.\d+)?(e[+-]?\d+)?(?![\w.:])")
 def shortened(formula: str) -> str:
     """A formula with its constants to two significant digits."""
     return _CONSTANT.sub(lambda found: f"{float(found[0]):.2g}" if found[1] or found[2] else found[0], formula)
-
-
-def number(value: float | None) -> float:
-    """JSON holds null where a figure was not finite."""
-    return math.inf if value is None else value
 
 
 def or_dash(value: float | None, digits: int) -> str:

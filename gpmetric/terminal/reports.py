@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from gpmetric.allocation.listener import AllocateListener
 from gpmetric.evolution.fitness import mean_excess
+from gpmetric.files import number
 from gpmetric.pruning.listeners import BenchListener, PruneListener
 from gpmetric.session.listeners import EvaluateListener, Listener
 from gpmetric.structured.listener import SlimListener
 from gpmetric.terminal.bars import Bars
-from gpmetric.terminal.figures import figures_of, needs_of, number, shortened
+from gpmetric.terminal.figures import figures_of, needs_of, shortened
 from gpmetric.terminal.text import Text
 from gpmetric.tuning.listener import TuneListener
 from gpmetric.tuning.recipe_name import recipe_name

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from gpmetric.evolution.request import DiscoverRequest
+from gpmetric.files import number
 from gpmetric.metrics import BASELINES, masks_only
 from gpmetric.options import Request, command_line
 from gpmetric.pruning.updaters import UPDATERS
-from gpmetric.terminal.figures import figure, needs_of, number, or_dash, shortened
+from gpmetric.terminal.figures import figure, needs_of, or_dash, shortened
 from gpmetric.terminal.narrow import fitted, numbered
 from gpmetric.terminal.text import Text
 from gpmetric.terminal.warnings import print_warnings
