@@ -1,4 +1,4 @@
-# make test | quick | oldest | demo | benchmark | docs | lint | stubs | clean. All in .venv, made by $(PYTHON), 3.11+.
+# make test | quick | nightly | oldest | demo | benchmark | docs | lint | stubs | clean. All in .venv, made by $(PYTHON), 3.11+.
 # On Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes: torch's CPU build.
 
 PYTHON ?= python3
@@ -14,20 +14,24 @@ TARGETS := 0.5 0.6 2:4
 # What tells whether a version of a dependency is too old: parsing, masks, the command line, files, pictures.
 OLDEST := expression canonical mask cli bench ledger analysis models checkpoint
 
-.PHONY: test quick oldest demo benchmark docs lint stubs clean
+.PHONY: test quick nightly oldest demo benchmark docs lint stubs clean
 
 # Two processes of one thread each; one that has nothing left takes over half of what the other still has to do.
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not nightly"
 
 # What is worth waiting for between two edits: all but lanes of kernels, searches killed everywhere, wheels and types.
 quick: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not nightly"
+
+# All there is: also more cases of what `make test` shows for a few.
+nightly: .venv/installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The same on the oldest dependencies that pyproject.toml allows, in an environment of its own: 6 GB, or 2 with the CPU
 # build of torch. Libraries warn of other things than the newest ones do.
 oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest -W default -m "not slow" $(OLDEST:%=tests/test_%.py)
+	.venv-oldest/bin/python -m pytest -W default -m "not slow and not nightly" $(OLDEST:%=tests/test_%.py)
 
 # A second `make demo` resumes the ledger of the first one. The formula holds * and ( ), hence the quoted variable.
 demo: .venv/installed

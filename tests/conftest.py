@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import random
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,9 +64,20 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 WORDS = "the a one small large old metric weight layer model token prunes keeps scores reads of in under with and"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m does not name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first, so that none of them is all that is left to one of several processes."""
+    """The longest tests first, so that none of them is all that is left to one of several processes.
+
+    Of a test marked `every(n)`, all cases but each n-th are `nightly`.
+    """
     items.sort(key=lambda item: item.path.name not in LONGEST)
+    cases = Counter[str]()
+    for item in items:
+        if mark := item.get_closest_marker("every"):
+            test = item.nodeid.partition("[")[0]
+            if cases[test] % mark.args[0]:
+                item.add_marker("nightly")
+            cases[test] += 1
 
 
 def make_text(seed: int, sentences: int) -> str:

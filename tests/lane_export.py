@@ -35,8 +35,10 @@ def drawn(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     return operands | {"W": torch.randn(6, 160, generator=generator).to(dtype)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("formula", "group"), CASES)
+@pytest.mark.parametrize(
+    ("formula", "group", "dtype"),
+    [(*case, dtype) for case, dtype in zip(CASES, (torch.bfloat16, torch.float32, torch.float16), strict=True)],
+)
 def test_masks_are_those_of_the_library(
     formula: str, group: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,7 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     return switch
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("kind", "name"), [*zip(SEARCHES, ["gpt2", "llama"] * 3, strict=False), ("update", "gpt2"), ("rule", "llama")]
 )

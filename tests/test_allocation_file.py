@@ -262,6 +262,7 @@ OWN = [  # (comparison group, metric, update)
 ]
 
 
+@pytest.mark.every(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2"])
 @pytest.mark.parametrize("place", range(len(OWN)), ids=["-".join(row) for row in OWN])
@@ -297,6 +298,7 @@ def test_every_layer_gets_its_own(
     assert verify(tmp_path / "out", against=str(source), device="cpu")["problems"] == []
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("update", ["none", "obs", "obs-blockwise", "admm"])
 @pytest.mark.parametrize("target", ["0.5", "layer:0.37", "block:0.6", "2:4"])
 def test_a_uniform_allocation_is_no_allocation(

@@ -241,6 +241,7 @@ def records(content: bytes) -> list[bytes]:
     return [line for line in content.splitlines(keepends=True) if b'"seconds"' not in line]
 
 
+@pytest.mark.every(2)
 @pytest.mark.slow
 def test_a_search_goes_on_wherever_it_was_killed(pruned: PrunedModel, tokens: Tensor, tmp_path: Path) -> None:
     """Cut at ends of lines, next to them and inside: the same population, no figure measured twice, the same file."""

@@ -156,6 +156,7 @@ def test_rows_and_plot(whole: Path) -> None:
     assert (whole / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_processes_give_what_one_gives(
     bench: ModuleType, command: list[str], runs: list[dict[str, Any]], tmp_path: Path
@@ -243,6 +244,7 @@ def test_steps_of_an_evaluation(costs: ModuleType, bench: ModuleType, command: l
     assert all(float(row["median"]) > 0 for row in rows)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_memory_of_a_random_gpt2(costs: ModuleType) -> None:
     """12 matrices in 3 blocks; beyond what was there before, at least the logits of a window and their gradients.

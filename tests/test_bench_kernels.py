@@ -177,6 +177,7 @@ def test_figures_by_hand(bench_kernels: ModuleType, kernel_times: ModuleType) ->
     assert [met for _, met in bench_kernels.goals([slower])] == [False, False, False]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.interpret
 def test_what_a_gpu_does_with_a_clock_that_stands_in(tmp_path: Path, kernel_times: ModuleType) -> None:

@@ -190,6 +190,7 @@ def test_it_is_never_worse_than_before(tiny_llama: Path, tiny_text: Path, monkey
 # In a walk
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("target", ["0.5", "layer:0.6", "block:0.5", "2:4"])
 @pytest.mark.parametrize("update", BLOCK)
 def test_masks_are_those_of_the_base(tiny_llama: Path, tiny_text: Path, update: str, target: str) -> None:
@@ -244,6 +245,7 @@ def test_layers_left_dense_are_left_alone(tiny_llama: Path, tiny_text: Path, upd
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.module.named_parameters())
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("update", ["block", "obs+block"])
 @pytest.mark.parametrize(("fit", "once"), [("own", False), ("dense", False), ("own", True)])
 def test_a_streamed_model_is_pruned_as_a_resident_one(

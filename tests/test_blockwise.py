@@ -65,7 +65,7 @@ class Pair:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((name, kind), id=(both := f"{name}-{kind}"), marks=() if both in QUICK else pytest.mark.slow)
+        pytest.param((name, kind), id=(both := f"{name}-{kind}"), marks=() if both in QUICK else pytest.mark.nightly)
         for name in ARCHITECTURES
         for kind in KINDS
     ],

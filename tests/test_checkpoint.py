@@ -58,6 +58,7 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any], sign: bool = 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2"])
 @pytest.mark.parametrize(
     ("metric", "target", "update"),

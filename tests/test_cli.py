@@ -466,20 +466,23 @@ def test_generations_are_shown() -> None:
 
 @pytest.mark.slow
 def test_nothing_heavy_is_imported_to_refuse() -> None:
-    """All bad formulas in one process that never loads torch, transformers or sympy; each one line and status 2."""
+    """All bad formulas, options in turn, in one process that never loads torch, transformers or sympy.
+
+    Each is one line and status 2.
+    """
     driver = f"""
 import contextlib, io, json, sys
 from gpmetric.cli import main
 found = []
-for formula in json.loads(sys.stdin.read()):
-    for option in ("bench --metric", "bench --target", "discover --start", "export -o x.py --"):
-        sys.argv = ["gpmetric", *option.split(), formula]
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                main()
-            except SystemExit as stop:
-                found.append([stop.code, out.getvalue(), err.getvalue()])
+options = ("bench --metric", "bench --target", "discover --start", "export -o x.py --")
+for turn, formula in enumerate(json.loads(sys.stdin.read())):
+    sys.argv = ["gpmetric", *options[turn % 4].split(), formula]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as stop:
+            found.append([stop.code, out.getvalue(), err.getvalue()])
 print(json.dumps([found, [name for name in {HEAVY} if name in sys.modules]]))
 """
     done = subprocess.run(
@@ -488,8 +491,8 @@ print(json.dumps([found, [name for name in {HEAVY} if name in sys.modules]]))
     assert done.returncode == 0, done.stderr
     found, heavy = json.loads(done.stdout)
     assert heavy == []
-    for index, (code, out, err) in enumerate(found):
-        outcome, formula = Outcome(code, out, err), BAD_FORMULAS[index // 4]
+    for (code, out, err), formula in zip(found, BAD_FORMULAS, strict=True):
+        outcome = Outcome(code, out, err)
         assert (outcome.code, outcome.out) == (2, ""), formula[:60]
         assert 10 < len(outcome.error) < 450, outcome.error[:1000]
 

@@ -442,6 +442,7 @@ def test_a_whole_model_by_hand(tiny_llama: Path, tiny_text: Path, metric: str, t
     assert bench_row(tiny_llama, str(tiny_text), **options)["ppl"] != pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.every(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("update", ["obs-blockwise", "admm"])
 def test_the_loss_is_below_that_of_layers_that_keep_their_own_outputs(update: str) -> None:

@@ -107,6 +107,7 @@ def test_a_damaged_entry_is_written_anew(content: str, folder: Path, tmp_path: P
     assert remembered_digest(folder, "a", unexpected) == "b" * 64
 
 
+@pytest.mark.nightly
 def test_no_flipped_bit_of_what_is_remembered_is_taken_for_true(folder: Path, tmp_path: Path) -> None:
     remembered_digest(folder, "a", lambda: DIGEST)
     path = entry(tmp_path)

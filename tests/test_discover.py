@@ -356,6 +356,7 @@ def test_a_search_text_shorter_than_asked_for_has_rungs_of_its_own(request_for: 
     assert result["screening"][-1]["measured"] == 6
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_two_workers_and_one_write_the_same_ledger(request_for: Any, tmp_path: Path) -> None:
     results, tables = [], []
@@ -375,6 +376,7 @@ def test_a_finished_campaign_gives_its_result_again(request_for: Any, tmp_path: 
         run_campaign(request_for())
 
 
+@pytest.mark.every(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
@@ -416,6 +418,7 @@ def test_the_function_takes_the_options_as_keywords(request_for: Any, tmp_path: 
     assert without_seconds(result) == without_seconds(run_campaign(replace(request, ledger=tmp_path / "b.sqlite")))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("update", ["obs", "obs-blockwise", "admm"])
 def test_search_in_the_use_a_metric_will_have(request_for: Any, tmp_path: Path, update: str) -> None:
     result = run_campaign(request_for(update=update, group="row", evaluations=6))

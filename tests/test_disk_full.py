@@ -40,6 +40,7 @@ def test_every_command_is_tried(disk_full: ModuleType) -> None:
     assert tried == commands - {"tune", "ledger repair", "ledger merge"}
 
 
+@pytest.mark.every(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", loaded().RUNS)
 def test_a_disk_without_room(name: str, disk_full: ModuleType) -> None:

@@ -160,6 +160,7 @@ def test_windows_add_up(evaluator: Evaluator) -> None:
             assert whole[kind][target] == pytest.approx(mean, abs=1e-5)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("update", ["none", "obs", "obs-blockwise", "admm"])
 def test_kept_and_remade_predictions_give_the_same_figures(
     model: Model,
@@ -282,6 +283,7 @@ def test_the_hardest_target_alone(evaluator: Evaluator) -> None:
     assert not alike(excess("abs(W)*X", 0, 2), replace(excess("abs(W)*X", 0, 2), hardest=True))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("update", ["obs-blockwise", "admm"])
 def test_in_use_is_what_the_judge_says_of_the_search_text(
     model: Model, statistics: Statistics, tokens: dict[str, Tensor], update: str

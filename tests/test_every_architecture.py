@@ -61,6 +61,7 @@ def test_all_are_opened_or_refused_in_one_line(matrix: ModuleType) -> None:
     assert sum(row["opened"] == "yes" for row in rows) >= LOADED
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", PRUNED)
 def test_pruned_as_an_independent_loop_prunes(name: str, matrix: ModuleType) -> None:
     """Weights and perplexity under both protocols, in memory and of the files; zeros counted in the files."""

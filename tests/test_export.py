@@ -364,6 +364,7 @@ def test_a_triton_file_checks_itself(tmp_path: Path) -> None:
     assert run.stdout == "19584 weights compared\n"
 
 
+@pytest.mark.every(3)
 @pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize(

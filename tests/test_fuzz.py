@@ -66,6 +66,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
+@pytest.mark.every(3)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", names())
 def test_readers_end_well(name: str, fuzz: ModuleType, tmp_path: Path, quiet: None) -> None:

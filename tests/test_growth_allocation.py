@@ -106,6 +106,7 @@ def test_an_objective(tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeyp
     assert small["progress"][-1]["loss"] > 0
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("form", ["hetero", "uniform", "padded"])
 def test_a_structured_unit(
     form: str, tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -52,6 +52,7 @@ def test_a_ledger_of_it_is_whole_and_upgraded_without_a_loss(version: int, state
     assert check_ledger(path)["version"] == sqlite_schema.VERSION
 
 
+@pytest.mark.every(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("version", [3, 4])  # 2: tests/test_discover.py, with which `ria` did not compete
 def test_an_unfinished_one_ends_as_the_finished_one_did(version: int, tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def scores(kind: str, rows: int, columns: int, generator: torch.Generator) -> Te
 KINDS = ["normal", "ties", "equal", "zeros", "signed zeros", "negative", "subnormal", "huge"]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", [group + sparsity for group in GROUPS for sparsity in SPARSITIES])
 def test_rows_layers_and_blocks_are_the_brute_force(text: str, kind: str) -> None:

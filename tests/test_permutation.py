@@ -103,6 +103,7 @@ def shuffled(coupling: Coupling) -> Tensor:
     return torch.stack([torch.randperm(size) for _ in range(groups)])
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_function_is_preserved(name: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
     """Every coupling in a random order, written without pruning, gives the logits of the dense checkpoint."""
@@ -141,6 +142,7 @@ def test_the_function_is_preserved(name: str, folder: Callable[[str], Path], tmp
     assert torch.allclose(logits(source), logits(tmp_path), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", OTHERS)
 def test_channels_are_found_by_what_they_do(name: str, save_model: Callable[..., Path]) -> None:
     """Those of attention and MLP in every block, in a random order that leaves what the block gives as it was."""
@@ -228,6 +230,7 @@ def pattern_holds(weight: Tensor, transposed: bool) -> bool:
     return bool(((groups != 0).sum(dim=1) <= 2).all())
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -348,6 +348,7 @@ print(json.dumps({"read": read - imports, "pruned": status("VmHWM") - imports, "
 """
 
 
+@pytest.mark.every(2)
 @LINUX
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -248,6 +248,7 @@ ASKED: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("command", dict(ASKED))
 def test_seven_billion_parameters_in_80_gb(large: Model, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "free_host", lambda: 200 * GB)
@@ -323,11 +324,12 @@ def medium(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Pat
     return folder
 
 
+@pytest.mark.every(2)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 @pytest.mark.parametrize(
     ("command", "metric", "bound"),
-    [("bench", "abs(W)*G", None), ("prune", "wanda", 720)],
+    [("prune", "wanda", 720), ("bench", "abs(W)*G", None)],
 )
 def test_a_process_takes_what_was_told(
     medium: Path, tiny_text: Path, tmp_path: Path, command: str, metric: str, bound: int | None

@@ -523,7 +523,7 @@ def test_a_campaign_with_a_plugin(tiny_llama: Path, tiny_text: Path, tmp_path: P
     forget()
     with pytest.raises(LedgerError, match=r"a.sqlite is of --plugin mean_input"):
         gpmetric.report(made["ledger"])
-    again = made | {"resume": True, "evaluations": 12}
+    again = made | {"resume": True, "evaluations": 12, "workers": 1}
     with pytest.raises(InputError, match="unknown name 'A'"):
         discover(**again)
     with pytest.raises(LedgerError, match="They differ in:") as refusal:

@@ -209,6 +209,7 @@ def test_conv1d_rows_are_outputs(gpt2: Model, tiny_text: Path) -> None:
         assert len((stored == 0).sum(dim=1).unique()) > 1, "inputs lose what they lose"
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("target", ["0.5", "0.37", "row:0.37", "layer:0.5", "block:0.5", "2:4"])
 @pytest.mark.parametrize("metric", ["magnitude", "magnitude_row", "wanda", "abs(W)", "sparsegpt", "alps"])
 def test_what_each_group_loses(tiny_llama: Path, tiny_text: Path, metric: str, target: str) -> None:
@@ -269,6 +270,7 @@ def test_excluded_layers_stay_dense(tiny_llama: Path, tiny_text: Path) -> None:
     assert sparsity(model) == 0.5
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("place", ["mask", "block"])
 @pytest.mark.parametrize("error", [MaskError("no"), SolverError("no"), KeyboardInterrupt(), RuntimeError("no")])

@@ -123,6 +123,7 @@ def zeros_in(folder: Path) -> int:
         return sum(int((file.get_tensor(name) == 0).sum()) for name in file.keys())  # noqa: SIM118 - no mapping
 
 
+@pytest.mark.every(3)
 def test_pruned_as_a_loop_of_hooks_would(folder: Path, tiny_text: Path, tmp_path: Path) -> None:
     """Files under their names, shapes and order, loaded by transformers alone: the weights of the loop, bit by bit."""
     told = prune(
@@ -154,6 +155,7 @@ def loss_of(module: Any, tokens: Tensor) -> float:
     return math.exp(float(torch.stack(losses).mean()))
 
 
+@pytest.mark.every(3)
 def test_dense_perplexity_is_that_of_transformers(folder: Path, tiny_text: Path) -> None:
     tokens = windows_of(load_model(str(folder)), tiny_text, 32, 4).tokens
     told = bench(
@@ -173,6 +175,7 @@ def sums(tokens: dict[str, int]) -> dict[str, int]:
     return found
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "llama4_text"])
 @pytest.mark.parametrize("one_shot", [False, True])
 def test_bench(model_type: str, one_shot: bool, save_model: Callable[..., Path], tiny_text: Path) -> None:
@@ -187,6 +190,7 @@ def test_bench(model_type: str, one_shot: bool, save_model: Callable[..., Path],
     assert set(sums(told["experts"]["tokens"]).values()) == {8 * 32 * each}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "options", [{"update": "admm", "fit": "dense"}, {"metric": "sparsegpt"}, {"update": "obs+block"}]
 )

@@ -154,6 +154,7 @@ def differences(value: Tensor) -> tuple[Tensor, Tensor]:
     return difference.sign(), difference.abs() > GAP * value.abs().amax()
 
 
+@pytest.mark.every(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_order_in_every_group_is_kept(group: RankGroup) -> None:

@@ -156,6 +156,7 @@ def same_bits(one: Statistics, other: Statistics) -> bool:
     )
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("names", ["R", "RD", "XRG", "RGHDF"])
 @pytest.mark.parametrize("folder", ["tiny_llama", "tiny_gpt2"])
 def test_a_streamed_model_gives_the_same_bits(

@@ -74,6 +74,7 @@ def show(browser: Any, made: dict[str, Path]) -> Iterator[Show]:
     assert len([one for one in asked if not one.startswith("data:")]) == len(contexts)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_is_asked_for_and_nothing_is_wrong(name: str, show: Show) -> None:
     page = show(name)
@@ -81,12 +82,14 @@ def test_nothing_is_asked_for_and_nothing_is_wrong(name: str, show: Show) -> Non
     page.wait_for_timeout(50)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", CASES)
 def test_a_phone_scrolls_down_only(name: str, show: Show) -> None:
     page = show(name, width=375)
     assert page.evaluate("document.documentElement.scrollWidth") == 375
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("name", "theme"),
     [*((name, "light") for name in CASES), *((name, "dark") for name in ("ledger", "slim", "allocate"))],
@@ -99,6 +102,7 @@ def test_no_serious_finding_of_axe(name: str, theme: str, show: Show) -> None:
     assert not serious, [(one["id"], [node["html"][:200] for node in one["nodes"][:3]]) for one in serious]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", CASES)
 def test_a_print_has_few_pages(name: str, show: Show) -> None:
     page = show(name, width=688)  # the width of A4 between its margins, in pixels

@@ -55,15 +55,21 @@ class Losing(DiscoverListener):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("several", [False, True], ids=["one model", "two models"])
+@pytest.mark.parametrize(
+    ("several", "on_ray"),
+    [(False, True), (True, False), pytest.param(True, True, marks=pytest.mark.nightly)],
+    ids=["one model on Ray", "two models", "two models on Ray"],
+)
 def test_whoever_works_the_ledger_is_the_same(
-    tables: Callable[..., Tables], tiny_llama: Path, tiny_gpt2: Path, several: bool
+    tables: Callable[..., Tables], tiny_llama: Path, tiny_gpt2: Path, several: bool, on_ray: bool
 ) -> None:
     run = partial(tables, model=(str(tiny_llama), str(tiny_gpt2))) if several else tables
     expected = run("one.sqlite", workers=1)
     assert len(expected["evaluations"]) == 8
-    assert run("two.sqlite", workers=2) == expected  # each more takes seconds to import torch
-    assert run("ray.sqlite", Losing(), ray=ray_cluster().address, workers=3) == expected
+    if on_ray:
+        assert run("ray.sqlite", Losing(), ray=ray_cluster().address, workers=3) == expected
+    else:
+        assert run("two.sqlite", workers=2) == expected  # each more takes seconds to import torch
 
 
 def test_one_worker_that_may_hold_one_model_changes_them(
@@ -139,15 +145,19 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
-def test_whoever_works_the_result_is_the_same(name: str, tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "on_ray"),
+    [pytest.param(name, on_ray, marks=pytest.mark.nightly if on_ray and name != "allocate" else ())
+     for name in COMMANDS for on_ray in (False, True)],
+)  # fmt: skip
+def test_whoever_works_the_result_is_the_same(
+    name: str, on_ray: bool, tiny_llama: Path, tiny_text: Path, tmp_path: Path
+) -> None:
     def run(place: str, **who: Any) -> Any:
         (tmp_path / place).mkdir()
         return told(COMMANDS[name](tmp_path / place, str(tiny_llama), str(tiny_text), **who))
 
-    expected = run("one", workers=1)
-    assert run("two", workers=2) == expected
-    assert run("ray", ray=ray_cluster().address, workers=2) == expected
+    assert run("two", workers=2, **({"ray": ray_cluster().address} if on_ray else {})) == run("one", workers=1)
 
 
 def test_a_process_holds_as_many_models_as_it_may() -> None:

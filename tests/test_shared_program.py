@@ -74,6 +74,7 @@ def assert_same_bits(formulas: Sequence[Expression], operands: dict[str, Tensor]
     assert indices == list(range(len(formulas)))
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("block", [1, 500, 2**18])
 def test_scores_are_those_of_evaluate(shape: tuple[int, int], block: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,7 @@ def test_channels_are_a_multiple(tiny_llama: Path, tiny_text: Path, tmp_path: Pa
     assert all(one % 8 == 0 and one - 8 < other <= one for other, one in zip(*widths, strict=True))
 
 
+@pytest.mark.every(3)
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
@@ -195,6 +196,7 @@ def test_no_steps_are_the_start_alone(estimator: str, tiny_llama: Path, tiny_tex
     assert not any("search" in line for line in found["warnings"])
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
 @pytest.mark.usefixtures("here")
 def test_whole_blocks_leave_a_stock_model_of_fewer(
@@ -256,6 +258,7 @@ def test_blocks_that_depend_on_their_number_are_not_renumbered(
         run(model, tiny_text, tmp_path / "small", sparsity=0.4, granularity="block")
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("kind", ["untied", "bfloat16", "attention biases"])
 @pytest.mark.usefixtures("here")
 def test_models_of_other_makes(kind: str, save_model: Callable[..., Path], tiny_text: Path, tmp_path: Path) -> None:
@@ -285,6 +288,7 @@ def recast(model: Path, folder: Path, dtypes: Callable[[str], torch.dtype]) -> P
     return folder
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("form", ["hetero", "padded"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.usefixtures("here")

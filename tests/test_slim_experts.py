@@ -109,6 +109,7 @@ def forbidden(module: Any, removed: Sequence[Sequence[int]], patch: pytest.Monke
         yield
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("kind", ROUTERS)
 @pytest.mark.usefixtures("here")
 def test_what_is_written_is_the_dense_model_that_may_not_choose_them(

@@ -163,6 +163,7 @@ def test_sparsegpt_patterns_are_chosen_when_reached(target: str, columns: int) -
     check_choices(weight, gram, pruned, group, by_row=True)
 
 
+@pytest.mark.every(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("together", [1, 2**17])
 def test_layers_and_targets_solved_together_are_each_their_algorithm(

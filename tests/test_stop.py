@@ -38,6 +38,7 @@ def ask_by_signal(ledger: Path) -> None:
     os.kill(os.getpid(), signal.SIGUSR1)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("ask", [ask_by_file, ask_by_signal])
 def test_a_search_ends_after_its_generation_and_goes_on_when_resumed(
     request_for: Any, tmp_path: Path, ask: Any

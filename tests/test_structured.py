@@ -333,6 +333,7 @@ def unit_session(
     return UnitSession(Session(SlimRequest(**options), model, {"calibration": windows}), groups, products)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", [*RULES, "abs(W)*X", "W*W*H", "W*W*D"])
 def test_every_rule_scores_every_unit(model: Model, groups: Groups, tokens: Tensor, name: str) -> None:
     scores = unit_scores(name, unit_session(model, groups, tokens))
@@ -484,6 +485,7 @@ def made_policy(model: Model, groups: Groups, tokens: Tensor) -> tuple[Policy, S
     return Policy(space, pools, start), Shrinker(model, groups), repairer
 
 
+@pytest.mark.every(2)
 @pytest.mark.slow
 def test_a_search_goes_on_wherever_it_was_killed(
     model: Model, groups: Groups, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -650,6 +652,7 @@ def made_exchanges(
     return ExchangeSearch(groups, space, pools, worth, kept, Shrinker(model, groups), repairer, measure, schedule, log)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("chosen", [{}, {"layers": True}, {"blocks": True}])
 def test_exchanges_lower_the_divergence_at_the_same_cost(
     model: Model, groups: Groups, tokens: Tensor, chosen: dict[str, bool]
@@ -691,6 +694,7 @@ def test_repairs_of_what_moved_are_those_of_the_whole(model: Model, groups: Grou
             assert (mine is None and other is None) or torch.equal(mine, other)  # type: ignore[arg-type]
 
 
+@pytest.mark.every(2)
 def test_a_search_of_exchanges_goes_on(model: Model, groups: Groups, tokens: Tensor, tmp_path: Path) -> None:
     """Ended after 7 steps: it goes on to the same units, what stays being measured again."""
     path = tmp_path / "a.jsonl"

@@ -71,6 +71,12 @@ class Scripted(Trials):
         return found
 
 
+@pytest.fixture
+def published_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the recipes of the catalogue, of which each takes its time."""
+    monkeypatch.setattr("gpmetric.tuning.parts.CATALOGUE", {})
+
+
 def demo_windows(model: Model) -> Windows:
     return read_windows(model, open_text("demo:calibration"), 32, 8)
 
@@ -369,6 +375,7 @@ def test_the_whole_command(tiny_llama: Path, tiny_text: Path, tmp_path: Path) ->
     assert gpmetric.verify(str(tmp_path / "a"), device="cpu")["ok"]
 
 
+@pytest.mark.usefixtures("published_alone")
 def test_formulas_are_evolved(
     tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,6 +394,7 @@ def test_formulas_are_evolved(
     assert "formulas" not in told.steps
 
 
+@pytest.mark.usefixtures("published_alone")
 def test_a_search_of_formulas_that_time_cut_is_gone_on_with(
     tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -443,6 +451,7 @@ def test_one_share_of_the_windows_is_on_the_device_at_a_time() -> None:
     assert again.measure([PLAIN], 0.5)[0].loss == trials.measure([PLAIN], 0.5)[0].loss
 
 
+@pytest.mark.usefixtures("published_alone")
 def test_a_failure_behind_the_choice_leaves_the_recipe(
     tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -128,6 +128,7 @@ def trials_of(model: Path | None, text: Path, **options: Any) -> UnitTrials:
     return UnitTrials(request, units, Deadline.starting(None), lambda *told: None)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
 @pytest.mark.parametrize(
     ("start", "repair", "budget"),
@@ -318,9 +319,10 @@ def test_the_ledger_of_a_search_is_not_written_over(tmp_path: Path) -> None:
 
 
 def test_blocks_go_only_where_the_model_that_is_left_is_right(
-    tiny_text: Path, save_model: Callable[..., Path], tmp_path: Path, here: None
+    tiny_text: Path, save_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: None
 ) -> None:
     """A GPT-2 that scales attention by its place among the blocks cannot lose one as a stock model."""
+    monkeypatch.setattr("gpmetric.tuning.structured.STEPS", 5)
     model = save_model("gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64, scale_attn_by_inverse_layer_idx=True)
     found = gpmetric.tune(
         str(model), output=tmp_path / "a", calibration=str(tiny_text), target="0.3", format="uniform", **QUICK

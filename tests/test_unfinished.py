@@ -147,7 +147,7 @@ def quickly(tiny_llama: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) 
     ("force", "deadlines"),
     [
         (False, range(1, 1000, 3)),
-        pytest.param(False, range(1, 1000), marks=pytest.mark.slow),
+        pytest.param(False, range(1, 1000), marks=pytest.mark.nightly),
         (True, range(80, 1000)),  # around the replacing
     ],
 )
@@ -159,7 +159,7 @@ def test_killed_anywhere(
     quickly: Callable[..., dict[str, Any]],
     tmp_path: Path,
 ) -> None:
-    """At every touch of the disk."""
+    """At touches of the disk; `make nightly`: at every one."""
     out, masks = place / "out", place / "masks"
     masked: set[bytes] = set()
 
@@ -186,6 +186,7 @@ def test_killed_anywhere(
     assert sorted(path.name for path in place.iterdir()) == ["masks", "out"]
 
 
+@pytest.mark.every(2)
 @pytest.mark.usefixtures("mortal")
 @pytest.mark.parametrize(
     "follows",

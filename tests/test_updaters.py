@@ -50,6 +50,7 @@ def test_where_a_target_competes(metric: str, update: str) -> None:
     assert resolve_target(parse_target("2:4"), rule, update) == parse_target("2:4")
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("update", UPDATERS)
 @pytest.mark.parametrize("metric", ["magnitude", "wanda", "abs(W)*mms(G)"])
 def test_layers_and_targets_at_once_are_each_alone(tiny_llama: Path, tiny_text: Path, metric: str, update: str) -> None:

@@ -100,6 +100,7 @@ def outcome_of(request: DiscoverRequest) -> tuple[dict[str, Any], dict[str, Any]
 # Campaigns
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("update", "together", "operands"),
     [
