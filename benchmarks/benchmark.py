@@ -115,7 +115,7 @@ def allocated(bench: Bench, seed: int) -> Figures:
 
 def slimmed(bench: Bench, seed: int) -> Figures:
     """A smaller model, by exchanges and by a policy."""
-    ways = {"exchanges": ("--steps", 100), "policy gradient": ("--steps", 2000, "--estimator", "rloo")}
+    ways = {"exchanges": ("--steps", 100), "policy gradient": ("--steps", 200, "--estimator", "rloo")}
     for name, options in ways.items():
         output = ("-o", bench.out / f"smaller-{name.split()[0]}-{seed}", "--force")
         sizes = ("--sparsity", 0.3, "--samples", 64, "--seed", seed)
