@@ -300,6 +300,18 @@ def test_a_formula_in_every_form() -> None:
     assert view_formula("+".join(["W"] * 70)).tree == ""
 
 
+def test_nodes_of_a_tree_are_apart() -> None:
+    """Of long numbers, and of names above one node."""
+    tree = view_formula("W**1.75*F*zsn(H)**0.0807*(H**0.0417/colnorm(H)**0.2345-1.234e-05*rownorm(rownorm(X)))").tree
+    found = re.findall(r'<rect x="([-\d.]+)" y="([-\d.]+)" width="([\d.]+)"', tree)
+    levels: dict[str, list[tuple[float, float]]] = {}
+    for left, level, width in found:
+        levels.setdefault(level, []).append((float(left), float(left) + float(width)))
+    assert len(found) > 20
+    for row in map(sorted, levels.values()):
+        assert all(left[1] + 4 < right[0] for left, right in pairwise(row))
+
+
 def test_ticks_are_round_and_whole() -> None:
     assert ticks(Axis(0.0, 1.0, "")) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     assert ticks(Axis(-0.2, 3.2, "", whole=True)) == [0, 1, 2, 3]

@@ -18,8 +18,8 @@ __all__ = ["FormulaView", "view_formula"]
 _NONE = Markup("")
 _LARGEST = 120  # nodes of a formula that is drawn
 _SIGNS = {"*": "\N{MULTIPLICATION SIGN}", "/": "\N{DIVISION SIGN}", "-": "\N{MINUS SIGN}", "**": "^"}
-_ACROSS, _DOWN, _SIZE = 62.0, 54.0, 15.0  # between leaves, between levels, and half a node's height
-_LETTER = 8.4  # width of one in a node
+_ACROSS, _DOWN, _SIZE = 46.0, 54.0, 15.0  # between leaves at least, between levels, and half a node's height
+_LETTER, _APART = 8.4, 8.0  # width of one in a node, and between two nodes
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,15 @@ def view_formula(text: str) -> FormulaView:
 def _tree_of(form: Expression) -> Markup:
     """The tree of a formula as SVG, the root at the top."""
     children = [form.children(index) for index in range(len(form))]
-    depth, across, leaves = [0] * len(form), [0.0] * len(form), 0
+    depth, across, end = [0] * len(form), [0.0] * len(form), 0.0
+    room = [max(_ACROSS, _width(token) + _APART) for token in form.tokens]
     for index, below in enumerate(children):  # from the root down, leaves from left to right
         for child in below:
             depth[child] = depth[index] + 1
+        if len(below) == 1:  # it stands above the other
+            room[below[0]] = max(room[below[0]], room[index])
         if not below:
-            across[index], leaves = _ACROSS * (leaves + 0.5), leaves + 1
+            across[index], end = end + room[index] / 2, end + room[index]
     for index in reversed(range(len(form))):
         if children[index]:
             across[index] = sum(across[child] for child in children[index]) / len(children[index])
@@ -82,8 +85,8 @@ def _tree_of(form: Expression) -> Markup:
         for one in below
     ]
     parts += [_node(token, across[index], down[index]) for index, token in enumerate(form.tokens)]
-    width, height = max(_ACROSS * leaves, 2 * _ACROSS), _DOWN * (max(depth) + 1)
-    inset = max(0.0, (width - _ACROSS * leaves) / 2)
+    width, height = max(end, 2 * _ACROSS), _DOWN * (max(depth) + 1)
+    inset = (width - end) / 2
     head = Markup(
         '<svg class="tree" viewBox="{:.0f} 0 {:.0f} {:.0f}" width="{:.0f}" height="{:.0f}" role="img" '
         'aria-label="Tree of {}: {} nodes">'
@@ -94,11 +97,15 @@ def _tree_of(form: Expression) -> Markup:
 def _node(token: Token, x: float, y: float) -> Markup:
     label = _label(token)
     kind = "inner" if arity(token) else "number" if isinstance(token, float) else "leaf"
-    width = max(2 * _SIZE, _LETTER * len(label) + 12)
+    width = _width(token)
     return Markup(
         '<g class="{}"><rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.0f}" rx="{:.0f}"/>'
         '<text x="{:.0f}" y="{:.0f}">{}</text></g>'
     ).format(kind, x - width / 2, y - _SIZE, width, 2 * _SIZE, _SIZE, x, y + 5, label)
+
+
+def _width(token: Token) -> float:
+    return max(2 * _SIZE, _LETTER * len(_label(token)) + 12)
 
 
 def _label(token: Token) -> str:

@@ -37,7 +37,7 @@ def layer_map(sparsity: Mapping[str, float], what: str) -> list[Figure | Table]:
     return [
         Figure(
             drawn,
-            f"{what}, in percent: a row for each block, a column for each kind of matrix; darker is more.",
+            f"{what}, in percent: a row for each block, a column for each kind of matrix; more colour is more.",
             wide=True,
         ),
         table,
