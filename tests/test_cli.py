@@ -709,7 +709,7 @@ def test_a_model_that_is_typed_wins_over_that_of_the_config(asked: Asked, tmp_pa
         ("target = nan", "'nan' is not a target"),
         ("metric = ['wnada']", "did you mean 'wanda'"),
         ("json = '/no/such/x.json'", "--json '/no/such/x.json'"),
-        ('json = "nul\\u0000"', "null byte"),
+        ('json = "nul\\u0000"', "embedded null"),
     ],
 )
 def test_a_wrong_config_is_refused(run: Run, tmp_path: Path, content: str, message: str) -> None:

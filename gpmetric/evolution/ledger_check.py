@@ -92,7 +92,12 @@ def _problems(connection: sqlite3.Connection, version: int, document: dict[str, 
     except sqlite3.Error as error:
         yield f"cannot be upgraded from version {version}: {error}"
         return
-    found = read_tables(current)
+    with closing(current):
+        found = read_tables(current)
+        try:
+            document["owner"] = driver_lock.describe_owner(current)
+        except (Refusal, sqlite3.Error) as error:
+            yield f"does not tell whose it is: {error}"
     document["counts"] = {table: len(one.rows) for table, one in found.items()}
     yield from _bad_rows(found)
     if all(one.whole for one in found.values()):
@@ -100,10 +105,6 @@ def _problems(connection: sqlite3.Connection, version: int, document: dict[str, 
         if not settings:
             yield "holds no settings"
         yield from contradictions(rows_of(found), merged="merged" in settings)
-    try:
-        document["owner"] = driver_lock.describe_owner(current)
-    except (Refusal, sqlite3.Error) as error:
-        yield f"does not tell whose it is: {error}"
     if (owner := document["owner"]) and owner["state"] == "ended":
         yield f"is of process {owner['pid']} on host {owner['host']}, which ended without closing it: --resume goes on"
 

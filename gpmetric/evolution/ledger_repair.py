@@ -93,7 +93,8 @@ def _read(copy: Path) -> tuple[dict[str, Found], str, dict[str, Any] | None]:
             if not version:
                 raise Refusal("holds no campaign")
             if version < schema.SUMMED_SINCE:
-                return read_tables(schema.upgraded_copy(connection, version)), "", None
+                with closing(schema.upgraded_copy(connection, version)) as upgraded:
+                    return read_tables(upgraded), "", None
             found = read_tables(connection)
             with suppress(Refusal, sqlite3.Error):
                 owner = driver_lock.describe_owner(connection)

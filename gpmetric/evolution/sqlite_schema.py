@@ -290,10 +290,14 @@ def upgrade(connection: sqlite3.Connection, version: int) -> None:
 def upgraded_copy(connection: sqlite3.Connection, version: int) -> sqlite3.Connection:
     """The same file in memory, in the newest schema; the connection to the file is closed."""
     copy = sqlite3.connect(":memory:", isolation_level=None)
-    with closing(connection):
-        connection.backup(copy)
-    copy.row_factory = sqlite3.Row
-    upgrade(copy, version)
+    try:
+        with closing(connection):
+            connection.backup(copy)
+        copy.row_factory = sqlite3.Row
+        upgrade(copy, version)
+    except BaseException:
+        copy.close()
+        raise
     return copy
 
 
