@@ -536,6 +536,7 @@ def test_bad_requests(request_for: Any, tmp_path: Path, change: dict[str, Any], 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("demo_of_golden_files")
 def test_an_unfinished_ledger_of_version_2_ends_as_the_finished_one_did(tmp_path: Path) -> None:
     """Both are of one campaign on the demo model, as the version before wrote them."""
     golden = Path(__file__).parent / "golden"

@@ -54,6 +54,7 @@ def test_a_ledger_of_it_is_whole_and_upgraded_without_a_loss(version: int, state
 
 @pytest.mark.every(2)
 @pytest.mark.slow
+@pytest.mark.usefixtures("demo_of_golden_files")
 @pytest.mark.parametrize("version", [3, 4])  # 2: tests/test_discover.py, with which `ria` did not compete
 def test_an_unfinished_one_ends_as_the_finished_one_did(version: int, tmp_path: Path) -> None:
     path = Path(shutil.copy(GOLDEN / f"ledger-v{version}-unfinished.sqlite", tmp_path / "a.sqlite"))
