@@ -27,7 +27,11 @@ from gpmetric.kernels import launch, layer, layers, pattern, reduce, rows, solve
 from gpmetric.metrics import BASELINES, resolve_metric
 from gpmetric.operands import OPERANDS
 
-pytestmark = pytest.mark.aot
+pytestmark = [
+    pytest.mark.aot,
+    # Triton's own, of Python 3.13, which it would make a failed compilation of
+    pytest.mark.filterwarnings("ignore:AnnAssign.__init__ missing 1 required positional argument:DeprecationWarning"),
+]
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TARGETS = [80, 90]

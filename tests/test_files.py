@@ -30,7 +30,7 @@ def test_output_that_can_be_written_is_accepted(tmp_path: Path) -> None:
         ("file/x.json", "Not a directory"),
         ("loop", "symbolic links"),
         ("n" * 300, "too long"),
-        ("nul\0", "null byte"),
+        ("nul\0", "embedded null"),
         ("fifo", "is not a regular file; a file is wanted"),
     ],
 )
